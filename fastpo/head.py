@@ -1,0 +1,476 @@
+r"""Hidden states to token statistics without ever building the logits.
+
+The head is $z_v = softcap(s (W_v \cdot h + b_v)) / T$ with $softcap(x) = cap \tanh(x / cap)$, and
+p = softmax(z). Everything a preference objective wants of it is a number per label token:
+
+| name | definition | gradient |
+|---|---|---|
+| `logps` | $\log p_y$ | yes |
+| `lse` | $\log \sum_v e^{z_v}$ | yes |
+| `entropy` | $-\sum_v p_v \log p_v$ | yes |
+| `mean_logit` | $\frac1V \sum_v z_v$ | yes |
+| `kl_ref_policy` | $\sum_v q_v (\log q_v - \log p_v)$, q of the reference | to the policy |
+| `kl_policy_ref` | $\sum_v p_v (\log p_v - \log q_v)$ | to the policy |
+| `ref_logps` | $\log q_y$ | no |
+| `log_p2` | $\log \sum_v p_v^2$ | no |
+| `top1` | 1 where the first largest logit is the label's | no |
+
+Shapes: N tokens, D width, V vocabulary. Memory: a fixed workspace, never a function of N times V.
+`fastpo.schedules` says which matrix products run when.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fastpo.schedules import LinearStats, Plan, Schedule, choose_schedule
+from fastpo.tiles import (
+    DIFFERENTIABLE,
+    OF_REFERENCE,
+    STATISTICS,
+    Heads,
+    Link,
+    Tiles,
+    TorchTiles,
+    TritonTiles,
+    accumulator,
+)
+
+logger = logging.getLogger(__name__)
+
+TokenStats: TypeAlias = dict[str, Tensor]
+Backend = Literal["auto", "torch", "triton"]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A language model's head: its facts are read once, its tensors at every call.
+
+    Args:
+        module: the output embedding, anything with a `weight` [V, D] and perhaps a `bias` [V].
+        softcap: final logit soft-cap (Gemma 2), or None.
+        logit_scale: factor on the products (Cohere's `logit_scale`, Granite's 1/`logits_scaling`).
+        temperature: divisor of the logits, after the soft-cap.
+    """
+
+    module: nn.Module
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    temperature: float = 1.0
+
+    @property
+    def weight(self) -> Tensor:
+        """[V, D], as the module holds it now: an adapter may have switched it."""
+        return self.module.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[V] or None."""
+        return getattr(self.module, "bias", None)
+
+    def facts(self) -> dict[str, Any]:
+        """The keyword arguments that `linear_stats` and its relatives take."""
+        return {
+            "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
+            "temperature": self.temperature,
+        }
+
+
+def choose_backend(
+    backend: Backend, device: torch.device, stats: tuple[str, ...] = ("logps",)
+) -> tuple[Tiles, str]:
+    """(tiles, why) for a named backend, or the best one for `auto`.
+
+    Raises:
+        ValueError: an unknown name, or a backend that cannot run here; named ones never fall back.
+    """
+    second = next((name for name in stats if name in OF_REFERENCE), None)
+    has_triton = importlib.util.find_spec("triton") is not None
+    if backend == "torch":
+        return TorchTiles(), "torch was asked for"
+    if backend == "triton":
+        if not has_triton:
+            raise ValueError("backend='triton' needs the triton package: pip install triton")
+        if second is not None:
+            raise ValueError(
+                f"backend='triton' has no kernel for {second!r}: use 'torch' or 'auto'"
+            )
+        if device.type != "cuda" and not _interpreting():
+            raise ValueError(
+                f"backend='triton' cannot run on {device.type!r}: use 'torch' or 'auto', or set "
+                "TRITON_INTERPRET=1 before Python starts to interpret the kernels slowly"
+            )
+        return TritonTiles(), "triton was asked for"
+    if backend != "auto":
+        raise ValueError(f"unknown backend {backend!r}: choose 'auto', 'torch' or 'triton'")
+    if device.type == "cuda" and has_triton and second is None:
+        return TritonTiles(), "triton: a GPU and the triton package are here"
+    if device.type != "cuda":
+        return TorchTiles(), f"torch: kernels do not run on {device.type}"
+    if second is not None:
+        return TorchTiles(), f"torch: {second} has no kernel"
+    return TorchTiles(), "torch: the triton package is missing"
+
+
+def _interpreting() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+_said: set[str] = set()
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        logger.info(message)
+
+
+def plan_head(
+    num_tokens: int,
+    vocab_size: int,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    stats: tuple[str, ...] = ("logps",),
+    num_grad_stats: int = 1,
+    needs_hidden: bool = True,
+    needs_head: bool = False,
+    needs_weight: bool | None = None,
+    with_reference: bool = False,
+    backend: Backend = "auto",
+    workspace_mib: float = 256,
+    link: Link | None = None,
+) -> tuple[Tiles, Schedule, str]:
+    """(tiles, schedule, why this backend): the decision of one call, without making it."""
+    tiles, why = choose_backend(backend, torch.device(device), stats)
+    schedule = choose_schedule(
+        num_tokens,
+        vocab_size,
+        needs_hidden=needs_hidden,
+        needs_head=needs_head,
+        needs_weight=needs_head if needs_weight is None else needs_weight,
+        num_grad_stats=num_grad_stats,
+        with_reference=with_reference,
+        num_slabs=tiles.num_slabs(link or Link(), stats, with_reference),
+        workspace_bytes=int(workspace_mib * 2**20),
+        itemsize=accumulator(dtype).itemsize,
+    )
+    return tiles, schedule, why
+
+
+def linear_stats(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor,  # [N]
+    *,
+    stats: tuple[str, ...] = ("logps",),
+    grad: tuple[str, ...] | None = None,
+    bias: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    backend: Backend = "auto",
+    workspace_mib: float = 256,
+) -> TokenStats:
+    r"""Token statistics of the head for the label tokens; the table is in the module's docstring.
+
+    Args:
+        hidden: [N, D] float64, float32, bfloat16 or float16; row t predicts `labels[t]`.
+        weight: [V, D], same dtype; under autocast both are cast to the autocast dtype.
+        labels: [N] integers in [0, V), or `ignore_index`: such a row costs nothing and gets zeros.
+        stats: names of the statistics to return.
+        grad: those of them that gradient flows through; all differentiable ones by default. Each
+            costs one more product and one more [N, D] buffer on a frozen head.
+        bias: [V] or None.
+        ref_hidden: [N, D'] the reference's hidden states, for its statistics; no gradient.
+        ref_weight: [V, D'] the reference's head, by default `weight`; `ref_bias` likewise.
+        softcap, logit_scale, temperature: the head's facts; both heads share them.
+        backend: `auto`, `torch` (plain PyTorch tiles) or `triton`; a named one never falls back.
+        workspace_mib: budget of the slabs of logits that are alive at once.
+
+    Returns:
+        name -> [N] float32 (float64 for float64 inputs), 0 at ignored positions.
+
+    Raises:
+        ValueError: shapes or dtypes that do not match, an unknown statistic or backend, a label
+            outside [0, V), a statistic of the reference without `ref_hidden`.
+
+    >>> h, w = torch.randn(4, 8), torch.randn(16, 8)
+    >>> out = linear_stats(h, w, torch.tensor([3, -100, 0, 15]), stats=("logps", "entropy"))
+    >>> out["logps"].shape, out["entropy"][1].item()
+    (torch.Size([4]), 0.0)
+    """
+    stats = tuple(stats)
+    grad = tuple(n for n in stats if n in DIFFERENTIABLE) if grad is None else tuple(grad)
+    link = Link(softcap, logit_scale, temperature)
+    with_reference = any(name in OF_REFERENCE for name in stats)
+    _check(hidden, weight, labels, stats, grad, link, bias, workspace_mib)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    elif hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"hidden is {hidden.dtype} and weight {weight.dtype}: cast one of them, or call under "
+            "torch.autocast"
+        )
+    if with_reference:
+        if ref_hidden is None:
+            raise ValueError(f"{stats} needs the reference's hidden states: pass ref_hidden")
+        if ref_weight is None:
+            ref_weight, ref_bias = weight, bias
+        if ref_hidden.shape[0] != hidden.shape[0] or ref_weight.shape[0] != weight.shape[0]:
+            raise ValueError(
+                f"the reference has {ref_hidden.shape[0]} tokens and {ref_weight.shape[0]} "
+                f"vocabulary rows, the policy {hidden.shape[0]} and {weight.shape[0]}"
+            )
+        ref_hidden = ref_hidden.detach().to(hidden.dtype)
+        ref_weight = ref_weight.detach().to(hidden.dtype)
+        ref_bias = None if ref_bias is None else ref_bias.detach()
+    else:
+        ref_hidden = ref_weight = ref_bias = None
+
+    total = labels.numel()
+    valid = _valid_positions(labels, ignore_index, weight.shape[0])
+    if valid is not None:
+        hidden, labels = hidden[valid], labels[valid]
+        ref_hidden = None if ref_hidden is None else ref_hidden[valid]
+    if labels.numel() == 0:
+        # No row is left, but the graph is: hidden and weight get zero gradients, not None.
+        anchor = hidden.sum() * 0 + weight.sum() * 0 if torch.is_grad_enabled() else hidden.sum()
+        zeros = hidden.new_zeros(total, dtype=accumulator(hidden.dtype))
+        return {n: zeros + anchor if n in grad else zeros.clone() for n in stats}
+
+    needs = [
+        torch.is_grad_enabled() and t is not None and t.requires_grad
+        for t in (hidden, weight, bias)
+    ]
+    tiles, schedule, why = plan_head(
+        labels.numel(),
+        weight.shape[0],
+        device=hidden.device,
+        dtype=hidden.dtype,
+        stats=stats,
+        num_grad_stats=len(grad),
+        needs_hidden=needs[0],
+        needs_head=needs[1] or needs[2],
+        needs_weight=needs[1],
+        with_reference=with_reference,
+        backend=backend,
+        workspace_mib=workspace_mib,
+        link=link,
+    )
+    if backend == "auto":
+        _say_once(f"head backend {why}")
+    plan = Plan(link, stats, grad, tiles, schedule)
+    heads = Heads(hidden, weight, bias, labels.long(), ref_hidden, ref_weight, ref_bias)
+    values = LinearStats.apply(plan, *heads)
+    if valid is not None:
+        values = [v.new_zeros(total).index_copy(0, valid, v) for v in values]
+    return dict(zip(stats, values, strict=True))
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    stats: tuple[str, ...],
+    grad: tuple[str, ...],
+    link: Link,
+    bias: Tensor | None,
+    workspace_mib: float,
+) -> None:
+    """ValueError for arguments that cannot be meant; costs no device sync."""
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden must be [N, D] and weight [V, D]: got {tuple(hidden.shape)} and "
+            f"{tuple(weight.shape)}"
+        )
+    if labels.shape != hidden.shape[:1]:
+        raise ValueError(f"labels must be [{hidden.shape[0]}]: got {tuple(labels.shape)}")
+    if labels.is_floating_point():
+        raise ValueError(f"labels must be integers: got {labels.dtype}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{weight.shape[0]}]: got {tuple(bias.shape)}")
+    for name in (*stats, *grad):
+        if name not in STATISTICS:
+            raise ValueError(f"unknown statistic {name!r}: choose from {', '.join(STATISTICS)}")
+    for name in grad:
+        if name not in stats or name not in DIFFERENTIABLE:
+            raise ValueError(f"grad names {name!r}, which is not a differentiable one of {stats}")
+    if link.softcap is not None and not link.softcap > 0:
+        raise ValueError(f"softcap must be positive or None: got {link.softcap}")
+    if not link.temperature > 0:
+        raise ValueError(f"temperature must be positive: got {link.temperature}")
+    if not workspace_mib > 0:
+        raise ValueError(f"workspace_mib must be positive: got {workspace_mib}")
+
+
+def _valid_positions(labels: Tensor, ignore_index: int, vocab_size: int) -> Tensor | None:
+    """Positions whose label is not ignored, or None when that is all of them."""
+    ignored = labels == ignore_index
+    outside = ((labels < 0) | (labels >= vocab_size)) & ~ignored
+    any_ignored, any_outside = torch.stack([ignored.any(), outside.any()]).tolist()
+    if any_outside:
+        position = int(outside.nonzero()[0])
+        raise ValueError(
+            f"label {int(labels[position])} at position {position} is outside the vocabulary "
+            f"[0, {vocab_size}) and is not ignore_index={ignore_index}"
+        )
+    return (~ignored).nonzero().squeeze(1) if any_ignored else None
+
+
+def linear_logps(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor,  # [N]
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    backend: Backend = "auto",
+    workspace_mib: float = 256,
+) -> Tensor:
+    r"""Log-probabilities of the labels, $\log softmax(z_t)_{y_t}$, without the logits.
+
+    Args and errors as `linear_stats`. Gradients are exact for hidden, weight and bias.
+
+    Returns:
+        [N] float32 (float64 for float64 inputs), 0 at ignored positions.
+
+    >>> h, w, y = torch.randn(4, 8), torch.randn(16, 8), torch.tensor([3, 1, 0, 15])
+    >>> expected = (h @ w.T).log_softmax(-1)[torch.arange(4), y]
+    >>> torch.allclose(linear_logps(h, w, y), expected, atol=1e-5)
+    True
+    """
+    return linear_stats(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        backend=backend,
+        workspace_mib=workspace_mib,
+    )["logps"]
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor,  # [N]
+    *,
+    bias: Tensor | None = None,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    backend: Backend = "auto",
+    workspace_mib: float = 256,
+) -> Tensor:
+    r"""Cross-entropy of a linear head without the logits.
+
+    $\ell_t = -(1-\epsilon) \log p_y - \epsilon (\frac1V\sum_v z_v - lse) + \zeta \, lse^2$, with
+    $\epsilon$ `label_smoothing` (as `torch.nn.functional.cross_entropy`) and $\zeta$ `z_loss`
+    (PaLM, arXiv 2204.02311). `mean` divides by the number of labels that are not ignored and gives
+    0, with zero gradients, where there is none. Other args and errors as `linear_stats`.
+
+    Returns:
+        a scalar, or [N] for `none`.
+
+    Raises:
+        ValueError: also for a `reduction` of another name or `label_smoothing` outside [0, 1].
+
+    >>> h, w, y = torch.randn(4, 8), torch.randn(16, 8), torch.tensor([3, 1, 0, 15])
+    >>> expected = torch.nn.functional.cross_entropy(h @ w.T, y, label_smoothing=0.1)
+    >>> torch.allclose(linear_cross_entropy(h, w, y, label_smoothing=0.1), expected, atol=1e-5)
+    True
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"unknown reduction {reduction!r}: choose 'mean', 'sum' or 'none'")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1]: got {label_smoothing}")
+    wanted = {
+        "logps": True,
+        "lse": bool(label_smoothing or z_loss),
+        "mean_logit": bool(label_smoothing),
+    }
+    stats = linear_stats(
+        hidden,
+        weight,
+        labels,
+        stats=tuple(name for name, needed in wanted.items() if needed),
+        bias=bias,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        backend=backend,
+        workspace_mib=workspace_mib,
+    )
+    losses = -stats["logps"]
+    if label_smoothing:
+        smooth = stats["lse"] - stats["mean_logit"]
+        losses = (1 - label_smoothing) * losses + label_smoothing * smooth
+    if z_loss:
+        losses = losses + z_loss * stats["lse"].square()
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    return losses.sum() / (labels != ignore_index).sum().clamp(min=1)
+
+
+def logps_from_logits(
+    logits: Tensor,  # [..., V]
+    labels: Tensor,  # [...]
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+) -> Tensor:
+    r"""Log-probabilities of the labels for people who already hold logits.
+
+    Args:
+        logits: [..., V], any float dtype; the log-sum-exp is taken in float32 (float64 stays).
+        labels: [...] integers in [0, V), or `ignore_index`.
+        temperature: divisor of the logits.
+
+    Returns:
+        [...] float32 (float64 for float64 logits), 0 at ignored positions.
+
+    Raises:
+        ValueError: shapes that do not match, a label outside the vocabulary.
+
+    >>> logps_from_logits(torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.long)).exp()[0, 0]
+    tensor(0.2500)
+    """
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"logits are {tuple(logits.shape)}, so labels must be {tuple(logits.shape[:-1])}: got "
+            f"{tuple(labels.shape)}"
+        )
+    _valid_positions(labels.flatten(), ignore_index, logits.shape[-1])
+    ignored = labels == ignore_index
+    z = logits.to(accumulator(logits.dtype)) / temperature
+    index = labels.masked_fill(ignored, 0).long().unsqueeze(-1)
+    logps = z.gather(-1, index).squeeze(-1) - z.logsumexp(dim=-1)
+    return logps.masked_fill(ignored, 0)

@@ -1,0 +1,95 @@
+"""What an objective is: a pure function of named scores, and what it returns.
+
+The names of a function's positional parameters are the scores it needs (`ratio`, `mean_logps`,
+`kl`, `score`, ...: the table in `fastpo.scores.score_responses`); its keyword-only parameters are
+its hyper-parameters. Nothing else has to be declared: the engine reads the signature.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+Family = Literal["pair", "point", "list"]
+"""pair: exactly two candidates. point: each candidate alone. list: two or more, ragged."""
+
+Per = Literal["groups", "responses", "desirable", "undesirable", "chosen_tokens"]
+"""What a term's sum is divided by, counted over the whole optimiser step and every rank.
+
+`desirable` and `undesirable` count responses by label, `chosen_tokens` the scored tokens of the
+desirable ones. A count of zero leaves a sum of zero: divide by max(count, 1).
+"""
+
+
+class Term(NamedTuple):
+    """One summand of a loss: weight * sum(values) / (global count of `per`)."""
+
+    values: Tensor  # [G], summed over the group's responses
+    per: Per = "groups"
+    weight: float = 1.0
+
+
+class Outcome(NamedTuple):
+    """What an objective returns for G groups of K candidates."""
+
+    terms: tuple[Term, ...]
+    rewards: Tensor  # [G, K], detached: the implicit rewards that are logged
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A number that an objective takes from the whole batch and not from one group.
+
+    `of(scores, hyper)` returns (values, mask): the masked mean over all ranks is handed to the
+    objective under the statistic's name, without gradient. `running` averages it over all
+    training steps so far, this one included, and the state is saved with the checkpoint.
+    """
+
+    of: Callable[[Mapping[str, Tensor], Mapping[str, Any]], tuple[Tensor, Tensor]]
+    running: bool = False
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A named objective of the catalogue.
+
+    Args:
+        name: its key in the table.
+        fn: the pure function; see the module docstring for how its signature is read.
+        family: how many candidates a group must have.
+        paper: arXiv identifier or other source.
+        formula: one line of plain text for tables.
+        statistics: batch statistics that `fn` takes by name.
+        extras: roles of the extra responses that every group must bring.
+    """
+
+    name: str
+    fn: Callable[..., Outcome]
+    family: Family
+    paper: str
+    formula: str
+    statistics: Mapping[str, Statistic] = field(default_factory=dict)
+    extras: tuple[str, ...] = ()
+
+    @cached_property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the scores and statistics that `fn` takes."""
+        return tuple(
+            p.name
+            for p in inspect.signature(self.fn).parameters.values()
+            if p.kind is not inspect.Parameter.KEYWORD_ONLY
+        )
+
+    @cached_property
+    def hyper(self) -> dict[str, Any]:
+        """Hyper-parameter -> published default."""
+        return {
+            p.name: p.default
+            for p in inspect.signature(self.fn).parameters.values()
+            if p.kind is inspect.Parameter.KEYWORD_ONLY
+        }

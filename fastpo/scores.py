@@ -1,0 +1,160 @@
+"""Token statistics to sequence scores: the only place where tokens are summed or weighted.
+
+Shapes: N label tokens, R responses, G groups (one prompt each), K candidates per group.
+Candidates are numbered best first: slot 0 is the chosen response, the last slot the worst.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastpo.head import TokenStats
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Which response every label token belongs to, and which group every response belongs to.
+
+    Args:
+        response: [N] int64, the response in [0, R) that each label token belongs to.
+        grid: [G, K] int64, the response in each slot of each group, -1 where a group is shorter.
+        label: [G, K] bool, True for desirable responses (chosen, thumbs-up, best rank).
+        num_responses: R, a Python integer so that no device sync is needed.
+        score: [G, K] float, the row's own grade of each response, or None.
+        rank: [G, K] int64, 0 is best, ties share a rank, or None.
+        weight: [G] float, sample weight of each group, or None for ones.
+        extras: role -> [G] int64, a further response of each group that is no candidate:
+            `mismatched` (KTO: the answer to another prompt), `gold`, `ref_response`.
+    """
+
+    response: Tensor
+    grid: Tensor
+    label: Tensor
+    num_responses: int
+    score: Tensor | None = None
+    rank: Tensor | None = None
+    weight: Tensor | None = None
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def mask(self) -> Tensor:
+        """[G, K] bool, True where a group has a candidate."""
+        return self.grid >= 0
+
+    @classmethod
+    def pairs(cls, num_pairs: int, length: int, *, device: torch.device | None = None) -> Segments:
+        """Segments of the padded chosen-then-rejected layout: 2B rows of `length` positions."""
+        rows = torch.arange(2 * num_pairs, device=device)
+        return cls(
+            response=rows.repeat_interleave(length),
+            grid=torch.stack([rows[:num_pairs], rows[num_pairs:]], dim=1),
+            label=torch.tensor([True, False], device=device).expand(num_pairs, 2),
+            num_responses=2 * num_pairs,
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Segments:
+        """The same segments with every tensor on `device`."""
+        moved: dict = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                moved[f.name] = value.to(device, non_blocking=non_blocking)
+            elif isinstance(value, dict):
+                moved[f.name] = {
+                    k: v.to(device, non_blocking=non_blocking) for k, v in value.items()
+                }
+        return replace(self, **moved)
+
+
+def _sum_by_response(values: Tensor, segments: Segments) -> Tensor:
+    """[N] -> [R]: sums over the tokens of each response, zero for an empty one."""
+    return values.new_zeros(segments.num_responses).index_add(0, segments.response, values)
+
+
+def score_responses(
+    stats: TokenStats,
+    segments: Segments,
+    *,
+    ref_logps: Tensor | None = None,
+    token_weights: Tensor | None = None,
+) -> dict[str, Tensor]:
+    r"""Named sequence scores, the vocabulary that objectives are written in.
+
+    With token weight $a_t$ (default 1), mask $m_t$ and $L = \sum_t m_t [a_t \ne 0]$:
+
+    | name | definition |
+    |---|---|
+    | `logps` | $\sum_t a_t \log\pi(y_t)$ |
+    | `mean_logps` | `logps` / L |
+    | `length` | L |
+    | `ref_logps` | $\sum_t a_t \log\pi_{ref}(y_t)$ |
+    | `ratio` | `logps - ref_logps` |
+    | `mean_ratio` | `ratio` / L |
+    | `kl` | $\sum_t a_t KL(\pi_{ref} \| \pi)_t$ |
+    | `kl_reverse` | $\sum_t a_t KL(\pi \| \pi_{ref})_t$ |
+    | `mask`, `label`, `score`, `rank` | the segments' own |
+
+    Each is [G, K], zero where a group has no such candidate. An extra response named in
+    `segments.extras` adds the same names with its role in front, [G]: `mismatched_ratio`, ...
+
+    Args:
+        stats: token statistics; `logps` [N], and `kl_ref_policy`, `kl_policy_ref` if present.
+        segments: the token -> response -> group table.
+        ref_logps: [N] reference log-probs of the same tokens, or None.
+        token_weights: [N] weights, with or without gradient, or None for ones.
+
+    Returns:
+        name -> tensor; `ratio` and its relatives only when `ref_logps` is given, and so on.
+
+    Raises:
+        ValueError: a per-token tensor does not have the N of `segments.response`.
+    """
+    n = segments.response.numel()
+    per_token: dict[str, Tensor] = {"logps": stats["logps"]}
+    if ref_logps is not None:
+        per_token["ref_logps"] = ref_logps
+    for name, stat in (("kl", "kl_ref_policy"), ("kl_reverse", "kl_policy_ref")):
+        if stat in stats:
+            per_token[name] = stats[stat]
+    for name, value in {**per_token, "token_weights": token_weights}.items():
+        if value is not None and value.shape != (n,):
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}, but the segments describe {n} label tokens"
+            )
+
+    if token_weights is None:
+        counted = torch.ones_like(per_token["logps"])
+    else:
+        per_token = {name: value * token_weights for name, value in per_token.items()}
+        counted = (token_weights != 0).to(per_token["logps"].dtype)
+    sums = {name: _sum_by_response(value, segments) for name, value in per_token.items()}
+    length = _sum_by_response(counted, segments)
+    per_response = {**sums, "length": length}
+    # An empty response has score 0 and length 0: dividing by 1 keeps its mean and gradient at 0.
+    divisor = length.clamp(min=1)
+    per_response["mean_logps"] = sums["logps"] / divisor
+    if ref_logps is not None:
+        per_response["ratio"] = sums["logps"] - sums["ref_logps"]
+        per_response["mean_ratio"] = per_response["ratio"] / divisor
+
+    mask = segments.mask
+    slots = segments.grid.clamp(min=0)
+    scores = {
+        name: torch.where(mask, value[slots], value.new_zeros(()))
+        for name, value in per_response.items()
+    }
+    for role, index in segments.extras.items():
+        for name, value in per_response.items():
+            scores[f"{role}_{name}"] = value[index]
+    scores["mask"] = mask
+    scores["label"] = segments.label & mask
+    for name in ("score", "rank"):
+        value = getattr(segments, name)
+        if value is not None:
+            scores[name] = value
+    return scores

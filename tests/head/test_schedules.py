@@ -1,0 +1,149 @@
+"""The schedule is a pure function; its products and its memory are what it says they are."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastpo import linear_logps, linear_stats
+from fastpo.head import choose_backend, plan_head
+from fastpo.schedules import choose_schedule
+from fastpo.tiles import DIFFERENTIABLE, TorchTiles, TritonTiles
+
+BIG = {"num_tokens": 4096, "vocab_size": 131072}
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "products"),
+    [
+        ({"needs_hidden": False}, "forward", 1),
+        ({"needs_hidden": True, "num_grad_stats": 0}, "forward", 1),
+        ({"needs_hidden": True}, "frozen", 2),
+        ({"needs_hidden": True, "num_grad_stats": 2}, "recompute", 3),
+        ({"needs_hidden": True, "with_reference": True}, "frozen", 3),
+        ({"needs_hidden": True, "with_reference": True, "num_grad_stats": 2}, "frozen", 4),
+        ({"needs_hidden": True, "needs_head": True, "needs_weight": True}, "recompute", 4),
+        ({"needs_hidden": True, "needs_head": True}, "recompute", 3),
+        ({"needs_hidden": False, "needs_head": True, "needs_weight": True}, "recompute", 3),
+    ],
+)
+def test_products(case, name, products):
+    schedule = choose_schedule(**BIG, **case)
+    assert (schedule.name, schedule.products) == (name, products)
+
+
+def test_small_logits_are_kept():
+    schedule = choose_schedule(64, 1000, needs_hidden=True, needs_head=True, needs_weight=True)
+    assert (schedule.name, schedule.products) == ("kept", 3)
+
+
+def test_blocks_fit_the_workspace_at_any_size():
+    for n, v, mib in [(1, 257, 1), (10**6, 262144, 256), (64000, 131072, 1), (3, 10**6, 256)]:
+        s = choose_schedule(n, v, needs_hidden=True, workspace_bytes=mib << 20, num_slabs=3)
+        assert 1 <= s.row_block <= n
+        assert 1 <= s.vocab_block <= v
+        for rows, columns in ((s.row_block, v), (n, s.vocab_block)):
+            assert rows * columns * 12 <= mib << 20 or min(rows, columns) == 1
+
+
+class CountingMode(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts multiply-adds of matrix products, in units of N * D * V."""
+
+    def __init__(self, unit: int) -> None:
+        super().__init__()
+        self.unit, self.total = unit, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            a, b = args[-2:]
+            self.total += a.shape[0] * a.shape[1] * b.shape[1]
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def products(self) -> float:
+        return self.total / self.unit
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("workspace_mib", [0.1, 256])
+@pytest.mark.parametrize("stats", [("logps",), DIFFERENTIABLE])
+def test_as_many_products_run_as_the_schedule_says(trained, workspace_mib, stats):
+    n, d, v = 60, 16, 509
+    hidden = torch.randn(n, d, requires_grad=True)
+    weight = torch.randn(v, d, requires_grad=trained)
+    labels = torch.randint(0, v, (n,))
+    with_reference = stats != ("logps",)
+    _, schedule, _ = plan_head(
+        n, v, device="cpu", stats=stats, num_grad_stats=len(stats), needs_head=trained,
+        with_reference=with_reference, workspace_mib=workspace_mib,
+    )  # fmt: skip
+    with CountingMode(n * d * v) as count:
+        out = linear_stats(
+            hidden, weight, labels, stats=stats, workspace_mib=workspace_mib,
+            ref_hidden=torch.randn(n, d) if with_reference else None,
+            ref_weight=weight.detach() if with_reference else None,
+        )  # fmt: skip
+        sum(t.sum() for t in out.values()).backward()
+    assert count.products == schedule.products
+
+
+def test_backend_choice():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    tiles, why = choose_backend("auto", cpu)
+    assert isinstance(tiles, TorchTiles)
+    assert "cpu" in why
+    assert isinstance(choose_backend("auto", cuda)[0], TritonTiles)
+    tiles, why = choose_backend("auto", cuda, ("logps", "kl_ref_policy"))
+    assert isinstance(tiles, TorchTiles)
+    assert "kl_ref_policy" in why
+    with pytest.raises(ValueError, match="no kernel for 'kl_ref_policy'"):
+        choose_backend("triton", cuda, ("kl_ref_policy",))
+
+
+MEMORY = """
+import json, resource, sys, torch
+from fastpo import linear_logps
+torch.set_num_threads(1)
+n, v, trained = (int(a) for a in sys.argv[1:])
+hidden = torch.randn(n, 32, requires_grad=True)
+weight = torch.randn(v, 32).requires_grad_(bool(trained))
+labels = torch.randint(0, v, (n,))
+warm = linear_logps(hidden[:8], weight[:64], labels[:8] % 64).sum().backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+linear_logps(hidden, weight, labels, workspace_mib=16).sum().backward()
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps((after - before) * 1024))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", [0, 1])
+def test_peak_memory_does_not_grow_with_n_times_v(trained):
+    """A fresh process each, because the high-water mark only rises.
+
+    N V grows 16-fold, to 1 GiB of float32 logits. What may grow is O(N D + V D), at most 8 MiB
+    here, and the allocator's slack; the workspace of 16 MiB is the same in both.
+    """
+
+    def peak(n: int, v: int) -> int:
+        argv = [sys.executable, "-c", MEMORY, str(n), str(v), str(trained)]
+        done = subprocess.run(argv, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout)
+
+    small, large = peak(2048, 8192), peak(8192, 32768)
+    logits = 8192 * 32768 * 4
+    assert large < logits / 8, f"peak {large >> 20} MiB for logits of {logits >> 20} MiB"
+    assert large - small < 32 << 20, f"{small >> 20} MiB grew to {large >> 20} MiB"
+
+
+def test_named_triton_never_falls_back(monkeypatch):
+    from triton import knobs
+
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    x = torch.randn(4, 8)
+    with pytest.raises(ValueError, match="cannot run on 'cpu'"):
+        linear_logps(x, torch.randn(16, 8), torch.zeros(4, dtype=torch.long), backend="triton")

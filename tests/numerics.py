@@ -1,0 +1,31 @@
+"""Numeric test tools. Later tests are judged by these rules and by no tolerance of their own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def error(value: Tensor, truth: Tensor) -> float:
+    """Largest absolute difference from the float64 truth; NaN or misplaced inf counts as inf."""
+    value, truth = value.detach().double().cpu(), truth.detach().double().cpu()
+    assert value.shape == truth.shape, f"shape {tuple(value.shape)}, expected {tuple(truth.shape)}"
+    same = (value == truth) | (value.isnan() & truth.isnan())
+    difference = torch.where(same, torch.zeros_like(truth), (value - truth).abs())
+    return difference.nan_to_num(nan=float("inf")).max().item() if difference.numel() else 0.0
+
+
+def assert_three_way(ours: Tensor, plain: Tensor, truth: Tensor, what: str = "value") -> None:
+    """error(ours, float64) <= 2 * (error(same-dtype plain PyTorch, float64) + eps * scale).
+
+    eps is the machine epsilon of `ours`' dtype, scale the largest magnitude of the truth.
+    """
+    finite = truth.detach().double()[truth.isfinite()]
+    scale = finite.abs().max().item() if finite.numel() else 0.0
+    eps = torch.finfo(ours.dtype).eps
+    mine, theirs = error(ours, truth), error(plain, truth)
+    bound = 2 * (theirs + eps * scale)
+    assert mine <= bound, (
+        f"{what}: error {mine:.3e} against float64, bound {bound:.3e} "
+        f"(plain {theirs:.3e}, eps*scale {eps * scale:.3e})"
+    )
