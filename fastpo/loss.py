@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastpo.head import Backend, Head, TokenStats, linear_stats
 from fastpo.objectives import get_objective
 from fastpo.objectives.base import Objective, Outcome
+from fastpo.objectives.listwise import tie_keys
 from fastpo.scores import Segments, score_responses
 
 # How to obtain a score that an objective needs and the caller did not supply.
@@ -92,6 +93,10 @@ class PreferenceLoss(nn.Module):
             passes `weight`. It is not registered: its parameters stay the model's.
         **hyper: hyper-parameters of the objective; see `fastpo objectives NAME`.
 
+    Attributes:
+        seed, step: keys of the random order of tied candidates (LiPO); a training loop that wants
+            a new draw each step sets `step`.
+
     Raises:
         ValueError: an unknown objective or hyper-parameter, with the nearest name.
 
@@ -115,6 +120,7 @@ class PreferenceLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.components = resolve(objective, hyper)
+        self.seed = self.step = 0
         # In a tuple, so that nn.Module does not adopt the model's head as its own child.
         self._head = (Head(head) if isinstance(head, nn.Module) else head,)
         for name in self._running:
@@ -230,6 +236,12 @@ class PreferenceLoss(nn.Module):
         stats = self._token_stats(hidden, weight, bias, labels, reference, options)
         ref_logps = stats.pop("ref_logps", ref_logps)
         scores = score_responses(stats, segments, ref_logps=ref_logps, token_weights=token_weights)
+        if "tie_key" in self.needs:
+            number = segments.index
+            if number is None:
+                number = torch.arange(segments.grid.shape[0], device=segments.grid.device)
+            candidates = segments.grid.shape[1]
+            scores["tie_key"] = tie_keys(number, candidates, seed=self.seed, step=self.step)
         return self._reduce(scores, segments, totals)
 
     def _token_stats(

@@ -28,6 +28,8 @@ class Segments:
         score: [G, K] float, the row's own grade of each response, or None.
         rank: [G, K] int64, 0 is best, ties share a rank, or None.
         weight: [G] float, sample weight of each group, or None for ones.
+        index: [G] int64, the number of each group in its data set, or None for 0, 1, ...: what
+            seeded draws are keyed by, so that they do not depend on how a step is cut.
         extras: role -> [G] int64, a further response of each group that is no candidate:
             `mismatched` (KTO: the answer to another prompt), `gold`, `ref_response`.
     """
@@ -39,6 +41,7 @@ class Segments:
     score: Tensor | None = None
     rank: Tensor | None = None
     weight: Tensor | None = None
+    index: Tensor | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
 
     @property
