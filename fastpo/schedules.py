@@ -123,10 +123,12 @@ class LinearStats(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         heads = Heads(hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias)
         ctx.plan = plan
-        # Backward recomputes probabilities from these, whether or not the caller asked for them.
-        needed = tuple(dict.fromkeys((*plan.want, "lse", "lse_rest", "logps")))
+        # Kept logits are already in memory: the plain backend reads them, whichever was chosen.
+        tiles = TorchTiles() if plan.schedule.name == "kept" else plan.tiles
+        needed = tuple(dict.fromkeys((*plan.want, *tiles.keeps)))
         if ref_hidden is not None:
             needed += ("ref_lse", "ref_lse_rest")
+        ctx.tiles = tiles
         ctx.needed, ctx.dtype = needed, hidden.dtype
         with torch.autocast(hidden.device.type, enabled=False):
             if plan.schedule.name == "frozen":
@@ -141,7 +143,7 @@ class LinearStats(torch.autograd.Function):
                 stats, _ = TorchTiles.from_logits(z, z_ref, labels, plan.link, needed, ())
                 ctx.save_for_backward(*heads, *(stats[name] for name in needed), *kept)
             else:
-                stats = plan.tiles.statistics(heads, plan.link, needed, plan.schedule.row_block)
+                stats = tiles.statistics(heads, plan.link, needed, plan.schedule.row_block)
                 if plan.schedule.name == "recompute":
                     ctx.save_for_backward(*heads, *(stats[name] for name in needed))
         ctx.mark_non_differentiable(*(stats[n] for n in plan.want if n not in plan.grads))
@@ -163,7 +165,13 @@ class LinearStats(torch.autograd.Function):
             stats = dict(zip(ctx.needed, saved[count:], strict=False))
             kept = saved[count + len(ctx.needed) :] or None
             grads = _backward_by_vocabulary(
-                Heads(*saved[:count]), plan, stats, given, kept, ctx.needs_input_grad[1:4]
+                Heads(*saved[:count]),
+                plan,
+                ctx.tiles,
+                stats,
+                given,
+                kept,
+                ctx.needs_input_grad[1:4],
             )
         return (None, *grads, *[None] * 4)
 
@@ -188,6 +196,7 @@ def _forward_frozen(
 def _backward_by_vocabulary(
     heads: Heads,
     plan: Plan,
+    tiles: Tiles,
     stats: Mapping[str, Tensor],
     cotangents: Mapping[str, Tensor],
     kept: tuple[Tensor, ...] | None,
@@ -202,7 +211,7 @@ def _backward_by_vocabulary(
     for lo, hi in blocks(vocab_size, plan.schedule.vocab_block):
         part = heads.columns(lo, hi)
         logits = None if kept is None else tuple(slab[:, lo:hi] for slab in kept)
-        c = plan.tiles.coefficients(part, plan.link, stats, cotangents, lo, vocab_size, logits)
+        c = tiles.coefficients(part, plan.link, stats, cotangents, lo, vocab_size, logits)
         if grad_hidden is not None:
             add_matmul_(grad_hidden, c, part.weight)
         if grad_weight is not None:

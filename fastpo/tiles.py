@@ -123,7 +123,13 @@ class Heads(NamedTuple):
 
 
 class Tiles(Protocol):
-    """The three steps that a backend supplies; schedules are the same for every backend."""
+    """The three steps that a backend supplies; schedules are the same for every backend.
+
+    Attributes:
+        keeps: statistics that `coefficients` wants back.
+    """
+
+    keeps: tuple[str, ...]
 
     def num_slabs(self, link: Link, want: tuple[str, ...], with_reference: bool) -> int:
         """Accumulator slabs alive at once.
@@ -252,6 +258,8 @@ def _coefficients_(
 class TorchTiles:
     """Every step in plain PyTorch: CPU, MPS, XPU, and the divergences everywhere."""
 
+    keeps = ("lse", "lse_rest", "logps")
+
     def num_slabs(self, link: Link, want: tuple[str, ...], with_reference: bool) -> int:
         # p and log p; the soft-cap's slope; the entropy's factor; the same again for a reference.
         slabs = 2 + (link.softcap is not None) + ("entropy" in want)
@@ -339,6 +347,8 @@ class TorchTiles:
 class TritonTiles:
     """The same steps by the kernels of `fastpo.kernels`; products stay with the vendor's BLAS."""
 
+    keeps = ("lse", "logps")
+
     def num_slabs(self, link: Link, want: tuple[str, ...], with_reference: bool) -> int:
         return 2  # the products in fp32, the coefficients in the inputs' dtype
 
@@ -391,10 +401,7 @@ class TritonTiles:
         vocab_size: int,
         logits: tuple[Tensor, ...] | None = None,
     ) -> Tensor:
-        if logits is not None:
-            return TorchTiles().coefficients(
-                heads, link, stats, cotangents, first, vocab_size, logits
-            )
+        assert logits is None, "kept logits are the plain backend's business"
         from fastpo.kernels.linear_coefficients import linear_coefficients
 
         return linear_coefficients(
@@ -405,7 +412,6 @@ class TritonTiles:
             v_start=first,
             vocab_size=vocab_size,
             lse=stats["lse"],
-            lse_rest=stats["lse_rest"],
             logps=stats["logps"],
             entropy=stats.get("entropy"),
             **{f"grad_{name}": value for name, value in cotangents.items()},
