@@ -258,7 +258,7 @@ def _coefficients_(
 class TorchTiles:
     """Every step in plain PyTorch: CPU, MPS, XPU, and the divergences everywhere."""
 
-    keeps = ("lse", "lse_rest", "logps")
+    keeps: tuple[str, ...] = ("lse", "lse_rest", "logps")
 
     def num_slabs(self, link: Link, want: tuple[str, ...], with_reference: bool) -> int:
         # p and log p; the soft-cap's slope; the entropy's factor; the same again for a reference.
@@ -347,7 +347,7 @@ class TorchTiles:
 class TritonTiles:
     """The same steps by the kernels of `fastpo.kernels`; products stay with the vendor's BLAS."""
 
-    keeps = ("lse", "logps")
+    keeps: tuple[str, ...] = ("lse", "logps")
 
     def num_slabs(self, link: Link, want: tuple[str, ...], with_reference: bool) -> int:
         return 2  # the products in fp32, the coefficients in the inputs' dtype

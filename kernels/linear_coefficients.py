@@ -1,0 +1,287 @@
+r"""The backward of `linear_stats` up to its matrix products: recompute a slice of logits, write C.
+
+    C_v = dz_v/da_v * ( g_logps (1[v = y] - p_v) + g_lse p_v + g_mean / V
+                        - g_entropy p_v (log p_v + H) )
+
+for a vocabulary slice W_s [Vs, D] that starts at row v_start of W; g_x [N] are the cotangents of
+the row statistics. The caller then forms two plain products with cuBLAS,
+
+    dH += C W_s        dW_s = C^T h        (db_s = sum_n C)
+
+so that each slice of dW is finished by one product and no fp32 [V, D] buffer exists.
+
+C is formed in fp32, one-hot included, and rounded ONCE, to the dtype of the products. Rounding p
+and subtracting it from the one-hot afterwards loses every digit of a confident token's gradient
+(bf16, p_y = .998: relative error 1.1 against 1.3e-3).
+
+One matrix product, 2 N Vs D FLOP, and N Vs elements written.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .online import statistics_reference
+from .tile import (
+    Config,
+    Table,
+    acc_dtype,
+    block_order,
+    chip_of,
+    coefficient,
+    on_device_of,
+    pick,
+    precision,
+    raw_tile,
+    transform,
+    transform_constants,
+    transform_reference,
+    unit_rows,
+)
+
+
+@triton.jit
+def load_rows(x_ptr, o_n, m_n, HAS: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
+    """[BN] row values, zero where the input is absent."""
+    if HAS:
+        return tl.load(x_ptr + o_n, mask=m_n, other=0.0).to(ACC)
+    else:
+        return tl.zeros([BN], dtype=ACC)
+
+
+@triton.jit
+def coefficients_kernel(
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
+    labels_ptr,
+    lse_ptr,
+    lse_rest_ptr,
+    logps_ptr,
+    entropy_ptr,
+    grad_logps_ptr,
+    grad_lse_ptr,
+    grad_mean_logit_ptr,
+    grad_entropy_ptr,
+    out_ptr,
+    stride_hn,
+    stride_wv,
+    stride_on,
+    v_start,
+    N,
+    V_slice,
+    V,
+    D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_REST: tl.constexpr,
+    HAS_LOGPS: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    DOT: tl.constexpr,
+    ACC: tl.constexpr,
+    BN: tl.constexpr,
+    BV: tl.constexpr,
+    BD: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """One [BN, BV] tile of C."""
+    i_n, i_v = block_order(tl.program_id(0), tl.cdiv(N, BN), tl.cdiv(V_slice, BV), GROUP)
+    v_first = i_v * BV
+    b_a = raw_tile(
+        hidden_ptr,
+        weight_ptr,
+        stride_hn,
+        stride_wv,
+        i_n,
+        v_first,
+        N,
+        V_slice,
+        D,
+        BN,
+        BV,
+        BD,
+        DOT,
+        ACC,
+    )
+    n_first = i_n.to(tl.int64) * BN
+    o_n = n_first + tl.arange(0, BN)
+    o_v = v_first + tl.arange(0, BV)
+    m_n = o_n < N
+    m_v = o_v < V_slice
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + o_v, mask=m_v, other=0.0)
+        b_a += bias.to(ACC)[None, :]
+    b_z, b_slope = transform(b_a, SOFTCAP, INNER, OUTER)
+    # Counted from the slice and in int32: a label is compared with every column of the tile.
+    labels = (tl.load(labels_ptr + o_n, mask=m_n, other=-1) - v_start).to(tl.int32)
+    b_c = coefficient(
+        b_z,
+        b_slope,
+        o_v[None, :] == labels[:, None],
+        load_rows(lse_ptr, o_n, m_n, True, BN, ACC),
+        load_rows(lse_rest_ptr, o_n, m_n, HAS_REST, BN, ACC),
+        load_rows(logps_ptr, o_n, m_n, True, BN, ACC),
+        load_rows(entropy_ptr, o_n, m_n, HAS_ENTROPY, BN, ACC),
+        load_rows(grad_logps_ptr, o_n, m_n, HAS_LOGPS, BN, ACC),
+        load_rows(grad_lse_ptr, o_n, m_n, HAS_LSE, BN, ACC),
+        load_rows(grad_mean_logit_ptr, o_n, m_n, HAS_MEAN, BN, ACC),
+        load_rows(grad_entropy_ptr, o_n, m_n, HAS_ENTROPY, BN, ACC),
+        V,
+        HAS_LOGPS,
+        HAS_LSE,
+        HAS_MEAN,
+        HAS_ENTROPY,
+    )
+    out_ptrs = out_ptr + n_first * stride_on + v_first
+    out_ptrs += tl.arange(0, BN)[:, None] * stride_on + tl.arange(0, BV)[None, :]
+    tl.store(out_ptrs, b_c.to(out_ptr.dtype.element_ty), mask=m_n[:, None] & m_v[None, :])
+
+
+CONFIGS: Table = {
+    ("sm_80", "16"): Config(BN=128, BV=128, BD=64, group=8, warps=8, stages=3),
+    ("sm_80", "16 rich"): Config(BN=128, BV=64, BD=64, group=8, warps=8, stages=3),
+    ("sm_90", "16"): Config(BN=128, BV=256, BD=64, group=8, warps=8, stages=3),
+    ("sm_90", "16 rich"): Config(BN=128, BV=128, BD=64, group=8, warps=8, stages=3),
+    ("sm_100", "16"): Config(BN=128, BV=256, BD=64, group=8, warps=8, stages=3),
+    ("sm_100", "16 rich"): Config(BN=128, BV=128, BD=64, group=8, warps=8, stages=3),
+    ("gfx942", "16"): Config(BN=128, BV=128, BD=64, group=8, warps=8, stages=2),
+    ("any", "16"): Config(BN=64, BV=64, BD=32, group=8, warps=4, stages=2),
+    ("any", "32"): Config(BN=64, BV=64, BD=32, group=8, warps=4, stages=2),
+    ("any", "64"): Config(BN=32, BV=32, BD=16, group=8, warps=4, stages=1),
+    # The interpreter pays about 5 ms a block whatever its size.
+    **{("cpu", bits): Config(BN=64, BV=512, BD=128) for bits in ("16", "32", "64")},
+}
+
+
+def linear_coefficients(
+    hidden: Tensor,  # [N, D]
+    weight_slice: Tensor,  # [Vs, D]
+    labels: Tensor,  # [N]
+    bias_slice: Tensor | None = None,  # [Vs]
+    *,
+    v_start: int,
+    vocab_size: int,
+    lse: Tensor,  # [N]
+    logps: Tensor,  # [N]
+    lse_rest: Tensor | None = None,  # [N]
+    entropy: Tensor | None = None,  # [N]
+    grad_logps: Tensor | None = None,  # [N]
+    grad_lse: Tensor | None = None,  # [N]
+    grad_mean_logit: Tensor | None = None,  # [N]
+    grad_entropy: Tensor | None = None,  # [N]
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,  # [N, Vs]
+    config: Config | None = None,
+) -> Tensor:
+    """d loss / d (h W_s^T + b_s) [N, Vs] from the cotangents of the row statistics.
+
+    Args:
+        hidden, weight_slice, bias_slice, softcap, logit_scale, temperature: as in `linear_stats`,
+            the weight and bias cut to the rows [v_start, v_start + Vs) of the vocabulary.
+        labels: [N] int64 in [0, vocab_size), numbered in the whole vocabulary.
+        vocab_size: V, the whole vocabulary.
+        lse, logps, lse_rest, entropy: [N] as `linear_stats` returned them; `lse_rest` takes the
+            rounding of lse out of every p_v, `entropy` is needed with its cotangent only.
+        grad_logps, grad_lse, grad_mean_logit, grad_entropy: [N] cotangents, None for zero.
+        out_dtype: dtype of the result; None for the dtype of `hidden`.
+        out: buffer to write, with unit stride along its rows; None allocates one.
+        config: launch configuration; None asks the table.
+
+    Returns:
+        C [N, Vs], rounded once from fp32 (fp64 inputs: fp64).
+    """
+    (N, D), V_slice = hidden.shape, weight_slice.shape[0]
+    assert weight_slice.shape == (V_slice, D)
+    assert weight_slice.dtype == hidden.dtype
+    assert grad_entropy is None or entropy is not None, "grad_entropy needs the entropy"
+    if out is None:
+        out = hidden.new_empty((N, V_slice), dtype=out_dtype or hidden.dtype)
+    assert out.shape == (N, V_slice)
+    assert out.stride(-1) == 1
+    assert out_dtype in (None, out.dtype)
+    if N == 0 or V_slice == 0:
+        return out
+    hidden, weight_slice = unit_rows(hidden), unit_rows(weight_slice)
+    beyond = (softcap, grad_lse, grad_mean_logit, grad_entropy)
+    rich = any(x is not None for x in beyond)
+    config = config or pick(CONFIGS, chip_of(hidden.device), hidden.dtype, rich)
+    num_n, num_v = triton.cdiv(N, config.BN), triton.cdiv(V_slice, config.BV)
+    # Cotangents of a sum arrive expanded (stride 0); [N] copies are cheaper than a stride each.
+    rows = [
+        x if x is None else x.contiguous()
+        for x in (
+            lse,
+            lse_rest,
+            logps,
+            entropy,
+            grad_logps,
+            grad_lse,
+            grad_mean_logit,
+            grad_entropy,
+        )
+    ]
+    with on_device_of(hidden):
+        coefficients_kernel[(num_n * num_v,)](
+            hidden,
+            weight_slice,
+            None if bias_slice is None else bias_slice.contiguous(),
+            labels.contiguous(),
+            *rows,
+            out,
+            hidden.stride(0),
+            weight_slice.stride(0),
+            out.stride(0),
+            v_start,
+            N,
+            V_slice,
+            vocab_size,
+            D=D,
+            HAS_BIAS=bias_slice is not None,
+            HAS_REST=lse_rest is not None,
+            HAS_LOGPS=grad_logps is not None,
+            HAS_LSE=grad_lse is not None,
+            HAS_MEAN=grad_mean_logit is not None,
+            HAS_ENTROPY=grad_entropy is not None,
+            **transform_constants(softcap, logit_scale, temperature),
+            **precision(hidden.dtype),
+            BN=config.BN,
+            BV=config.BV,
+            BD=config.BD,
+            GROUP=config.group,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+    return out
+
+
+def linear_coefficients_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    **grads: Tensor,
+) -> Tensor:
+    """C [N, V] over the whole vocabulary by autograd through dense fp32 (fp64) logits.
+
+    `grads` are the cotangents under the names of the statistics: `logps`, `lse`, ...
+    """
+    acc = acc_dtype(hidden.dtype)
+    raw = (hidden.detach().to(acc) @ weight.detach().to(acc).T).requires_grad_()
+    with torch.enable_grad():
+        z = transform_reference(raw, bias, softcap, logit_scale, temperature)
+        stats = statistics_reference(z, labels, grads)
+        return torch.autograd.grad(list(stats.values()), raw, list(grads.values()))[0]

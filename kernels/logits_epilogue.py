@@ -1,0 +1,289 @@
+r"""Statistics, and the coefficients of one of them, from raw products that are already in memory.
+
+    a = h W^T [B, V] in fp32, from cuBLAS   ->   the statistics of `linear_stats`, [B] each
+                                            ->   C = d statistic / d a [B, V], rounded once
+
+The schedule of a frozen head: while a slab of logits is alive, r = C W [B, D] is formed by a second
+product. The backward of ANY objective over that statistic is then dH_n = g_n r_n, elementwise, with
+no recompute: two matrix products in all, where recomputing takes three.
+
+One launch, one program a row, two sweeps: online statistics, then C. Traffic 4 BV bytes for the
+statistics and (4 + size of C) BV for the coefficients; no exponential is ever stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .online import (
+    absorb,
+    check_names,
+    empty_state,
+    finish,
+    flags,
+    pointers,
+    statistics_reference,
+    store_statistics,
+)
+from .tile import (
+    Config,
+    Table,
+    acc_dtype,
+    chip_of,
+    coefficient,
+    on_device_of,
+    pick,
+    precision,
+    transform,
+    transform_constants,
+    transform_reference,
+)
+
+
+@triton.jit
+def load_logits(
+    row_ptrs,
+    bias_ptr,
+    o_v,
+    m_n,
+    V,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """z and dz/da of the columns o_v [BV] of the rows at row_ptrs [BN]."""
+    m_v = o_v < V
+    b_a = tl.load(row_ptrs[:, None] + o_v[None, :], mask=m_n[:, None] & m_v[None, :], other=0.0)
+    b_a = b_a.to(ACC)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + o_v, mask=m_v, other=0.0)
+        b_a += bias.to(ACC)[None, :]
+    return transform(b_a, SOFTCAP, INNER, OUTER)
+
+
+@triton.jit
+def epilogue_kernel(
+    products_ptr,
+    bias_ptr,
+    labels_ptr,
+    lse_ptr,
+    lse_rest_ptr,
+    logps_ptr,
+    entropy_ptr,
+    log_p2_ptr,
+    top1_ptr,
+    mean_logit_ptr,
+    out_ptr,
+    stride_pn,
+    stride_on,
+    N,
+    V,
+    BLOCKS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_OUT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    WANT_LSE: tl.constexpr,
+    WANT_LSE_REST: tl.constexpr,
+    WANT_LOGPS: tl.constexpr,
+    WANT_ENTROPY: tl.constexpr,
+    WANT_LOG_P2: tl.constexpr,
+    WANT_TOP1: tl.constexpr,
+    WANT_MEAN_LOGIT: tl.constexpr,
+    OF_LOGPS: tl.constexpr,
+    OF_LSE: tl.constexpr,
+    OF_MEAN_LOGIT: tl.constexpr,
+    OF_ENTROPY: tl.constexpr,
+    ACC: tl.constexpr,
+    BN: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """Statistics of BN rows, then their coefficients. products and out may be the same buffer."""
+    o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    m_n = o_n < N
+    labels = tl.load(labels_ptr + o_n, mask=m_n, other=0).to(tl.int32)
+    row_ptrs = products_ptr + o_n * stride_pn
+    state = empty_state(BN, ACC)
+    for block in range(BLOCKS):
+        o_v = block * BV + tl.arange(0, BV)
+        b_z, _ = load_logits(row_ptrs, bias_ptr, o_v, m_n, V, HAS_BIAS, SOFTCAP, INNER, OUTER, ACC)
+        state = absorb(
+            state,
+            b_z,
+            o_v,
+            labels,
+            V,
+            WANT_ENTROPY or OF_ENTROPY,
+            WANT_LOG_P2,
+            WANT_TOP1,
+            WANT_MEAN_LOGIT,
+        )
+    statistics = finish(state, V)
+    store_statistics(
+        statistics,
+        o_n,
+        m_n,
+        lse_ptr,
+        lse_rest_ptr,
+        logps_ptr,
+        entropy_ptr,
+        log_p2_ptr,
+        top1_ptr,
+        mean_logit_ptr,
+        WANT_LSE,
+        WANT_LSE_REST,
+        WANT_LOGPS,
+        WANT_ENTROPY,
+        WANT_LOG_P2,
+        WANT_TOP1,
+        WANT_MEAN_LOGIT,
+    )
+    if HAS_OUT:
+        lse, lse_rest, logp, entropy, _, _, _ = statistics
+        one = tl.full([BN], 1.0, dtype=ACC)
+        for block in range(BLOCKS):
+            o_v = block * BV + tl.arange(0, BV)
+            b_z, b_slope = load_logits(
+                row_ptrs, bias_ptr, o_v, m_n, V, HAS_BIAS, SOFTCAP, INNER, OUTER, ACC
+            )
+            b_c = coefficient(
+                b_z,
+                b_slope,
+                o_v[None, :] == labels[:, None],
+                lse,
+                lse_rest,
+                logp,
+                entropy,
+                one,
+                one,
+                one,
+                one,
+                V,
+                OF_LOGPS,
+                OF_LSE,
+                OF_MEAN_LOGIT,
+                OF_ENTROPY,
+            )
+            out_ptrs = out_ptr + o_n[:, None] * stride_on + o_v[None, :]
+            m_out = m_n[:, None] & (o_v[None, :] < V)
+            tl.store(out_ptrs, b_c.to(out_ptr.dtype.element_ty), mask=m_out)
+
+
+# 16 fp32 logits a thread: four 16-byte loads in flight, and the row maximum costs two block-wide
+# reductions per 4096 columns.
+CONFIGS: Table = {
+    ("any", "16"): Config(BN=1, BV=4096, warps=8),
+    ("any", "32"): Config(BN=1, BV=4096, warps=8),
+    ("any", "64"): Config(BN=1, BV=1024, warps=4),
+    # The interpreter pays about 5 ms a block whatever its size.
+    **{("cpu", bits): Config(BN=64, BV=1024) for bits in ("16", "32", "64")},
+}
+
+DIFFERENTIABLE = ("logps", "lse", "mean_logit", "entropy")
+
+
+def logits_epilogue(
+    products: Tensor,  # [B, V]
+    labels: Tensor,  # [B]
+    bias: Tensor | None = None,  # [V]
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    want: Iterable[str] = ("logps", "lse"),
+    coefficient_of: str | None = None,
+    out: Tensor | None = None,  # [B, V]
+    config: Config | None = None,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    r"""Statistics of softmax(z) from raw products a, and d statistic / d a of one of them.
+
+    Args:
+        products: [B, V] a = h W^T without bias, fp32 (or fp64); any row stride.
+        labels: [B] int64, every one in [0, V).
+        bias, softcap, logit_scale, temperature: $z = \mathrm{softcap}((a + b)\,s) / T$.
+        want: names out of `online.STATISTICS`.
+        coefficient_of: one of `logps`, `lse`, `mean_logit`, `entropy`, or None for no coefficients.
+        out: [B, V] buffer for the coefficients, in the dtype they are rounded to; `products` itself
+            to overwrite it, otherwise disjoint from it. None allocates one like `products`.
+        config: launch configuration; None asks the table.
+
+    Returns:
+        (name -> [B] fp32 (fp64), the coefficients or None).
+
+    Raises:
+        ValueError: `want` or `coefficient_of` names no (differentiable) statistic.
+    """
+    want = check_names(want)
+    if coefficient_of is not None and coefficient_of not in DIFFERENTIABLE:
+        raise ValueError(
+            f"coefficient_of={coefficient_of!r}: choose from {', '.join(DIFFERENTIABLE)}"
+        )
+    B, V = products.shape
+    assert products.stride(-1) == 1
+    assert labels.shape == (B,)
+    acc = acc_dtype(products.dtype)
+    stats = {name: products.new_empty(B, dtype=acc) for name in want}
+    if coefficient_of is None:
+        assert out is None, "out without coefficient_of"
+    elif out is None:
+        out = torch.empty_like(products)
+    if out is not None:
+        assert out.shape == (B, V)
+        assert out.stride(-1) == 1
+    if B == 0:
+        return stats, out
+    config = config or pick(CONFIGS, chip_of(products.device), products.dtype)
+    with on_device_of(products):
+        epilogue_kernel[(triton.cdiv(B, config.BN),)](
+            products,
+            None if bias is None else bias.contiguous(),
+            labels.contiguous(),
+            **pointers(stats),
+            out_ptr=out,
+            stride_pn=products.stride(0),
+            stride_on=0 if out is None else out.stride(0),
+            N=B,
+            V=V,
+            BLOCKS=triton.cdiv(V, config.BV),
+            HAS_BIAS=bias is not None,
+            HAS_OUT=out is not None,
+            **transform_constants(softcap, logit_scale, temperature),
+            **flags(want),
+            **{f"OF_{name.upper()}": name == coefficient_of for name in DIFFERENTIABLE},
+            ACC=precision(products.dtype)["ACC"],
+            BN=config.BN,
+            BV=config.BV,
+            num_warps=config.warps,
+        )
+    return stats, out
+
+
+def logits_epilogue_reference(
+    products: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    want: Iterable[str] = ("logps", "lse"),
+    coefficient_of: str | None = None,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """`logits_epilogue` in plain torch: dense logits, coefficients by autograd."""
+    raw = products.detach().to(acc_dtype(products.dtype)).requires_grad_()
+    with torch.enable_grad():
+        z = transform_reference(raw, bias, softcap, logit_scale, temperature)
+        stats = statistics_reference(z, labels, want)
+        if coefficient_of is None:
+            return {name: x.detach() for name, x in stats.items()}, None
+        (picked,) = statistics_reference(z, labels, (coefficient_of,)).values()
+        out = torch.autograd.grad(picked.sum(), raw)[0]
+    return {name: x.detach() for name, x in stats.items()}, out.to(products.dtype)
