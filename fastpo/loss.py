@@ -316,29 +316,28 @@ class PreferenceLoss(nn.Module):
         own = batch_counts(scores)
         divisors: Mapping[str, Any] = own if totals is None else totals
         groups = segments.grid.shape[0]
-        loss: Tensor | None = None
         losses = scores["logps"].new_zeros(groups)
-        # The rewards that are logged are the first objective's; sft has none worth the name.
-        rewards, name_of_rewards = None, ""
+        loss = losses.sum()
+        rewards: dict[str, Tensor] = {}
         metrics, counts = {}, {}
         for component in self.components:
             name = component.objective.name
             statistics = self._statistics(component, scores)
             outcome = self._evaluate(component, {**scores, **statistics})
-            if rewards is None or name_of_rewards == "sft":
-                rewards, name_of_rewards = outcome.rewards, name
+            rewards[name] = outcome.rewards
             for term in outcome.terms:
                 scale = component.weight * term.weight
                 values = term.values if segments.weight is None else term.values * segments.weight
-                part = scale * values.sum() / _at_least_one(divisors[term.per])
-                loss = part if loss is None else loss + part
+                loss = loss + scale * values.sum() / _at_least_one(divisors[term.per])
                 losses += scale * values.detach() * (groups / _at_least_one(own[term.per]))
             for statistic, value in statistics.items():
                 metrics[f"{name}/{statistic}"] = value
                 counts[f"{name}/{statistic}"] = torch.ones_like(value)
-        for name, (total, count) in _reward_metrics(rewards, scores).items():
+        # The rewards that are logged are the first objective's; sft has none worth the name.
+        logged = rewards[next((name for name in rewards if name != "sft"), "sft")]
+        for name, (total, count) in _reward_metrics(logged, scores).items():
             metrics[name], counts[name] = total / count, count
-        return LossOutput(loss, losses, rewards, metrics, counts)
+        return LossOutput(loss, losses, logged, metrics, counts)
 
     @staticmethod
     def _evaluate(component: Component, named: Mapping[str, Tensor]) -> Outcome:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,15 +17,29 @@ def error(value: Tensor, truth: Tensor) -> float:
     return difference.nan_to_num(nan=float("inf")).max().item() if difference.numel() else 0.0
 
 
-def assert_three_way(ours: Tensor, plain: Tensor, truth: Tensor, what: str = "value") -> None:
+def assert_three_way(
+    ours: Tensor,
+    plain: Tensor | Sequence[Tensor],
+    truth: Tensor,
+    what: str = "value",
+    *,
+    terms: float = 0.0,
+) -> None:
     """error(ours, float64) <= 2 * (error(same-dtype plain PyTorch, float64) + eps * scale).
 
-    eps is the machine epsilon of `ours`' dtype, scale the largest magnitude of the truth.
+    Args:
+        ours: what is judged; eps is the machine epsilon of its dtype.
+        plain: plain PyTorch's result, or several whose worst counts: where `ours` is float64 too,
+            plain PyTorch with its sums in other orders shows how far the truth itself is rounded.
+        truth: the float64 result; scale is its largest magnitude, at least `terms`.
+        what: named in the message.
+        terms: magnitude of the terms whose difference the value is, where they cancel.
     """
     finite = truth.detach().double()[truth.isfinite()]
-    scale = finite.abs().max().item() if finite.numel() else 0.0
+    scale = max(terms, finite.abs().max().item() if finite.numel() else 0.0)
     eps = torch.finfo(ours.dtype).eps
-    mine, theirs = error(ours, truth), error(plain, truth)
+    several = [plain] if isinstance(plain, Tensor) else plain
+    mine, theirs = error(ours, truth), max(error(each, truth) for each in several)
     bound = 2 * (theirs + eps * scale)
     assert mine <= bound, (
         f"{what}: error {mine:.3e} against float64, bound {bound:.3e} "
