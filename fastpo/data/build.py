@@ -1,0 +1,458 @@
+"""Rows to groups: one row at a time, a whole data set, or a stream.
+
+A malformed row raises BadRow, or with `on_bad_row="skip"` is left out, counted and listed; nothing
+is repaired silently. Only prompts are ever truncated.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch.utils.data
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from fastpo.data.formats import BadField, Example, check_distinct, read_row
+from fastpo.data.groups import Group, Response
+from fastpo.data.templates import Encoder
+
+logger = logging.getLogger(__name__)
+
+Truncation = Literal["keep_end", "keep_start", "error"]
+OnBadRow = Literal["error", "skip"]
+ListToPairs = Literal["best_worst", "best_rest"]
+EXTRAS = ("mismatched",)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How rows become groups.
+
+    Args:
+        max_length: most tokens of the prompt plus any one of its responses; None: no limit.
+        max_prompt_length: most tokens of a prompt.
+        max_response_length: most tokens of a response, EOS included.
+        truncation: what happens to a prompt that exceeds its budget, the lesser of
+            `max_prompt_length` and what `max_length` leaves beside the longest response:
+            "keep_end" and "keep_start" cut it (BOS stays), "error" makes the row a bad row. A
+            response is never cut: too long a response always makes a bad row.
+        on_bad_row: "error" stops at the first bad row, "skip" leaves bad rows out and lists them.
+        chat_template_kwargs: passed to every `apply_chat_template`.
+        list_to_pairs: None keeps ranked lists, "best_worst" makes one pair of each, "best_rest"
+            pairs the best response with every lower ranked one.
+        assistant_only: in a response of several messages score the assistant's alone.
+    """
+
+    max_length: int | None = None
+    max_prompt_length: int | None = None
+    max_response_length: int | None = None
+    truncation: Truncation = "keep_end"
+    on_bad_row: OnBadRow = "error"
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    list_to_pairs: ListToPairs | None = None
+    assistant_only: bool = True
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("truncation", get_args(Truncation)),
+            ("on_bad_row", get_args(OnBadRow)),
+            ("list_to_pairs", (None, *get_args(ListToPairs))),
+        ):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name}={value!r}: choose one of {choices}")
+        for name in ("max_length", "max_prompt_length", "max_response_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1, or None for no limit")
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on: where it is, and what is wrong with which field."""
+
+    def __init__(self, source: str, row: int, field: str, reason: str, value: Any = None):
+        super().__init__(source, row, field, reason, value)
+        self.source, self.row, self.field = source, row, field
+        self.reason, self.value = reason, value
+
+    def __str__(self) -> str:
+        text = f"{self.source}, row {self.row}, field {self.field!r}: {self.reason}"
+        if self.value is None:
+            return text
+        shown = repr(self.value)
+        return f"{text}; got {shown if len(shown) <= 200 else shown[:197] + '...'}"
+
+
+def _fit(
+    prompt: np.ndarray,
+    lengths: Sequence[int],
+    names: Sequence[str],
+    leading: int,
+    options: DataOptions,
+) -> np.ndarray:
+    """The prompt within its budget."""
+    longest = max(range(len(lengths)), key=lambda k: lengths[k])
+    name, length = names[longest], lengths[longest]
+    if options.max_response_length is not None and length > options.max_response_length:
+        raise BadField(
+            name, f"{length} tokens, more than max_response_length={options.max_response_length}"
+        )
+    budget, least = len(prompt), min(len(prompt), leading + 1)
+    if options.max_length is not None:
+        budget = min(budget, options.max_length - length)
+        if budget < least:
+            raise BadField(
+                name,
+                f"{length} tokens leave no room for a prompt in max_length={options.max_length}",
+            )
+    if options.max_prompt_length is not None:
+        budget = min(budget, options.max_prompt_length)
+    if budget == len(prompt):
+        return prompt
+    if options.truncation == "error" or budget < least:
+        raise BadField(
+            "prompt",
+            f"{len(prompt)} tokens, but {budget} fit with max_length={options.max_length}, "
+            f"max_prompt_length={options.max_prompt_length} and a response of {length}",
+        )
+    if options.truncation == "keep_start":
+        return prompt[:budget]
+    return np.concatenate([prompt[:leading], prompt[len(prompt) - budget + leading :]])
+
+
+def _to_groups(
+    row: Any, encoder: Encoder, options: DataOptions, index: int, source: str
+) -> list[Group]:
+    try:
+        example = read_row(row)
+        encoded = encoder.encode(example)
+        contents = [ids.tobytes() for ids, _ in encoded.responses]
+        check_distinct(example.names, example.ranks, contents)
+        lengths = [len(ids) for ids, _ in encoded.responses]
+        prompt = _fit(encoded.prompt, lengths, example.names, encoded.leading, options)
+        responses = [
+            Response(ids, mask, label=label, score=score, rank=rank)
+            for (ids, mask), label, score, rank in zip(
+                encoded.responses, example.labels, example.scores, example.ranks, strict=True
+            )
+        ]
+        group = Group(prompt, responses, row=index, weight=example.weight, source=source)
+        if options.list_to_pairs is None or not example.ranked:
+            return [group]
+        return _pairs_of(group, example, options.list_to_pairs)
+    except BadField as bad:
+        raise BadRow(source, index, bad.field, bad.reason, bad.value) from bad
+
+
+def _pairs_of(group: Group, example: Example, mode: ListToPairs) -> list[Group]:
+    best = group.responses[0]
+    worse = [r for r in group.responses if r.rank != best.rank]
+    if not worse:
+        raise BadField("scores", "all equal, so the list holds no pair", example.scores)
+    if mode == "best_worst":
+        worse = worse[-1:]
+    return [
+        replace(group, responses=[best, replace(response, label=False, rank=1)])
+        for response in worse
+    ]
+
+
+def row_to_group(
+    row: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    options: DataOptions | None = None,
+    *,
+    index: int = 0,
+    source: str = "rows",
+) -> list[Group]:
+    """The groups of one row: one, or several where a list becomes pairs.
+
+    Raises:
+        BadRow: whatever `options.on_bad_row` says.
+    """
+    options = options or DataOptions()
+    return _to_groups(row, _encoder(tokenizer, options), options, index, source)
+
+
+def _encoder(tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> Encoder:
+    return Encoder(tokenizer, options.chat_template_kwargs, assistant_only=options.assistant_only)
+
+
+def _check_extras(extras: Sequence[str]) -> None:
+    unknown = [role for role in extras if role not in EXTRAS]
+    if unknown:
+        raise ValueError(f"extras={tuple(extras)}: cannot build {unknown[0]!r}, only {EXTRAS}")
+
+
+def _report(skipped: Sequence[BadRow], num_rows: int, shown: int) -> str:
+    if not skipped:
+        return f"no row of {num_rows} was skipped"
+    kinds = Counter((bad.field, bad.reason) for bad in skipped)
+    lines = [f"{len(skipped)} of {num_rows} rows were skipped"]
+    lines += [f"  {n} x {name}: {reason}" for (name, reason), n in kinds.most_common(shown)]
+    lines += [f"the first {min(shown, len(skipped))}:", *(f"  {bad}" for bad in skipped[:shown])]
+    return "\n".join(lines)
+
+
+class Spread(NamedTuple):
+    """Least, median and greatest of a count."""
+
+    min: int
+    median: float
+    max: int
+
+    @classmethod
+    def of(cls, values: Sequence[int]) -> Spread:
+        return cls(min(values), float(np.median(values)), max(values))
+
+    def __str__(self) -> str:
+        return f"{self.min} / {self.median:g} / {self.max}"
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens of a data set, extra responses included."""
+
+    groups: int
+    prompt: Spread  # tokens of a prompt
+    response: Spread  # tokens of a response
+    shared: int  # with one prompt copy per group
+    unshared: int  # with one prompt copy per response
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> TokenCounts:
+        prompts = [len(g.prompt_ids) for g in groups]
+        every = [[*g.responses, *g.extras.values()] for g in groups]
+        return cls(
+            groups=len(groups),
+            prompt=Spread.of(prompts),
+            response=Spread.of([len(r.input_ids) for group in every for r in group]),
+            shared=sum(len(g) for g in groups),
+            unshared=sum(
+                len(r.input_ids) + prompt
+                for prompt, group in zip(prompts, every, strict=True)
+                for r in group
+            ),
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.groups} groups; tokens (min / median / max): prompt {self.prompt}, response "
+            f"{self.response}; {self.shared} in all with one prompt copy per group, "
+            f"{self.unshared} ({self.unshared / self.shared:.2f}x) with one per response"
+        )
+
+
+class GroupDataset(torch.utils.data.Dataset[Group]):
+    """Groups in the order of their rows.
+
+    Attributes:
+        groups: the groups.
+        skipped: the bad rows that were left out.
+        num_rows: rows read.
+        statistics: token counts.
+    """
+
+    def __init__(self, groups: list[Group], skipped: list[BadRow], num_rows: int):
+        self.groups, self.skipped, self.num_rows = groups, skipped, num_rows
+        self.statistics = TokenCounts.of(groups)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> Group:
+        return self.groups[index]
+
+    def skipped_report(self, shown: int = 10) -> str:
+        """How many rows were skipped, for which reasons, and the first of them."""
+        return _report(self.skipped, self.num_rows, shown)
+
+
+def _borrow(group: Group, donor: Group, options: DataOptions) -> Group:
+    """The group with the donor's first response as its mismatched one.
+
+    The token ids are taken as they are: a response to any prompt is tokenised from the border on.
+    One that passes `max_length` is cut, since nobody's preference is learnt from it.
+    """
+    response = donor.responses[0]
+    room = len(response.input_ids)
+    if options.max_length is not None:
+        room = min(room, options.max_length - len(group.prompt_ids))
+    mismatched = Response(response.input_ids[:room], response.loss_mask[:room], label=False)
+    return replace(group, extras={**group.extras, "mismatched": mismatched})
+
+
+def _same_prompt(a: Group, b: Group) -> bool:
+    return np.array_equal(a.prompt_ids, b.prompt_ids)
+
+
+ONE_PROMPT = (
+    "{source}: extras=('mismatched',) pairs each prompt with the answer to another one, but all "
+    "{n} groups have the same prompt; use rows with at least two prompts, or an objective that "
+    "needs no mismatched responses"
+)
+
+
+def _mismatched(groups: list[Group], options: DataOptions, source: str) -> list[Group]:
+    """Rotation by one over the order of the data, on to the next group with another prompt."""
+    n = len(groups)
+    donor = -1
+    donors = [-1] * n
+    # Twice backward round the circle: what follows i is i + 1, or what follows i + 1.
+    for i in itertools.chain(reversed(range(n)), reversed(range(n))):
+        following = (i + 1) % n
+        if not _same_prompt(groups[i], groups[following]):
+            donor = following
+        donors[i] = donor
+    if donor < 0:
+        raise ValueError(ONE_PROMPT.format(source=source, n=n))
+    return [_borrow(group, groups[j], options) for group, j in zip(groups, donors, strict=True)]
+
+
+def build_groups(
+    rows: Iterable[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    options: DataOptions | None = None,
+    *,
+    extras: Sequence[str] = (),
+    source: str = "rows",
+    progress: bool = True,
+) -> GroupDataset:
+    """All rows as groups, in order, tokenised once.
+
+    Args:
+        rows: dicts, as from `load_rows`; `docs/data.md` lists the formats.
+        tokenizer: the model's; its chat template is used for conversations.
+        options: see DataOptions.
+        extras: roles of further responses; "mismatched" (KTO) gives each group the first response
+            of the next group with another prompt.
+        source: name of the data for messages.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        BadRow: at the first bad row, unless `options.on_bad_row` is "skip".
+        ValueError: no rows, no good row, or "mismatched" with fewer than two prompts.
+    """
+    options = options or DataOptions()
+    _check_extras(extras)
+    encoder = _encoder(tokenizer, options)
+    groups: list[Group] = []
+    skipped: list[BadRow] = []
+    num_rows = 0
+    total = len(rows) if isinstance(rows, Sized) else None
+    # disable=None: only where stderr is a terminal.
+    bar = tqdm(rows, total=total, desc=f"Tokenising {source}", disable=None if progress else True)
+    for index, row in enumerate(bar):
+        num_rows += 1
+        try:
+            groups += _to_groups(row, encoder, options, index, source)
+        except BadRow as bad:
+            if options.on_bad_row == "error":
+                raise
+            skipped.append(bad)
+    if not groups:
+        raise ValueError(f"{source}: no usable row; {_report(skipped, num_rows, 10)}")
+    if "mismatched" in extras:
+        groups = _mismatched(groups, options, source)
+    dataset = GroupDataset(groups, skipped, num_rows)
+    _log_moved(encoder, source)
+    if skipped:
+        logger.warning("%s: %s", source, dataset.skipped_report())
+    logger.info("%s: %s", source, dataset.statistics)
+    return dataset
+
+
+def _log_moved(encoder: Encoder, source: str) -> None:
+    if encoder.num_moved:
+        logger.warning(
+            "%s: in %d rows a token spans the border of prompt and response, or the chat template "
+            "writes the answer's header differently; there the response begins a little earlier",
+            source,
+            encoder.num_moved,
+        )
+
+
+class GroupStream(torch.utils.data.IterableDataset[Group]):
+    """Groups built as they are read, for rows that are streamed or do not fit memory.
+
+    The same groups in the same order as `build_groups`, except that a mismatched response comes
+    from the last group before that has another prompt (for the first prompt: from the first group
+    after). `skipped` and `num_rows` describe the latest pass. With several DataLoader workers each
+    builds its share and counts its own; a `datasets.IterableDataset` divides itself, other rows
+    are dealt out in turn.
+
+    Args and errors: as `build_groups`.
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[Any],
+        tokenizer: PreTrainedTokenizerBase,
+        options: DataOptions | None = None,
+        *,
+        extras: Sequence[str] = (),
+        source: str = "rows",
+    ):
+        _check_extras(extras)
+        self.rows, self.tokenizer, self.source = rows, tokenizer, source
+        self.options, self.extras = options or DataOptions(), tuple(extras)
+        self.skipped: list[BadRow] = []
+        self.num_rows = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Passes the epoch to rows that are shuffled by it."""
+        if hasattr(self.rows, "set_epoch"):
+            self.rows.set_epoch(epoch)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def skipped_report(self, shown: int = 10) -> str:
+        """How many rows were skipped so far, for which reasons, and the first of them."""
+        return _report(self.skipped, self.num_rows, shown)
+
+    def __iter__(self) -> Iterator[Group]:
+        groups = self._groups()
+        return self._with_mismatched(groups) if "mismatched" in self.extras else groups
+
+    def _groups(self) -> Iterator[Group]:
+        encoder = _encoder(self.tokenizer, self.options)
+        self.skipped, self.num_rows = [], 0
+        rows = enumerate(self.rows)
+        worker = torch.utils.data.get_worker_info()
+        if worker is not None and not isinstance(self.rows, torch.utils.data.IterableDataset):
+            rows = itertools.islice(rows, worker.id, None, worker.num_workers)
+        for index, row in rows:
+            self.num_rows += 1
+            try:
+                yield from _to_groups(row, encoder, self.options, index, self.source)
+            except BadRow as bad:
+                if self.options.on_bad_row == "error":
+                    raise
+                self.skipped.append(bad)
+        if len(self.skipped) == self.num_rows and worker is None:
+            raise ValueError(f"{self.source}: no usable row; {self.skipped_report()}")
+        _log_moved(encoder, self.source)
+        if self.skipped:
+            logger.warning("%s: %s", self.source, self.skipped_report())
+
+    def _with_mismatched(self, groups: Iterator[Group]) -> Iterator[Group]:
+        waiting: list[Group] = []  # groups of the first prompt
+        donor: Group | None = None  # the last group whose prompt differs from `latest`
+        latest: Group | None = None
+        for group in groups:
+            if latest is not None and not _same_prompt(group, latest):
+                donor = latest
+                for early in waiting:
+                    yield _borrow(early, group, self.options)
+                waiting = []
+            latest = group
+            if donor is None:
+                waiting.append(group)
+            else:
+                yield _borrow(group, donor, self.options)
+        if waiting:
+            raise ValueError(ONE_PROMPT.format(source=self.source, n=len(waiting)))

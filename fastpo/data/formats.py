@@ -1,0 +1,248 @@
+"""What a row says: prompt, responses best first, grades and weight, whatever columns it came in.
+
+Nothing here knows a tokenizer. `docs/data.md` shows each format with an example.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Messages: TypeAlias = list[dict[str, Any]]
+Content: TypeAlias = str | Messages
+
+# Where chat templates look for what an assistant says or does, besides `content`.
+BESIDE_CONTENT = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+
+
+class BadField(ValueError):
+    """A field of a row that cannot be used; `fastpo.data.build` adds the file and the row."""
+
+    def __init__(self, field: str, reason: str, value: Any = None):
+        super().__init__(field, reason, value)
+        self.field, self.reason, self.value = field, reason, value
+
+
+@dataclass
+class Example:
+    """A row before tokenisation. Lists run over the K responses, best first."""
+
+    prompt: Content | None  # None: implicit, what the responses begin with in common
+    responses: list[Content]
+    names: list[str]  # the field each response came from, for messages
+    labels: list[bool]
+    ranks: list[int]  # dense: 0 is best, ties share a rank
+    scores: list[float | None]
+    weight: float = 1.0
+    ranked: bool = False  # a list, which options may turn into pairs
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def conversational(self) -> bool:
+        return not isinstance(self.responses[0], str)
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, (str, bytes))
+
+
+def _message(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    # Columnar storage gives every message the union of all keys and fills the rest with None.
+    message = {key: item for key, item in value.items() if item is not None}
+    if not isinstance(message.get("role"), str):
+        raise BadField(name, "a message has no role", dict(value))
+    content = message.get("content")
+    if content is not None and _is_sequence(content):
+        for part in content:
+            if not (isinstance(part, Mapping) and isinstance(part.get("text"), str)):
+                raise BadField(name, "only text is supported in a message's content", part)
+    elif not isinstance(content, str) and not ("tool_calls" in message and content is None):
+        raise BadField(name, "a message's content is not text", content)
+    return message
+
+
+def _content(name: str, value: Any) -> Content:
+    """Text or messages, checked."""
+    if value is None:
+        raise BadField(name, "missing")
+    if isinstance(value, str):
+        return value
+    if _is_sequence(value) and all(isinstance(item, Mapping) for item in value):
+        return [_message(name, item) for item in value]
+    raise BadField(name, "neither text nor a list of messages", value)
+
+
+def message_text(message: Mapping[str, Any]) -> str:
+    """The text of a message, whichever of the two forms its content has."""
+    content = message.get("content", "")
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def _is_empty(content: Content) -> bool:
+    if isinstance(content, str):
+        return not content.strip()
+    return not any(
+        message_text(m).strip() or any(m.get(key) for key in BESIDE_CONTENT)
+        for m in content
+        if m["role"] == "assistant"
+    )
+
+
+def _number(name: str, value: Any) -> float:
+    number = isinstance(value, (int, float, np.integer, np.floating))
+    if not number or isinstance(value, bool) or not math.isfinite(value):
+        raise BadField(name, "not a finite number", value)
+    return float(value)
+
+
+def _grades(row: Mapping[str, Any], name: str, count: int) -> list[float] | None:
+    values = row.get(name)
+    if values is None:
+        return None
+    if not _is_sequence(values) or len(values) != count:
+        found = len(values) if _is_sequence(values) else 1
+        raise BadField(name, f"{found} {name} for {count} responses", values)
+    return [_number(f"{name}[{i}]", value) for i, value in enumerate(values)]
+
+
+def _ranked_list(row: Mapping[str, Any]) -> Example:
+    values = row["responses"]
+    if not _is_sequence(values):
+        raise BadField("responses", "not a list of responses", values)
+    if len(values) < 2:
+        raise BadField("responses", "a list needs at least two responses", values)
+    names = [f"responses[{i}]" for i in range(len(values))]
+    responses = [_content(name, value) for name, value in zip(names, values, strict=True)]
+    scores = _grades(row, "scores", len(values))
+    given = _grades(row, "ranks", len(values))
+    if scores is not None and given is not None:
+        raise BadField("ranks", "give either scores or ranks, not both", given)
+    if scores is not None:
+        badness = -np.array(scores)
+    elif given is not None:
+        badness = np.array(given)
+    else:
+        badness = np.arange(len(values))
+    order = np.argsort(badness, kind="stable")
+    ranks = np.unique(badness, return_inverse=True)[1]  # dense, in the order of the row
+    return Example(
+        prompt=None,
+        responses=[responses[i] for i in order],
+        names=[names[i] for i in order],
+        labels=[bool(ranks[i] == 0) for i in order],
+        ranks=[int(ranks[i]) for i in order],
+        scores=[None if scores is None else scores[i] for i in order],
+        ranked=True,
+    )
+
+
+def _pair(row: Mapping[str, Any]) -> Example:
+    names = ["chosen", "rejected"]
+    responses = [_content(name, row.get(name)) for name in names]
+    return Example(None, responses, names, [True, False], [0, 1], [None, None])
+
+
+def _single(row: Mapping[str, Any]) -> Example:
+    if "prompt" not in row:
+        raise BadField("prompt", "missing: a single completion cannot imply it")
+    completion, label = _content("completion", row["completion"]), row.get("label")
+    if label is None:
+        raise BadField("label", "missing: true for a good completion, false for a bad one")
+    if not isinstance(label, (bool, np.bool_)):
+        raise BadField("label", "not a bool", label)
+    return Example(None, [completion], ["completion"], [bool(label)], [0], [None])
+
+
+def _template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
+    kwargs = row.get("chat_template_kwargs", {})
+    if not isinstance(kwargs, Mapping):
+        raise BadField("chat_template_kwargs", "not a dict", kwargs)
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise BadField("tools", f"not JSON: {error}", tools) from error
+    # An empty list makes some templates write an empty tool section.
+    return {**kwargs, **({"tools": tools} if tools else {})}
+
+
+def _check(example: Example) -> None:
+    """What holds for every format: one kind of content, nothing empty, no contradiction."""
+    for name, response in zip(example.names, example.responses, strict=True):
+        if isinstance(response, str) == example.conversational:
+            raise BadField(name, "text and messages are mixed in one row", response)
+        if _is_empty(response):
+            raise BadField(name, "empty response", response)
+    check_distinct(example.names, example.ranks, example.responses)
+    prompt = example.prompt
+    if prompt is None:
+        return
+    if isinstance(prompt, str) == example.conversational:
+        reason = (
+            "text, but the responses are messages: write it as messages, or drop the column if the "
+            "responses begin with it"
+            if isinstance(prompt, str)
+            else "messages, but the responses are text"
+        )
+        raise BadField("prompt", reason, prompt)
+    if example.conversational and not prompt:
+        raise BadField("prompt", "no messages", prompt)
+    repeated = [r[: len(prompt)] == prompt for r in example.responses]
+    if example.conversational and all(repeated):
+        raise BadField(
+            example.names[0],
+            "repeats the prompt's messages: keep only the answer, or drop the prompt column",
+            example.responses[0],
+        )
+
+
+def check_distinct(names: Sequence[str], ranks: Sequence[int], contents: Sequence[Any]) -> None:
+    """Equal responses with different ranks contradict each other, so they raise BadField."""
+    for i, content in enumerate(contents):
+        for j in range(i):
+            if contents[j] == content and ranks[i] != ranks[j]:
+                raise BadField(names[i], f"identical to {names[j]}, which is ranked higher")
+
+
+FORMATS = {
+    "chosen": _pair,
+    "rejected": _pair,
+    "responses": _ranked_list,
+    "completion": _single,
+}
+
+
+def read_row(row: Any) -> Example:
+    """A row of any format as an Example; unknown columns and None values are ignored.
+
+    Raises:
+        BadField: naming the field, the reason and the value.
+    """
+    if not isinstance(row, Mapping):
+        raise BadField("row", "not a dict of columns", row)
+    present = {key: value for key, value in row.items() if value is not None}
+    found = [key for key in FORMATS if key in present]
+    if len({FORMATS[key] for key in found}) != 1:
+        reason = "more than one format" if found else "no known format"
+        raise BadField(
+            ", ".join(found) or "columns",
+            f"{reason}: need chosen + rejected, or prompt + completion + label, or prompt + "
+            "responses",
+            sorted(present),
+        )
+    example = FORMATS[found[0]](present)
+    if "prompt" in present:
+        example.prompt = _content("prompt", present["prompt"])
+    if "weight" in present:
+        example.weight = _number("weight", present["weight"])
+        if example.weight < 0:
+            raise BadField("weight", "negative", example.weight)
+    example.template_kwargs = _template_kwargs(present)
+    _check(example)
+    return example

@@ -1,0 +1,322 @@
+"""Groups to one packed batch: one row, one prompt copy per group, and the tables that go with it.
+
+The padded form, one row per response with its own prompt copy, comes from the same tables: label
+tokens, responses and groups are numbered alike, so the two can be compared value by value. In both
+a response's first token is predicted by the hidden state of the prompt's last token.
+
+Shapes: G groups, K candidates, R responses (candidates and extras), N label tokens, T positions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from fastpo.data.groups import Group, Response
+from fastpo.scores import Segments
+
+COUNTS = (
+    "groups",
+    "responses",
+    "desirable",
+    "undesirable",
+    "chosen_tokens",
+    "tokens",
+    "label_tokens",
+    "unshared_tokens",
+)
+
+
+class GroupSpan(NamedTuple):
+    """Where a group lies in the packed row: half-open intervals of positions."""
+
+    prompt: tuple[int, int]
+    responses: tuple[tuple[int, int], ...]
+
+
+class Layout(NamedTuple):
+    """The segment table of a packed row, plain Python integers so that attention never syncs.
+
+    Each token of a response attends to its group's prompt and to its own response, causally.
+    """
+
+    groups: tuple[GroupSpan, ...]
+    length: int
+
+
+def _responses(group: Group) -> list[Response]:
+    """Candidates in order, then extras by role: the numbering used everywhere."""
+    return [*group.responses, *(group.extras[role] for role in sorted(group.extras))]
+
+
+def _labels(group: Group) -> list[bool]:
+    """Candidates' labels; where a group built by hand has none, the best is the desirable one."""
+    return [slot == 0 if r.label is None else r.label for slot, r in enumerate(group.responses)]
+
+
+def _ramp(lengths: np.ndarray) -> np.ndarray:
+    """[2, 3] -> [0, 1, 0, 1, 2]."""
+    starts = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()) - np.repeat(starts, lengths)
+
+
+def group_key(group: Group) -> str:
+    """A hash of what log-probs depend on: token ids and loss masks, in order, extras by role."""
+    digest = hashlib.sha256()
+    parts = [group.prompt_ids.astype("<i4")]
+    for response in _responses(group):
+        parts += [response.input_ids.astype("<i4"), response.loss_mask.astype("u1")]
+    roles = ",".join(sorted(group.extras))
+    digest.update(f"{len(group.responses)};{roles};{[len(part) for part in parts]};".encode())
+    for part in parts:
+        digest.update(part.tobytes())
+    return digest.hexdigest()
+
+
+def row_order(num_groups: int, *, seed: int, epoch: int) -> np.ndarray:
+    """[G] int64: the order in which an epoch visits the groups, a function of seed and epoch."""
+    return np.random.default_rng([seed, epoch]).permutation(num_groups)
+
+
+def _num_weighted(response: Response) -> int:
+    """Scored tokens of a response, less those of weight zero."""
+    if response.token_weights is None:
+        return int(response.loss_mask.sum())
+    return int((response.loss_mask & (response.token_weights != 0)).sum())
+
+
+def counts_of(groups: Sequence[Group]) -> dict[str, int]:
+    """What losses are divided by, and tokens, without packing.
+
+    `groups`, `responses` (candidates), `desirable`, `undesirable`; `chosen_tokens`: scored tokens
+    of the desirable ones, less those of weight zero; `tokens`: T with one prompt copy per group,
+    `unshared_tokens` with one per response; `label_tokens`: N.
+    """
+    counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
+    for group in groups:
+        every, labels = _responses(group), _labels(group)
+        desirable = sum(labels)
+        lengths = sum(len(r.input_ids) for r in every)
+        counts["groups"] += 1
+        counts["responses"] += len(group.responses)
+        counts["desirable"] += desirable
+        counts["undesirable"] += len(group.responses) - desirable
+        counts["chosen_tokens"] += sum(
+            _num_weighted(r) for r, good in zip(group.responses, labels, strict=True) if good
+        )
+        counts["tokens"] += len(group.prompt_ids) + lengths
+        counts["label_tokens"] += sum(int(r.loss_mask.sum()) for r in every)
+        counts["unshared_tokens"] += len(every) * len(group.prompt_ids) + lengths
+    return counts
+
+
+def collate(
+    groups: list[Group],
+    *,
+    share_prompt: bool = True,
+    pad_token_id: int,
+    ref_logps: Sequence[np.ndarray] | None = None,
+) -> dict[str, Any]:
+    """Packs groups into a batch.
+
+    Args:
+        groups: G >= 1 groups with the same extra roles.
+        share_prompt: one packed row with one prompt copy per group; False: a padded row a response.
+        pad_token_id: fills the padded form.
+        ref_logps: reference log-probs of every group's label tokens (candidates in order, then
+            extras by role), one array a group.
+
+    Returns:
+        `input_ids`, `position_ids` [1, T] int64 (responses restart at their prompt's length) and
+        `layout`; padded: `input_ids`, `position_ids`, `attention_mask` [R, longest]. Both forms:
+
+        - `token_index` [N] int64: position in the flattened batch whose hidden state predicts
+          each label token;
+        - `targets` [N] int64: the label tokens, those with `loss_mask`;
+        - `segments`: Segments of them; rank falls back to the slot, score is NaN where only some
+          responses have one, weight is None where all are 1;
+        - `token_weights` [N] float32, or None where no response has any;
+        - `ref_logps` [N] float32 or None; `rows`: `Group.row` of each; `counts`: see `counts_of`.
+
+    Raises:
+        ValueError: no groups, groups with different extra roles, or arrays of the wrong length.
+    """
+    _check(groups)
+    every = [_responses(group) for group in groups]
+    responses = [r for group in every for r in group]
+    num = np.array([len(group) for group in every])  # [G]
+    group_of = np.repeat(np.arange(len(groups)), num)  # [R]
+    prompt_length = np.array([len(g.prompt_ids) for g in groups])  # [G]
+    length = np.array([len(r.input_ids) for r in responses])  # [R]
+
+    if share_prompt:
+        inputs, first, before = _packed(groups, every, prompt_length, length)
+    else:
+        inputs, first, before = _padded(groups, responses, group_of, length, pad_token_id)
+
+    # Token t of a response follows token t - 1, its first one the last token of the prompt.
+    response_of = np.repeat(np.arange(len(responses)), length)  # [all response tokens]
+    step = _ramp(length)
+    predictor = np.where(step == 0, before[response_of], first[response_of] + step - 1)
+    scored = np.concatenate([r.loss_mask for r in responses]).astype(bool)
+    tokens = np.concatenate([r.input_ids for r in responses])
+    return {
+        **inputs,
+        "token_index": torch.from_numpy(predictor[scored]),
+        "targets": torch.from_numpy(tokens[scored].astype(np.int64)),
+        "segments": _segments(groups, num, response_of[scored]),
+        "token_weights": _token_weights(responses, scored),
+        "ref_logps": _ref_logps(groups, every, ref_logps),
+        "rows": [group.row for group in groups],
+        "counts": counts_of(groups),
+    }
+
+
+def _check(groups: Sequence[Group]) -> None:
+    if not groups:
+        raise ValueError("cannot pack a batch of no groups")
+    for group in groups:
+        where = f"{group.source or 'rows'}, row {group.row}"
+        if group.extras.keys() != groups[0].extras.keys():
+            raise ValueError(
+                f"{where}: extras {sorted(group.extras)} where the batch has "
+                f"{sorted(groups[0].extras)}"
+            )
+        if not len(group.prompt_ids):
+            raise ValueError(f"{where}: the prompt has no tokens")
+        for response in _responses(group):
+            for name in ("loss_mask", "token_weights"):
+                value = getattr(response, name)
+                if value is not None and len(value) != len(response.input_ids):
+                    raise ValueError(
+                        f"{where}: {name} of length {len(value)} for "
+                        f"{len(response.input_ids)} tokens"
+                    )
+
+
+def _packed(
+    groups: list[Group],
+    every: list[list[Response]],
+    prompt_length: np.ndarray,
+    length: np.ndarray,
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """The packed row, and [R] positions: of each response's first token, of its prompt's last."""
+    blocks = [
+        block
+        for group, responses in zip(groups, every, strict=True)
+        for block in (group.prompt_ids, *(r.input_ids for r in responses))
+    ]
+    sizes = np.array([len(block) for block in blocks])  # prompts and responses in turn
+    num = np.array([len(responses) for responses in every])
+    prompt_block = np.cumsum(num + 1) - (num + 1)  # [G]
+    is_response = np.ones(len(blocks), dtype=bool)
+    is_response[prompt_block] = False
+    start = np.cumsum(sizes) - sizes
+    first = start[is_response]
+    before = np.repeat(start[prompt_block] + prompt_length - 1, num)
+    # Positions run from 0 in a prompt and from P in each of its responses.
+    offset = np.zeros_like(sizes)
+    offset[is_response] = np.repeat(prompt_length, num)
+    spans = iter(zip(first.tolist(), (first + length).tolist(), strict=True))
+    layout = Layout(
+        groups=tuple(
+            GroupSpan((p, p + n), tuple(next(spans) for _ in range(k)))
+            for p, n, k in zip(
+                start[prompt_block].tolist(), prompt_length.tolist(), num.tolist(), strict=True
+            )
+        ),
+        length=int(sizes.sum()),
+    )
+    inputs = {
+        "input_ids": torch.from_numpy(np.concatenate(blocks).astype(np.int64))[None],
+        "position_ids": torch.from_numpy(_ramp(sizes) + np.repeat(offset, sizes))[None],
+        "layout": layout,
+    }
+    return inputs, first, before
+
+
+def _padded(
+    groups: list[Group],
+    responses: list[Response],
+    group_of: np.ndarray,
+    length: np.ndarray,
+    pad_token_id: int,
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """The padded rows, and [R] flat positions as in `_packed`."""
+    prompt_length = np.array([len(groups[g].prompt_ids) for g in group_of])  # [R]
+    width = int((prompt_length + length).max())
+    input_ids = np.full((len(responses), width), pad_token_id, dtype=np.int64)
+    for row, response, g, p, n in zip(
+        input_ids, responses, group_of, prompt_length, length, strict=True
+    ):
+        row[:p], row[p : p + n] = groups[g].prompt_ids, response.input_ids
+    column = np.arange(width)
+    # Pad by length and never by token: pad may be EOS, which is a token like any other.
+    attended = column < (prompt_length + length)[:, None]
+    first = np.arange(len(responses)) * width + prompt_length
+    inputs = {
+        "input_ids": torch.from_numpy(input_ids),
+        "attention_mask": torch.from_numpy(attended.astype(np.int64)),
+        "position_ids": torch.from_numpy(np.where(attended, column, 0)),
+    }
+    return inputs, first, first - 1
+
+
+def _segments(groups: list[Group], num: np.ndarray, response: np.ndarray) -> Segments:
+    """Segments of the label tokens, `response` [N] being the response each belongs to."""
+    base = np.cumsum(num) - num  # [G], the number of each group's first response
+    candidates = np.array([len(group.responses) for group in groups])
+    k = int(candidates.max())
+    slot = np.arange(k)
+    filled = slot < candidates[:, None]  # [G, K]
+
+    def table(values: list[list], empty: Any, dtype: type) -> torch.Tensor:
+        """[G, K]: ragged rows, filled up with `empty`."""
+        result = np.broadcast_to(np.asarray(empty, dtype=dtype), filled.shape).copy()
+        result[filled] = np.concatenate([np.asarray(row, dtype=dtype) for row in values])
+        return torch.from_numpy(result)
+
+    scores = [[np.nan if r.score is None else r.score for r in g.responses] for g in groups]
+    ranks = [[i if r.rank is None else r.rank for i, r in enumerate(g.responses)] for g in groups]
+    weights = [group.weight for group in groups]
+    roles = sorted(groups[0].extras)
+    return Segments(
+        response=torch.from_numpy(response),
+        grid=torch.from_numpy(np.where(filled, base[:, None] + slot, -1)),
+        label=table([_labels(group) for group in groups], False, bool),
+        num_responses=int(num.sum()),
+        score=None if np.isnan(np.concatenate(scores)).all() else table(scores, 0, np.float32),
+        rank=table(ranks, slot, np.int64),
+        weight=None if all(w == 1 for w in weights) else torch.tensor(weights),
+        extras={role: torch.from_numpy(base + candidates + i) for i, role in enumerate(roles)},
+    )
+
+
+def _token_weights(responses: list[Response], scored: np.ndarray) -> torch.Tensor | None:
+    if all(r.token_weights is None for r in responses):
+        return None
+    weights = [
+        np.ones(len(r.input_ids)) if r.token_weights is None else r.token_weights for r in responses
+    ]
+    return torch.from_numpy(np.concatenate(weights)[scored].astype(np.float32))
+
+
+def _ref_logps(
+    groups: list[Group], every: list[list[Response]], ref_logps: Sequence[np.ndarray] | None
+) -> torch.Tensor | None:
+    if ref_logps is None:
+        return None
+    if len(ref_logps) != len(groups):
+        raise ValueError(f"ref_logps of {len(ref_logps)} groups for a batch of {len(groups)}")
+    for group, responses, values in zip(groups, every, ref_logps, strict=True):
+        expected = sum(int(r.loss_mask.sum()) for r in responses)
+        if np.shape(values) != (expected,):
+            raise ValueError(
+                f"{group.source or 'rows'}, row {group.row}: ref_logps of shape "
+                f"{np.shape(values)} for {expected} label tokens"
+            )
+    return torch.from_numpy(np.concatenate(ref_logps).astype(np.float32))
