@@ -1,0 +1,231 @@
+"""Can this model share prompts, and do shared prompts and the fused head give its own numbers?"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from inspect import signature
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastpo.data.groups import Group, Response
+from fastpo.data.packing import collate
+from fastpo.head import Head, linear_logps, logps_from_logits
+from fastpo.model.attention import SharingError
+from fastpo.model.hidden import attach, causal_lm, decoder_of, label_hidden
+
+logger = logging.getLogger(__name__)
+
+# Of a group's tokens, these many are enough to see a wrong rule and cost next to nothing.
+_PROMPT_TOKENS, _RESPONSE_TOKENS = 24, 8
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """What `self_check` found.
+
+    Args:
+        share_prompt: True where the shared row gave the padded rows' log-probs.
+        reason: why not, or what was measured.
+        sharing_error, sharing_bound: largest difference in log-probs and what rounding explains;
+            None where no shared row was run.
+        head_error, head_bound: the same of the fused head against the model's own logits.
+    """
+
+    share_prompt: bool
+    reason: str
+    sharing_error: float | None
+    sharing_bound: float | None
+    head_error: float
+    head_bound: float
+
+
+def can_share_prompt(model: nn.Module) -> tuple[bool, str]:
+    """Whether this model's architecture allows one prompt copy per group, and why (not).
+
+    A yes is a promise of the architecture's declarations only; `self_check` measures.
+    """
+    inner = causal_lm(model)
+    name = inner.config.model_type
+    try:
+        decoder = decoder_of(inner)
+    except ValueError as error:
+        return False, str(error)
+    config = decoder.config
+    parts = (inner, decoder)
+    if any(getattr(part, "_is_stateful", False) for part in parts):
+        return False, f"{name} has recurrent state, which runs through the row token by token"
+    if not all(part._supports_attention_backend for part in parts):
+        return False, f"{name} does not take its attention from transformers' AttentionInterface"
+    if not any(p.kind is p.VAR_KEYWORD for p in signature(decoder.forward).parameters.values()):
+        return False, f"{name} takes no further keyword arguments, so no segment table"
+    if not all(part._can_set_attn_implementation() for part in parts):
+        return False, f"{name} cannot change its attention implementation"
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if other := sorted(kinds - {"full_attention", "sliding_attention"}):
+        return False, f"{name} has {', '.join(other)} layers"
+    if getattr(config, "use_bidirectional_attention", False):
+        return False, f"{name} attends in both directions"
+    if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", "") == "alibi":
+        return False, f"{name} biases attention by row position (ALiBi)"
+    return True, f"{name} takes its attention from transformers' AttentionInterface"
+
+
+def self_check(
+    model: nn.Module,
+    head: Head,
+    groups: Sequence[Group],
+    pad_token_id: int,
+    *,
+    share_prompt: bool = True,
+) -> SelfCheck:
+    r"""Score a few shortened groups shared and padded, fused and through the model's own logits.
+
+    The bounds are what rounding explains. Shared against padded: both run the same layers in
+    another order of sums, so each of the 2L residual updates of L layers may differ by one rounding
+    of its dtype. A padded run with every input embedding moved by one such rounding measures what
+    that does to the log-probs (e); independent ones add up as $2 \sqrt{2L} \, e$. Head: logits
+    rounded to the model's dtype (once by the product, up to three times by soft-cap and scale), at
+    the label and in the log-sum-exp: $4 \epsilon \max|z|$, plus $2 \epsilon_{32} |h| |W_v|$ for
+    fp32 sums in another order.
+
+    Args:
+        model: an attached or plain causal language model, perhaps wrapped; attached on return.
+        groups: any groups of the data; the first two with the most responses are used, shortened.
+        share_prompt: False checks the head only.
+
+    Returns:
+        SelfCheck; a sharing mismatch is logged in one line and reported, not raised.
+
+    Raises:
+        RuntimeError: the fused head does not reproduce the model's own logits.
+        ValueError: no groups.
+    """
+    if not groups:
+        raise ValueError("self_check needs at least one group")
+    attach(model)
+    device = next(causal_lm(model).get_input_embeddings().parameters()).device
+    chosen = sorted(groups, key=lambda group: -len(group.responses))[:2]
+    small = [_shortened(group) for group in chosen]
+    batches = {
+        shared: _to(collate(small, share_prompt=shared, pad_token_id=pad_token_id), device)
+        for shared in (False, True)
+    }
+    able, reason = can_share_prompt(model) if share_prompt else (False, "not asked for")
+    error = bound = None
+    with _evaluating(model), torch.no_grad():
+        padded = _logps(model, head, batches[False])
+        if able:
+            try:
+                error = _largest(_logps(model, head, batches[True]) - padded)
+            except SharingError as refusal:
+                able, reason = False, str(refusal)
+            else:
+                bound = _sharing_bound(model, head, batches[False], padded)
+                able = error <= bound
+                reason = (
+                    f"shared and padded log-probs differ by {error:.2e}, "
+                    f"rounding explains {bound:.2e}"
+                )
+        head_error, head_bound = _compare_head(model, head, batches[False])
+    if share_prompt and not able:
+        logger.warning("prompts are not shared, every response gets its own row: %s", reason)
+    if not head_error <= head_bound:
+        raise RuntimeError(
+            f"the fused head differs from the model's own logits by {head_error:.2e} in log-probs, "
+            f"rounding explains {head_bound:.2e}: "
+            f"{type(causal_lm(model)).__name__} makes its logits in a way that "
+            f"Head({head.facts()}) does not describe"
+        )
+    return SelfCheck(able, reason, error, bound, head_error, head_bound)
+
+
+def _shortened(group: Group) -> Group:
+    def cut(response: Response) -> Response:
+        ids = response.input_ids[:_RESPONSE_TOKENS]
+        scored = np.ones(len(ids), dtype=bool)
+        return replace(response, input_ids=ids, loss_mask=scored, token_weights=None)
+
+    return replace(
+        group,
+        prompt_ids=group.prompt_ids[-_PROMPT_TOKENS:],
+        responses=[cut(response) for response in group.responses],
+        extras={role: cut(response) for role, response in group.extras.items()},
+    )
+
+
+def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+def _fused(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
+    weight = head.weight
+    return linear_logps(
+        hidden.to(weight.dtype), weight, targets, bias=head.bias, **head.facts()
+    ).double()
+
+
+def _logps(model: nn.Module, head: Head, batch: dict[str, Any]) -> Tensor:
+    return _fused(head, label_hidden(model, batch), batch["targets"])
+
+
+def _largest(difference: Tensor) -> float:
+    """Largest magnitude; NaN, which no bound admits, counts as infinite."""
+    return difference.abs().nan_to_num(nan=float("inf")).max().item()
+
+
+def _sharing_bound(model: nn.Module, head: Head, batch: dict[str, Any], logps: Tensor) -> float:
+    decoder = decoder_of(model)
+    embeddings = decoder.get_input_embeddings()
+
+    def one_rounding(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        eps = torch.finfo(output.dtype).eps
+        signs = torch.ones(output.shape[-1], device=output.device, dtype=output.dtype)
+        signs[::2] = -1
+        return output * (1 + eps * signs)
+
+    hook = embeddings.register_forward_hook(one_rounding)
+    try:
+        moved = _largest(_logps(model, head, batch) - logps)
+    finally:
+        hook.remove()
+    eps = torch.finfo(head.weight.dtype).eps
+    scale = logps.abs().max().item()
+    return 2 * (2 * decoder.config.num_hidden_layers) ** 0.5 * (moved + eps * scale)
+
+
+def _compare_head(model: nn.Module, head: Head, batch: dict[str, Any]) -> tuple[float, float]:
+    """(largest difference in log-probs, what rounding explains)."""
+    targets, index = batch["targets"], batch["token_index"]
+    # Without position_ids, which not every family takes: a padded row counts from 0 by itself.
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    logits = causal_lm(model)(**inputs, use_cache=False).logits.flatten(0, 1)[index]
+    own = logps_from_logits(logits, targets, temperature=head.temperature).double()
+    hidden = label_hidden(model, batch)
+    error = _largest(_fused(head, hidden, targets) - own)
+
+    weight = head.weight
+    raw = (hidden.to(weight.dtype) @ weight.T).abs().max().item() * abs(head.logit_scale)
+    norms = (
+        hidden.float().norm(dim=-1).max()
+        * torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float32).max()
+    )
+    rounding = 4 * torch.finfo(logits.dtype).eps * max(raw, 1.0)
+    summation = torch.finfo(torch.float32).eps * norms.item() * abs(head.logit_scale)
+    return error, (rounding + 2 * summation) / head.temperature

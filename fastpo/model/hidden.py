@@ -1,0 +1,261 @@
+"""A Hugging Face model as a source of hidden states, in one row with shared prompts or padded.
+
+`attach` gives the underlying causal language model a forward that stops before the head when asked
+to, so that DDP, FSDP, peft and accelerate wrappers are still entered through their own `__call__`.
+The attention implementation is a property of the call and not of the model: a forward with a layout
+runs under the shared-prompt attention, every other one under the model's own, and the recomputation
+of a checkpointed layer during backward finds the implementation that its forward had.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from fastpo.data.packing import Layout
+from fastpo.model.attention import NAME, SharedRow
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass
+class _Attached:
+    """What `detach` needs: the forward that the instance carried before, if any, and our hooks."""
+
+    forward: Callable | None
+    hooks: list = field(default_factory=list)
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The causal language model inside peft, DDP, FSDP or torch.compile wrappers.
+
+    Raises:
+        TypeError: no transformers model inside.
+    """
+    inner: Any = model
+    while not isinstance(inner, PreTrainedModel):
+        if hasattr(inner, "get_base_model"):  # peft
+            inner = inner.get_base_model()
+        elif isinstance(getattr(inner, "module", None), nn.Module):  # DDP, FSDP1, DeepSpeed
+            inner = inner.module
+        elif hasattr(inner, "_orig_mod"):  # torch.compile
+            inner = inner._orig_mod
+        else:
+            raise TypeError(f"{type(model).__name__} holds no transformers.PreTrainedModel")
+    return inner
+
+
+def decoder_of(model: nn.Module) -> PreTrainedModel:
+    """The stack of layers, final norm included, head excluded.
+
+    Raises:
+        ValueError: the model has no such part by itself (ModernBERT's `decoder` is its head).
+    """
+    inner = causal_lm(model)
+    decoder = inner.get_decoder()
+    if (
+        decoder is inner
+    ):  # Llama-4's text model, whose base_model_prefix names its multimodal parent
+        decoder = getattr(inner, "model", None)
+    if not isinstance(decoder, PreTrainedModel):
+        raise ValueError(
+            f"{type(inner).__name__} has no separate decoder: its hidden states cannot be taken "
+            "before the head"
+        )
+    return decoder
+
+
+def attach(model: M) -> M:
+    """Let the causal language model inside `model` return hidden states; returns `model` itself.
+
+    Afterwards `model(..., fastpo_hidden=True)` runs the decoder only and returns its last hidden
+    state [B, T, D], final norm included, without a cache; with `fastpo_layout=Layout` the one row
+    of input shares its prompts. Any other call is the original forward. Survives `copy.deepcopy`;
+    attaching twice changes nothing. Works before or after peft and accelerate wrap the model.
+
+    Raises:
+        TypeError, ValueError: as `causal_lm` and `decoder_of`; a prompt-learning adapter; a model
+            loaded under the shared-prompt attention itself.
+    """
+    inner = causal_lm(model)
+    adapter = getattr(model, "active_peft_config", None)
+    if adapter is not None and adapter.is_prompt_learning:
+        raise ValueError(
+            f"{adapter.peft_type} puts tokens in front of every row, which moves the label "
+            "positions: use LoRA or another adapter of weights"
+        )
+    if "_fastpo" in inner.__dict__:
+        return model
+    decoder = decoder_of(inner)
+    if decoder.config._attn_implementation == NAME:
+        raise ValueError(
+            f"attn_implementation={NAME!r}: load the model with its own ('sdpa', "
+            "'flash_attention_2', ...); calls with a layout switch by themselves"
+        )
+    hooks = []
+    for module in decoder.modules():
+        # transformers finds attention layers by this name too (`_can_set_attn_implementation`).
+        if "Attention" in type(module).__name__ and hasattr(module, "config"):
+            hooks.append(module.register_forward_pre_hook(_enter_attention, with_kwargs=True))
+            hooks.append(
+                module.register_forward_hook(_leave_attention, with_kwargs=True, always_call=True)
+            )
+    inner.__dict__["_fastpo"] = _Attached(inner.__dict__.get("forward"), hooks)
+    inner.forward = MethodType(_forward_like(type(inner).forward), inner)
+    return model
+
+
+def detach(model: M) -> M:
+    """Undo `attach`; returns `model` itself."""
+    inner = causal_lm(model)
+    attached = inner.__dict__.pop("_fastpo", None)
+    if attached is not None:
+        for hook in attached.hooks:
+            hook.remove()
+        if attached.forward is None:
+            del inner.forward
+        else:
+            inner.forward = attached.forward
+    return model
+
+
+def label_hidden(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """[N, D] hidden states that predict the batch's label tokens, in the order of `targets`.
+
+    Args:
+        model: an attached model or a wrapper around one.
+        batch: what `fastpo.data.packing.collate` returns, shared or padded.
+
+    Raises:
+        ValueError: a model that `attach` has not seen: it would drop our arguments in silence.
+    """
+    if "_fastpo" not in causal_lm(model).__dict__:
+        raise ValueError(f"fastpo.model.hidden.attach({type(model).__name__}) comes first")
+    names = ("input_ids", "attention_mask", "position_ids")
+    inputs = {name: batch[name] for name in names if batch.get(name) is not None}
+    if batch.get("layout") is not None:
+        inputs["fastpo_layout"] = batch["layout"]
+    hidden = model(**inputs, fastpo_hidden=True)
+    return hidden.flatten(0, 1).index_select(0, batch["token_index"])
+
+
+def _forward_like(original: Callable) -> Callable:
+    """A forward with the signature of `original`; holds no instance, so that copies stay apart."""
+
+    @functools.wraps(original)
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        fastpo_hidden: bool = False,
+        fastpo_layout: Layout | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not fastpo_hidden:
+            if fastpo_layout is not None:
+                raise ValueError("fastpo_layout goes with fastpo_hidden=True")
+            earlier = self.__dict__["_fastpo"].forward  # accelerate's or another tool's, on the instance
+            return original(self, *args, **kwargs) if earlier is None else earlier(*args, **kwargs)
+        return _hidden(self, fastpo_layout, *args, **kwargs)
+
+    return forward
+
+
+def _hidden(
+    model: PreTrainedModel, layout: Layout | None, *args: Any, **kwargs: Any
+) -> Tensor:  # [B, T, D]
+    decoder = decoder_of(model)
+    # peft passes every argument of the usual forward, most of them None (labels, return_dict, ...).
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    given["use_cache"] = False
+    if layout is None:
+        _drop_unused_positions(decoder, given)
+        return decoder(*args, **given).last_hidden_state
+    if "attention_mask" in given:
+        raise ValueError("a packed row takes no attention_mask: its layout is its mask")
+    if given.get("position_ids") is None:
+        raise ValueError("a packed row needs position_ids: every response restarts at the prompt")
+    row = SharedRow(layout)
+    with _implementation(decoder.config, NAME):  # the decoder builds its masks under this name
+        hidden = decoder(*args, **given, fastpo_layout=row).last_hidden_state
+    row.verify(decoder.config)
+    return hidden
+
+
+def _drop_unused_positions(decoder: PreTrainedModel, given: dict[str, Any]) -> None:
+    """Models without positions (Mamba, ALiBi) do not take position_ids, and cannot honour jumps."""
+    positions = given.get("position_ids")
+    if positions is None or "position_ids" in inspect.signature(decoder.forward).parameters:
+        return
+    mask = given.get("attention_mask")
+    usual = torch.arange(positions.shape[-1], device=positions.device)
+    jumps = (positions != usual) if mask is None else (positions != usual) & mask.bool()
+    if jumps.any():
+        raise ValueError(
+            f"{type(decoder).__name__} has no position_ids, so the positions of this batch, which "
+            "are not 0, 1, 2, ..., cannot be honoured"
+        )
+    del given["position_ids"]
+
+
+@contextmanager
+def _implementation(config: PretrainedConfig, name: str) -> Iterator[None]:
+    outer = config._attn_implementation
+    config._attn_implementation_internal = name
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = outer
+
+
+def _enter_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Also runs when backward recomputes a checkpointed layer, long after the forward's end."""
+    row = kwargs.get("fastpo_layout")
+    if isinstance(row, SharedRow):
+        config: Any = module.config
+        row.outer.append(config._attn_implementation)
+        config._attn_implementation_internal = NAME
+
+
+def _leave_attention(
+    module: nn.Module, args: tuple, kwargs: dict[str, Any], output: object
+) -> None:
+    row = kwargs.get("fastpo_layout")
+    if isinstance(row, SharedRow):
+        config: Any = module.config
+        config._attn_implementation_internal = row.outer.pop()
+
+
+@contextmanager
+def generation(model: nn.Module) -> Iterator[nn.Module]:
+    """Ready for `model.generate`: eval mode, cache on, no checkpointing; all restored afterwards.
+
+    Attention needs no switch, since only calls with a layout leave the model's own.
+    """
+    inner = causal_lm(model)
+    training = {module: module.training for module in model.modules()}
+    checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    configs = {id(c): c for c in (inner.config, decoder_of(inner).config, inner.generation_config)}
+    caches = [(c, c.use_cache) for c in configs.values() if hasattr(c, "use_cache")]
+    model.eval()
+    for module in checkpointed:
+        module.gradient_checkpointing = False  # pyright: ignore[reportArgumentType]
+    for config, _ in caches:
+        config.use_cache = True
+    try:
+        yield model
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        for module in checkpointed:
+            module.gradient_checkpointing = True  # pyright: ignore[reportArgumentType]
+        for config, use_cache in caches:
+            config.use_cache = use_cache

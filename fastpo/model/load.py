@@ -1,0 +1,193 @@
+"""Models and tokenizers from the hub or disk; everything here is transformers' and peft's work."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from fastpo.model.attention import NAME
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    dtype: str | torch.dtype = "auto",
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: str | dict[str, Any] | Any | None = None,
+    attn_implementation: str | None = None,
+    lora: dict[str, Any] | None = None,
+    device: str | torch.device | None = None,
+) -> nn.Module:
+    """A causal language model, with a fresh LoRA adapter if asked for.
+
+    Args:
+        name_or_path: hub name or folder. Weights are read from safetensors, or from `gguf_file`.
+        dtype: a torch dtype or its name; "auto" is the checkpoint's, but float32 on a CPU without
+            native bfloat16, where emulated products are many times slower.
+        gguf_file: file name of a GGUF checkpoint in the repository; dequantised on load.
+        quantization: "nf4" (4-bit NormalFloat, double quantisation), keyword arguments of
+            BitsAndBytesConfig, or any quantisation config of transformers.
+        attn_implementation: the model's own attention; shared prompts switch by themselves.
+        lora: keyword arguments of peft.LoraConfig; `target_modules` is "all-linear" by default,
+            which leaves the head out.
+        device: where to put the model, by default where transformers does.
+
+    Raises:
+        ValueError: an encoder-decoder or other model that is no causal language model, an unknown
+            option, or a combination that cannot be.
+    """
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if gguf_file is not None:
+        source["gguf_file"] = gguf_file
+    if attn_implementation == NAME:
+        raise ValueError(
+            f"attn_implementation={NAME!r}: name the model's own attention; shared prompts switch "
+            "by themselves"
+        )
+    _check_causal(AutoConfig.from_pretrained(name_or_path, **source), name_or_path)
+    options: dict[str, Any] = {"dtype": _resolve_dtype(dtype, device)}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if gguf_file is not None:
+        if quantization is not None:
+            raise ValueError(f"gguf_file={gguf_file!r} is dequantised on load: no quantization")
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    else:
+        options["use_safetensors"] = True
+        if quantization is not None:
+            options["quantization_config"] = _quantization(quantization, options["dtype"])
+    if device is not None:
+        options["device_map"] = {"": device}
+    model = AutoModelForCausalLM.from_pretrained(name_or_path, **source, **options)
+    return model if lora is None else add_lora(model, lora)
+
+
+def load_tokenizer(
+    name_or_path: str,
+    *,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a padding token.
+
+    One that has none pads with its end-of-sequence token. No loss depends on that: label positions
+    are listed one by one and never found by the value of a token.
+
+    Raises:
+        ValueError: neither a padding nor an end-of-sequence token.
+    """
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if gguf_file is not None:
+        source["gguf_file"] = gguf_file
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, **source)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(f"{name_or_path}: neither a padding nor an end-of-sequence token")
+        tokenizer.pad_token = tokenizer.eos_token
+        logger.info("%s has no padding token: padding with %r", name_or_path, tokenizer.eos_token)
+    return tokenizer
+
+
+def add_lora(model: nn.Module, lora: dict[str, Any]) -> nn.Module:
+    """`model` with a fresh LoRA adapter from keyword arguments of peft.LoraConfig.
+
+    Raises:
+        ValueError: a name that LoraConfig does not have.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    known = {f.name for f in fields(LoraConfig)}
+    for name in lora:
+        if name not in known:
+            raise ValueError(f"lora: LoraConfig has no {name!r}; it has {', '.join(sorted(known))}")
+    config = LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **lora})
+    return get_peft_model(model, config)  # type: ignore[arg-type]
+
+
+def disable_dropout(model: nn.Module) -> int:
+    """Set every dropout probability of the model to 0, adapters included; returns how many changed.
+
+    Policy and reference must see the same function, and a shared prompt cannot have one noise per
+    response. Both dropout modules and the rates that attention modules keep as numbers are set.
+    """
+    changed = 0
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            changed += module.p > 0
+            module.p = 0.0
+            continue
+        for name, value in vars(module).items():
+            if isinstance(value, float) and value and ("dropout" in name or name == "layerdrop"):
+                setattr(module, name, 0.0)
+                changed += 1
+    return changed
+
+
+def _check_causal(config: PretrainedConfig, name_or_path: str) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{name_or_path} is an encoder-decoder ({config.model_type}): preference training here "
+            "is for decoder-only language models"
+        )
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+        raise ValueError(
+            f"{name_or_path}: transformers knows no causal language model for model type "
+            f"{config.model_type!r}"
+        )
+
+
+def _resolve_dtype(
+    dtype: str | torch.dtype, device: str | torch.device | None
+) -> str | torch.dtype:
+    if dtype != "auto":
+        named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if not isinstance(named, torch.dtype):
+            raise ValueError(f"unknown dtype {dtype!r}: try 'auto', 'bfloat16' or 'float32'")
+        return named
+    on_cpu = not torch.accelerator.is_available() if device is None else _is_cpu(device)
+    if on_cpu and not _cpu_has_bf16():
+        logger.info("float32: this CPU has no native bfloat16")
+        return torch.float32
+    return "auto"
+
+
+def _is_cpu(device: str | torch.device) -> bool:
+    return torch.device(device).type == "cpu"
+
+
+def _cpu_has_bf16() -> bool:
+    flags = torch.cpu.get_capabilities()
+    return any(flags.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # bf16: ARM
+
+
+def _quantization(given: Any, dtype: str | torch.dtype) -> Any:
+    if given == "nf4":
+        given = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": torch.bfloat16 if dtype == "auto" else dtype,
+        }
+    if isinstance(given, str):
+        raise ValueError(f"unknown quantization {given!r}: 'nf4', a dict, or a config object")
+    return BitsAndBytesConfig(**given) if isinstance(given, dict) else given

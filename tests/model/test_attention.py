@@ -1,0 +1,153 @@
+"""The attention function by itself, against a dense mask written down from the rule."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastpo.data.packing import GroupSpan, Layout
+from fastpo.model import attention
+from fastpo.model.attention import SharedRow, SharingError, shared_prompt_attention
+from tests.numerics import assert_three_way
+
+# Two groups: three responses, one of them empty; and a prompt of one token with one response.
+LAYOUT = Layout(
+    (GroupSpan((0, 9), ((9, 16), (16, 16), (16, 20))), GroupSpan((20, 21), ((21, 26),))), 26
+)
+HEADS, KV_HEADS, WIDTH, VALUE_WIDTH = 4, 2, 8, 6
+MODULE: Any = SimpleNamespace(is_causal=True)
+
+
+def dense(
+    query: Tensor, key: Tensor, value: Tensor, *, window=None, softcap=None, s_aux=None, scaling=0.3
+) -> Tensor:
+    """The rule token by token: [1, T, H, Dv]."""
+    distance = torch.full((LAYOUT.length, LAYOUT.length), -1)
+    for group in LAYOUT.groups:
+        prompt = list(range(*group.prompt))
+        for span in ((0, 0), *group.responses):
+            sequence = prompt + list(range(*span))
+            for i, q in enumerate(sequence):
+                for j, k in enumerate(sequence[: i + 1]):
+                    distance[q, k] = i - j
+    seen = (distance >= 0) & (distance < (window or LAYOUT.length))
+    key, value = (t.repeat_interleave(HEADS // KV_HEADS, dim=1) for t in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if s_aux is not None:
+        sink = s_aux.view(1, -1, 1, 1).expand(1, HEADS, LAYOUT.length, 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    return (scores.softmax(-1)[..., : LAYOUT.length] @ value).transpose(1, 2)
+
+
+def inputs(dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((HEADS, WIDTH), (KV_HEADS, WIDTH), (KV_HEADS, VALUE_WIDTH))
+    tensors = [
+        2 * torch.randn(1, h, LAYOUT.length, d, generator=generator, dtype=torch.float64)
+        for h, d in shapes
+    ]
+    sinks = torch.randn(HEADS, generator=generator, dtype=torch.float64)
+    return [t.to(dtype).requires_grad_() for t in (*tensors, sinks)]
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 9, 12, 100])
+@pytest.mark.parametrize(
+    ("extra", "block"),  # blocks are for materialised scores
+    [("plain", 512), ("softcap", 512), ("softcap", 2), ("sinks", 512), ("sinks", 2), ("both", 2)],
+)
+def test_equals_the_dense_rule(
+    window: int | None, extra: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_EAGER_BLOCK", block)
+
+    def results(function: str, dtype: torch.dtype) -> list[Tensor]:
+        q, k, v, sinks = inputs(dtype)
+        options = {
+            "softcap": 1.5 if extra in ("softcap", "both") else None,
+            "s_aux": sinks if extra in ("sinks", "both") else None,
+        }
+        if function == "ours":
+            out, weights = shared_prompt_attention(
+                MODULE, q, k, v, None, 0.3, 0.0, window, fastpo_layout=LAYOUT, **options
+            )
+            assert weights is None
+        else:
+            out = dense(q, k, v, window=window, **options)
+        out.square().sum().backward()
+        return [out, *(t.grad for t in (q, k, v, sinks) if t.grad is not None)]
+
+    truth = results("dense", torch.float64)
+    plain = results("dense", torch.float32)
+    ours = results("ours", torch.float32)
+    assert len(ours) == len(truth)
+    for name, *three in zip(("out", "dq", "dk", "dv", "ds"), ours, plain, truth, strict=False):
+        assert_three_way(*three, what=name)
+
+
+def test_no_mask_is_quadratic_in_the_row() -> None:
+    length, window = 400, 7
+    layout = Layout((GroupSpan((0, 300), ((300, 350), (350, length))),), length)
+    q, k, v = (torch.randn(1, 2, length, 4) for _ in range(3))
+    full, banded = SharedRow(layout), SharedRow(layout)
+    shared_prompt_attention(MODULE, q, k, v, None, fastpo_layout=full)
+    shared_prompt_attention(MODULE, q, k, v, None, sliding_window=window, fastpo_layout=banded)
+    assert [tuple(mask.shape) for mask in full.masks.values()] == [(50, 350)]
+    assert max(mask.numel() for mask in banded.masks.values()) <= window * 2 * window
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fastpo_layout": None}, "no segment table"),
+        ({"attention_mask": torch.ones(1, 1, 26, 26)}, "mask of its own"),
+        ({"dropout": 0.1}, "disable_dropout"),
+        ({"position_bias": torch.zeros(1)}, "position_bias"),
+        ({"cu_seq_lens_q": torch.zeros(1)}, "cu_seq_lens_q"),
+        ({"is_causal": False}, "bidirectional"),
+        ({"output_attentions": True}, "output_attentions"),
+        ({"fastpo_layout": Layout((GroupSpan((0, 9), ((9, 27),)),), 27)}, "one row of 27 tokens"),
+        ({"fastpo_layout": Layout((GroupSpan((0, 9), ((10, 26),)),), 26)}, "without gaps"),
+        ({"fastpo_layout": Layout((GroupSpan((0, 9), ((9, 20),)),), 26)}, "end at 20"),
+        ({"fastpo_layout": Layout((GroupSpan((0, 0), ((0, 26),)),), 26)}, "empty prompt"),
+    ],
+)
+def test_refuses(options: dict[str, Any], message: str) -> None:
+    q, k, v, _ = inputs(torch.float32)
+    given = {"attention_mask": None, "fastpo_layout": LAYOUT, **options}
+    with pytest.raises(ValueError, match=message):
+        shared_prompt_attention(MODULE, q, k, v, **given)
+
+
+def test_refuses_a_batch() -> None:
+    q, k, v, _ = (t.repeat(2, 1, 1, 1) if t.dim() == 4 else t for t in inputs(torch.float32))
+    with pytest.raises(ValueError, match="2 x 26 tokens"):
+        shared_prompt_attention(MODULE, q, k, v, None, fastpo_layout=LAYOUT)
+
+
+def test_harmless_arguments_pass() -> None:
+    q, k, v, _ = inputs(torch.float32)
+    shared_prompt_attention(
+        MODULE,
+        q,
+        k,
+        v,
+        None,
+        fastpo_layout=LAYOUT,
+        use_cache=False,
+        position_ids=k,
+        position_bias=None,
+    )
+
+
+def test_verify_names_the_count() -> None:
+    row = SharedRow(LAYOUT)
+    config: Any = SimpleNamespace(model_type="x", num_hidden_layers=2, layer_types=None)
+    with pytest.raises(SharingError, match="0 attention calls in a forward of 2 layers"):
+        row.verify(config)

@@ -1,0 +1,140 @@
+"""The check at the start of a run: it must pass right models and see wrong ones."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from transformers import AttentionInterface
+
+from fastpo.data.packing import GroupSpan, Layout
+from fastpo.head import Head
+from fastpo.model.attention import NAME, SharedRow, shared_prompt_attention
+from fastpo.model.check import can_share_prompt, self_check
+from fastpo.model.facts import read_head
+from fastpo.model.load import add_lora
+from tests.model.tiny import FAMILIES, PAD, UNSHARED, family, group, groups, tiny
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_right_models_pass(name: str, dtype: torch.dtype) -> None:
+    model = family(name).to(dtype)
+    assert can_share_prompt(model)[0]
+    found = self_check(model, read_head(model), groups(), PAD)
+    assert found.share_prompt, found
+    assert found.sharing_error is not None
+    assert found.sharing_error > 0  # two different computations were compared
+    assert model.training
+
+
+def leak(module: Any, *tensors: Any, fastpo_layout: SharedRow, **kwargs: Any) -> Any:
+    """The wrong rule: a group's responses as one."""
+    row = fastpo_layout
+    joined = tuple(
+        GroupSpan(g.prompt, ((g.responses[0][0], g.responses[-1][1]),)) for g in row.layout.groups
+    )
+    row.calls += 1
+    row.windowed += bool(kwargs.get("sliding_window"))
+    layout = Layout(joined, row.layout.length)
+    return shared_prompt_attention(module, *tensors, fastpo_layout=layout, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+def test_a_leak_between_responses_falls_back(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(AttentionInterface._global_mapping, NAME, leak)
+    model = family(name).to(dtype)
+    with caplog.at_level(logging.WARNING, logger="fastpo.model.check"):
+        found = self_check(model, read_head(model), groups(), PAD)
+    assert not found.share_prompt
+    assert found.sharing_error > found.sharing_bound
+    assert len(caplog.records) == 1
+    assert f"{found.sharing_error:.2e}" in caplog.text
+
+
+# The temperature is the caller's choice and no fact of the model: both sides take it.
+@pytest.mark.parametrize("head", [{"logit_scale": 1.01}, {"softcap": 10.0}], ids=str)
+def test_a_wrong_head_stops(head: dict[str, float]) -> None:
+    model = family("llama")
+    with pytest.raises(RuntimeError, match="differs from the model's own logits by"):
+        self_check(model, Head(model.lm_head, **head), groups(), PAD)
+
+
+def test_the_hidden_state_before_the_final_norm_stops() -> None:
+    model = family("llama")
+    model.model.norm.weight.data.mul_(3)
+    head = read_head(model)
+    decoder = model.model
+    original = decoder.forward
+
+    def unnormed(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        if not calls:
+            output.last_hidden_state = output.last_hidden_state / 3
+        return output
+
+    calls: list[int] = []
+    own = type(model).forward
+
+    def mark(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        try:
+            return own(model, *args, **kwargs)
+        finally:
+            calls.pop()
+
+    decoder.forward = unnormed
+    model.forward = mark
+    with pytest.raises(RuntimeError, match="differs from the model's own logits by"):
+        self_check(model, head, groups(), PAD)
+
+
+@pytest.mark.parametrize("name", UNSHARED)
+def test_families_that_cannot(name: str) -> None:
+    model_type, config, word = UNSHARED[name]
+    model = tiny(model_type, **config)
+    able, reason = can_share_prompt(model)
+    assert not able
+    assert word in reason
+    found = self_check(model, read_head(model), groups(), PAD)
+    assert not found.share_prompt
+    assert found.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "word"),
+    [
+        # The window is in transformers' mask only: the attention function never hears of it.
+        ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 5}, "1 layers have a sliding"),
+        ("phimoe", {"sliding_window": 5}, "2 layers have a sliding window, but 0"),
+        ("nemotron", {}, "no segment table"),  # drops the keyword argument
+        ("doge", {}, "mask of its own"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "conv layers"),
+        ("llama4_text", {"intermediate_size_mlp": 32, "head_dim": 8}, "chunked_attention"),
+    ],
+)
+def test_rules_that_never_reach_the_function_fall_back(
+    model_type: str, options: dict[str, Any], word: str
+) -> None:
+    _, base = FAMILIES["llama"]
+    experts = {"num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 16}
+    model = tiny(model_type, **{**base, **experts, **options})
+    found = self_check(model, read_head(model), groups(), PAD)
+    assert not found.share_prompt
+    assert word in found.reason
+
+
+def test_under_an_adapter_and_long_groups() -> None:
+    model = add_lora(family("mistral-window"), {"r": 2, "init_lora_weights": False})
+    found = self_check(model, read_head(model), [group(300, [90, 80], 5), group(2, [1], 6)], PAD)
+    assert found.share_prompt
+    off = self_check(model, read_head(model), groups(), PAD, share_prompt=False)
+    assert not off.share_prompt
+    assert off.sharing_error is None
+    with pytest.raises(ValueError, match="at least one group"):
+        self_check(model, read_head(model), [], PAD)
