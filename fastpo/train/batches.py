@@ -1,0 +1,126 @@
+"""From data to batches: which groups, in which order, packed how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.utils.data
+from transformers import PreTrainedTokenizerBase
+
+from fastpo.data.build import GroupDataset, GroupStream, build_groups
+from fastpo.data.groups import Group
+from fastpo.data.packing import collate, row_order
+from fastpo.data.rows import load_rows
+from fastpo.train.config import PreferenceConfig
+from fastpo.train.store import ReferenceStore
+
+
+class Filler:
+    """Stands in where a rank has fewer groups than the others; its batch is run, not counted."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+
+class PaddedGroups(torch.utils.data.Dataset):
+    """A dataset filled up to a multiple of the global batch, so that no group is counted twice."""
+
+    def __init__(self, dataset: Any, multiple: int) -> None:
+        self.dataset = dataset
+        self.length = -(-len(dataset) // multiple) * multiple
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Group | Filler:
+        if index < len(self.dataset):
+            return self.dataset[index]
+        return Filler(self.dataset[0])
+
+
+@dataclass
+class Collator:
+    """Groups to a packed batch, with what error messages and the reference need beside it."""
+
+    pad_token_id: int
+    share_prompt: bool = True
+    store: ReferenceStore | None = None
+
+    def __call__(self, items: Sequence[Group | Filler]) -> dict[str, Any]:
+        groups = [item for item in items if isinstance(item, Group)]
+        filler = [item.group for item in items[:1] if isinstance(item, Filler)]
+        packed = groups or filler
+        batch = collate(
+            packed,
+            share_prompt=self.share_prompt,
+            pad_token_id=self.pad_token_id,
+            ref_logps=None if self.store is None else [self.store[g] for g in packed],
+        )
+        batch["sources"] = [g.source for g in packed]
+        batch["counted"] = bool(groups)
+        return batch
+
+
+class EpochSampler(torch.utils.data.Sampler[int]):
+    """Visits the groups in an order that is a function of (seed, epoch) and of nothing else.
+
+    Args:
+        dataset: the groups.
+        seed: the run's seed.
+        epoch: called when an epoch begins; a resumed run asks the restored state.
+        by_length: batches of this many groups are made of groups of similar length.
+    """
+
+    def __init__(
+        self, dataset: Any, seed: int, epoch: Callable[[], int], by_length: int | None = None
+    ) -> None:
+        self.dataset, self.seed, self.epoch, self.by_length = dataset, seed, epoch, by_length
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        order = row_order(len(self.dataset), seed=self.seed, epoch=self.epoch())
+        if self.by_length:
+            # Sorted within chunks of 50 batches: similar lengths, still mixed over the epoch.
+            size = 50 * self.by_length
+            chunks = [order[i : i + size] for i in range(0, len(order), size)]
+            order = np.concatenate(
+                [sorted(c, key=lambda i: len(self.dataset[int(i)]), reverse=True) for c in chunks]
+            )
+        yield from map(int, order)
+
+
+def as_groups(
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    args: PreferenceConfig,
+    *,
+    extras: Sequence[str],
+    source: str,
+) -> Any:
+    """A dataset of groups from groups, rows, a file or a name; groups are returned as they are."""
+    if isinstance(data, GroupStream) or _holds_groups(data):
+        return GroupDataset(data, [], len(data)) if isinstance(data, list) else data
+    rows: Any = load_rows(data)
+    if isinstance(data, str | Path):
+        source = str(data)
+    if isinstance(rows, torch.utils.data.IterableDataset):
+        return GroupStream(rows, tokenizer, args.data_options(), extras=extras, source=source)
+    return build_groups(
+        rows,
+        tokenizer,
+        args.data_options(),
+        extras=extras,
+        source=source,
+        progress=not args.disable_tqdm,
+    )
+
+
+def _holds_groups(data: Any) -> bool:
+    indexable = isinstance(data, Sized) and hasattr(data, "__getitem__")
+    return indexable and not isinstance(data, str | dict) and isinstance(data[0], Group)  # pyright: ignore

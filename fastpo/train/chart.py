@@ -1,0 +1,137 @@
+"""Line charts as inline SVG: no script, no font, no network; the page's style colours them."""
+
+from __future__ import annotations
+
+import html
+import math
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fastpo.train.run import Curve, finite
+
+
+class Series(NamedTuple):
+    """One line of a chart; `tone` is a colour of the style sheet, dots mark evaluations."""
+
+    label: str
+    curve: Curve
+    tone: str
+    dots: bool = False
+
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 320, 176, 40, 8, 8, 22
+MANY = 60  # above this many points the line is smoothed and the raw values stay as a shadow
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Three to six round numbers that span [low, high]."""
+    rough = (high - low) / 4
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def short(value: float) -> str:
+    """A number in at most seven characters."""
+    if not math.isfinite(value):
+        return "-"
+    if value == 0:
+        return "0"
+    if abs(value) >= 1e9:
+        return f"{value / 1e9:.3g}B"
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:.3g}M"
+    if abs(value) >= 1e4:
+        return f"{value / 1e3:.3g}k"
+    if abs(value) < 1e-3:
+        return f"{value:.2g}".replace("e-0", "e-")
+    return f"{value:.4g}"
+
+
+def _tick(value: float) -> str:
+    """A number that fits left of the axis."""
+    text = short(value)
+    return text if len(text) < 7 else f"{value:.1e}".replace("e-0", "e-")
+
+
+def _smooth(curve: Curve) -> Curve:
+    """Exponential average over about a twentieth of the run, without a bias to its start."""
+    keep = 1 - min(1.0, 20 / len(curve))
+    total = weight = 0.0
+    out: Curve = []
+    for step, value in curve:
+        total, weight = keep * total + value, keep * weight + 1
+        out.append((step, total / weight))
+    return out
+
+
+def _thin(curve: Curve, most: int = 300) -> Curve:
+    """At most `most` points: means over equal runs of neighbours."""
+    size = math.ceil(len(curve) / most)
+    parts = [curve[i : i + size] for i in range(0, len(curve), size)]
+    return [(p[len(p) // 2][0], statistics.fmean(v for _, v in p)) for p in parts]
+
+
+def chart(series: Sequence[Series], *, bounds: tuple[float, float] | None = None) -> str:
+    """A line chart as inline SVG, coloured by the page's style sheet; "" without two points."""
+    drawn = [s._replace(curve=_thin(finite(s.curve))) for s in series if finite(s.curve)]
+    if not any(len(s.curve) > 1 for s in drawn):
+        return ""
+    steps = [s for line in drawn for s, _ in line.curve]
+    values = [v for line in drawn for _, v in line.curve]
+    low, high = bounds or (min(values), max(values))
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        low, high = low - (abs(low) / 10 or 1), high + (abs(high) / 10 or 1)
+    ticks = _ticks(low, high)
+    low, high = min(ticks[0], low), max(ticks[-1], high)
+    first, last = min(steps), max(steps)
+
+    def x(step: float) -> float:
+        return LEFT + (step - first) / ((last - first) or 1) * (WIDTH - LEFT - RIGHT)
+
+    def y(value: float) -> float:
+        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    def points(curve: Curve) -> str:
+        return " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in curve)
+
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">']
+    for tick in ticks:
+        kind = "zero" if tick == 0 and low < 0 < high else "grid"
+        parts.append(
+            f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" '
+            f'y2="{y(tick):.1f}"/><text class="tick" text-anchor="end" x="{LEFT - 6}" '
+            f'y="{y(tick) + 3.5:.1f}">{_tick(tick)}</text>'
+        )
+    for step, anchor in ((first, "start"), (last, "end")):
+        parts.append(
+            f'<text class="tick" text-anchor="{anchor}" x="{x(step):.1f}" y="{HEIGHT - 6}">'
+            f"{'step ' if anchor == 'start' else ''}{step:.0f}</text>"
+        )
+    for line in drawn:
+        curve = line.curve
+        if line.dots or len(curve) == 1:
+            parts.append(f'<polyline class="thin {line.tone}" points="{points(curve)}"/>')
+            mark = (
+                '<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="3.2"><title>{}</title></circle>'
+            )
+            parts += [
+                mark.format(line.tone, x(s), y(v), f"{line.label}, step {s:.0f}: {short(v)}")
+                for s, v in curve
+            ]
+        else:
+            if len(curve) > MANY:
+                parts.append(f'<polyline class="raw {line.tone}" points="{points(curve)}"/>')
+                curve = _smooth(curve)
+            parts.append(f'<polyline class="line {line.tone}" points="{points(curve)}"/>')
+            # Wide invisible marks carry the numbers to whoever points at the line.
+            parts += [
+                f'<circle class="hit" cx="{x(s):.1f}" cy="{y(v):.1f}" r="6"><title>'
+                f"{html.escape(line.label)}, step {s:.0f}: {short(v)}</title></circle>"
+                for s, v in curve
+            ]
+    parts.append("</svg>")
+    return "".join(parts)

@@ -1,0 +1,292 @@
+"""What a run is told: `transformers.TrainingArguments` plus the few things preferences add."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+import torch
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+from fastpo.data.build import DataOptions
+from fastpo.head import Head
+from fastpo.loss import PreferenceLoss
+
+log = logging.getLogger(__name__)
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 natively; emulation is slower than float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _nearest(value: object, names: Iterable[str]) -> str:
+    near = get_close_matches(str(value), list(names), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _mapping(value: dict | str | None) -> dict[str, Any]:
+    """Flags arrive as JSON and are parsed in `__post_init__`; any other text is an error."""
+    if isinstance(value, str):
+        raise ValueError(f'expected a mapping such as {{"beta": 0.1}}, got {value!r}')
+    return value or {}
+
+
+@dataclass
+class PreferenceConfig(TrainingArguments):
+    """Arguments of `PreferenceTrainer`.
+
+    Batch sizes count groups (one prompt with its responses), not rows of the packed batch.
+    Every field can be given in YAML or as a flag; `to_dict` is the resolved configuration, JSON
+    and YAML safe, and `from_dict` reads it back.
+
+    Raises:
+        ValueError: a value is unknown, out of range, or contradicts another one; the message
+            names the field, its value and the remedy.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "objective",
+        "objective_args",
+        "chat_template_kwargs",
+    ]
+
+    # What is optimised.
+    objective: dict | str | None = field(
+        default="dpo",
+        metadata={"help": "Name of an objective, or a mixture {name: weight} (JSON on the CLI)."},
+    )
+    objective_args: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Hyper-parameters of the objective; 'dpo.beta' addresses one of a mixture."
+        },
+    )
+    beta: float | None = field(
+        default=None, metadata={"help": "Short for objective_args: {beta: ...}."}
+    )
+
+    # The data: see fastpo.data.build.DataOptions.
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt + response in tokens; None: no limit."}
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt in tokens."}
+    )
+    max_response_length: int | None = field(
+        default=None, metadata={"help": "Longest response in tokens."}
+    )
+    truncation: Literal["keep_end", "keep_start", "error"] = field(
+        default="keep_end", metadata={"help": "Which part of a too long prompt is kept."}
+    )
+    on_bad_row: Literal["error", "skip"] = field(
+        default="error", metadata={"help": "Stop at a malformed row or leave it out."}
+    )
+    list_to_pairs: Literal["best_worst", "best_rest"] | None = field(
+        default=None, metadata={"help": "Turn lists into pairs; None keeps lists."}
+    )
+    assistant_only: bool = field(
+        default=True, metadata={"help": "Score only the assistant's turns of a response."}
+    )
+    chat_template_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Extra arguments of the chat template."}
+    )
+
+    # How the model is run.
+    share_prompt: bool | str = field(
+        default="auto",
+        metadata={"help": "One prompt copy per group: auto (when the model can), true or false."},
+    )
+    backend: Literal["auto", "torch", "triton"] = field(
+        default="auto", metadata={"help": "Implementation of the head."}
+    )
+    workspace_mib: int = field(
+        default=256, metadata={"help": "Memory for logits in MiB, whatever the vocabulary is."}
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Dropout off in policy and reference."}
+    )
+    self_check: bool = field(
+        default=True,
+        metadata={"help": "Compare packed with padded and fused with plain before step one."},
+    )
+
+    # The reference.
+    reference: Literal["auto", "adapter", "copy", "store", "none"] = field(
+        default="auto",
+        metadata={"help": "adapter: switched off; copy: frozen; store: log-probs on disk."},
+    )
+    reference_store: str | None = field(
+        default=None, metadata={"help": "Folder of the store; None: <output_dir>/reference."}
+    )
+
+    # What is watched.
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after this many evaluations without improvement."}
+    )
+    num_samples: int = field(
+        default=0, metadata={"help": "Generate for this many prompts before and after training."}
+    )
+    sample_tokens: int = field(default=96, metadata={"help": "Longest such response in tokens."})
+
+    # Defaults of TrainingArguments that preferences change.
+    learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Unused: a loss that is not finite stops the run."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay off: a dataset item is a group."}
+    )
+    report_to: str | list[str] | None = field(
+        default="none", metadata={"help": "Trackers; metrics.jsonl is always written."}
+    )
+    bf16: bool | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=None,
+        metadata={"help": "bfloat16 mixed precision; None: where the device has it."},
+    )
+
+    def __post_init__(self) -> None:
+        self._resolve_precision()
+        if self.activation_checkpointing is None and self.gradient_checkpointing is None:
+            self.activation_checkpointing = True
+        if self.ddp_find_unused_parameters is None:
+            # The head runs outside the wrapped forward: DDP's search would call its weight unused.
+            self.ddp_find_unused_parameters = False
+        if self.early_stopping_patience is not None and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"
+        if isinstance(self.share_prompt, bool):
+            self.share_prompt = "true" if self.share_prompt else "false"
+        super().__post_init__()
+        if self.accelerator_config.dispatch_batches is None:  # pyright: ignore
+            # Dispatching slices batches along their first axis; a packed row has only one entry.
+            self.accelerator_config.dispatch_batches = False  # pyright: ignore
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False
+        self._validate()
+
+    def _resolve_precision(self) -> None:
+        on_gpu = not self.use_cpu and is_torch_bf16_gpu_available()
+        if self.bf16 is None:
+            self.bf16 = on_gpu and not self.fp16
+        elif self.bf16 and not on_gpu and not torch.cuda.is_available():
+            if cpu_has_bf16():
+                self.use_cpu = True
+            else:
+                log.warning("bf16 is off: this CPU emulates bfloat16, float32 is faster")
+                self.bf16 = False
+
+    def _validate(self) -> None:
+        for name, hint in get_type_hints(PreferenceConfig).items():
+            choices = [
+                c for a in (hint, *get_args(hint)) if get_origin(a) is Literal for c in get_args(a)
+            ]
+            if name == "share_prompt":
+                choices = ["auto", "true", "false"]
+            value = getattr(self, name, None)
+            if choices and value not in choices and value is not None:
+                raise ValueError(
+                    f"{name}={value!r} is not one of {', '.join(choices)}{_nearest(value, choices)}"
+                )
+        for name in (
+            "max_length",
+            "max_prompt_length",
+            "max_response_length",
+            "workspace_mib",
+            "sample_tokens",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.num_samples < 0:
+            raise ValueError(f"num_samples={self.num_samples} must be 0 (none) or more")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True would drop the groups: leave it False")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor} smooths token labels, which "
+                "no preference objective has; for noisy preferences set "
+                "objective_args: {label_smoothing: ...}"
+            )
+        if self.early_stopping_patience is not None:
+            if self.early_stopping_patience < 1:
+                raise ValueError(
+                    f"early_stopping_patience={self.early_stopping_patience} must be at least 1"
+                )
+            if self.eval_strategy.value == "no":  # pyright: ignore[reportAttributeAccessIssue]
+                raise ValueError(
+                    f"early_stopping_patience={self.early_stopping_patience} needs evaluations: "
+                    "set eval_strategy to 'steps' or 'epoch'"
+                )
+        if self.train_sampling_strategy == "batch_rebalance":
+            raise ValueError(
+                "train_sampling_strategy='batch_rebalance' is not supported for groups: use "
+                "'random', 'group_by_length' or 'sequential'"
+            )
+        if self.reference_store is not None and self.reference not in ("auto", "store"):
+            raise ValueError(
+                f"reference_store={self.reference_store!r} is given but reference="
+                f"{self.reference!r}: set reference to 'store' or drop the folder"
+            )
+        loss = self.build_loss()
+        if loss.needs_reference and self.reference == "none":
+            raise ValueError(
+                f"reference='none', but objective={self.objective!r} compares with a reference: "
+                "use 'auto', or a reference-free objective such as 'simpo', 'cpo' or 'orpo'"
+            )
+        if loss.needs_kl and self.reference == "store":
+            raise ValueError(
+                f"reference='store' keeps log-probabilities of the labels only, but "
+                f"objective={self.objective!r} needs the reference's whole distribution: use "
+                "reference='adapter' or 'copy'"
+            )
+
+    @property
+    def hyper(self) -> dict[str, Any]:
+        """Hyper-parameters of the objective, `beta` included."""
+        hyper: dict[str, Any] = {**_mapping(self.objective_args)}
+        if self.beta is not None:
+            if "beta" in hyper and hyper["beta"] != self.beta:
+                raise ValueError(
+                    f"beta={self.beta} contradicts objective_args['beta']={hyper['beta']}: give one"
+                )
+            hyper["beta"] = self.beta
+        return hyper
+
+    def build_loss(self, head: Head | None = None) -> PreferenceLoss:
+        """The loss module of `objective`; an unknown objective or argument raises ValueError."""
+        if self.objective is None:
+            raise ValueError("objective is None: name one, such as 'dpo'")
+        return PreferenceLoss(self.objective, head, **self.hyper)
+
+    @property
+    def store_dir(self) -> str:
+        """Where the reference store lies."""
+        return self.reference_store or f"{self.output_dir}/reference"
+
+    def data_options(self) -> DataOptions:
+        """The fields that say how rows become groups."""
+        shared = {f.name for f in fields(DataOptions)} & {f.name for f in fields(self)}
+        options = {name: getattr(self, name) for name in shared}
+        options["chat_template_kwargs"] = _mapping(self.chat_template_kwargs)
+        return DataOptions(**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, JSON and YAML safe; a Hub token is left out."""
+        resolved = super().to_dict()
+        resolved["hub_token"] = None
+        return resolved
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PreferenceConfig:
+        """The configuration with these fields; an unknown one raises ValueError."""
+        known = [f.name for f in fields(cls) if f.init]
+        for name in values:
+            if name not in known:
+                raise ValueError(f"unknown setting {name!r}{_nearest(name, known)}")
+        return cls(**values)

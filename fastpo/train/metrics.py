@@ -1,0 +1,151 @@
+"""Numbers of a run: averaged over a logging window, written to metrics.jsonl, shown on the bar."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers import ProgressCallback as HFProgressCallback
+from transformers import TrainerCallback
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricWindow:
+    """Weighted means of named numbers, kept on their device until they are read.
+
+    A number with count 0 (the mean reward of rejected responses in a batch that has none) is left
+    out; one that is NaN for another reason makes the mean NaN.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}  # name -> [sum of count * value, sum of count]
+
+    def add(self, values: Mapping[str, Any], counts: Mapping[str, Any]) -> None:
+        """Each value is the mean of so many observations."""
+        for name in values:
+            value = torch.as_tensor(values[name]).detach().double()
+            count = torch.as_tensor(counts[name]).to(value)
+            pair = torch.stack([torch.where(count > 0, value * count, 0.0), count])
+            self._sums[name] = pair + self._sums[name] if name in self._sums else pair
+
+    def means(self) -> dict[str, float]:
+        """Means over all ranks; the window is empty afterwards."""
+        local = {name: pair.tolist() for name, pair in self._sums.items()}
+        self._sums = {}
+        total: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for rank in gather_object([local]):
+            for name, (value, count) in rank.items():
+                total[name][0] += value
+                total[name][1] += count
+        return {name: s / n for name, (s, n) in sorted(total.items()) if n}
+
+
+class Stopwatch:
+    """Wall time of training alone: evaluation, saving and sampling are left out."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._paused = 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside is not counted."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - begin
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        now = time.perf_counter()
+        seconds = now - self._start - self._paused
+        self._start, self._paused = now, 0.0
+        return seconds
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory so far: allocated on the accelerator, or resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
+    """The records of a run's metrics.jsonl; a last line torn by a kill is left out."""
+    path = Path(output_dir) / METRICS_FILE
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+class JsonlCallback(TrainerCallback):
+    """Appends every logged record to `<output_dir>/metrics.jsonl`.
+
+    A resumed run first drops the records of the steps that it will run again.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if not state.is_world_process_zero:
+            return
+        path = Path(str(args.output_dir)) / METRICS_FILE
+        kept = [r for r in read_metrics(path.parent) if r["step"] <= state.global_step]
+        if state.global_step == 0:
+            kept = []
+        fresh = path.with_suffix(".partial")
+        fresh.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        os.replace(fresh, path)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if not state.is_world_process_zero:
+            return
+        record = {"step": state.global_step, **(logs or {}), "time": time.time()}
+        for name, value in record.items():  # JSON has no NaN
+            if isinstance(value, float) and not math.isfinite(value):
+                record[name] = None
+        with (Path(str(args.output_dir)) / METRICS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+class ProgressCallback(HFProgressCallback):
+    """The Trainer's bar with loss, margin and accuracy of the last window at its right end."""
+
+    shown = (
+        ("loss", "loss"),
+        ("rewards/margins", "margin"),
+        ("rewards/accuracies", "acc"),
+        ("eval_loss", "eval_loss"),
+        ("eval_rewards/accuracies", "eval_acc"),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._postfix: dict[str, str] = {}
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if self.training_bar is None:
+            return
+        for name, label in self.shown:
+            if logs is not None and name in logs:
+                self._postfix[label] = f"{logs[name]:.4g}"
+        self.training_bar.set_postfix(self._postfix)

@@ -1,0 +1,498 @@
+"""Recipes: one flat YAML mapping, `--flag value` on top of it, checked before anything is loaded.
+
+The keys are the fields of `ModelSection`, `DataSection`, `ReportSection` and `PreferenceConfig`,
+and the hyper-parameters of the chosen objective (`beta: 0.1` is `objective_args: {beta: 0.1}`).
+A flag reaches into a mapping with a dot: `--lora.r 32`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from fastpo.train.values import Entry, Loader, RecipeError, checked, describe, nearest, scalar
+
+if typing.TYPE_CHECKING:
+    from fastpo.objectives.base import Objective
+    from fastpo.train.config import PreferenceConfig
+
+
+@dataclass
+class ModelSection:
+    """Which model is trained, in which form.
+
+    Args:
+        model: name on the hub, or a folder.
+        revision: branch, tag or commit of `model`.
+        gguf_file: file inside `model` that holds the weights in GGUF form.
+        dtype: dtype that the weights are loaded in; `auto` keeps the checkpoint's.
+        trust_remote_code: run Python code that comes with the checkpoint.
+        quantization: quantised base weights for LoRA; see `fastpo.model.load.load_model`.
+        attn_implementation: attention of the unshared path; the default is transformers' choice.
+        lora: `true`, or arguments of `peft.LoraConfig` such as `{r: 16, lora_alpha: 32}`.
+        tokenizer: name or folder; `model` by default.
+        chat_template: a .jinja file, or the template itself.
+        ref_model: another model as the reference; by default the model as it is at the start.
+    """
+
+    model: str
+    revision: str | None = None
+    gguf_file: str | None = None
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    trust_remote_code: bool = False
+    quantization: str | dict[str, Any] | None = None
+    attn_implementation: str | None = None
+    lora: bool | dict[str, Any] | None = None
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    ref_model: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.quantization and not self.lora:
+            raise ValueError(
+                f"quantization={self.quantization!r} gives weights that cannot be trained; "
+                "add lora: true (or its arguments)"
+            )
+
+
+@dataclass
+class DataSection:
+    """Where the rows come from. How they become tokens is `PreferenceConfig`'s part.
+
+    Args:
+        dataset: name on the hub, a .jsonl, .json, .csv or .parquet file, or a folder of them.
+        dataset_name: configuration of a hub data set.
+        split: split to train on.
+        eval_dataset: data set to evaluate on; `dataset` itself when only `eval_split` is given.
+        eval_split: its split.
+        eval_fraction: share of the training rows that is held out, chosen by `seed`.
+        streaming: read rows as they are needed instead of all at once.
+        max_rows: use the first so many training rows only.
+    """
+
+    dataset: str
+    dataset_name: str | None = None
+    split: str = "train"
+    eval_dataset: str | None = None
+    eval_split: str | None = None
+    eval_fraction: float = 0.0
+    streaming: bool = False
+    max_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(f"eval_fraction={self.eval_fraction} is not in [0, 1)")
+        if self.eval_fraction and (self.eval_dataset or self.eval_split):
+            raise ValueError("eval_fraction and eval_dataset/eval_split exclude each other")
+        if self.eval_fraction and self.streaming:
+            raise ValueError("eval_fraction needs all rows at once: give eval_split when streaming")
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ValueError(f"max_rows={self.max_rows} must be at least 1")
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether any rows are kept for evaluation."""
+        return bool(self.eval_dataset or self.eval_split or self.eval_fraction)
+
+
+@dataclass
+class ReportSection:
+    """What is written beside the checkpoints.
+
+    Args:
+        report: write report.html and the model card at the end.
+    """
+
+    report: bool = True
+
+
+@dataclass
+class Recipe:
+    """A checked recipe.
+
+    Args:
+        model: the model section.
+        data: the data section.
+        report: the report section.
+        given: every key that the file or a flag set, in the order of the classes.
+        hyper: the hyper-parameters in force, defaults included, by objective.
+    """
+
+    model: ModelSection
+    data: DataSection
+    report: ReportSection
+    given: dict[str, Any]
+    hyper: dict[str, dict[str, Any]]
+
+    def config(self) -> PreferenceConfig:
+        """The trainer's configuration. It picks a device, so nothing before this call does.
+
+        Raises:
+            RecipeError: a value that only `PreferenceConfig` can judge.
+        """
+        from fastpo.train.config import PreferenceConfig
+
+        own = {f.name for f in dataclasses.fields(PreferenceConfig) if f.init}
+        try:
+            return PreferenceConfig(**{k: v for k, v in self.given.items() if k in own})
+        except (TypeError, ValueError) as error:
+            raise RecipeError(str(error)) from error
+
+    def save(self, folder: str | Path) -> Path:
+        """Write recipe.yaml, which trains the same run again, into `folder`."""
+        from fastpo.train.run import environment
+
+        path = Path(folder) / "recipe.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        versions = ", ".join(f"{k} {v}" for k, v in environment()["versions"].items())
+        text = yaml.safe_dump(self.given, sort_keys=False, allow_unicode=True, width=100)
+        path.write_text(f"# {versions}\n{text}", encoding="utf-8")
+        return path
+
+
+# What other tools call our keys; only named in error messages.
+ELSEWHERE = {
+    "model_name_or_path": "model",
+    "base_model": "model",
+    "model_revision": "revision",
+    "torch_dtype": "dtype",
+    "loss_type": "objective",
+    "pref_loss": "objective",
+    "rl": "objective",
+    "pref_beta": "beta",
+    "rl_beta": "beta",
+    "loss_weights": "objective, a mapping of names to weights",
+    "use_peft": "lora",
+    "adapter": "lora",
+    "finetuning_type": "lora",
+    "lora_r": "lora.r",
+    "lora_rank": "lora.r",
+    "lora_alpha": "lora.lora_alpha",
+    "lora_dropout": "lora.lora_dropout",
+    "lora_target_modules": "lora.target_modules",
+    "load_in_4bit": "quantization",
+    "load_in_8bit": "quantization",
+    "dataset_config": "dataset_name",
+    "dataset_train_split": "split",
+    "dataset_test_split": "eval_split",
+    "val_set_size": "eval_fraction",
+    "val_size": "eval_fraction",
+    "max_samples": "max_rows",
+    "max_completion_length": "max_response_length",
+    "cutoff_len": "max_length",
+    "sequence_len": "max_length",
+    "micro_batch_size": "per_device_train_batch_size",
+    "overwrite_output_dir": "the flag --overwrite",
+}
+
+
+def read_file(path: str | Path) -> dict[str, Entry]:
+    """The keys of a recipe file with their line numbers.
+
+    Raises:
+        RecipeError: no such file, not YAML, not a mapping, or a key that occurs twice.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror or error}") from error
+    try:
+        root = yaml.compose(text, Loader)
+        values = yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise RecipeError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}") from error
+    if values is None:
+        return {}
+    if not isinstance(root, yaml.MappingNode):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values, not a {root.id}")  # type: ignore[union-attr]
+    lines: dict[str, int] = {}
+    for key, _ in root.value:
+        line = key.start_mark.line + 1
+        if key.value in lines:
+            raise RecipeError(
+                f"{path}:{line}: {key.value!r} was already set in line {lines[key.value]}"
+            )
+        lines[key.value] = line
+    return {str(k): Entry(v, f"{path}:{lines.get(str(k), 1)}") for k, v in values.items()}
+
+
+def read_flags(argv: Sequence[str]) -> dict[str, Entry]:
+    """`--key value`, `--key=value`, `--key a b` (a list) and `--key` (true), dashes as in shells.
+
+    Raises:
+        RecipeError: a value with no flag before it.
+    """
+    entries: dict[str, Entry] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or len(word) == 2:
+            raise RecipeError(f"{word!r} follows no flag; flags look like --learning_rate 5e-7")
+        flag, equals, text = word.partition("=")
+        given = [text] if equals else []
+        while not equals and words and not words[0].startswith("--"):
+            given.append(words.pop(0))
+        key, dot, rest = flag[2:].partition(".")
+        key = key.replace("-", "_") + dot + rest
+        if len(given) == 1:
+            entries[key] = Entry(scalar(given[0]), flag, given[0])
+        else:
+            entries[key] = Entry([scalar(w) for w in given] if given else True, flag)
+    return entries
+
+
+def _types(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
+
+
+def fields_of_recipe() -> dict[str, Any]:
+    """Every key and its type, the sections' first; imports transformers for the trainer's."""
+    from fastpo.train.config import PreferenceConfig
+
+    table: dict[str, Any] = {}
+    for cls in (ModelSection, DataSection, ReportSection, PreferenceConfig):
+        for name, kind in _types(cls).items():
+            assert name not in table, f"{cls.__name__}.{name} repeats a key of another section"
+            table[name] = kind
+    # A hyper-parameter like any other here, so that a flag wins over objective_args in the file.
+    del table["beta"]
+    return table
+
+
+def _objectives_of(entry: Entry, default: str) -> dict[str, Objective]:
+    """The objectives that a recipe names."""
+    from fastpo.objectives import OBJECTIVES
+
+    value = default if entry.value is None else entry.value
+    weights = value if isinstance(value, Mapping) else {value: 1.0}
+    names = list(weights)
+    for name, weight in weights.items():
+        checked(f"objective.{name}", Entry(weight, entry.where), float)
+    for name in names:
+        if name not in OBJECTIVES:
+            raise RecipeError(
+                f"{entry.where}: unknown objective {name!r}.{nearest(str(name), OBJECTIVES)} "
+                "`fastpo objectives` lists them."
+            )
+    if not names:
+        raise RecipeError(f"{entry.where}: objective = {{}} names no objective")
+    return {name: OBJECTIVES[name] for name in names}
+
+
+def _hyper_types(objective: Objective) -> dict[str, Any]:
+    hints = typing.get_type_hints(objective.fn)
+    return {name: hints.get(name, Any) for name in objective.hyper}
+
+
+def _place_hyper(
+    entries: Mapping[str, Entry], objectives: Mapping[str, Objective], keys: Iterable[str]
+) -> dict[str, Entry]:
+    """Rewrite `beta` and `dpo.beta` as `objective_args.beta` and `objective_args.dpo.beta`."""
+    keys = set(keys)
+    placed: dict[str, Entry] = {}
+    for key, entry in entries.items():
+        head = key.partition(".")[0]
+        if head not in keys and (
+            head in objectives or any(key in o.hyper for o in objectives.values())
+        ):
+            key = f"objective_args.{key}"
+        if key in placed:
+            raise RecipeError(f"{entry.where}: {key} was already set at {placed[key].where}")
+        placed[key] = entry
+    inside = entries.get("objective_args")
+    if inside is not None and isinstance(inside.value, Mapping):
+        for name in inside.value:
+            twice = placed.get(f"objective_args.{name}")
+            if twice is not None:
+                raise RecipeError(
+                    f"{twice.where}: {name} is also in objective_args at {inside.where}"
+                )
+    return placed
+
+
+def _unknown(
+    key: str, entry: Entry, keys: Iterable[str], objectives: Mapping[str, Objective]
+) -> str:
+    from fastpo.objectives import OBJECTIVES
+
+    hyper = {h: o.name for o in objectives.values() for h in o.hyper}
+    chosen = " + ".join(objectives)
+    elsewhere = [name for name, o in OBJECTIVES.items() if key in o.hyper]
+    message = f"{entry.where}: unknown key {key!r}."
+    if key in ELSEWHERE:
+        return f"{message} Here it is {ELSEWHERE[key]}."
+    if elsewhere:
+        some = ", ".join(elsewhere[:4]) + (", ..." if len(elsewhere) > 4 else "")
+        return (
+            f"{message} It is a hyper-parameter of {some}; "
+            f"{chosen} has {', '.join(hyper) or 'none'}."
+        )
+    hint = nearest(key, [*keys, *hyper, *ELSEWHERE])
+    if hint:
+        return message + hint
+    return message + nearest(key, {h for o in OBJECTIVES.values() for h in o.hyper})
+
+
+def _merge(values: dict[str, Entry], entries: Mapping[str, Entry], keys: Mapping[str, Any]) -> None:
+    """Lay `entries` over `values`; dotted keys change one item of a mapping."""
+    for key, entry in entries.items():
+        head, dot, rest = key.partition(".")
+        if not dot:
+            values[head] = entry
+            continue
+        if head in keys and not any(
+            (typing.get_origin(a) or a) is dict for a in (*typing.get_args(keys[head]), keys[head])
+        ):
+            raise RecipeError(
+                f"{entry.where}: {head} takes {describe(keys[head])} and has no part {rest!r}"
+            )
+        before = values.get(head)
+        if head == "objective" and before is not None and isinstance(before.value, str):
+            before = Entry({before.value: 1.0}, before.where)  # --objective.sft 0.1 adds to it
+        if before is not None and isinstance(before.value, Mapping):
+            where = ", ".join(dict.fromkeys((*before.where.split(", "), entry.where)))
+            values[head] = Entry({**before.value, rest: entry.value}, where)
+        else:
+            values[head] = Entry({rest: entry.value}, entry.where)
+
+
+def _forget_particulars(values: dict[str, Entry], flags: Mapping[str, Entry]) -> None:
+    """`--beta 0.2` wins over `dpo.beta: 0.1` of a file, although the particular one would."""
+    before = values.get("objective_args")
+    if before is not None and isinstance(before.value, Mapping):
+        kept = {
+            key: value
+            for key, value in before.value.items()
+            if f"objective_args.{str(key).rpartition('.')[2]}" not in flags
+        }
+        values["objective_args"] = Entry(kept, before.where)
+
+
+def load_recipe(path: str | Path | None, argv: Sequence[str] = ()) -> Recipe:
+    """Read, merge and check a recipe: the file first, the flags on top.
+
+    Args:
+        path: the YAML file, or None for a run described by flags alone.
+        argv: flags as they stand on the command line.
+
+    Raises:
+        RecipeError: every unknown key, else the first value that does not fit its key.
+    """
+    file_entries = read_file(path) if path is not None else {}
+    flag_entries = read_flags(argv)
+    keys = fields_of_recipe()
+
+    from fastpo.train.config import PreferenceConfig
+
+    default = next(f.default for f in dataclasses.fields(PreferenceConfig) if f.name == "objective")
+    values: dict[str, Entry] = {}
+    for entries in (file_entries, flag_entries):
+        _merge(
+            values, {k: e for k, e in entries.items() if k.partition(".")[0] == "objective"}, keys
+        )
+    if "objective" in values:
+        checked("objective", values["objective"], keys["objective"])
+    objectives = _objectives_of(values.get("objective", Entry(None, "default")), str(default))
+
+    problems: list[str] = []
+    for entries in (file_entries, flag_entries):
+        placed = _place_hyper(entries, objectives, keys)
+        problems += [
+            _unknown(key, entry, keys, objectives)
+            for key, entry in placed.items()
+            if key.partition(".")[0] not in keys
+        ]
+        if entries is flag_entries:
+            _forget_particulars(values, placed)
+        _merge(values, {k: e for k, e in placed.items() if k.partition(".")[0] in keys}, keys)
+    for required in ("model", "dataset"):
+        if required not in values:
+            problems.append(f"{path or 'flags'}: {required} is missing")
+    if problems:
+        raise RecipeError("\n".join(problems))
+
+    given = {name: checked(name, values[name], keys[name]) for name in keys if name in values}
+    hyper = _check_hyper(given, values, objectives)
+    # Written out, so that a recipe means the same when a default changes one day.
+    mixture = given.get("objective")
+    given["objective"] = mixture if isinstance(mixture, dict) else next(iter(objectives))
+    given["objective_args"] = {
+        f"{name}.{key}" if len(objectives) > 1 else key: value
+        for name, hyper_of in hyper.items()
+        for key, value in hyper_of.items()
+    }
+    if isinstance(given.get("lora"), dict):
+        _check_lora(values["lora"])
+    try:
+        sections = [
+            cls(**{name: given[name] for name in _types(cls) if name in given})
+            for cls in (ModelSection, DataSection, ReportSection)
+        ]
+    except ValueError as error:
+        raise RecipeError(f"{path or 'flags'}: {error}") from error
+    recipe = Recipe(*sections, given=given, hyper=hyper)  # type: ignore[arg-type]
+    where = values["eval_strategy"].where if "eval_strategy" in values else ""
+    _complete(recipe, Path(path).stem if path is not None else "-".join(objectives), where)
+    return recipe
+
+
+def _complete(recipe: Recipe, name: str, where: str) -> None:
+    """Fill in what follows from other keys, and refuse what the Trainer would refuse much later."""
+    given = recipe.given
+    given.setdefault("output_dir", f"runs/{name}")
+    given.setdefault("num_samples", 3)
+    if recipe.data.evaluates and "eval_strategy" not in given:
+        # Below one, the Trainer reads eval_steps as a share of the run: five evaluations.
+        given.setdefault("eval_steps", 0.2)
+        given["eval_strategy"] = "steps"
+    elif not recipe.data.evaluates and str(given.get("eval_strategy", "no")) != "no":
+        raise RecipeError(
+            f"{where}: eval_strategy = {given['eval_strategy']!r}, but no rows are held out: "
+            "give eval_dataset, eval_split or eval_fraction"
+        )
+    if recipe.data.streaming and given.get("max_steps", -1) < 1:
+        raise RecipeError("streaming = true needs max_steps: a stream has no length")
+
+
+def _check_hyper(
+    given: dict[str, Any], values: Mapping[str, Entry], objectives: Mapping[str, Objective]
+) -> dict[str, dict[str, Any]]:
+    """The hyper-parameters in force by objective: objective_args over the defaults."""
+    in_force = {name: dict(o.hyper) for name, o in objectives.items()}
+    args = given.get("objective_args") or {}
+    for key in sorted(args, key=lambda k: "." in str(k)):  # the particular after the general
+        owner, dot, name = str(key).partition(".")
+        owners = [owner] if dot else [o for o in objectives if key in objectives[o].hyper]
+        name = name if dot else str(key)
+        if not owners or owners[0] not in objectives or name not in objectives[owners[0]].hyper:
+            every = sorted({h for o in objectives.values() for h in o.hyper})
+            raise RecipeError(
+                f"{values['objective_args'].where}: {' + '.join(objectives)} has no "
+                f"hyper-parameter {key!r}.{nearest(name, every)} "
+                f"It has {', '.join(every) or 'none'}"
+            )
+        for o in owners:
+            entry = Entry(args[key], values["objective_args"].where)
+            in_force[o][name] = checked(name, entry, _hyper_types(objectives[o])[name])
+    return in_force
+
+
+def _check_lora(entry: Entry) -> None:
+    from peft import LoraConfig
+
+    known = [f.name for f in dataclasses.fields(LoraConfig) if f.init]
+    for name in entry.value:
+        if name not in known:
+            raise RecipeError(
+                f"{entry.where}: lora has no argument {name!r}.{nearest(str(name), known)}"
+            )

@@ -1,0 +1,245 @@
+"""Where the reference comes from: the model with its adapter off, a frozen copy, disk, or nowhere.
+
+A reference is called with the (possibly wrapped) policy and a batch, and returns what
+`PreferenceLoss` takes: `ref_hidden` with the head's tensors, `ref_logps`, or nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from fastpo.data.groups import Group
+from fastpo.head import Head, linear_logps
+from fastpo.model.facts import read_head
+from fastpo.model.hidden import attach, label_hidden
+from fastpo.train.store import ReferenceStore, ShardWriter
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, Any]
+
+
+class Reference(Protocol):
+    """Reference of one batch, as keyword arguments of `PreferenceLoss.forward`."""
+
+    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor | None]: ...
+
+
+def adapter_parameters(model: nn.Module) -> Callable[[str], bool]:
+    """A test of parameter names: is it one that `disable_adapter` takes out of the model?"""
+    layers = {n for m in model.modules() if isinstance(m, BaseTunerLayer) for n in _names_of(m)}
+    layers |= {"modules_to_save", "token_adapter"}
+    return lambda name: not layers.isdisjoint(name.split("."))
+
+
+def _names_of(layer: BaseTunerLayer) -> tuple[str, ...]:
+    return (*layer.adapter_layer_names, *layer.other_param_names)
+
+
+def head_tensors(head: Head) -> dict[str, Tensor | None]:
+    """The head as `PreferenceLoss` takes it, read now: an adapter may have switched it."""
+    bias = head.bias
+    return {"ref_weight": head.weight.detach(), "ref_bias": None if bias is None else bias.detach()}
+
+
+class NoReference:
+    """Of objectives that compare with nothing."""
+
+    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor | None]:
+        return {}
+
+
+class AdapterReference:
+    """The policy's base model: adapters off, saved modules switched back to their originals.
+
+    Raises:
+        ValueError: a parameter outside the adapter is trained, so that the base is no reference.
+    """
+
+    def __init__(self, model: nn.Module, head: Head) -> None:
+        if not isinstance(model, PeftModel):
+            raise ValueError(
+                f"reference='adapter' needs a PEFT model, got {type(model).__name__}: use 'copy', "
+                "'store' or 'auto'"
+            )
+        is_adapter = adapter_parameters(model)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and not is_adapter(name):
+                raise ValueError(
+                    f"reference='adapter', but {name} is trained too and stays changed when the "
+                    "adapter is off: use reference='copy' or 'store'"
+                )
+        self.model, self.head = model, head
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor | None]:
+        with self.model.disable_adapter():
+            return {"ref_hidden": label_hidden(model, batch), **head_tensors(self.head)}
+
+
+class ModelReference:
+    """A whole model: a frozen one beside the policy, or the policy before its first step."""
+
+    def __init__(self, reference: PreTrainedModel | PeftModel, head: Head) -> None:
+        self.model, self.head = reference, head
+
+    @classmethod
+    def frozen(cls, reference: PreTrainedModel | PeftModel) -> ModelReference:
+        """This model, never trained and in evaluation mode."""
+        attach(reference)
+        return cls(reference.requires_grad_(False).eval(), read_head(reference))
+
+    @classmethod
+    def copy_of(cls, policy: PreTrainedModel | PeftModel) -> ModelReference:
+        """The policy as it is now; weights that are not trained are shared with it."""
+        shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
+        return cls.frozen(copy.deepcopy(policy, shared))
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor | None]:
+        return {"ref_hidden": label_hidden(self.model, batch), **head_tensors(self.head)}
+
+
+class StoredReference:
+    """Log-probs that the collator read from a `ReferenceStore`."""
+
+    def __init__(self, store: ReferenceStore) -> None:
+        self.store = store
+
+    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor | None]:
+        return {"ref_logps": batch["ref_logps"]}
+
+
+def live_reference(
+    kind: str,
+    model: PreTrainedModel | PeftModel,
+    head: Head,
+    ref_model: PreTrainedModel | PeftModel | None = None,
+) -> AdapterReference | ModelReference:
+    """The reference of kind `adapter` or `copy`; a given `ref_model` is the frozen one.
+
+    Raises:
+        ValueError: the reference's head has other facts (soft-cap, scale) than the policy's.
+    """
+    if kind == "adapter":
+        return AdapterReference(model, head)
+    if ref_model is None:
+        return ModelReference.copy_of(model)
+    reference = ModelReference.frozen(ref_model)
+    if reference.head.facts() != head.facts():
+        raise ValueError(
+            f"the ref_model's head has {reference.head.facts()}, the policy's {head.facts()}: both "
+            "must share them; use reference='store' with log-probs of that model instead"
+        )
+    return reference
+
+
+def resolve_kind(
+    kind: str,
+    *,
+    needs_reference: bool,
+    is_peft: bool,
+    has_store: bool = False,
+    has_ref_model: bool = False,
+) -> str:
+    """What `auto` means: none, store, copy or adapter, in the order of what was given."""
+    if not needs_reference:
+        return "none"
+    if kind != "auto":
+        if kind == "adapter" and has_ref_model:
+            raise ValueError("reference='adapter' and a ref_model exclude each other: give one")
+        return kind
+    if has_store:
+        return "store"
+    return "adapter" if is_peft and not has_ref_model else "copy"
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def label_tokens(group: Group) -> int:
+    """How many log-probs a group has: scored tokens of its candidates and extras."""
+    return sum(int(r.loss_mask.sum()) for r in [*group.responses, *group.extras.values()])
+
+
+def fill_store(
+    store: ReferenceStore,
+    groups: Sequence[Group],
+    model: PreTrainedModel | PeftModel,
+    collate: Callable[[list[Group]], Batch],
+    *,
+    head: Head,
+    ref_model: PreTrainedModel | PeftModel | None = None,
+    batch_size: int = 8,
+    options: dict[str, Any] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: bool = True,
+) -> int:
+    """Compute the reference log-probs of the groups that the store does not hold yet.
+
+    Args:
+        store: where they go, shard by shard; a killed run goes on where it stopped.
+        groups: all groups of the run.
+        model: the policy before its first step; a PEFT model runs with its adapter off.
+        collate: groups to a batch on the model's device.
+        head: the policy's head.
+        ref_model: the reference where it is another model.
+        batch_size: groups a batch.
+        options: `backend` and `workspace_mib` of the head.
+        rank, world_size: this process takes every world_size-th group.
+
+    Returns:
+        how many groups this process computed.
+    """
+    todo = store.missing(groups)[rank::world_size]
+    if not todo:
+        return 0
+    if ref_model is not None:
+        source = ModelReference.frozen(ref_model)
+    elif isinstance(model, PeftModel):
+        source = AdapterReference(model, head)
+    else:
+        source = ModelReference(model, head)
+    facts = source.head.facts()
+    writer = ShardWriter(store)
+    bar = tqdm(
+        total=len(todo), desc="reference log-probs", unit="group", disable=not progress or rank > 0
+    )
+    with bar, _evaluating(model):
+        for start in range(0, len(todo), batch_size):
+            part = [groups[i] for i in todo[start : start + batch_size]]
+            batch = collate(part)
+            found = source(model, batch)
+            with torch.no_grad():
+                logps = linear_logps(
+                    found["ref_hidden"],  # pyright: ignore[reportArgumentType]
+                    found["ref_weight"],  # pyright: ignore[reportArgumentType]
+                    batch["targets"],
+                    bias=found["ref_bias"],
+                    **facts,
+                    **(options or {}),
+                )
+            sizes = [label_tokens(g) for g in part]
+            writer.add(part, [v.numpy() for v in logps.float().cpu().split(sizes)])
+            bar.update(len(part))
+        writer.flush()
+    return len(todo)

@@ -1,0 +1,223 @@
+"""Reference log-probabilities on disk: computed once, resumable, refused when they are stale.
+
+A store is a folder: `store.json` says what it was computed with, `shard-*.safetensors` hold the
+numbers. Every group is found by a hash of its tokens, so the order of the data is free, rows may be
+added later, and a group whose tokens changed is computed again instead of being misread. What no
+token shows (the model, its dtype) is in the key; a store with another key is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from torch import nn
+
+from fastpo.data.groups import Group
+from fastpo.data.packing import group_key
+
+log = logging.getLogger(__name__)
+
+META = "store.json"
+_VOLATILE = {"_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype"}
+
+
+def _hash(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def fingerprint(model: nn.Module, skip: Callable[[str], bool] = lambda name: False) -> str:
+    """Hash of a model's configuration and weights.
+
+    Every byte of every parameter and buffer enters through an integer sum, taken on its device in
+    one pass over memory; 4096 strided elements enter in order as well, so permuted weights differ.
+
+    Args:
+        model: the model; its `config`, if any, enters without names, versions and dtype.
+        skip: parameters to leave out, such as an adapter that the reference runs without.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    config = getattr(model, "config", None)
+    if config is not None:
+        values = {k: v for k, v in config.to_dict().items() if k not in _VOLATILE}
+        digest.update(_hash(values).encode())
+    # An adapter's wrappers rename the weights they wrap: the base is the same with and without.
+    wrapped = re.compile(r"^base_model\.model\.|\.base_layer|\.original_module")
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for name, tensor in sorted(model.state_dict().items()):
+        if skip(name) or not isinstance(tensor, torch.Tensor):
+            continue
+        flat = tensor.detach().contiguous().reshape(-1)
+        bits = flat.view(words[flat.element_size()])
+        sample = bits[:: max(1, bits.numel() // 4096)].cpu().numpy()
+        digest.update(f"{wrapped.sub('', name)}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(str(int(bits.sum(dtype=torch.int64))).encode())
+        digest.update(sample.tobytes())
+    return digest.hexdigest()
+
+
+def store_key(
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    precision: str,
+    truncation: Mapping[str, Any],
+    chat_template_kwargs: Mapping[str, Any],
+    skip: Callable[[str], bool] = lambda name: False,
+) -> dict[str, str]:
+    """What a store depends on, part by part, so that a refusal can name the part that changed."""
+    vocabulary = sorted(tokenizer.get_vocab().items()) if tokenizer is not None else []
+    special = getattr(tokenizer, "special_tokens_map", {})
+    return {
+        "model": fingerprint(model, skip),
+        "dtype": precision,
+        "tokenizer": _hash([vocabulary, special]),
+        "template": _hash(
+            [getattr(tokenizer, "chat_template", None), dict(chat_template_kwargs)],
+        ),
+        "truncation": _hash(dict(truncation)),
+    }
+
+
+class ReferenceStore:
+    """Per-token reference log-probs of groups, one float32 for each label token of the batch.
+
+    Args:
+        path: the folder; created when missing.
+        key: what the numbers depend on, from `store_key`.
+        info: readable facts for `store.json` (model name, revision); not compared.
+        writer: distinguishes the shards of processes that write into one folder.
+
+    Raises:
+        ValueError: the folder holds numbers computed with another key; names the parts that differ.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        key: Mapping[str, str],
+        *,
+        info: Mapping[str, Any] | None = None,
+        writer: int = 0,
+    ) -> None:
+        self.path = Path(path)
+        self.writer = writer
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._index: dict[str, tuple[str, int, int]] = {}  # key -> shard, from, to
+        self._open: dict[str, Any] = {}
+        meta = self.path / META
+        if meta.is_file():
+            held = json.loads(meta.read_text(encoding="utf-8"))["key"]
+            changed = [part for part in key if held.get(part) != key[part]]
+            if changed:
+                raise ValueError(
+                    f"the reference store {self.path} is stale: {', '.join(changed)} changed since "
+                    "it was computed; give another reference_store or delete this folder"
+                )
+        else:
+            text = json.dumps({"kind": "logps", "key": dict(key), **(info or {})}, indent=1)
+            self._write(meta, lambda partial: partial.write_text(text, encoding="utf-8"))
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the index of shards that were written since, by this or another process."""
+        known = {name for name, _, _ in self._index.values()}
+        for shard in sorted(self.path.glob("shard-*.safetensors")):
+            if shard.name in known:
+                continue
+            with safe_open(shard, framework="np") as file:
+                keys, ends = file.get_tensor("keys"), file.get_tensor("ends")
+            start = 0
+            for row, end in zip(keys, ends.tolist(), strict=True):
+                self._index[row.tobytes().hex()] = (shard.name, start, end)
+                start = end
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __contains__(self, group: Group) -> bool:
+        return group_key(group) in self._index
+
+    def __getitem__(self, group: Group) -> np.ndarray:
+        """[n] float32, in the order of the group's label tokens."""
+        key = group_key(group)
+        if key not in self._index:
+            raise KeyError(
+                f"{group.source or 'data'} row {group.row} is not in the reference store "
+                f"{self.path}: it was prepared for other data"
+            )
+        name, start, end = self._index[key]
+        if name not in self._open:
+            self._open[name] = safe_open(self.path / name, framework="np")
+        return self._open[name].get_slice("logps")[start:end]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}  # mapped files do not cross to loader processes
+
+    def missing(self, groups: Iterable[Group]) -> list[int]:
+        """Indices of the groups that are not stored, each distinct group once."""
+        seen = set(self._index)
+        found = []
+        for index, group in enumerate(groups):
+            key = group_key(group)
+            if key not in seen:
+                seen.add(key)
+                found.append(index)
+        return found
+
+    def add(self, groups: Sequence[Group], logps: Sequence[np.ndarray]) -> None:
+        """Write one shard; it is complete on disk before its name exists."""
+        digests = bytes.fromhex("".join(group_key(g) for g in groups))
+        keys = np.frombuffer(digests, np.uint8).reshape(len(groups), -1)
+        ends = np.cumsum([len(values) for values in logps]).astype(np.int64)
+        shard = {"keys": keys, "ends": ends, "logps": np.concatenate(logps).astype(np.float32)}
+        number = len(list(self.path.glob(f"shard-{self.writer}-*.safetensors")))
+        path = self.path / f"shard-{self.writer}-{number:06d}.safetensors"
+        self._write(path, lambda partial: save_file(shard, partial))
+        start = 0
+        for group, end in zip(groups, ends.tolist(), strict=True):
+            self._index[group_key(group)] = (path.name, start, end)
+            start = end
+
+    @staticmethod
+    def _write(path: Path, write: Callable[[Path], Any]) -> None:
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        write(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.rename(path)
+
+
+class ShardWriter:
+    """Collects results and writes a shard every `groups` groups or `seconds`."""
+
+    def __init__(self, store: ReferenceStore, groups: int = 512, seconds: float = 30.0) -> None:
+        self.store, self.groups, self.seconds = store, groups, seconds
+        self._groups: list[Group] = []
+        self._logps: list[np.ndarray] = []
+        self._since = time.monotonic()
+
+    def add(self, groups: Sequence[Group], logps: Sequence[np.ndarray]) -> None:
+        """Keep these until a shard is due."""
+        self._groups += groups
+        self._logps += logps
+        if len(self._groups) >= self.groups or time.monotonic() - self._since > self.seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is held."""
+        if self._groups:
+            self.store.add(self._groups, self._logps)
+        self._groups, self._logps, self._since = [], [], time.monotonic()

@@ -1,0 +1,692 @@
+"""`PreferenceTrainer`: the loop is transformers.Trainer's, the step is the picture.
+
+    batch -> hidden states -> statistics -> scores -> loss
+
+What is overridden, and what goes wrong without it:
+
+- A dataset item is a group and the batch has no `labels` key: with one, the Trainer counts tokens
+  and gradients come out `gradient_accumulation_steps` times too large.
+- `get_batch_samples` counts groups and tokens of the whole optimiser step over all ranks, so that
+  1 x 8, 2 x 4 and 8 x 1 (batch x accumulation) give the same loss and the same gradients.
+- `evaluation_loop` and `prediction_step` divide by the counts of the whole evaluation set: the
+  Trainer's mean of batch means gives a short last batch too much weight.
+- Checkpoints are written aside and renamed last: the Trainer resumes from torn ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils.data
+import yaml
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
+from transformers import ProgressCallback as HFProgressCallback
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
+
+from fastpo.data.groups import Group
+from fastpo.data.packing import counts_of
+from fastpo.loss import LossOutput
+from fastpo.model.check import can_share_prompt, self_check
+from fastpo.model.facts import read_head
+from fastpo.model.hidden import attach, generation, label_hidden
+from fastpo.model.load import disable_dropout
+from fastpo.train.batches import Collator, EpochSampler, PaddedGroups, as_groups
+from fastpo.train.checkpoint import (
+    LOSS_STATE,
+    TRAINER_STATE,
+    incomplete,
+    latest_complete,
+    publish,
+    staging_dir,
+)
+from fastpo.train.config import PreferenceConfig
+from fastpo.train.metrics import (
+    JsonlCallback,
+    MetricWindow,
+    ProgressCallback,
+    Stopwatch,
+    peak_memory_gib,
+)
+from fastpo.train.reference import (
+    ModelReference,
+    NoReference,
+    Reference,
+    StoredReference,
+    adapter_parameters,
+    fill_store,
+    live_reference,
+    resolve_kind,
+)
+from fastpo.train.store import ReferenceStore, store_key
+
+log = logging.getLogger(__name__)
+
+SAMPLES_FILE = "samples.jsonl"
+CONFIG_FILE = "preference_config.yaml"
+
+
+class PreferenceTrainer(Trainer):
+    """Trains a causal language model on preferences.
+
+    Args:
+        model: a causal language model, or a PEFT model around one.
+        args: the configuration.
+        train_dataset: groups (`GroupDataset`, `GroupStream`), or rows in any form that
+            `fastpo.data.rows.load_rows` takes; rows become groups with `args.data_options()`.
+        eval_dataset: the same, or a dict of them by name.
+        processing_class: the tokenizer.
+        ref_model: the reference, where it is not the model as it is now.
+        callbacks: further callbacks.
+        optimizers: (optimizer, scheduler) that replace those of `args`.
+
+    Raises:
+        ValueError: several GPUs in one process, sequence parallelism, a stream without `max_steps`,
+            a reference that does not fit the model or objective; each names its remedy.
+    """
+
+    # compute_loss divides by the counts of the whole step, so accumulation must not divide again.
+    loss_is_scaled_for_ga = True
+
+    args: PreferenceConfig
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        args: PreferenceConfig,
+        *,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase,
+        ref_model: PreTrainedModel | PeftModel | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        if args.disable_dropout:
+            for each in (model, ref_model):
+                if each is not None:
+                    disable_dropout(each)
+        head = read_head(model)
+        loss = args.build_loss(head)
+        kind = resolve_kind(
+            args.reference,
+            needs_reference=loss.needs_reference,
+            is_peft=isinstance(model, PeftModel),
+            has_store=args.reference_store is not None and not loss.needs_kl,
+            has_ref_model=ref_model is not None,
+        )
+        # A copy is taken before `attach` binds a forward to the policy.
+        live = None if kind in ("none", "store") else live_reference(kind, model, head, ref_model)
+        attach(model)
+        shares = self._shares_prompts(model, args)
+
+        def groups_of(data: Any, source: str) -> Any:
+            if data is None:
+                return None
+            return as_groups(data, processing_class, args, extras=loss.extras, source=source)
+
+        train_dataset = groups_of(train_dataset, "train data")
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {n: groups_of(d, f"eval data {n}") for n, d in eval_dataset.items()}
+        else:
+            eval_dataset = groups_of(eval_dataset, "eval data")
+        if train_dataset is not None and not isinstance(train_dataset, Sized):
+            if args.max_steps <= 0:
+                raise ValueError(
+                    f"max_steps={args.max_steps}, but the training data is a stream of unknown "
+                    "length: set max_steps"
+                )
+            if kind == "store":
+                raise ValueError(
+                    "reference='store' needs all training data before the first step, but it is a "
+                    "stream: use reference='copy' or 'adapter', or do not stream"
+                )
+        # Padding is masked and never scored, so any token does.
+        pad = processing_class.pad_token_id
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=Collator(pad if isinstance(pad, int) else 0, shares),
+            train_dataset=train_dataset,  # pyright: ignore[reportArgumentType]
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._refuse_unsupported(kind)
+        self._warn_of_lost_steps()
+        self.loss = loss.to(self.args.device)
+        self.reference_kind = kind
+        self.reference: Reference = NoReference()
+        if kind == "store":
+            self.reference = self._stored_reference(ref_model)
+        elif live is not None:
+            self.reference = live
+            if isinstance(live, ModelReference) and self.place_model_on_device:
+                self._move_model_to_device(live.model, self.args.device)
+
+        self._window = MetricWindow()
+        self._watch: Stopwatch | None = None
+        self._window_tokens = 0.0
+        self._eval_window = MetricWindow()
+        self._eval_totals: dict[str, float] | None = None
+        if self.pop_callback(HFProgressCallback) is not None:
+            self.add_callback(ProgressCallback())
+        self.add_callback(JsonlCallback())
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+
+    # ---- Setting up ----
+
+    @staticmethod
+    def _shares_prompts(model: nn.Module, args: PreferenceConfig) -> bool:
+        if args.share_prompt == "false":
+            return False
+        possible, reason = can_share_prompt(model)
+        if not possible and args.share_prompt == "true":
+            raise ValueError(
+                f"share_prompt=true, but this model cannot: {reason}; use share_prompt=auto"
+            )
+        if not possible:
+            log.warning("one prompt copy per response: %s", reason)
+        return possible
+
+    def _warn_of_lost_steps(self) -> None:
+        """A step of Adam moves a weight by about the learning rate; can its dtype show that?"""
+        assert self.model is not None
+        trained = [p for p in self.model.parameters() if p.requires_grad and p.is_floating_point()]
+        if not trained:
+            raise ValueError(
+                "no parameter of the model requires a gradient: unfreeze some, or train an adapter"
+            )
+        largest = max(trained, key=lambda p: p.numel()).detach().flatten()
+        some = largest[:: max(1, largest.numel() // 4096)]
+        lost = (some + self.args.learning_rate == some).float().mean().item()
+        if self.args.learning_rate and lost > 0.5:
+            log.warning(
+                "%.0f%% of the weights are %s numbers that a step of learning_rate=%g does not "
+                "change: load the model with dtype=float32 (bf16=True still computes in bfloat16), "
+                "or train an adapter",
+                100 * lost,
+                largest.dtype,
+                self.args.learning_rate,
+            )
+
+    def _refuse_unsupported(self, kind: str) -> None:
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs in one process would mean DataParallel, which splits a "
+                "packed batch along the wrong axis: start one process a GPU with `torchrun "
+                f"--nproc-per-node {self.args.n_gpu}` or `accelerate launch`, or show one with "
+                "CUDA_VISIBLE_DEVICES=0"
+            )
+        if self.get_cp_size() * self.get_sp_size() > 1:
+            raise ValueError(
+                f"cp_size={self.get_cp_size()}, sp_size={self.get_sp_size()}: packed rows are not "
+                "split over ranks; use data parallelism (FSDP, ZeRO) and share_prompt"
+            )
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if kind == "copy" and sharded:
+            raise ValueError(
+                "reference='copy' would put a whole model on every rank of a sharded run: use "
+                "reference='store' (computed once, on one process), or an adapter"
+            )
+
+    def _stored_reference(self, ref_model: PreTrainedModel | PeftModel | None) -> StoredReference:
+        source: Any = ref_model if ref_model is not None else self.model
+        options = self.args.data_options()
+        key = store_key(
+            source,
+            self.processing_class,
+            precision=f"{source.dtype}, autocast {self.args.mixed_precision}",
+            truncation={
+                name: getattr(options, name)
+                for name in ("max_length", "max_prompt_length", "max_response_length", "truncation")
+            },
+            chat_template_kwargs=options.chat_template_kwargs,
+            skip=adapter_parameters(source),
+        )
+        info = {
+            "name": source.config._name_or_path,
+            "revision": getattr(source.config, "_commit_hash", None),
+        }
+        # The folder and its key first, by one process; then everybody opens it.
+        with self.args.main_process_first(local=False):
+            store = ReferenceStore(
+                self.args.store_dir, key, info=info, writer=self.args.process_index
+            )
+        evals = self.eval_dataset
+        datasets = [self.train_dataset, *(evals.values() if isinstance(evals, dict) else [evals])]
+        for dataset in datasets:
+            if dataset is None:
+                continue
+            if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and store.missing(dataset):
+                raise ValueError(
+                    f"the reference store {store.path} is not complete and the model of this run "
+                    "is sharded: fill it first by starting the same run on one process"
+                )
+            with self.autocast_smart_context_manager():
+                fill_store(
+                    store,
+                    dataset,  # pyright: ignore[reportArgumentType]
+                    self.model,  # pyright: ignore[reportArgumentType]
+                    lambda groups: self._prepare_inputs(self.collator(groups)),
+                    head=self.loss.head,  # pyright: ignore[reportArgumentType]
+                    ref_model=ref_model,
+                    batch_size=self.args.per_device_eval_batch_size,
+                    options=self._head_options,
+                    rank=self.args.process_index,
+                    world_size=self.args.world_size,
+                    progress=not self.args.disable_tqdm,
+                )
+            self.accelerator.wait_for_everyone()
+            store.refresh()
+        self.collator.store = store
+        return StoredReference(store)
+
+    @property
+    def collator(self) -> Collator:
+        """What packs groups into batches."""
+        return self.data_collator  # pyright: ignore[reportReturnType]
+
+    @property
+    def _folder(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    @property
+    def _head_options(self) -> dict[str, Any]:
+        return {"backend": self.args.backend, "workspace_mib": self.args.workspace_mib}
+
+    # ---- The step ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: dict[str, float] | None = None,
+    ) -> Any:
+        """batch -> hidden states -> statistics -> scores -> loss.
+
+        Args:
+            model: the policy, wrapped or not.
+            inputs: a packed batch.
+            return_outputs: also return the loss module's output.
+            num_items_in_batch: counts of the whole optimiser step, from `get_batch_samples`.
+
+        Returns:
+            the loss, or (loss, LossOutput).
+        """
+        self.loss.train(model.training)
+        reference = self.reference(model, inputs)  # first: no activations are alive yet
+        hidden = label_hidden(model, inputs)
+        output = self.loss(
+            hidden,
+            inputs["targets"],
+            inputs["segments"],
+            token_weights=inputs["token_weights"],
+            totals=num_items_in_batch,
+            **reference,
+            **self._head_options,
+        )
+        loss = output.loss
+        if model.training:
+            self._refuse_non_finite(output, inputs)
+            self._window.add(output.metrics, output.counts)
+            if num_items_in_batch is not None:
+                # Gradients are averaged over ranks, but the counts are already global.
+                loss = loss * self._num_data_ranks
+        return (loss, output) if return_outputs else loss
+
+    @property
+    def _num_data_ranks(self) -> int:
+        return self.accelerator.num_processes // self.get_tp_size()
+
+    def _refuse_non_finite(self, output: LossOutput, batch: dict[str, Any]) -> None:
+        if bool(torch.isfinite(output.loss)):
+            return
+        bad = (~torch.isfinite(output.losses)).tolist()
+        rows = list(zip(batch["sources"], batch["rows"], strict=True))
+        named = [f"{s or 'rows'} row {r}" for (s, r), b in zip(rows, bad, strict=True) if b]
+        raise FloatingPointError(
+            f"the loss is {output.loss.item()} in step {self.state.global_step + 1}, from "
+            f"{', '.join(named or [f'{s} row {r}' for s, r in rows])}; look at these rows, lower "
+            f"learning_rate={self.args.learning_rate}, or resume from a checkpoint before it"
+        )
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """Autocast around the whole step: the head runs outside the model's wrapped forward."""
+        return self.accelerator.autocast()
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Tensors and segments to the device; the layout stays plain integers."""
+        device = self.args.device
+        return {k: v.to(device) if hasattr(v, "to") else v for k, v in inputs.items()}
+
+    # ---- Counting ----
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Any]:
+        """The micro-batches of one optimiser step, and its counts over all ranks."""
+        if self._watch is None:
+            self._watch = Stopwatch()
+        batches = list(islice(epoch_iterator, num_batches))
+        totals = self._over_ranks(self._sum_counts(b["counts"] for b in batches))
+        self.state.num_input_tokens_seen += round(totals["tokens"])
+        self._window_tokens += totals["tokens"]
+        if totals["tokens"]:
+            sharing = totals["unshared_tokens"] / totals["tokens"]
+            self._window.add({"sharing": sharing}, {"sharing": totals["tokens"]})
+        return batches, totals
+
+    @staticmethod
+    def _sum_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, float]:
+        total: dict[str, float] = dict.fromkeys(counts_of([]), 0.0)
+        for each in counts:
+            for name, value in each.items():
+                total[name] += value
+        return total
+
+    def _over_ranks(self, counts: dict[str, float]) -> dict[str, float]:
+        if self.accelerator.num_processes == 1:
+            return counts
+        local = torch.tensor(list(counts.values()), dtype=torch.float64, device=self.args.device)
+        total: Any = self.accelerator.reduce(local)
+        return dict(zip(counts, (total / self.get_tp_size()).tolist(), strict=True))
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Nothing: `get_batch_samples` counts distinct tokens once and over all ranks."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(dataset, Sized) or self.args.train_sampling_strategy == "sequential":
+            return super()._get_train_sampler(train_dataset)
+        by_length = self.args.train_sampling_strategy == "group_by_length"
+        return EpochSampler(
+            dataset,
+            self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            lambda: int(self.state.epoch or 0),
+            by_length=self._train_batch_size if by_length else None,
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the window's means, throughput and peak memory to a training record."""
+        if "loss" in logs and self._watch is not None:
+            logs.update(self._window.means())
+            logs["num_tokens"] = self.state.num_input_tokens_seen
+            logs["tokens_per_second"] = self._window_tokens / self._watch.lap()
+            logs["peak_memory_gib"] = peak_memory_gib(self.args.device)
+            self._window_tokens = 0.0
+        super().log(logs, start_time)
+
+    # ---- Evaluation ----
+
+    def _get_dataloader(
+        self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        if description != "Training" and self.args.world_size > 1 and isinstance(dataset, Sized):
+            dataset = PaddedGroups(dataset, batch_size * self.args.world_size)
+        return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Means over the groups of the whole set, as if it were one batch."""
+        dataset = getattr(dataloader, "dataset", None)
+        if isinstance(dataset, PaddedGroups):
+            dataset = dataset.dataset
+        self._eval_totals = None  # a stream: batch means, weighted by groups
+        if isinstance(dataset, Sized):
+            self._eval_totals = self._sum_counts(counts_of([g]) for g in dataset)  # pyright: ignore
+        self._eval_window = MetricWindow()
+        pause = self._watch.paused() if self._watch is not None else nullcontext()
+        with pause:
+            output = super().evaluation_loop(
+                dataloader, description, True, ignore_keys, metric_key_prefix
+            )
+            means = self._eval_window.means()
+        assert output.metrics is not None
+        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in means.items()})
+        return output
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """The loss of one batch of an evaluation."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, output = self.compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=self._eval_totals
+            )
+        if inputs["counted"]:
+            groups = inputs["counts"]["groups"]
+            # A sum over batches, written as a mean: every batch's share is already divided.
+            share = 1.0 if self._eval_totals is None else self._eval_totals["groups"] / groups
+            self._eval_window.add({"loss": loss * share}, {"loss": groups})
+            self._eval_window.add(output.metrics, output.counts)
+        return loss, None, None
+
+    # ---- The run ----
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Trains.
+
+        Args:
+            resume_from_checkpoint: True for the newest complete checkpoint of `output_dir`, "auto"
+                for the same or the start where there is none, or a checkpoint's path; by default
+                what `args.resume_from_checkpoint` says.
+            trial: a trial of a hyper-parameter search.
+            ignore_keys_for_eval: unused, kept for the Trainer's signature.
+
+        Raises:
+            ValueError: there is no complete checkpoint to resume from; says what is missing.
+            FloatingPointError: the loss is not finite; names the rows.
+        """
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
+        resume = self._checkpoint_to_resume(resume_from_checkpoint)
+        if self.args.should_save:
+            text = yaml.safe_dump(self.args.to_dict(), sort_keys=False)
+            (self._folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        if self.args.self_check:
+            self._check_model()
+        if resume is None:
+            self._sample("before")
+        self._watch = None
+        self._window, self._window_tokens = MetricWindow(), 0.0
+        output = super().train(resume, trial, ignore_keys_for_eval)
+        self.save_state()
+        self._sample("after")
+        return output
+
+    def _checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
+        if wanted is None or wanted is False:
+            return None
+        if wanted is True or wanted == "auto":
+            found = latest_complete(self._folder)
+            if found is None and wanted is True:
+                raise ValueError(
+                    f"no complete checkpoint in {self._folder}: start without resuming, or "
+                    "give resume_from_checkpoint='auto'"
+                )
+            if found is not None:
+                log.info("resuming from %s", found)
+            return found
+        reason = incomplete(wanted)
+        if reason is not None:
+            raise ValueError(f"cannot resume from {wanted}: {reason}")
+        return str(wanted)
+
+    def _check_model(self) -> None:
+        """Packed against padded, fused against the model's logits, on a few groups."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            log.info("no self-check: the weights are sharded")
+            return
+        result = self_check(
+            self.model,  # pyright: ignore[reportArgumentType]
+            self.loss.head,  # pyright: ignore[reportArgumentType]
+            self._first_groups(self.train_dataset, 8),
+            self.collator.pad_token_id,
+            share_prompt=self.collator.share_prompt,
+        )
+        if self.collator.share_prompt and not result.share_prompt:
+            if self.args.share_prompt == "true":
+                raise ValueError(
+                    f"share_prompt=true, but the self-check failed: {result.reason}; use "
+                    "share_prompt=auto"
+                )
+            self.collator.share_prompt = False
+        log.info(
+            "self-check: %s; fused and plain head differ by %.2e, rounding explains %.2e",
+            result.reason,
+            result.head_error,
+            result.head_bound,
+        )
+
+    @staticmethod
+    def _first_groups(dataset: Any, count: int) -> list[Group]:
+        if isinstance(dataset, dict):
+            dataset = next(iter(dataset.values()))
+        if isinstance(dataset, Sized):
+            return [dataset[i] for i in range(min(count, len(dataset)))]  # pyright: ignore
+        return list(islice(iter(dataset), count))
+
+    @torch.no_grad()
+    def _sample(self, when: str) -> None:
+        """Greedy responses to the first prompts, appended to samples.jsonl."""
+        if not self.args.num_samples:
+            return
+        tokenizer: Any = self.processing_class
+        dataset = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
+        records = []
+        with generation(self.model):  # pyright: ignore
+            for group in self._first_groups(dataset, self.args.num_samples):
+                prompt = torch.from_numpy(group.prompt_ids).long()[None].to(self.args.device)
+                tokens = self.model.generate(  # pyright: ignore
+                    input_ids=prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    max_new_tokens=self.args.sample_tokens,
+                    do_sample=False,
+                    use_cache=True,
+                    pad_token_id=self.collator.pad_token_id,
+                )
+                response = tokens[0, prompt.shape[1] :]
+                records.append(
+                    {
+                        "when": when,
+                        "step": self.state.global_step,
+                        "row": group.row,
+                        "source": group.source,
+                        "prompt": tokenizer.decode(group.prompt_ids),
+                        "response": tokenizer.decode(response, skip_special_tokens=True),
+                        "chosen": tokenizer.decode(
+                            group.responses[0].input_ids, skip_special_tokens=True
+                        ),
+                    }
+                )
+        if self.is_world_process_zero():
+            mode = "w" if when == "before" else "a"
+            with (self._folder / SAMPLES_FILE).open(mode, encoding="utf-8") as file:
+                file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+
+    # ---- Checkpoints ----
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A complete checkpoint under its name, or none: see `fastpo.train.checkpoint`."""
+        with self._watch.paused() if self._watch is not None else nullcontext():
+            if self.hp_search_backend is None and trial is None:
+                self.store_flos()
+            run_dir = self._get_output_dir(trial)
+            step = self.state.global_step
+            final, staging = Path(run_dir) / f"checkpoint-{step}", staging_dir(run_dir, step)
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            staging.mkdir(parents=True, exist_ok=True)
+            self.save_model(str(staging), _internal_call=True)
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(str(staging))
+                self._save_scaler(str(staging))
+                self._save_rng_state(str(staging))
+            best = self.state.best_global_step
+            if best and (best == step or (Path(run_dir) / f"checkpoint-{best}").exists()):
+                self.state.best_model_checkpoint = str(Path(run_dir) / f"checkpoint-{best}")
+            self.accelerator.wait_for_everyone()  # every rank has written its part
+            if self.args.should_save:
+                self._save_trainer_state(staging / TRAINER_STATE)
+                publish(staging, final)
+            self.accelerator.wait_for_everyone()
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(str(final))
+            if self.args.should_save:
+                rotate_checkpoints(
+                    output_dir=run_dir,
+                    save_total_limit=self.args.save_total_limit,
+                    best_model_checkpoint=self.state.best_model_checkpoint,
+                    use_mtime=False,  # a resumed run's older steps are older, whenever written
+                )
+
+    def _save_trainer_state(self, path: Path) -> None:
+        held: dict[str, Any] = {}
+        for each in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(each, ExportableState):
+                held.setdefault(type(each).__name__, []).append(each.state())
+        for name, states in held.items():
+            self.state.stateful_callbacks[name] = states if len(states) > 1 else states[0]  # pyright: ignore
+        self.state.save_to_json(str(path))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Also what the loss carries from step to step: BCO's running shift."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            torch.save(self.loss.state_dict(), Path(output_dir) / LOSS_STATE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (path := Path(checkpoint) / LOSS_STATE).is_file():
+            self.loss.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+    def save_merged(self, path: str | Path) -> None:
+        """Write the model without adapters, safetensors and tokenizer, ready for `from_pretrained`.
+
+        A PEFT model is merged in a copy, which takes the memory of the model once more.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, PeftModel):
+            model = copy.deepcopy(model).merge_and_unload(safe_merge=True)  # pyright: ignore
+        if self.args.should_save:
+            model.save_pretrained(str(path))
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(str(path))

@@ -1,0 +1,177 @@
+"""Values of recipes and flags: YAML 1.2 scalars, checked against type annotations.
+
+`5e-7` is a number and `no` is the word that `eval_strategy` takes; PyYAML's own rules, those of
+YAML 1.1, read them as text and as false.
+"""
+
+from __future__ import annotations
+
+import difflib
+import enum
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple, Union
+
+import yaml
+
+
+class RecipeError(ValueError):
+    """Something in a recipe or a flag is wrong; one line per problem, each naming its place."""
+
+
+class Loader(yaml.SafeLoader):
+    """YAML 1.2 core scalars: true and false are the only booleans, 5e-7 is a float."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [
+            pair
+            for pair in pairs
+            if pair[0] not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+        ]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|Inf|INF))$"
+        r"|^\.(?:nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def scalar(text: str) -> Any:
+    """The value of a flag: YAML, and plain text where YAML sees no value (`a: b: c`, `@x`)."""
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError:
+        return text
+
+
+class Entry(NamedTuple):
+    value: Any
+    where: str
+    text: str | None = None  # what was typed, for flags whose field is a string
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """` Did you mean 'x'?` with the most similar of `names`, or nothing if none is similar."""
+    by_plain = {n.lower().replace("-", "_"): n for n in names}
+    plain = name.lower().replace("-", "_")
+    # `adamw` is adamw_torch cut short and no misspelt grokadamw.
+    close = [n for n in by_plain if len(plain) > 2 and n.startswith(plain)]
+    close = close or difflib.get_close_matches(plain, by_plain, n=1, cutoff=0.6)
+    return f" Did you mean {by_plain[close[0]]!r}?" if close else ""
+
+
+def describe(expected: Any) -> str:
+    """A type as a user would say it."""
+    origin, args = typing.get_origin(expected), typing.get_args(expected)
+    if expected is type(None):
+        return "null"
+    if origin in (Union, types.UnionType):
+        listed = [a for a in args if not (a is str and choices(expected))]
+        return " or ".join(dict.fromkeys(describe(a) for a in listed))
+    if origin is Literal:
+        return " or ".join(map(str, args))
+    if isinstance(expected, type) and issubclass(expected, enum.Enum):
+        names = [str(m.value) for m in expected]
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        return "one of " + ", ".join(names[:8]) + more
+    words = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+    if expected in words:
+        return words[expected]
+    return {list: "a list", dict: "a mapping"}.get(origin or expected, str(expected))
+
+
+class Mismatch(Exception):
+    """A value does not have the type of its field."""
+
+
+def _coerce(value: Any, expected: Any, text: str | None) -> Any:
+    """`value` as `expected`, a type annotation; raises Mismatch where it is not one."""
+    origin, args = typing.get_origin(expected), typing.get_args(expected)
+    if expected is Any or expected is None:
+        return value
+    if origin in (Union, types.UnionType):
+        # An enumeration beside `str` (optim, eval_strategy) is stricter than the `str`.
+        enums = [a for a in args if isinstance(a, type) and issubclass(a, enum.Enum)]
+        # The exact type first, so that "1" for `int | str` stays what YAML says it is.
+        order = sorted(args, key=lambda a: type(value) is not (typing.get_origin(a) or a))
+        for option in [a for a in order if not (enums and a is str)]:
+            try:
+                return _coerce(value, option, None if option is not str else text)
+            except Mismatch:
+                continue
+        raise Mismatch
+    if origin is Literal:
+        if value in args and type(value) in {type(a) for a in args}:
+            return value
+        raise Mismatch
+    if isinstance(expected, type) and issubclass(expected, enum.Enum):
+        if value in [m.value for m in expected] or value in expected.__members__.values():
+            return value
+        raise Mismatch
+    if expected is type(None):
+        if value is None:
+            return value
+        raise Mismatch
+    if expected is bool:
+        if isinstance(value, bool):
+            return value
+        raise Mismatch
+    if expected is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+        raise Mismatch
+    if expected is float:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return value
+        raise Mismatch
+    if expected is str:
+        if isinstance(value, str):
+            return value
+        if text is not None and not isinstance(value, list | dict) and value is not None:
+            return text
+        raise Mismatch
+    if origin is list or expected is list:
+        if isinstance(value, list):
+            return [_coerce(v, args[0] if args else Any, None) for v in value]
+        raise Mismatch
+    if origin is dict or expected is dict:
+        if isinstance(value, Mapping):
+            return {k: _coerce(v, args[1] if args else Any, None) for k, v in value.items()}
+        raise Mismatch
+    return value  # a class of a library: its own constructor judges
+
+
+def checked(name: str, entry: Entry, expected: Any) -> Any:
+    try:
+        return _coerce(entry.value, expected, entry.text)
+    except Mismatch:
+        hint = nearest(str(entry.value), map(str, choices(expected)))
+        raise RecipeError(
+            f"{entry.where}: {name} = {entry.value!r} ({type(entry.value).__name__}), "
+            f"expected {describe(expected)}.{hint}"
+        ) from None
+
+
+def choices(expected: Any) -> list[Any]:
+    """The values that a type enumerates, if any."""
+    origin, args = typing.get_origin(expected), typing.get_args(expected)
+    if origin in (Union, types.UnionType):
+        return [c for a in args for c in choices(a)]
+    if origin is Literal:
+        return list(args)
+    if isinstance(expected, type) and issubclass(expected, enum.Enum):
+        return [m.value for m in expected]
+    return []

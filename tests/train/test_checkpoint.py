@@ -1,0 +1,172 @@
+"""Checkpoints: complete or invisible, and a killed run ends where an unkilled one does."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastpo.train.checkpoint import MANIFEST, incomplete, latest_complete, publish, staging_dir
+from fastpo.train.metrics import read_metrics
+from tests.train import child, tiny
+
+
+def run_child(mode: str, folder: Path) -> None:
+    process = child.start(child.killed, mode, str(folder))
+    process.join(300)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def weights(trainer: Any) -> list[torch.Tensor]:
+    state = trainer.optimizer.state_dict()["state"]
+    moments = [v for entry in state.values() for v in entry.values()]
+    return [*trainer.model.state_dict().values(), *moments, *trainer.loss.state_dict().values()]
+
+
+@pytest.fixture(scope="module")
+def unkilled(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    made = child.make(str(tmp_path_factory.mktemp("unkilled")))
+    made.train()
+    return made
+
+
+@pytest.mark.parametrize(("mode", "survivor"), [("step", 6), ("save", 3), ("rename", 3)])
+def test_killed_run_ends_with_the_same_bits(
+    mode: str, survivor: int, tmp_path: Path, unkilled: Any
+) -> None:
+    run_child(mode, tmp_path)
+    assert latest_complete(tmp_path) == str(tmp_path / f"checkpoint-{survivor}")
+    steps = [r["step"] for r in read_metrics(tmp_path)]
+    assert max(steps) >= survivor
+
+    resumed = child.make(str(tmp_path))
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 11
+    for mine, theirs in zip(weights(resumed), weights(unkilled), strict=True):
+        assert torch.equal(torch.as_tensor(mine), torch.as_tensor(theirs))
+    for ours, theirs in zip(
+        read_metrics(tmp_path), read_metrics(unkilled.args.output_dir), strict=True
+    ):
+        for name in ("step", "loss", "rewards/margins", "bco/shift", "num_tokens"):
+            assert ours.get(name) == theirs.get(name)
+    found = sorted(p.name for p in tmp_path.iterdir() if "checkpoint" in p.name)
+    # save_total_limit=2 holds over the kill, and no temporary folder is left.
+    assert found == ["checkpoint-11", "checkpoint-9"]
+
+
+def test_running_state_of_the_loss_is_saved(unkilled: Any) -> None:
+    shift = unkilled.loss.get_buffer("bco_shift")
+    assert shift[1] == 11 * 8  # every response of every step was counted once
+    held = torch.load(Path(unkilled.args.output_dir) / "checkpoint-11" / "loss_state.pt")
+    assert torch.equal(held["bco_shift"], shift)
+
+
+@pytest.fixture
+def checkpoint(unkilled: Any, tmp_path: Path) -> Path:
+    shutil.copytree(Path(unkilled.args.output_dir) / "checkpoint-9", tmp_path / "checkpoint-9")
+    shutil.copytree(Path(unkilled.args.output_dir) / "checkpoint-11", tmp_path / "checkpoint-11")
+    return tmp_path / "checkpoint-11"
+
+
+def test_complete(checkpoint: Path) -> None:
+    assert incomplete(checkpoint) is None
+    (checkpoint / MANIFEST).unlink()  # as another program would have left it
+    assert incomplete(checkpoint) is None
+
+
+def damage_missing(folder: Path) -> None:
+    (folder / "optimizer.pt").unlink()
+
+
+def damage_torn(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def damage_manifest(folder: Path) -> None:
+    (folder / MANIFEST).write_text("{")
+
+
+def damage_foreign_state(folder: Path) -> None:
+    (folder / MANIFEST).unlink()
+    (folder / "trainer_state.json").write_text('{"global_step": 1')
+
+
+def damage_foreign_weights(folder: Path) -> None:
+    (folder / MANIFEST).unlink()
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (damage_missing, "optimizer.pt is missing"),
+        (damage_torn, "model.safetensors has .* bytes instead of"),
+        (damage_manifest, "manifest.json is unreadable"),
+        (damage_foreign_state, "trainer_state.json is missing or torn"),
+        (damage_foreign_weights, "no weights"),
+    ],
+)
+def test_damaged_checkpoint_is_skipped(
+    checkpoint: Path, damage: Any, reason: str, caplog: pytest.LogCaptureFixture, trainer: Any
+) -> None:
+    damage(checkpoint)
+    with caplog.at_level(logging.WARNING, "fastpo.train.checkpoint"):
+        assert latest_complete(checkpoint.parent) == str(checkpoint.parent / "checkpoint-9")
+    assert len(caplog.records) == 1
+    caplog.records[0].getMessage().index("checkpoint-11")
+    with pytest.raises(ValueError, match=f"cannot resume from .*checkpoint-11: {reason}"):
+        trainer().train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_nothing_to_resume_from(trainer: Any) -> None:
+    with pytest.raises(ValueError, match=r"no complete checkpoint in .*'auto'"):
+        trainer().train(resume_from_checkpoint=True)
+    made = trainer(max_steps=1)
+    made.train(resume_from_checkpoint="auto")
+    assert made.state.global_step == 1
+
+
+def test_publish_replaces_a_checkpoint_of_the_same_name(tmp_path: Path) -> None:
+    final = tmp_path / "checkpoint-1"
+    for text in ("old", "new"):
+        staging = staging_dir(tmp_path, 1)
+        staging.mkdir()
+        (staging / "file").write_text(text)
+        publish(staging, final)
+    assert (final / "file").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert json.loads((final / MANIFEST).read_text())["files"] == {"file": 3}
+
+
+def test_best_model_and_early_stopping(trainer: Any) -> None:
+    """A learning rate far too high: the first evaluation is the best one and is loaded again."""
+    made = trainer(
+        eval_dataset=tiny.pairs(6, seed=1),
+        learning_rate=0.3,
+        max_steps=12,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="rewards/margins",
+        early_stopping_patience=3,
+        lr_scheduler_type="constant",
+    )
+    made.train()
+    margins = [r["eval_rewards/margins"] for r in made.state.log_history if "eval_loss" in r]
+    best = margins.index(max(margins)) + 1
+    assert made.state.global_step == best + 3 < 12
+    folder = Path(made.args.output_dir) / f"checkpoint-{best}"
+    assert made.state.best_model_checkpoint == str(folder)
+    assert folder.is_dir()
+    again = made.evaluate()
+    assert again["eval_rewards/margins"] == max(margins)

@@ -1,0 +1,106 @@
+"""The configuration: defaults, round trips, and errors that name value and remedy."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import pytest
+import yaml
+
+import fastpo.train.config
+from fastpo.data.build import DataOptions
+from fastpo.train.config import PreferenceConfig
+
+
+def test_defaults(tmp_path: Any) -> None:
+    made = PreferenceConfig(output_dir=str(tmp_path))
+    assert made.learning_rate == 1e-6
+    assert made.activation_checkpointing
+    assert made.remove_unused_columns is False
+    assert made.report_to == []
+    assert made.disable_dropout
+    assert made.accelerator_config.dispatch_batches is False
+    assert made.data_options() == DataOptions()
+
+
+def test_checkpointing_obeys_either_name(tmp_path: Any) -> None:
+    with pytest.warns(FutureWarning):
+        old = PreferenceConfig(output_dir=str(tmp_path), gradient_checkpointing=False)
+    new = PreferenceConfig(output_dir=str(tmp_path), activation_checkpointing=False)
+    assert not old.activation_checkpointing
+    assert not new.activation_checkpointing
+
+
+def test_round_trip(config: Any) -> None:
+    made = config(
+        objective={"dpo": 0.8, "sft": 1.0},
+        objective_args={"dpo.beta": 0.2},
+        share_prompt=False,
+        chat_template_kwargs={"enable_thinking": False},
+        max_length=64,
+        hub_token="secret",
+    )
+    resolved = made.to_dict()
+    assert "secret" not in json.dumps(resolved)
+    from_json = json.loads(json.dumps(resolved))
+    from_yaml = yaml.safe_load(yaml.safe_dump(resolved))
+    for values in (from_json, from_yaml):
+        again = PreferenceConfig.from_dict(values)
+        assert again.to_dict() == resolved
+    assert again.build_loss().components[0].hyper == {"beta": 0.2}
+    assert again.data_options().max_length == 64
+    assert again.share_prompt == "false"
+
+
+def test_objective_as_a_flag_is_json(config: Any) -> None:
+    assert config(objective='{"dpo": 1.0, "sft": 0.1}').objective == {"dpo": 1.0, "sft": 0.1}
+    assert config(beta=0.3).build_loss().components[0].hyper == {"beta": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "dop"}, "'dop'.*'dpo'"),
+        ({"objective": None}, "objective is None"),
+        ({"objective_args": {"bata": 1.0}}, "'bata'.*'beta'"),
+        ({"beta": 0.1, "objective_args": {"beta": 0.2}}, "beta=0.1 contradicts .*0.2"),
+        ({"reference": "none"}, "'dpo' compares with a reference.*simpo"),
+        ({"reference": "stoer"}, "reference='stoer'.*did you mean 'store'"),
+        ({"reference": "copy", "reference_store": "x"}, "reference_store='x'.*'store'"),
+        ({"objective": "tdpo1", "reference": "store"}, "'tdpo1' needs the .*whole distribution"),
+        ({"backend": "cuda"}, "backend='cuda' is not one of auto, torch, triton"),
+        ({"share_prompt": "yes"}, "share_prompt='yes'"),
+        ({"truncation": "middle"}, "truncation='middle'"),
+        ({"list_to_pairs": "best_wrost"}, "did you mean 'best_worst'"),
+        ({"max_length": 0}, "max_length=0 must be at least 1"),
+        ({"num_samples": -1}, "num_samples=-1"),
+        ({"remove_unused_columns": True}, "remove_unused_columns=True"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1.*objective_args"),
+        ({"early_stopping_patience": 2}, "early_stopping_patience=2 needs evaluations"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "'batch_rebalance'.*'group_by_length'"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_errors_name_value_and_remedy(config: Any, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**options)
+
+
+def test_unknown_setting() -> None:
+    with pytest.raises(ValueError, match="'learning_rat'; did you mean 'learning_rate'"):
+        PreferenceConfig.from_dict({"learning_rat": 1.0})
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_needs_a_cpu_that_has_it(
+    config: Any, native: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(fastpo.train.config, "cpu_has_bf16", lambda: native)
+    monkeypatch.setattr(fastpo.train.config, "is_torch_bf16_gpu_available", lambda: False)
+    with caplog.at_level(logging.WARNING, "fastpo.train.config"):
+        made = config(bf16=True)
+    assert made.bf16 is native
+    assert ("bf16 is off" in caplog.text) is not native
+    assert config().bf16 is False  # unset: full precision on a CPU

@@ -1,0 +1,78 @@
+"""The same run through the fused head and through whole logits, for every objective."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastpo.loss
+from fastpo.objectives import OBJECTIVES
+from fastpo.train.trainer import PreferenceTrainer
+from tests.numerics import assert_three_way
+from tests.train import tiny
+from tests.train.plain import dense_stats
+
+CANDIDATES = {"pair": 2, "point": 2, "list": 3}
+
+
+def run(
+    folder: Path, objective: Any, steps: int, dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """([steps] losses, all final weights)."""
+    names = [objective] if isinstance(objective, str) else list(objective)
+    family = max((OBJECTIVES[name].family for name in names), key=CANDIDATES.__getitem__)
+    extras = tuple({role for name in names for role in OBJECTIVES[name].extras})
+    model = tiny.model().to(dtype)
+    trainer = PreferenceTrainer(
+        model,
+        tiny.config(folder, objective=objective, max_steps=steps, optim="sgd", **options),
+        train_dataset=tiny.groups(8, CANDIDATES[family], extras=extras),
+        processing_class=tiny.tokenizer(),
+    )
+    trainer.train()
+    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    return torch.tensor(losses, dtype=dtype), weights
+
+
+def assert_same_trajectory(
+    folder: Path, objective: Any, steps: int, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> None:
+    ours = run(folder / "ours", objective, steps, **options)
+    monkeypatch.setattr(fastpo.loss, "linear_stats", dense_stats)
+    plain = run(folder / "plain", objective, steps, **options)
+    truth = run(folder / "truth", objective, steps, torch.float64, **options)
+    for what, a, b, c in zip(("losses", "weights"), ours, plain, truth, strict=True):
+        assert_three_way(a, b, c, f"{objective} {what}")
+    before = torch.cat([p.detach().flatten() for p in tiny.model().parameters()])
+    assert not torch.equal(ours[1], before), "nothing was trained"
+
+
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+def test_twenty_steps(objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_same_trajectory(tmp_path, objective, 20, monkeypatch)
+
+
+def test_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixture = {"dpo": 0.8, "sft": 1.0}
+    assert_same_trajectory(
+        tmp_path,
+        mixture,
+        3,
+        monkeypatch,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=2,
+    )
+
+
+def test_shared_and_padded_rows(tmp_path: Path) -> None:
+    """One prompt copy or one a response: the same losses and weights."""
+    shared = run(tmp_path / "shared", "dpo", 3)
+    padded = run(tmp_path / "padded", "dpo", 3, share_prompt="false")
+    truth = run(tmp_path / "truth", "dpo", 3, torch.float64, share_prompt="false")
+    for what, a, b, c in zip(("losses", "weights"), shared, padded, truth, strict=True):
+        assert_three_way(a, b, c, what)
