@@ -1,0 +1,244 @@
+"""The command line: `fastpo train | score | sample | objectives | doctor | report`.
+
+This file parses and dispatches; nothing heavy is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import NoReturn
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+TRAIN_HELP = """\
+usage: fastpo train [RECIPE.yaml] [--key value ...] [--overwrite] [--keys [WORD]] [--debug]
+
+Train a model on preferences. The recipe is a flat YAML mapping; flags win over it.
+
+  fastpo train recipe.yaml
+  fastpo train recipe.yaml --learning_rate 5e-7 --beta 0.05 --lora.r 32
+  fastpo train --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset prefs.jsonl --lora
+
+needed     model, dataset
+often      output_dir, objective, beta (any hyper-parameter of the objective), lora,
+           max_length, learning_rate, num_train_epochs or max_steps,
+           per_device_train_batch_size (in groups), eval_fraction or eval_dataset
+
+  --keys [WORD]  list every key with its default (or those with WORD in the name) and stop
+  --overwrite    forget the run that lies in output_dir; without it, train goes on from the
+                 newest complete checkpoint there
+  --debug        show the traceback of an error
+
+Ctrl-C or SIGTERM: the step is finished, a checkpoint is saved, and the command that goes on is
+printed. A second Ctrl-C stops at once.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, except that a mistyped flag or command is answered with the nearest one."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and leave with status 2."""
+        end = "" if message.endswith("?") else "."
+        sys.stderr.write(f"{self.prog}: {message}{end} See {self.prog} --help.\n")
+        raise SystemExit(USAGE_ERROR)
+
+    def known_flags(self) -> list[str]:
+        """The flags that this parser takes."""
+        return [flag for action in self._actions for flag in action.option_strings]
+
+
+def _parser() -> tuple[_Parser, dict[str, _Parser]]:
+    def wide(prog: str) -> argparse.HelpFormatter:
+        return argparse.HelpFormatter(prog, max_help_position=30, width=96)
+
+    top = _Parser(
+        prog="fastpo",
+        formatter_class=wide,
+        description="Preference training of language models.",
+        epilog="fastpo COMMAND --help explains a command.",
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="store_true", help="print the version and stop")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, line: str, description: str) -> _Parser:
+        return commands.add_parser(
+            name, help=line, description=description, formatter_class=wide, allow_abbrev=False
+        )
+
+    command("train", "train a model from a recipe", "")
+
+    score = command(
+        "score",
+        "log-probabilities, rewards and accuracy of a model on preferences",
+        "Score every response of a preference data set: JSONL to --out or standard output, a "
+        "summary to standard error. With --ref-model the implicit rewards are scored too.",
+    )
+    score.add_argument("--model", required=True, help="name on the hub, or a folder")
+    score.add_argument("--dataset", required=True, help="file, folder or name on the hub")
+    score.add_argument("--dataset-name", help="configuration of a hub data set")
+    score.add_argument("--split", default="train", help="default: train")
+    score.add_argument(
+        "--ref-model",
+        help="reference of the rewards; 'base' is the model with its adapter switched off",
+    )
+    score.add_argument("--beta", type=float, default=0.1, help="scale of the rewards (0.1)")
+    score.add_argument("--max-length", type=int, help="longest prompt and response in tokens")
+    score.add_argument("--max-rows", type=int, help="score the first so many rows")
+    score.add_argument("--skip-bad-rows", action="store_true", help="leave malformed rows out")
+    score.add_argument("--batch-size", type=int, default=4, help="groups at a time (4)")
+
+    sample = command(
+        "sample",
+        "answers of a model to prompts",
+        "Answer prompts. Each line of --prompts has a `prompt`, text or a list of messages; each "
+        'line of the output adds "responses".',
+    )
+    sample.add_argument("--model", required=True, help="name on the hub, or a folder")
+    sample.add_argument("--prompts", required=True, help="JSONL file with a `prompt` column")
+    sample.add_argument("--num-samples", type=int, default=1, help="answers a prompt (1)")
+    sample.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (256)")
+    sample.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (1.0)")
+    sample.add_argument("--top-p", type=float, default=1.0, help="nucleus (1.0)")
+    sample.add_argument("--batch-size", type=int, default=8, help="prompts at a time (8)")
+    sample.add_argument("--seed", type=int, default=0, help="of the sampler (0)")
+
+    for parser in (score, sample):
+        parser.add_argument("--revision", help="branch, tag or commit of the model")
+        parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32")
+        parser.add_argument("--tokenizer", help="default: the model's")
+        parser.add_argument("--chat-template", help="a .jinja file or the template itself")
+        parser.add_argument(
+            "--trust-remote-code", action="store_true", help="run code of the checkpoint"
+        )
+        parser.add_argument("--out", help="JSONL file; default: standard output")
+
+    objectives = command(
+        "objectives",
+        "the catalogue of objectives, or one of them in full",
+        "List every objective, or print one's formula, hyper-parameters and needs.",
+    )
+    objectives.add_argument("name", nargs="?", help="one objective")
+    objectives.add_argument("--json", action="store_true", help="for programs")
+
+    doctor = command(
+        "doctor",
+        "what this installation can do here, and why",
+        "Check the installation: versions, devices, back ends, what `auto` chooses, and with "
+        "--model what the head costs and whether prompts can be shared. Weights are not read.",
+    )
+    doctor.add_argument("--model", help="name on the hub, or a folder")
+    doctor.add_argument("--revision", help="branch, tag or commit of the model")
+    doctor.add_argument(
+        "--trust-remote-code", action="store_true", help="run code of the checkpoint"
+    )
+    doctor.add_argument("--tokens", type=int, default=4096, help="label tokens a batch (4096)")
+    doctor.add_argument("--workspace-mib", type=int, default=256, help="as in recipes (256)")
+
+    report = command(
+        "report",
+        "write report.html and the model card of a run again",
+        "Draw the report of a run's folder from the files in it; works while the run goes on.",
+    )
+    report.add_argument("run", help="the run's output_dir")
+
+    for parser in commands.choices.values():
+        parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return top, dict(commands.choices)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from fastpo.train.report import write_model_card, write_report
+
+    print(write_report(arguments.run))
+    print(write_model_card(arguments.run))
+    return 0
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    top, commands = _parser()
+    if words and not words[0].startswith("-") and words[0] not in commands:
+        near = get_close_matches(words[0], commands, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else f" Choose from {', '.join(commands)}."
+        sys.stderr.write(f"fastpo: unknown command {words[0]!r}.{hint}\n")
+        raise SystemExit(USAGE_ERROR)
+    parser = commands.get(words[0], top) if words else top
+    for word in words:
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and flag not in parser.known_flags():
+            near = get_close_matches(flag, parser.known_flags(), n=1)
+            parser.error(f"unknown flag {flag}" + (f", did you mean {near[0]}?" if near else ""))
+    arguments = top.parse_args(words)
+    if arguments.version:
+        from fastpo import __version__
+
+        print(f"fastpo {__version__}")
+        raise SystemExit(0)
+    if arguments.command is None:
+        top.print_help()
+        raise SystemExit(USAGE_ERROR)
+    return arguments
+
+
+def _run(words: Sequence[str]) -> int:
+    if words and words[0] == "train":
+        if {"-h", "--help"} & set(words):
+            print(TRAIN_HELP, end="")
+            return 0
+        from fastpo.cli.train import train
+
+        return train(words[1:])
+    arguments = _parse(words)
+    if arguments.command == "score":
+        from fastpo.cli.score import score
+
+        return score(arguments)
+    if arguments.command == "sample":
+        from fastpo.cli.sample import sample
+
+        return sample(arguments)
+    if arguments.command == "objectives":
+        from fastpo.cli.objectives import objectives
+
+        return objectives(arguments)
+    if arguments.command == "doctor":
+        from fastpo.cli.doctor import doctor
+
+        return doctor(arguments)
+    return _report(arguments)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the console entry point.
+
+    Args:
+        argv: the words after `fastpo`; by default those of this process.
+
+    Returns:
+        0: done. 1: `doctor` found a broken installation. 2: a wrong flag, value, file or row,
+        told in a line on standard error; `--debug` shows the traceback instead. 130: interrupted.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(words)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        sys.stderr.write("\nfastpo: interrupted\n")
+        return INTERRUPTED
+    except BrokenPipeError:  # `fastpo objectives | head`
+        sys.stderr.close()
+        return 0
+    except (ValueError, OSError) as error:
+        if "--debug" in words:
+            raise
+        # transformers explains a missing model in a paragraph; its first line says it.
+        text = str(error) if isinstance(error, ValueError) else str(error).strip().split("\n")[0]
+        for line in (text or type(error).__name__).splitlines():
+            sys.stderr.write(f"fastpo: {line}\n")
+        return USAGE_ERROR

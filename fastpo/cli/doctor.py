@@ -1,0 +1,200 @@
+"""`fastpo doctor`: what this installation can do here, and why `auto` chooses what it chooses."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import platform
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpo import __version__
+from fastpo.head import Backend, Head, choose_backend, linear_logps, plan_head
+
+EXTRAS = {
+    "train": ("transformers", "accelerate", "datasets", "peft", "safetensors", "yaml"),
+    "quant": ("bitsandbytes",),
+    "flash": ("flash_attn",),
+}
+VERSIONS = ("torch", "triton", "transformers", "accelerate", "peft", "datasets", "numpy")
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _line(name: str, text: str) -> None:
+    print(f"  {name:<13}{text}")
+
+
+def _device() -> torch.device:
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether this device multiplies bfloat16 itself; emulation is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        flags = torch.cpu.get_capabilities()
+        return any(flags.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return device.type in ("xpu", "mps")
+
+
+def _step(
+    hidden: Tensor, weight: Tensor, labels: Tensor, backend: Backend | None
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and their gradient to the hidden states; None is plain PyTorch."""
+    h = hidden.detach().requires_grad_()
+    if backend is None:
+        logps = (h @ weight.T).log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
+    else:
+        logps = linear_logps(h, weight, labels, backend=backend)
+    (grad,) = torch.autograd.grad(logps.sum(), h)
+    return logps.detach(), grad
+
+
+def check_backend(backend: Backend, device: torch.device) -> tuple[float, float]:
+    """(error, bound) of a back end's log-probs and gradients against float64.
+
+    The bound is twice the error of plain PyTorch in the same dtype plus one rounding.
+    """
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(24, 48, generator=generator)
+    weight = torch.randn(96, 48, generator=generator) / 3
+    labels = torch.randint(0, 96, (24,), generator=generator)
+    truth = _step(hidden.double(), weight.double(), labels, None)
+    inputs = (hidden.to(device), weight.to(device), labels.to(device))
+    ours, plain = _step(*inputs, backend), _step(*inputs, None)
+    error = bound = 0.0
+    for value, same, exact in zip(ours, plain, truth, strict=True):
+        scale = exact.abs().max().item()
+        rounding = torch.finfo(hidden.dtype).eps * scale
+        error = max(error, (value.double().cpu() - exact).abs().max().item() / scale)
+        own = (same.double().cpu() - exact).abs().max().item()
+        bound = max(bound, 2 * (own + rounding) / scale)
+    return error, bound
+
+
+def _environment(device: torch.device) -> None:
+    print(f"fastpo {__version__}")
+    _line("versions", ", ".join(f"{name} {_version(name)}" for name in VERSIONS))
+    _line("python", f"{platform.python_version()}, {sys.executable}")
+    if device.type == "cuda":
+        for i in range(torch.cuda.device_count()):
+            p = torch.cuda.get_device_properties(i)
+            kind = f"compute capability {p.major}.{p.minor}" if torch.version.cuda else "ROCm"
+            _line(f"device {i}", f"{p.name}, {p.total_memory / 2**30:.0f} GiB, {kind}")
+    else:
+        _line("device", f"{device.type}, {torch.get_num_threads()} threads")
+    yes = native_bf16(device)
+    _line("bfloat16", "native" if yes else "emulated here: models are loaded in float32")
+
+
+def _backends(device: torch.device) -> bool:
+    """Print what each back end does here; False where one that runs is wrong."""
+    print("\nback ends of the head")
+    sound = True
+    for backend in ("torch", "triton"):
+        try:
+            choose_backend(backend, device)
+        except ValueError as refusal:
+            _line(backend, f"not here: {refusal}")
+            continue
+        error, bound = check_backend(backend, device)
+        verdict = "works" if error <= bound else "WRONG"
+        sound = sound and error <= bound
+        _line(backend, f"{verdict}: relative error {error:.1e}, rounding explains {bound:.1e}")
+    _line("auto", choose_backend("auto", device)[1])
+    return sound
+
+
+def _extras() -> None:
+    print("\nextras")
+    for extra, modules in EXTRAS.items():
+        missing = [m for m in modules if importlib.util.find_spec(m) is None]
+        text = f"no {', '.join(missing)}: pip install 'fastpo[{extra}]'" if missing else "installed"
+        _line(extra, text)
+
+
+def _head_costs(head: Head, device: torch.device, tokens: int, workspace_mib: int) -> None:
+    vocabulary, width = head.weight.shape
+    product = 2 * tokens * vocabulary * width / 1e12
+    print(f"\nhead, {tokens} label tokens x {width} x {vocabulary}; 2NDV is {product:.3g} TFLOP")
+    dtype = head.weight.dtype if native_bf16(device) else torch.float32
+    cases: dict[str, dict[str, Any]] = {
+        "scoring": {"needs_hidden": False},
+        "frozen": {},
+        "trained": {"needs_head": True},
+        "frozen + KL": {
+            "stats": ("logps", "kl_ref_policy"),
+            "num_grad_stats": 2,
+            "with_reference": True,
+        },
+    }
+    for name, needs in cases.items():
+        tiles, schedule, _ = plan_head(
+            tokens, vocabulary, device=device, dtype=dtype, workspace_mib=workspace_mib, **needs
+        )
+        backend = type(tiles).__name__.removesuffix("Tiles").lower()
+        _line(
+            name,
+            f"{schedule.products} x 2NDV, schedule {schedule.name}, {backend}: {schedule.reason}",
+        )
+    full = tokens * vocabulary * 4 / 2**20
+    _line("logits", f"{full:,.0f} MiB in float32 if they were stored; {workspace_mib} MiB are used")
+
+
+def _model(arguments: argparse.Namespace, device: torch.device) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from fastpo.cli.models import trained_adapter
+    from fastpo.model.check import can_share_prompt
+    from fastpo.model.facts import read_head
+    from fastpo.train.chart import short
+
+    adapter = trained_adapter(arguments.model)
+    name = adapter["base_model_name_or_path"] if adapter else arguments.model
+    remote = {"trust_remote_code": arguments.trust_remote_code}
+    config = AutoConfig.from_pretrained(
+        name, revision=None if adapter else arguments.revision, **remote
+    )
+    with torch.device("meta"):  # shapes without weights
+        model = AutoModelForCausalLM.from_config(config, **remote)
+    print(f"\n{arguments.model}")
+    count = sum(p.numel() for p in model.parameters())
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    _line("class", f"{type(model).__name__}, {short(count)} parameters")
+    head = read_head(model)
+    facts = [f"{key} {value}" for key, value in head.facts().items() if value not in (None, 1.0)]
+    embeddings = "tied to the input embeddings" if tied else "its own weight"
+    _line("head", ", ".join([embeddings, *facts]))
+    able, reason = can_share_prompt(model)
+    _line("prompts", f"{'shared' if able else 'one copy per response'}: {reason}")
+    _head_costs(head, device, arguments.tokens, arguments.workspace_mib)
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Print the state of the installation; 1 where something that should work does not."""
+    if arguments.tokens < 1:
+        raise ValueError(f"--tokens {arguments.tokens} must be at least 1")
+    if arguments.model is not None:
+        from fastpo.cli.models import check_place
+
+        check_place(arguments.model)
+    device = _device()
+    _environment(device)
+    sound = _backends(device)
+    _extras()
+    if arguments.model is not None:
+        _model(arguments, device)
+    if not sound:
+        print("\na back end gives wrong numbers: please report the lines above")
+    return 0 if sound else 1

@@ -1,0 +1,115 @@
+"""What the commands share: a model and tokenizer from flags or a recipe, a table, a log."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from fastpo.model.load import load_model, load_tokenizer
+
+
+def show_log(level: int) -> None:
+    """Send fastpo's own log to standard error, one plain line a message."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("fastpo: %(message)s"))
+    logger = logging.getLogger("fastpo")
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel(level)
+
+
+def device() -> torch.device:
+    """The accelerator of this machine, else the CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
+    """Replace the chat template by a file's or by the text itself.
+
+    Raises:
+        ValueError: it looks like a file's name and there is no such file.
+    """
+    if template is None:
+        return
+    if "{" not in template:  # a template without a brace would say nothing
+        if not Path(template).is_file():
+            raise ValueError(f"chat_template = {template!r} is neither a file nor a template")
+        template = Path(template).read_text(encoding="utf-8")
+    tokenizer.chat_template = template
+
+
+def trained_adapter(name: str) -> dict[str, Any] | None:
+    """The adapter's configuration where a folder holds an adapter and no whole model."""
+    path = Path(name) / "adapter_config.json"
+    if not path.is_file() or (Path(name) / "config.json").is_file():
+        return None
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def check_place(name: str) -> None:
+    """ValueError for what can only be a path and leads nowhere.
+
+    Libraries take it for a name on the hub and complain about its form.
+    """
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).exists():
+        raise ValueError(f"no folder {name!r}, and a name on the hub looks like owner/name")
+
+
+def open_tokenizer(
+    name: str, tokenizer: str | None, template: str | None, **source: Any
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, or the one that is named instead."""
+    check_place(tokenizer or name)
+    if tokenizer is not None:
+        source = {"trust_remote_code": source.get("trust_remote_code", False)}
+    opened = load_tokenizer(tokenizer or name, **source)
+    set_chat_template(opened, template)
+    return opened
+
+
+def open_model(name: str, **options: Any) -> nn.Module:
+    """A model, or the adapter that a LoRA run left in a folder on top of its base model."""
+    check_place(name)
+    adapter = trained_adapter(name)
+    if adapter is None:
+        return load_model(name, **options)
+    from peft import PeftModel
+
+    base = {**options, "revision": adapter.get("revision")}
+    model = load_model(adapter["base_model_name_or_path"], **base)
+    return PeftModel.from_pretrained(model, name)  # type: ignore[arg-type]
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns in plain text: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+@contextmanager
+def json_lines(path: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that writes one JSON line, at once, to a file or to standard output."""
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with nullcontext(sys.stdout) if path is None else open(path, "w", encoding="utf-8") as file:
+
+        def write(row: dict[str, Any]) -> None:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+
+        yield write

@@ -1,0 +1,114 @@
+"""`fastpo objectives`: the catalogue, read from the same table that the engine uses."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import shutil
+import textwrap
+
+from fastpo.loss import PreferenceLoss
+from fastpo.objectives import OBJECTIVES, get_objective
+from fastpo.objectives.base import Objective
+
+FAMILIES = {
+    "pair": "pairs: one chosen, one rejected response",
+    "point": "single responses, labelled good or bad",
+    "list": "two or more ranked responses",
+}
+
+
+def needs(objective: Objective) -> str:
+    """What an objective needs beside the policy, in words."""
+    loss = PreferenceLoss(objective.name)
+    words = []
+    if loss.needs_kl:
+        words.append("reference distribution")
+    elif loss.needs_reference:
+        words.append("reference")
+    words += [name for name in ("score", "rank") if name in objective.needs]
+    words += [f"{role} responses" for role in objective.extras]
+    words += [
+        f"{'running' if statistic.running else 'batch'} mean"
+        for statistic in objective.statistics.values()
+    ]
+    return ", ".join(words) or "nothing else"
+
+
+def paper(objective: Objective) -> str:
+    """The source as a link where it is an arXiv identifier."""
+    source = objective.paper
+    return f"https://arxiv.org/abs/{source}" if source[:4].isdigit() else source
+
+
+def _hyper(objective: Objective) -> str:
+    return (
+        ", ".join(
+            f"{name} {str(v).lower() if isinstance(v, bool) else v}"
+            for name, v in objective.hyper.items()
+        )
+        or "-"
+    )
+
+
+def _as_dict(objective: Objective) -> dict[str, object]:
+    return {
+        "name": objective.name,
+        "family": objective.family,
+        "needs": needs(objective),
+        "formula": objective.formula,
+        "hyper": objective.hyper,
+        "paper": objective.paper,
+    }
+
+
+def _table() -> str:
+    width = shutil.get_terminal_size((100, 24)).columns
+    name_width = max(map(len, OBJECTIVES)) + 2
+    lines = []
+    for family, meaning in FAMILIES.items():
+        lines += ["", meaning, ""]
+        for o in (o for o in OBJECTIVES.values() if o.family == family):
+            lines.append(f"  {o.name:<{name_width}}{o.formula}")
+            facts = f"needs {needs(o)}; {_hyper(o)}; {o.paper}"
+            indent = " " * (name_width + 2)
+            lines += textwrap.wrap(
+                facts, max(60, width), initial_indent=indent, subsequent_indent=indent
+            )
+    return "\n".join(lines[1:]) + (
+        "\n\nu = log pi(y|x) - log pi_ref(y|x), S = log pi(y|x), s = S / L, L tokens; w chosen, "
+        "l rejected.\nfastpo objectives NAME shows one in full; a recipe may mix them: "
+        "objective: {dpo: 1, sft: 0.1}"
+    )
+
+
+def _one(o: Objective) -> str:
+    rows = {
+        "formula": o.formula,
+        "compares": FAMILIES[o.family],
+        "needs": needs(o),
+        "defaults": _hyper(o),
+        "paper": paper(o),
+        "recipe": "\n".join(
+            [f"objective: {o.name}", *(f"{k}: {json.dumps(v)}" for k, v in o.hyper.items())]
+        ),
+    }
+    lines = [o.name, ""]
+    for name, text in rows.items():
+        first, *rest = text.split("\n")
+        lines += [f"  {name:<10}{first}", *(f"{'':12}{line}" for line in rest)]
+    document = inspect.getdoc(o.fn)
+    return "\n".join([*lines, "", textwrap.indent(document or "", "  ")])
+
+
+def objectives(arguments: argparse.Namespace) -> int:
+    """Print the table, or one objective."""
+    if arguments.name is not None:
+        o = get_objective(arguments.name)
+        print(json.dumps(_as_dict(o), indent=2) if arguments.json else _one(o))
+    elif arguments.json:
+        print(json.dumps([_as_dict(o) for o in OBJECTIVES.values()], indent=2))
+    else:
+        print(_table())
+    return 0

@@ -1,0 +1,101 @@
+"""`fastpo sample`: answers to prompts, the raw material of preferences."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from fastpo.cli.models import device, json_lines, open_model, open_tokenizer, show_log
+from fastpo.data.rows import load_rows
+from fastpo.model.hidden import generation
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], where: str) -> list[int]:
+    """Token ids of a row's prompt: text as it stands, messages through the chat template.
+
+    Raises:
+        ValueError: no prompt, or messages and a tokenizer without a chat template.
+    """
+    prompt = row.get("prompt")
+    if isinstance(prompt, str) and prompt:
+        return tokenizer(prompt)["input_ids"]  # type: ignore[return-value]
+    if not isinstance(prompt, list) or not prompt:
+        raise ValueError(f"{where}: `prompt` must be text or a list of messages, got {prompt!r}")
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{where}: `prompt` is a list of messages, but the tokenizer has no chat template; "
+            "give --chat-template, or prompts as text"
+        )
+    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[arg-type, return-value]
+
+
+def sample(arguments: argparse.Namespace) -> int:
+    """Answer every prompt of a file."""
+    show_log(logging.WARNING)
+    for name in ("num_samples", "max_new_tokens", "batch_size"):
+        if getattr(arguments, name) < 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} {getattr(arguments, name)} must be at least 1")
+    if arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
+        raise ValueError(
+            f"--temperature {arguments.temperature} must be at least 0 and --top-p "
+            f"{arguments.top_p} in (0, 1]"
+        )
+    greedy = arguments.temperature == 0
+    if greedy and arguments.num_samples > 1:
+        raise ValueError("--temperature 0 gives one answer a prompt: drop --num-samples")
+    source = {
+        "revision": arguments.revision,
+        "trust_remote_code": arguments.trust_remote_code,
+    }
+    rows: list[dict[str, Any]] = [dict(row) for row in load_rows(arguments.prompts)]
+    tokenizer = open_tokenizer(
+        arguments.model, arguments.tokenizer, arguments.chat_template, **source
+    )
+    prompts = [
+        prompt_ids(tokenizer, row, f"{arguments.prompts}, row {i}") for i, row in enumerate(rows)
+    ]
+    where = device()
+    model = open_model(arguments.model, dtype=arguments.dtype, device=where, **source)
+    how: dict[str, Any] = {"do_sample": False}
+    if not greedy:
+        # top_k 0: the whole distribution, whatever the checkpoint's generation config says.
+        how = {
+            "do_sample": True,
+            "temperature": arguments.temperature,
+            "top_p": arguments.top_p,
+            "top_k": 0,
+        }
+    set_seed(arguments.seed)
+    tokenizer.padding_side = "left"
+    bar = tqdm(total=len(rows), desc="sampling", unit="prompt", disable=None)
+    with json_lines(arguments.out) as write, bar, generation(model), torch.inference_mode():
+        for start in range(0, len(rows), arguments.batch_size):
+            part = range(start, min(start + arguments.batch_size, len(rows)))
+            batch = tokenizer.pad(
+                {"input_ids": [prompts[i] for i in part]}, return_tensors="pt"
+            ).to(where)
+            tokens = model.generate(  # type: ignore[operator]
+                **batch,
+                **how,
+                max_new_tokens=arguments.max_new_tokens,
+                num_return_sequences=arguments.num_samples,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            answers = tokenizer.batch_decode(
+                tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+            )
+            for j, i in enumerate(part):
+                mine = answers[j * arguments.num_samples : (j + 1) * arguments.num_samples]
+                write({**rows[i], "responses": mine})
+            bar.update(len(part))
+    if arguments.out is not None:
+        sys.stderr.write(f"{len(rows)} prompts, {arguments.num_samples} answers each\n")
+    return 0

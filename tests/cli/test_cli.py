@@ -1,0 +1,290 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastpo import __version__
+from fastpo.cli import main
+from fastpo.objectives import OBJECTIVES
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    status = main([str(w) for w in words])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --- fast and light -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "banned"),
+    [
+        (["--help"], ["torch", "transformers", "triton"]),
+        (["--version"], ["torch", "transformers", "triton"]),
+        (["train", "--help"], ["torch", "transformers", "triton"]),
+        (["objectives"], ["transformers", "triton"]),
+    ],
+    ids=lambda v: " ".join(v),
+)
+def test_what_is_not_imported(words: list[str], banned: list[str]) -> None:
+    code = (
+        "import sys; from fastpo.cli import main; status = main(sys.argv[1:]);"
+        f"found = [m for m in {banned} if m in sys.modules];"
+        "sys.exit(f'imported {found}' if found else status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "fastpo" in done.stdout
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--version")[:2] == (0, f"fastpo {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["trian"], "Did you mean 'train'?"),
+        (["score", "--modle", "m"], "did you mean --model?"),
+        (["score", "--model", "m"], "--dataset"),
+        (["objectives", "dppo"], "did you mean 'dpo'?"),
+        (["doctor", "--tokens", "0"], "--tokens 0"),
+        (["doctor", "--model", "/nowhere/at/all"], "no folder '/nowhere/at/all'"),
+        (["report", "/nowhere/at/all"], "not a folder"),
+        (["train", "/nowhere.yaml"], "/nowhere.yaml: No such file"),
+        (["train", "--model", "m", "--dataset", "d", "--bta", "1"], "Did you mean 'beta'?"),
+        (["sample", "--model", "m", "--prompts", "p", "--num-samples", "0"], "--num-samples 0"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else None,
+)
+def test_usage_errors_are_one_line_and_status_2(
+    capsys: pytest.CaptureFixture[str], words: list[str], part: str
+) -> None:
+    status, out, err = run(capsys, *words)
+    assert status == 2
+    assert part in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_debug_raises(recipe: Path) -> None:
+    with pytest.raises(ValueError, match="unknown objective"):
+        main(["train", str(recipe), "--objective", "dppo", "--debug"])
+
+
+def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys)
+    assert status == 2
+    assert "score" in out
+
+
+# --- objectives and doctor ------------------------------------------------------------------------
+
+
+def test_objectives_table_has_every_name_and_formula(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "objectives")
+    for objective in OBJECTIVES.values():
+        assert f"  {objective.name} " in out
+        assert objective.formula in out
+
+
+def test_objectives_json(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "objectives", "--json")
+    table = {row["name"]: row for row in json.loads(out)}
+    assert list(table) == list(OBJECTIVES)
+    assert table["dpo"]["needs"] == "reference"
+    assert table["simpo"]["needs"] == "nothing else"
+    assert "mismatched responses" in table["kto"]["needs"]
+
+
+def test_one_objective_with_its_docstring(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "objectives", "ipo")
+    assert "average: true" in out  # the recipe
+    assert "https://arxiv.org/abs/2310.12036" in out
+    assert (OBJECTIVES["ipo"].fn.__doc__ or "").split("\n")[0] in out
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str], tiny: Path) -> None:
+    status, out, _ = run(capsys, "doctor", "--model", tiny / "model", "--tokens", "128")
+    assert status == 0
+    for part in ("torch        works", "auto ", "LlamaForCausalLM", "prompts      shared", "259"):
+        assert part in out
+
+
+def test_doctor_fails_on_wrong_numbers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastpo.cli import doctor
+
+    right = doctor.linear_logps
+    monkeypatch.setattr(doctor, "linear_logps", lambda *a, **k: right(*a, **k) * 1.0001)
+    status, out, _ = run(capsys, "doctor")
+    assert status == 1
+    assert "WRONG" in out
+
+
+# --- train, score, sample on a tiny model ---------------------------------------------------------
+
+
+def test_train_resume_and_refuse(capsys: pytest.CaptureFixture[str], recipe: Path) -> None:
+    folder = recipe.parent / "run"
+    status, out, _ = run(capsys, "train", recipe, "--beta", "0.2")
+    assert status == 0
+    for part in ("6 groups + 2 held out", "beta: 0.2", "adapter switched off", "2 products"):
+        assert part in out
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["status"] == "finished"
+    assert facts["data"]["tokens"] < facts["data"]["unshared_tokens"]
+    assert "by one prompt copy" in out
+    for name in ("recipe.yaml", "report.html", "README.md", "adapter_model.safetensors"):
+        assert (folder / name).stat().st_size > 0
+    assert {"before", "after"} == {row["when"] for row in lines(folder / "samples.jsonl")}
+    assert any("eval_loss" in row for row in lines(folder / "metrics.jsonl"))
+
+    status, out, _ = run(capsys, "train", recipe, "--beta", "0.2")
+    assert status == 0
+    assert "is finished: 2 steps" in out
+
+    status, _, err = run(capsys, "train", recipe, "--beta", "0.3")
+    assert status == 2
+    assert "objective_args" in err
+    assert "--overwrite" in err
+
+    status, out, _ = run(capsys, "train", recipe, "--beta", "0.2", "--max_steps", "3")
+    assert status == 0
+    assert "checkpoint-2" in out
+    assert max(row["step"] for row in lines(folder / "metrics.jsonl")) == 3
+
+    (folder / "notes.txt").write_text("mine")
+    status, out, _ = run(capsys, "train", recipe, "--overwrite")
+    assert status == 0
+    assert "resumes" not in out
+    assert max(row["step"] for row in lines(folder / "metrics.jsonl")) == 2
+    assert not (folder / "checkpoint-3").exists()
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_bad_rows_stop_or_are_listed(
+    capsys: pytest.CaptureFixture[str], recipe: Path, tiny: Path
+) -> None:
+    data = recipe.parent / "bad.jsonl"
+    data.write_text((tiny / "prefs.jsonl").read_text() + '{"prompt": "Hi", "chosen": "Yes."}\n')
+    status, _, err = run(capsys, "train", recipe, "--dataset", data)
+    assert status == 2
+    assert "bad.jsonl, row 8" in err
+    status, _, _ = run(capsys, "train", recipe, "--dataset", data, "--on_bad_row", "skip")
+    assert status == 0
+    (skipped,) = lines(recipe.parent / "run" / "skipped.jsonl")
+    assert skipped["row"] == 8
+    assert skipped["reason"] in (recipe.parent / "run" / "report.html").read_text()
+
+
+def test_an_interrupt_saves_and_says_how_to_go_on(recipe: Path) -> None:
+    """One subprocess: the signal, the message, the status, and that the command then resumes."""
+    code = "import sys; from fastpo.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "train", str(recipe), "--max_steps", "100000"]
+    folder = recipe.parent / "run"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (folder / "metrics.jsonl").exists() or not lines(folder / "metrics.jsonl"):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert "finishing this step" in err
+    assert f"fastpo train {recipe} --max_steps 100000" in out
+    (checkpoint,) = [p.name for p in folder.glob("checkpoint-*")]
+    assert f"goes on from {checkpoint}" in out
+    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+
+
+def test_score_against_transformers(
+    capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out_path = tmp_path / "scores.jsonl"
+    status, out, err = run(
+        capsys, "score", "--model", tiny / "model", "--dataset", tiny / "prefs.jsonl",
+        "--ref-model", tiny / "model", "--max-rows", "3", "--out", out_path,
+    )  # fmt: skip
+    assert status == 0
+    assert out == ""
+    assert "pairs right" in err
+    rows = lines(out_path)
+    assert [row["row"] for row in rows] == [0, 1, 2]
+    model = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.float64)
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    for row, source in zip(rows, lines(tiny / "prefs.jsonl")[:3], strict=True):
+        prompt = tokenizer(source["prompt"])["input_ids"]
+        for response, name in zip(row["responses"], ("chosen", "rejected"), strict=True):
+            answer = [*tokenizer(source[name])["input_ids"], tokenizer.eos_token_id]
+            ids = torch.tensor([prompt + answer])
+            logps = model(ids).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
+            expected = logps.gather(1, ids[0, len(prompt) :, None]).sum().item()
+            assert response["tokens"] == len(answer)
+            # float32 keeps 1e-6 of a sum of about 90 nats; the file keeps six decimals.
+            assert response["logps"] == pytest.approx(expected, rel=1e-5)
+            assert response["reward"] == 0.0
+    assert rows[0]["responses"][0]["label"] is True
+
+
+def test_sample(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "What is 1 plus 1? "}\n{"prompt": "Hi"}\n')
+    words = ["sample", "--model", tiny / "model", "--prompts", prompts, "--max-new-tokens", "6"]
+    status, out, _ = run(capsys, *words, "--num-samples", "2", "--seed", "1")
+    assert status == 0
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [len(row["responses"]) for row in rows] == [2, 2]
+    assert rows[0]["prompt"] == "What is 1 plus 1? "
+    assert run(capsys, *words, "--num-samples", "2", "--seed", "1")[1] == out
+    # Batched with left padding or one by one, greedy answers are the same.
+    together = run(capsys, *words, "--temperature", "0")[1]
+    assert run(capsys, *words, "--temperature", "0", "--batch-size", "1")[1] == together
+
+    prompts.write_text('{"prompt": [{"role": "user", "content": "Hi"}]}\n')
+    status, _, err = run(capsys, *words)
+    assert status == 2
+    assert "no chat template" in err
+
+
+def test_hold_out_keeps_a_prompt_on_one_side() -> None:
+    import numpy as np
+
+    from fastpo.cli.train import hold_out
+    from fastpo.data.build import GroupDataset
+    from fastpo.data.groups import Group, Response
+
+    answer = Response(np.array([1], np.int32), np.array([True]))
+    groups = [Group(np.array([i // 3 + 1], np.int32), [answer, answer], row=i) for i in range(30)]
+    train, held = hold_out(GroupDataset(groups, [], 30), 0.3, seed=0)
+    sides = [{g.prompt_ids.tobytes() for g in side.groups} for side in (train, held)]
+    assert not sides[0] & sides[1]
+    assert (len(train), len(held)) == (21, 9)
+    again = hold_out(GroupDataset(groups, [], 30), 0.3, seed=0)[1]
+    assert [g.row for g in again.groups] == [g.row for g in held.groups]
+    with pytest.raises(ValueError, match="distinct prompts"):
+        hold_out(GroupDataset(groups[:3], [], 3), 0.3, seed=0)

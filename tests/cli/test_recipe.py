@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fastpo.train.recipe import RecipeError, load_recipe
+
+BASE = "model: m\ndataset: d.jsonl\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "r.yaml"
+    path.write_text(BASE + text)
+    return path
+
+
+def load(folder: Path, text: str = "", *flags: str):
+    return load_recipe(write(folder, text), flags)
+
+
+def refused(folder: Path, text: str = "", *flags: str) -> str:
+    with pytest.raises(RecipeError) as error:
+        load(folder, text, *flags)
+    return str(error.value)
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    text = "learning_rate: 1e-5\nbeta: 0.2\nlora: {r: 8, lora_alpha: 4}\n"
+    recipe = load(tmp_path, text, "--learning-rate", "2e-5", "--beta=0.3", "--lora.r", "16")
+    assert recipe.given["learning_rate"] == 2e-5
+    assert recipe.hyper == {"dpo": {"beta": 0.3, "label_smoothing": 0.0}}
+    assert recipe.model.lora == {"r": 16, "lora_alpha": 4}
+    assert load(tmp_path, text).given["learning_rate"] == 1e-5
+
+
+def test_a_general_flag_wins_over_a_particular_key_of_the_file(tmp_path: Path) -> None:
+    text = "objective: {dpo: 1, sft: 0.1}\nobjective_args: {dpo.beta: 0.2}\n"
+    assert load(tmp_path, text).hyper["dpo"]["beta"] == 0.2
+    assert load(tmp_path, text, "--beta", "0.3").hyper["dpo"]["beta"] == 0.3
+    both = load(tmp_path, text, "--dpo.beta", "0.4", "--objective_args.beta", "0.3")
+    assert both.hyper["dpo"]["beta"] == 0.4
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        (["--report_to", "wandb", "tensorboard"], "report_to", ["wandb", "tensorboard"]),
+        (["--report_to", "[wandb, tensorboard]"], "report_to", ["wandb", "tensorboard"]),
+        (["--streaming", "--max_steps", "3"], "streaming", True),
+        (["--trust_remote_code", "false"], "trust_remote_code", False),
+        (["--bf16", "null"], "bf16", None),
+        (["--learning_rate", "5e-7"], "learning_rate", 5e-7),
+        (["--eval_strategy", "no"], "eval_strategy", "no"),
+        (["--dataset_name", "2024"], "dataset_name", "2024"),
+        (["--warmup_steps", "10"], "warmup_steps", 10),
+        (["--chat_template_kwargs", "{enable_thinking: false}"], "chat_template_kwargs",
+         {"enable_thinking": False}),
+        (["--adam_beta2", "-1"], "adam_beta2", -1),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)  # fmt: skip
+def test_scalars(tmp_path: Path, words: list[str], key: str, value: object) -> None:
+    assert load(tmp_path, "", *words).given[key] == value
+
+
+def test_numbers_and_words_in_a_file_follow_yaml_1_2(tmp_path: Path) -> None:
+    given = load(tmp_path, "learning_rate: 1e-6\neval_strategy: no\nlora: true\n").given
+    assert given["learning_rate"] == 1e-6
+    assert given["eval_strategy"] == "no"
+    assert given["lora"] is True
+    assert "lora" in refused(tmp_path, "lora: yes\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "parts"),
+    [
+        ("leraning_rate: 1\n", [], ["r.yaml:3", "'leraning_rate'", "'learning_rate'"]),
+        ("", ["--leraning_rate", "1"], ["--leraning_rate", "'learning_rate'"]),
+        ("model_name_or_path: x\n", [], ["Here it is model."]),
+        ("gamma_beta_ratio: 1\n", [], ["hyper-parameter of simpo", "dpo has beta"]),
+        ("objective: simpoo\n", [], ["r.yaml:3", "'simpo'"]),
+        ("objective: {dpo: much}\n", [], ["objective.dpo = 'much'", "a number"]),
+        ("objective_args: {bta: 1}\n", [], ["r.yaml:3", "'bta'", "'beta'"]),
+        ("beta: high\n", [], ["beta = 'high' (str)", "expected a number"]),
+        ("beta: 1\nobjective_args: {beta: 2}\n", [], ["r.yaml:3", "r.yaml:4"]),
+        ("learning_rate: fast\n", [], ["learning_rate = 'fast' (str)", "a number"]),
+        ("max_steps: 1.5\n", [], ["max_steps = 1.5 (float)", "an integer"]),
+        ("max_steps: true\n", [], ["max_steps = True (bool)", "an integer"]),
+        ("trust_remote_code: 1\n", [], ["true or false"]),
+        ("truncation: keepend\n", [], ["'keep_end'"]),
+        ("optim: adamw\n", [], ["'adamw_torch'"]),
+        ("lora: {rank: 3}\n", [], ["r.yaml:3", "'rank'"]),
+        ("lora: {rank: 3}\n", ["--lora.r", "3"], ["r.yaml:3", "--lora.r"]),
+        ("", ["--model.x", "1"], ["model takes text"]),
+        ("", ["stray"], ["'stray' follows no flag"]),
+        ("model: n\n", [], ["r.yaml:3", "'model' was already set in line 1"]),
+        ("a: [\n", [], ["not YAML"]),
+        ("eval_fraction: 2\n", [], ["eval_fraction=2"]),
+        ("quantization: nf4\n", [], ["lora"]),
+        ("eval_strategy: epoch\n", [], ["r.yaml:3", "eval_fraction"]),
+        ("streaming: true\n", [], ["max_steps"]),
+    ],
+)  # fmt: skip
+def test_errors_name_the_place_and_the_remedy(
+    tmp_path: Path, text: str, flags: list[str], parts: list[str]
+) -> None:
+    message = refused(tmp_path, text, *flags)
+    for part in parts:
+        assert part in message
+
+
+def test_every_unknown_key_is_named_at_once(tmp_path: Path) -> None:
+    message = refused(tmp_path, "leraning_rate: 1\n", "--max-stepz", "3")
+    assert [line.split(" unknown")[0].split("/")[-1] for line in message.splitlines()] == [
+        "r.yaml:3:",
+        "--max-stepz:",
+    ]
+
+
+def test_required_keys_and_files(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="dataset is missing"):
+        load_recipe(None, ["--model", "m"])
+    with pytest.raises(RecipeError, match=r"none\.yaml: No such file"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- a\n")
+    with pytest.raises(RecipeError, match="mapping"):
+        load_recipe(tmp_path / "list.yaml")
+
+
+def test_mixtures(tmp_path: Path) -> None:
+    recipe = load(tmp_path, "objective: dpo\nbeta: 0.2\n", "--objective.sft", "0.1")
+    assert recipe.given["objective"] == {"dpo": 1.0, "sft": 0.1}
+    assert recipe.hyper["dpo"]["beta"] == 0.2
+    assert recipe.given["objective_args"]["dpo.beta"] == 0.2
+    assert recipe.config().build_loss().components[1].weight == 0.1
+
+
+def test_values_that_only_the_trainer_can_judge_are_recipe_errors(tmp_path: Path) -> None:
+    recipe = load(tmp_path, f"output_dir: {tmp_path}\nworkspace_mib: 0\nuse_cpu: true\n")
+    with pytest.raises(RecipeError, match="workspace_mib=0"):
+        recipe.config()
+
+
+def test_what_follows_from_other_keys(tmp_path: Path) -> None:
+    plain, held = load(tmp_path), load(tmp_path, "eval_fraction: 0.1\n")
+    assert plain.given["output_dir"] == "runs/r"
+    assert "eval_strategy" not in plain.given
+    assert held.given["eval_strategy"] == "steps"
+    assert held.given["eval_steps"] == 0.2
+
+
+def test_a_saved_recipe_is_the_same_recipe(tmp_path: Path) -> None:
+    text = "objective: {dpo: 1, sft: 0.1}\nlora: {r: 4}\nlearning_rate: 3e-6\nbf16: null\n"
+    recipe = load(tmp_path, text, "--beta", "0.05", "--report_to", "none")
+    path = recipe.save(tmp_path / "out")
+    again = load_recipe(path)
+    assert again.given == recipe.given
+    assert again.hyper == recipe.hyper
+    assert yaml.safe_load(path.read_text())["objective_args"]["dpo.beta"] == 0.05
