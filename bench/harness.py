@@ -1,0 +1,162 @@
+"""What every benchmark shares: the gate, interleaved timing, memory, counted products, the record.
+
+A benchmark builds callables that return named tensors; nothing here knows what they compute.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd import profiler_legacy
+
+Outputs = dict[str, Tensor]
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
+# An output is wrong where its error is ten times that of plain PyTorch in the same dtype. Smaller
+# differences are reported, not judged: a peer may round differently and still be right.
+GATE = 10
+
+
+def device_slug(device: torch.device) -> str:
+    """`cpu-2-cores`, or the name of the GPU: where results are kept."""
+    if device.type == "cpu":
+        return f"cpu-{torch.get_num_threads()}-cores"
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware; no host name, no path."""
+    cpu = device.type == "cpu"
+    name = torch.backends.cpu.get_cpu_capability() if cpu else torch.cuda.get_device_name(device)
+    stamp = {"device": name, "slug": device_slug(device), "threads": torch.get_num_threads()}
+    present = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
+    return {**stamp, **{package: present.get(package) for package in PACKAGES}}
+
+
+def check(outputs: Outputs, truth: Outputs, plain: Outputs) -> tuple[dict[str, dict], str | None]:
+    """(error of every output against float64, why the contender is rejected or None).
+
+    Bound: `GATE` * (error of `plain` + eps * largest magnitude of the truth).
+    """
+    errors: dict[str, dict] = {}
+    rejected = None
+    for name, true in truth.items():
+        value, scale = outputs[name], true.abs().max().item()
+        difference = (value.to(true) - true).abs().nan_to_num(nan=float("inf")).max().item()
+        by_plain = (plain[name].to(true) - true).abs().max().item()
+        bound = GATE * (by_plain + torch.finfo(value.dtype).eps * scale)
+        errors[name] = {"max_error": difference, "relative": difference / scale, "bound": bound}
+        if not difference <= bound:
+            rejected = rejected or f"{name} is off by {difference:.3g}, bound {bound:.3g}"
+    return errors, rejected
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    cold: bool = True,
+    warmup: int = 1,
+) -> dict[str, list[float]]:
+    """name -> seconds of each round. Every round runs everyone once, in an order that rotates.
+
+    `cold` overwrites 256 MiB, more than a last-level cache holds, before each run.
+    """
+    names, seconds = list(runs), {name: [] for name in runs}
+    flush = torch.empty(256 << 20 if cold else 0, dtype=torch.uint8, device=device)
+    synchronize = torch.get_device_module(device).synchronize  # does nothing on CPU
+    for round_number in range(-warmup, rounds):
+        first = round_number % len(names)
+        for name in names[first:] + names[:first]:
+            flush.zero_()
+            synchronize()
+            start = time.perf_counter()
+            result = runs[name]()
+            synchronize()
+            if round_number >= 0:
+                seconds[name].append(time.perf_counter() - start)
+            del result
+    return seconds
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median and quantiles."""
+    wanted = {"min": 0, "q25": 0.25, "median": 0.5, "q75": 0.75, "max": 1}
+    return {name: round(float(np.quantile(values, q)), 6) for name, q in wanted.items()}
+
+
+def count_flop(run: Callable[[], Outputs]) -> tuple[Outputs, int]:
+    """(what a call returns, FLOP of the matrix products that it sends to the BLAS)."""
+    # The legacy profiler sees what the new one sees and does not write to stderr.
+    with profiler_legacy.profile(record_shapes=True) as profile:
+        outputs = run()
+    flop = 0
+    for event in getattr(profile, "function_events", None) or ():
+        if event.name in ("aten::mm", "aten::bmm", "aten::addmm", "aten::addmm_"):
+            a, b = event.input_shapes["addmm" in event.name :][:2]
+            flop += 2 * torch.Size(a).numel() * b[-1]
+    return outputs, flop
+
+
+def _status_bytes(field: str) -> int:
+    _, _, after = Path("/proc/self/status").read_text().partition(f"{field}:")
+    return int(after.split()[0]) << 10
+
+
+def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """Most memory alive during a second call beyond what was there before it, outputs included.
+
+    CPU: the process' resident high-water mark, so give every contender a fresh process.
+    """
+    run()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = _status_bytes("VmRSS")
+    run()
+    return _status_bytes("VmHWM") - before
+
+
+class Record:
+    """The JSON of one benchmark on one device, written after every case so that a run resumes."""
+
+    def __init__(self, path: Path, device: torch.device, method: dict, fresh: bool = False) -> None:
+        self.path = path
+        self.data: dict[str, Any] = {"environment": environment(device), "method": method}
+        self.data["cases"] = []
+        if path.exists() and not fresh:
+            old = json.loads(path.read_text())
+            for part in ("environment", "method"):
+                if old[part] != self.data[part]:
+                    raise ValueError(f"{path.name} holds results of another {part}: pass --fresh")
+            self.data = old
+
+    def missing(self, keys: list[dict]) -> list[dict]:
+        """Those of `keys` that no finished case has."""
+        have = [case["key"] for case in self.data["cases"]]
+        return [key for key in keys if key not in have]
+
+    def add(self, key: dict, **case: Any) -> None:
+        """Append a case and rewrite the file; a torn file is never left behind."""
+        stamp = {"date": date.today().isoformat(), "load_average": round(os.getloadavg()[0], 1)}
+        self.data["cases"].append({"key": key, **stamp, **case})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        torn = self.path.with_suffix(".part")
+        torn.write_text(json.dumps(self.data, indent=1) + "\n")
+        torn.replace(self.path)
