@@ -22,7 +22,14 @@ train = [
     "protobuf>=4",
 ]
 bench = ["trl>=1.16,<1.17", "liger-kernel==0.8.5", "cut-cross-entropy", "matplotlib>=3.8"]
-dev = ["pytest>=8", "mpmath>=1.3", "ruff==0.17.6", "basedpyright==1.40.2", "import-linter>=2.5", "kernels>=0.10"]
+dev = [
+    "pytest>=8",
+    "mpmath>=1.3",
+    "ruff==0.17.6",
+    "basedpyright==1.40.2",
+    "import-linter>=2.5",
+    "kernels>=0.10",
+]
 
 setup(
     name="fastpo",

@@ -1,0 +1,6 @@
+"""The examples are scripts: they import each other by name from their own folder."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
