@@ -36,7 +36,7 @@ listwise: $(MADE)/train $(MADE)/smollm2 $(MADE)/inspect-evals
 	@$(BIN)/fastpo train examples/listwise_proposals.yaml
 
 bench: $(MADE)/dev $(MADE)/bench
-	@$(BIN)/python -m bench.head --page docs/benchmarks.md
+	@$(BIN)/python -m bench.head --fresh --page docs/benchmarks.md
 	@$(BIN)/python -m bench.plot
 
 clean:

@@ -1,4 +1,4 @@
-"""The command line: `fastpo train | score | sample | objectives | doctor | report`.
+"""The command line: `fastpo train | score | sample | merge | objectives | doctor | report`.
 
 This file parses and dispatches; nothing heavy is imported before a command needs it.
 """
@@ -118,6 +118,18 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         )
         parser.add_argument("--out", help="JSONL file; default: standard output")
 
+    merge = command(
+        "merge",
+        "an adapter and its base model as one ordinary model",
+        "Merge the adapter that a LoRA run left in a folder into its base model's weights and "
+        "write safetensors and tokenizer, ready for from_pretrained without peft.",
+    )
+    merge.add_argument("model", help="folder with the adapter: the run's output_dir")
+    merge.add_argument("out", help="folder to write")
+    merge.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32")
+    merge.add_argument("--tokenizer", help="default: the adapter's")
+    merge.add_argument("--trust-remote-code", action="store_true", help="run code of the model")
+
     objectives = command(
         "objectives",
         "the catalogue of objectives, or one of them in full",
@@ -202,6 +214,10 @@ def _run(words: Sequence[str]) -> int:
         from fastpo.cli.sample import sample
 
         return sample(arguments)
+    if arguments.command == "merge":
+        from fastpo.cli.merge import merge
+
+        return merge(arguments)
     if arguments.command == "objectives":
         from fastpo.cli.objectives import objectives
 

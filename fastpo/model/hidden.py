@@ -162,7 +162,8 @@ def _forward_like(original: Callable) -> Callable:
         if not fastpo_hidden:
             if fastpo_layout is not None:
                 raise ValueError("fastpo_layout goes with fastpo_hidden=True")
-            earlier = self.__dict__["_fastpo"].forward  # accelerate's or another tool's, on the instance
+            # What accelerate or another tool had put on the instance before.
+            earlier = self.__dict__["_fastpo"].forward
             return original(self, *args, **kwargs) if earlier is None else earlier(*args, **kwargs)
         return _hidden(self, fastpo_layout, *args, **kwargs)
 

@@ -7,12 +7,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from fastpo import __version__
 from fastpo.cli import main
+from fastpo.cli.models import open_model
 from fastpo.objectives import OBJECTIVES
+from tests.numerics import assert_three_way, error
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
@@ -269,6 +274,41 @@ def test_sample(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) 
     status, _, err = run(capsys, *words)
     assert status == 2
     assert "no chat template" in err
+
+
+def test_merge(capsys: pytest.CaptureFixture[str], recipe: Path, tmp_path: Path) -> None:
+    """The merged folder loads without peft, and its weights are W + (alpha / r) B A."""
+    run_dir, merged = tmp_path / "run", tmp_path / "merged"
+    assert run(capsys, "train", str(recipe), "--lora.init_lora_weights", "false")[0] == 0
+    assert run(capsys, "merge", str(run_dir), str(merged))[0] == 0
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    adapter: Any = open_model(str(run_dir), dtype="float32")
+    count = 0
+    for name, layer in adapter.named_modules():
+        if not hasattr(layer, "lora_A"):
+            continue
+        count += 1
+        ours = model.get_parameter(name.removeprefix("base_model.model.") + ".weight")
+        parts = (
+            layer.base_layer.weight,
+            layer.lora_B["default"].weight,
+            layer.lora_A["default"].weight,
+        )
+        plain, truth = (
+            w + layer.scaling["default"] * b @ a
+            for w, b, a in (parts, [part.double() for part in parts])
+        )
+        assert_three_way(ours, plain, truth, name)
+        assert error(parts[0], truth) > 100 * error(plain, truth)  # the adapter does something
+    assert count == 14
+    assert not (merged / "adapter_model.safetensors").exists()
+    for words, part in (
+        ((str(run_dir), str(merged)), "not an empty folder"),
+        ((str(merged), str(tmp_path / "again")), "holds no adapter alone"),
+    ):
+        status, _, err = run(capsys, "merge", *words)
+        assert status == 2
+        assert part in err
 
 
 def test_hold_out_keeps_a_prompt_on_one_side() -> None:

@@ -1,0 +1,32 @@
+"""`fastpo merge`: an adapter and its base model as one ordinary model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fastpo.cli.models import check_place, open_model, open_tokenizer, trained_adapter
+
+
+def merge(arguments: argparse.Namespace) -> int:
+    """Write safetensors that `from_pretrained` loads without peft.
+
+    Raises:
+        ValueError: no adapter in the folder, or something already where the result would go.
+    """
+    check_place(arguments.model)
+    if trained_adapter(arguments.model) is None:
+        raise ValueError(
+            f"{arguments.model} holds no adapter alone, so there is nothing to merge: name the "
+            "output_dir of a run with lora"
+        )
+    out = Path(arguments.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder: name another")
+    remote = {"trust_remote_code": arguments.trust_remote_code}
+    model: Any = open_model(arguments.model, dtype=arguments.dtype, **remote)
+    model.merge_and_unload(safe_merge=True).save_pretrained(out)
+    open_tokenizer(arguments.model, arguments.tokenizer, None, **remote).save_pretrained(out)
+    print(out)
+    return 0
