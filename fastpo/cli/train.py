@@ -302,7 +302,7 @@ def introduction(facts: dict[str, Any], resume: str | None, output_dir: str) -> 
         f"{short(model['trainable'])} trained, {model['dtype']}",
         "data": f"{data['name']}, {amount}",
         "objective": f"{name}; "
-        + yaml.safe_dump(hyper, default_flow_style=True, width=1000).strip("{}\n"),
+        + yaml.safe_dump(hyper, default_flow_style=True, width=1000).strip()[1:-1],
         "reference": facts["reference"],
         "head": facts["schedule"],
         "output": output_dir,

@@ -292,6 +292,7 @@ def _segments(groups: list[Group], num: np.ndarray, response: np.ndarray) -> Seg
         score=None if np.isnan(np.concatenate(scores)).all() else table(scores, 0, np.float32),
         rank=table(ranks, slot, np.int64),
         weight=None if all(w == 1 for w in weights) else torch.tensor(weights),
+        index=torch.tensor([group.row for group in groups]),
         extras={role: torch.from_numpy(base + candidates + i) for i, role in enumerate(roles)},
     )
 

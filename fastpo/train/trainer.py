@@ -335,6 +335,7 @@ class PreferenceTrainer(Trainer):
             the loss, or (loss, LossOutput).
         """
         self.loss.train(model.training)
+        self.loss.seed, self.loss.step = self.args.seed, self.state.global_step
         reference = self.reference(model, inputs)  # first: no activations are alive yet
         hidden = label_hidden(model, inputs)
         output = self.loss(

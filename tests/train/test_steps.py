@@ -19,6 +19,9 @@ from tests.train import tiny
 from tests.train.plain import dense_stats
 
 
+LISTS = tiny.groups(8, 3)
+
+
 class Gradients(TrainerCallback):
     """Keeps the gradients of the first step."""
 
@@ -38,6 +41,7 @@ def first_step(
     # Not the policy itself, so that ratios are not all zero.
     reference = options.pop("ref_model", None) or tiny.model(seed=1)
     extras = ("mismatched",) if objective == "kto" else ()
+    data = options.pop("train_dataset", None)
     gradients = Gradients()
     trainer = PreferenceTrainer(
         tiny.model().to(dtype),
@@ -49,7 +53,7 @@ def first_step(
             max_grad_norm=0.0,  # clipping would hide a wrong scale
             **options,
         ),
-        train_dataset=tiny.pairs(8, extras=extras),
+        train_dataset=data or tiny.pairs(8, extras=extras),
         ref_model=reference.to(dtype),
         processing_class=tiny.tokenizer(),
         callbacks=[gradients],
@@ -72,6 +76,19 @@ def test_cut_into_micro_batches(
     plain = first_step(tmp_path / "plain", 8, 1, objective=objective)
     truth = first_step(tmp_path / "truth", 8, 1, torch.float64, objective=objective)
     for what, a, b, c in zip(("loss", "gradients", "norm"), ours, plain, truth, strict=True):
+        assert_three_way(a, b, c, what)
+
+
+def test_ties_fall_as_the_row_says_however_a_step_is_cut(tmp_path: Path) -> None:
+    """Policy and reference are one, so LiPO orders every list by its tie keys alone."""
+
+    def step(batch: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+        folder = tmp_path / f"{batch} {dtype}"
+        options = {"objective": "lipo", "ref_model": tiny.model(), "train_dataset": LISTS}
+        return first_step(folder, batch, 8 // batch, dtype, **options)
+
+    whole, truth = step(8), step(8, torch.float64)
+    for what, a, b, c in zip(("loss", "gradients", "norm"), step(2), whole, truth, strict=True):
         assert_three_way(a, b, c, what)
 
 
