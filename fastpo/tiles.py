@@ -94,7 +94,7 @@ def add_matmul_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     if b.is_cuda:
         return out.add_(torch.mm(a.to(b.dtype), b, out_dtype=out.dtype))
     for lo, hi in blocks(b.shape[0], _UPCAST_ROWS):
-        out.addmm_(a[:, lo:hi], b[lo:hi].to(out.dtype))
+        out.addmm_(a[:, lo:hi].to(out.dtype), b[lo:hi].to(out.dtype))
     return out
 
 
@@ -347,7 +347,7 @@ class TorchTiles:
 class TritonTiles:
     """The same steps by the kernels of `fastpo.kernels`; products stay with the vendor's BLAS."""
 
-    keeps: tuple[str, ...] = ("lse", "logps")
+    keeps: tuple[str, ...] = ("lse", "lse_rest", "logps")
 
     def num_slabs(self, link: Link, want: tuple[str, ...], with_reference: bool) -> int:
         return 2  # the products in fp32, the coefficients in the inputs' dtype
@@ -412,6 +412,7 @@ class TritonTiles:
             v_start=first,
             vocab_size=vocab_size,
             lse=stats["lse"],
+            lse_rest=stats["lse_rest"],
             logps=stats["logps"],
             entropy=stats.get("entropy"),
             **{f"grad_{name}": value for name, value in cotangents.items()},
