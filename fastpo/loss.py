@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from fastpo.head import Backend, Head, TokenStats, linear_stats
 from fastpo.objectives import get_objective
-from fastpo.objectives.base import Objective, Outcome
+from fastpo.objectives.base import Objective, Outcome, Statistic
 from fastpo.objectives.listwise import tie_keys
-from fastpo.scores import Segments, score_responses
+from fastpo.scores import STATISTIC_OF, Segments, score_responses
 
 # How to obtain a score that an objective needs and the caller did not supply.
 _REMEDY = {
@@ -25,8 +25,14 @@ _REMEDY = {
     "kl_reverse": "pass ref_hidden: the divergence needs the reference's whole distribution",
     "score": "give every response a grade: a `scores` column, or Segments(score=...)",
     "rank": "rank the responses: a `ranks` or `scores` column, or Segments(rank=...)",
+    "margin": "say how much better the chosen response is: a `margin` column, or Segments(margin=)",
+    "cohort": "name each row's population: a `group` column, or Segments(cohort=...)",
+    "old_logps": "pass old_logps (per label token), of the policy that drew the responses",
+    "token_rewards": "pass token_rewards (per label token)",
 }
-_DIVERGENCE = {"kl": "kl_ref_policy", "kl_reverse": "kl_policy_ref"}
+_DIVERGENCES = ("kl", "kl_reverse")
+# What stands before or after a score's own name: mean_ratio, gold_logps, token_ref_logps.
+_PREFIXES = ("mean_", "token_")
 
 
 class LossOutput(NamedTuple):
@@ -95,7 +101,8 @@ class PreferenceLoss(nn.Module):
 
     Attributes:
         seed, step: keys of the random order of tied candidates (LiPO); a training loop that wants
-            a new draw each step sets `step`.
+            a new draw each step sets `step`. Calls of one step also count as one for statistics
+            with a memory (BCO's shift); while it is None every training call is a step.
 
     Raises:
         ValueError: an unknown objective or hyper-parameter, with the nearest name.
@@ -120,11 +127,17 @@ class PreferenceLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.components = resolve(objective, hyper)
-        self.seed = self.step = 0
+        self.seed = 0
+        self.step: int | None = None
         # In a tuple, so that nn.Module does not adopt the model's head as its own child.
         self._head = (Head(head) if isinstance(head, nn.Module) else head,)
-        for name in self._running:
-            self.register_buffer(name, torch.zeros(2, dtype=torch.float64))  # mean, count
+        self._step_of: dict[str, int | None] = {}
+        self._before_step: dict[str, Tensor] = {}
+        self._observed: dict[str, Tensor] = {}
+        for name, statistic in self._remembered.items():
+            size = statistic.size if statistic.memory == "ema" else 1
+            # The value, then how many observations ("mean") or steps ("ema") are behind it.
+            self.register_buffer(name, torch.zeros(size + 1, dtype=torch.float64))
 
     @property
     def head(self) -> Head | None:
@@ -144,12 +157,23 @@ class PreferenceLoss(nn.Module):
     @property
     def needs_kl(self) -> bool:
         """Whether the reference's whole distribution is needed."""
-        return any(name in self.needs for name in _DIVERGENCE)
+        return any(name in self._bare_needs for name in _DIVERGENCES)
 
     @property
     def needs_reference(self) -> bool:
         """Whether a reference model, or its log-probs, are needed."""
-        return self.needs_kl or any("ratio" in n or "ref_logps" in n for n in self.needs)
+        return self.needs_kl or not self._bare_needs.isdisjoint(("ratio", "ref_logps"))
+
+    @property
+    def _bare_needs(self) -> set[str]:
+        """`needs` without the roles and forms in front of a score's name."""
+        prefixes = (*(f"{role}_" for role in self.extras), *_PREFIXES)
+        bare = set()
+        for name in self.needs:
+            for prefix in prefixes:
+                name = name.removeprefix(prefix)
+            bare.add(name)
+        return bare
 
     @property
     def extras(self) -> tuple[str, ...]:
@@ -158,14 +182,14 @@ class PreferenceLoss(nn.Module):
         return tuple(sorted(roles))
 
     @property
-    def _running(self) -> list[str]:
-        """Buffer names of the statistics that are averaged over all training steps."""
-        return [
-            f"{c.objective.name}_{name}"
+    def _remembered(self) -> dict[str, Statistic]:
+        """Buffer name -> statistic that remembers earlier steps."""
+        return {
+            f"{c.objective.name}_{name}": statistic
             for c in self.components
             for name, statistic in c.objective.statistics.items()
-            if statistic.running
-        ]
+            if statistic.memory != "none"
+        }
 
     def forward(
         self,
@@ -179,7 +203,9 @@ class PreferenceLoss(nn.Module):
         ref_weight: Tensor | None = None,
         ref_bias: Tensor | None = None,
         ref_logps: Tensor | None = None,
+        old_logps: Tensor | None = None,
         token_weights: Tensor | None = None,
+        token_rewards: Tensor | None = None,
         totals: Mapping[str, float] | None = None,
         ignore_index: int = -100,
         backend: Backend = "auto",
@@ -196,7 +222,9 @@ class PreferenceLoss(nn.Module):
             ref_hidden: the reference's hidden states, same shape as `hidden`; with `ref_weight`
                 (and `ref_bias`) where the policy's head is trained.
             ref_logps: per-token reference log-probs, same shape as `labels`.
+            old_logps: per-token log-probs of the policy that drew the responses, likewise.
             token_weights: per-token weights, same shape as `labels`.
+            token_rewards: signed rewards of single tokens, same shape as `labels`.
             totals: counts of the whole optimiser step over all ranks (`groups`, `responses`,
                 `desirable`, `undesirable`, `chosen_tokens`) that sums are divided by; None for
                 this batch's own.
@@ -224,10 +252,10 @@ class PreferenceLoss(nn.Module):
         hidden, labels = hidden.flatten(0, -2)[scored], labels.flatten()[scored]
         if ref_hidden is not None:
             ref_hidden = ref_hidden.flatten(0, -2)[scored]
-        if ref_logps is not None:
-            ref_logps = ref_logps.flatten()[scored]
-        if token_weights is not None:
-            token_weights = token_weights.flatten()[scored]
+        ref_logps, old_logps, token_weights, token_rewards = (
+            None if values is None else values.flatten()[scored]
+            for values in (ref_logps, old_logps, token_weights, token_rewards)
+        )
         self._check_groups(segments)
 
         options: dict[str, Any] = {"backend": backend, "workspace_mib": workspace_mib}
@@ -235,13 +263,21 @@ class PreferenceLoss(nn.Module):
         reference = ref_hidden, ref_weight, ref_bias
         stats = self._token_stats(hidden, weight, bias, labels, reference, options)
         ref_logps = stats.pop("ref_logps", ref_logps)
-        scores = score_responses(stats, segments, ref_logps=ref_logps, token_weights=token_weights)
+        scores = score_responses(
+            stats,
+            segments,
+            ref_logps=ref_logps,
+            old_logps=old_logps,
+            token_weights=token_weights,
+            token_rewards=token_rewards,
+            per_token=any(name.startswith("token_") for name in self.needs),
+        )
         if "tie_key" in self.needs:
             number = segments.index
             if number is None:
                 number = torch.arange(segments.grid.shape[0], device=segments.grid.device)
             candidates = segments.grid.shape[1]
-            scores["tie_key"] = tie_keys(number, candidates, seed=self.seed, step=self.step)
+            scores["tie_key"] = tie_keys(number, candidates, seed=self.seed, step=self.step or 0)
         return self._reduce(scores, segments, totals)
 
     def _token_stats(
@@ -261,20 +297,22 @@ class PreferenceLoss(nn.Module):
                     "the policy's head is trained, so it is not the reference's: pass ref_weight"
                 )
             ref_weight, ref_bias = weight, bias
-        divergences = tuple(d for name, d in _DIVERGENCE.items() if name in self.needs)
-        if divergences and ref_hidden is not None:
+        wanted = {s: name for name, s in STATISTIC_OF.items() if name in self._bare_needs}
+        names = tuple(dict.fromkeys(("logps", *wanted)))
+        if self.needs_kl and ref_hidden is not None:
             return linear_stats(
                 hidden,
                 weight,
                 labels,
-                stats=("logps", "ref_logps", *divergences),
+                stats=(*names, "ref_logps"),
                 bias=bias,
                 ref_hidden=ref_hidden,
                 ref_weight=ref_weight,
                 ref_bias=ref_bias,
                 **options,
             )
-        stats = linear_stats(hidden, weight, labels, bias=bias, **options)
+        names = tuple(name for name in names if wanted.get(name) not in _DIVERGENCES)
+        stats = linear_stats(hidden, weight, labels, stats=names, bias=bias, **options)
         if ref_hidden is not None and ref_weight is not None:
             with torch.no_grad():
                 of_reference = linear_stats(
@@ -355,24 +393,56 @@ class PreferenceLoss(nn.Module):
         hyper = {**component.objective.hyper, **component.hyper}
         for name, statistic in component.objective.statistics.items():
             values, mask = statistic.of(scores, hyper)
-            total, count = global_sum(values.detach(), mask)
-            value = total / count.clamp(min=1)
-            if statistic.running:
-                state = self.get_buffer(f"{component.objective.name}_{name}")
-                if self.training and torch.is_grad_enabled():
-                    state[1] += count
-                    state[0] += (value - state[0]) * count / state[1].clamp(min=1)
-                value = state[0].clone()
+            observed = gather_rows(values.detach()[mask].double())
+            if statistic.memory == "none":
+                value = statistic.reduce(observed, hyper)
+            else:
+                key = f"{component.objective.name}_{name}"
+                value = self._remember(key, statistic, observed, hyper)
             found[name] = value.to(values.dtype)
         return found
 
+    def _remember(
+        self, key: str, statistic: Statistic, observed: Tensor, hyper: Mapping[str, Any]
+    ) -> Tensor:
+        """The statistic after this step's observations so far; evaluation adds none.
 
-def global_sum(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(masked sum, number of entries) in float64 over all ranks, no gradient."""
-    both = torch.stack([torch.where(mask, values, 0).double().sum(), mask.double().sum()])
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(both)
-    return both[0], both[1]
+        The state moves once a step, however many micro-batches it has: what was before the step is
+        kept, and every micro-batch merges all observations of the step into that.
+        """
+        state = self.get_buffer(key)
+        if self.training and torch.is_grad_enabled():
+            if key not in self._observed or self.step is None or self._step_of[key] != self.step:
+                self._before_step[key] = state.clone()
+            else:
+                observed = torch.cat([self._observed[key], observed])
+            self._observed[key], self._step_of[key] = observed, self.step
+            before, count = self._before_step[key][:-1], self._before_step[key][-1]
+            new = 1 if statistic.memory == "ema" else len(observed)
+            share = 1 - statistic.decay if statistic.memory == "ema" and count else 1.0
+            if statistic.memory == "mean":
+                share = new / (count + new).clamp(min=1)
+            state[:-1] = before + (statistic.reduce(observed, hyper) - before) * share
+            state[-1] = count + new
+        elif statistic.memory == "ema" and not state[-1]:
+            return statistic.reduce(observed, hyper)  # evaluated before the first step
+        value = state[:-1].clone()
+        return value if statistic.memory == "ema" else value[0]
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """[n, ...] -> the rows of all ranks, in the order of ranks; ranks may have different n."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return rows
+    ranks = torch.distributed.get_world_size()
+    sizes = [rows.new_zeros(1, dtype=torch.int64) for _ in range(ranks)]
+    torch.distributed.all_gather(sizes, rows.new_full((1,), len(rows), dtype=torch.int64))
+    most = int(torch.cat(sizes).max())
+    padded = rows.new_zeros(most, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    every = [torch.empty_like(padded) for _ in range(ranks)]
+    torch.distributed.all_gather(every, padded)
+    return torch.cat([each[: int(size)] for each, size in zip(every, sizes, strict=True)])
 
 
 def batch_counts(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ Candidates are numbered best first: slot 0 is the chosen response, the last slot
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,8 @@ class Segments:
         score: [G, K] float, the row's own grade of each response, or None.
         rank: [G, K] int64, 0 is best, ties share a rank, or None.
         weight: [G] float, sample weight of each group, or None for ones.
+        margin: [G] float, an outside judgement of how much better slot 0 is than slot 1, or None.
+        cohort: [G] int64, the population each group comes from (MaxMin), or None.
         index: [G] int64, the number of each group in its data set, or None for 0, 1, ...: what
             seeded draws are keyed by, so that they do not depend on how a step is cut.
         extras: role -> [G] int64, a further response of each group that is no candidate:
@@ -41,6 +44,8 @@ class Segments:
     score: Tensor | None = None
     rank: Tensor | None = None
     weight: Tensor | None = None
+    margin: Tensor | None = None
+    cohort: Tensor | None = None
     index: Tensor | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
 
@@ -74,6 +79,16 @@ class Segments:
         return replace(self, **moved)
 
 
+# score -> the token statistic that it sums
+STATISTIC_OF = {
+    "logps": "logps",
+    "kl": "kl_ref_policy",
+    "kl_reverse": "kl_policy_ref",
+    "log_p2": "log_p2",
+    "entropy": "entropy",
+}
+
+
 def _sum_by_response(values: Tensor, segments: Segments) -> Tensor:
     """[N] -> [R]: sums over the tokens of each response, zero for an empty one."""
     return values.new_zeros(segments.num_responses).index_add(0, segments.response, values)
@@ -84,7 +99,10 @@ def score_responses(
     segments: Segments,
     *,
     ref_logps: Tensor | None = None,
+    old_logps: Tensor | None = None,
     token_weights: Tensor | None = None,
+    token_rewards: Tensor | None = None,
+    per_token: bool = False,
 ) -> dict[str, Tensor]:
     r"""Named sequence scores, the vocabulary that objectives are written in.
 
@@ -100,16 +118,29 @@ def score_responses(
     | `mean_ratio` | `ratio` / L |
     | `kl` | $\sum_t a_t KL(\pi_{ref} \| \pi)_t$ |
     | `kl_reverse` | $\sum_t a_t KL(\pi \| \pi_{ref})_t$ |
+    | `log_p2`, `mean_log_p2` | $\sum_t a_t \log\sum_v \pi(v)^2$, and that / L |
+    | `entropy`, `mean_entropy` | $\sum_t a_t H_t$, and that / L |
+    | `old_logps` | $\sum_t a_t \log\pi_{old}(y_t)$, of the policy that drew the responses |
     | `mask`, `label`, `score`, `rank` | the segments' own |
 
     Each is [G, K], zero where a group has no such candidate. An extra response named in
     `segments.extras` adds the same names with its role in front, [G]: `mismatched_ratio`, ...
+    `margin` and `cohort` are the segments' own [G].
+
+    With `per_token` also the tokens themselves, [G, K, T] in order and padded with zeros, not
+    multiplied by their weights: `token_mask` (bool, where weights are not 0), `token_weights`,
+    `token_logps`, and as far as given `token_ref_logps`, `token_old_logps`, `token_rewards`,
+    `token_kl`, `token_kl_reverse`, `token_entropy`.
 
     Args:
-        stats: token statistics; `logps` [N], and `kl_ref_policy`, `kl_policy_ref` if present.
+        stats: token statistics; `logps` [N], and `kl_ref_policy`, `kl_policy_ref`, `log_p2`,
+            `entropy` if present.
         segments: the token -> response -> group table.
         ref_logps: [N] reference log-probs of the same tokens, or None.
+        old_logps: [N] log-probs under the policy that drew the responses, or None.
         token_weights: [N] weights, with or without gradient, or None for ones.
+        token_rewards: [N] signed rewards of single tokens, or None.
+        per_token: whether to return the `token_` scores; costs a device sync.
 
     Returns:
         name -> tensor; `ratio` and its relatives only when `ref_logps` is given, and so on.
@@ -118,32 +149,31 @@ def score_responses(
         ValueError: a per-token tensor does not have the N of `segments.response`.
     """
     n = segments.response.numel()
-    per_token: dict[str, Tensor] = {"logps": stats["logps"]}
-    if ref_logps is not None:
-        per_token["ref_logps"] = ref_logps
-    for name, stat in (("kl", "kl_ref_policy"), ("kl_reverse", "kl_policy_ref")):
-        if stat in stats:
-            per_token[name] = stats[stat]
-    for name, value in {**per_token, "token_weights": token_weights}.items():
+    given = {name: stats[stat] for name, stat in STATISTIC_OF.items() if stat in stats}
+    for name, value in (("ref_logps", ref_logps), ("old_logps", old_logps)):
+        if value is not None:
+            given[name] = value
+    beside = {"token_weights": token_weights, "token_rewards": token_rewards}
+    for name, value in {**given, **beside}.items():
         if value is not None and value.shape != (n,):
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)}, but the segments describe {n} label tokens"
             )
 
-    if token_weights is None:
-        counted = torch.ones_like(per_token["logps"])
-    else:
-        per_token = {name: value * token_weights for name, value in per_token.items()}
-        counted = (token_weights != 0).to(per_token["logps"].dtype)
-    sums = {name: _sum_by_response(value, segments) for name, value in per_token.items()}
-    length = _sum_by_response(counted, segments)
-    per_response = {**sums, "length": length}
-    # An empty response has score 0 and length 0: dividing by 1 keeps its mean and gradient at 0.
-    divisor = length.clamp(min=1)
-    per_response["mean_logps"] = sums["logps"] / divisor
+    weighted = given
+    counted = torch.ones_like(given["logps"])
+    if token_weights is not None:
+        weighted = {name: value * token_weights for name, value in given.items()}
+        counted = (token_weights != 0).to(given["logps"].dtype)
+    per_response = {name: _sum_by_response(value, segments) for name, value in weighted.items()}
+    per_response["length"] = _sum_by_response(counted, segments)
     if ref_logps is not None:
-        per_response["ratio"] = sums["logps"] - sums["ref_logps"]
-        per_response["mean_ratio"] = per_response["ratio"] / divisor
+        per_response["ratio"] = per_response["logps"] - per_response["ref_logps"]
+    # An empty response has score 0 and length 0: dividing by 1 keeps its mean and gradient at 0.
+    divisor = per_response["length"].clamp(min=1)
+    for name in ("logps", "ratio", "log_p2", "entropy"):
+        if name in per_response:
+            per_response[f"mean_{name}"] = per_response[name] / divisor
 
     mask = segments.mask
     slots = segments.grid.clamp(min=0)
@@ -156,8 +186,32 @@ def score_responses(
             scores[f"{role}_{name}"] = value[index]
     scores["mask"] = mask
     scores["label"] = segments.label & mask
-    for name in ("score", "rank"):
+    for name in ("score", "rank", "margin", "cohort"):
         value = getattr(segments, name)
         if value is not None:
             scores[name] = value
+    if per_token:
+        tokens = {f"token_{name}": value for name, value in given.items()}
+        tokens |= {name: value for name, value in beside.items() if value is not None}
+        tokens.setdefault("token_weights", counted)
+        tokens["token_mask"] = counted.bool()
+        scores |= _pad_tokens(tokens, segments)
     return scores
+
+
+def _pad_tokens(tokens: Mapping[str, Tensor], segments: Segments) -> dict[str, Tensor]:
+    """[N] -> [G, K, T], zero (False) where there is no token."""
+    response, slots = segments.response, segments.grid.clamp(min=0)
+    # Where each response's tokens begin once they are sorted by response; they keep their order.
+    order = response.argsort(stable=True)
+    lengths = torch.bincount(response, minlength=segments.num_responses)  # [R]
+    column = torch.arange(max(1, int(lengths.max())) if len(lengths) else 1, device=response.device)
+    starts = (lengths.cumsum(0) - lengths)[slots][..., None]
+    inside = segments.mask[..., None] & (column < lengths[slots][..., None])  # [G, K, T]
+    index = order[(starts + column).clamp(max=max(0, len(order) - 1))] if len(order) else None
+    return {
+        name: value.new_zeros(inside.shape)
+        if index is None
+        else torch.where(inside, value[index], value.new_zeros(()))
+        for name, value in tokens.items()
+    }

@@ -19,6 +19,9 @@ FAMILIES = {
 }
 
 
+_MEMORY = {"none": "of the batch", "mean": "of all steps", "ema": "averaged over steps"}
+
+
 def needs(objective: Objective) -> str:
     """What an objective needs beside the policy, in words."""
     loss = PreferenceLoss(objective.name)
@@ -30,8 +33,7 @@ def needs(objective: Objective) -> str:
     words += [name for name in ("score", "rank") if name in objective.needs]
     words += [f"{role} responses" for role in objective.extras]
     words += [
-        f"{'running' if statistic.running else 'batch'} mean"
-        for statistic in objective.statistics.values()
+        f"{name} {_MEMORY[statistic.memory]}" for name, statistic in objective.statistics.items()
     ]
     return ", ".join(words) or "nothing else"
 

@@ -5,13 +5,29 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 from .base import Objective
+from .batchwise import BATCHWISE
+from .diffusion import DIFFUSION
 from .listwise import LISTWISE
 from .pairwise import PAIRWISE
 from .pointwise import POINTWISE
+from .policy import POLICY
+from .reference_free import REFERENCE_FREE
+from .regression import REGRESSION
 from .regularisers import REGULARISERS
 from .token import TOKEN
 
-OBJECTIVES: dict[str, Objective] = {**PAIRWISE, **POINTWISE, **LISTWISE, **TOKEN, **REGULARISERS}
+OBJECTIVES: dict[str, Objective] = {
+    **PAIRWISE,
+    **REFERENCE_FREE,
+    **REGRESSION,
+    **BATCHWISE,
+    **POINTWISE,
+    **LISTWISE,
+    **TOKEN,
+    **POLICY,
+    **DIFFUSION,
+    **REGULARISERS,
+}
 
 
 def get_objective(name: str) -> Objective:

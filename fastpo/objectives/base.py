@@ -41,17 +41,38 @@ class Outcome(NamedTuple):
     rewards: Tensor  # [G, K], detached: the implicit rewards that are logged
 
 
+def mean(observations: Tensor, hyper: Mapping[str, Any]) -> Tensor:
+    """[n] -> []: their mean, 0 where there is none."""
+    return observations.sum() / max(len(observations), 1)
+
+
+Memory = Literal["none", "mean", "ema"]
+"""What a statistic remembers of earlier optimiser steps: nothing, the mean of all observations so
+far, or an exponential moving average of its values, one a step; the current step is included."""
+
+
 @dataclass(frozen=True)
 class Statistic:
-    """A number that an objective takes from the whole batch and not from one group.
+    """Numbers that an objective takes from the whole batch and not from one group.
 
-    `of(scores, hyper)` returns (values, mask): the masked mean over all ranks is handed to the
-    objective under the statistic's name, without gradient. `running` averages it over all
-    training steps so far, this one included, and the state is saved with the checkpoint.
+    Handed to the objective under the statistic's name, float64 rounded to the scores' dtype,
+    without gradient. What is remembered is saved with the checkpoint.
+
+    Args:
+        of: (scores, hyper-parameters) -> (values, mask): this batch's observations, those values
+            where the mask is True. They are gathered over all ranks.
+        reduce: ([n, ...] float64 observations, hyper-parameters) -> the statistic, of any shape
+            without memory, [] under "mean", [size] under "ema".
+        memory: see `Memory`.
+        size: length of what `reduce` returns under "ema".
+        decay: weight of the past under "ema".
     """
 
     of: Callable[[Mapping[str, Tensor], Mapping[str, Any]], tuple[Tensor, Tensor]]
-    running: bool = False
+    reduce: Callable[[Tensor, Mapping[str, Any]], Tensor] = mean
+    memory: Memory = "none"
+    size: int = 1
+    decay: float = 0.9
 
 
 @dataclass(frozen=True)

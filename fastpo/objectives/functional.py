@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import listwise, pairwise, pointwise, token
+from . import listwise, pairwise, pointwise, reference_free, token
 from .base import Outcome
 
 
@@ -161,10 +161,10 @@ def simpo_loss(
     gamma_beta_ratio: float = 0.25,
     label_smoothing: float = 0.0,
 ) -> PairLoss:
-    """SimPO on per-token mean log-probs [B]: `pairwise.simpo`."""
+    """SimPO on per-token mean log-probs [B]: `reference_free.simpo`."""
     mean_logps, mask = _pairs(chosen_mean, rejected_mean)
     return _pair_loss(
-        pairwise.simpo(
+        reference_free.simpo(
             mean_logps,
             mask,
             beta=beta,
@@ -187,8 +187,8 @@ def cpo_loss(
 
 
 def orpo_loss(chosen_mean: Tensor, rejected_mean: Tensor, *, beta: float = 0.1) -> PairLoss:
-    """The odds-ratio part of ORPO on per-token mean log-probs [B]: `pairwise.odds_ratio`."""
-    return _pair_loss(pairwise.odds_ratio(*_pairs(chosen_mean, rejected_mean), beta=beta))
+    """The odds-ratio part of ORPO on per-token mean log-probs [B]: `reference_free.odds_ratio`."""
+    return _pair_loss(reference_free.odds_ratio(*_pairs(chosen_mean, rejected_mean), beta=beta))
 
 
 def tdpo1_loss(

@@ -130,7 +130,7 @@ POINTWISE: dict[str, Objective] = {
         "point",
         "2404.04656",
         "-logsig(beta u - shift) if desirable else -logsig(shift - beta u)",
-        {"shift": Statistic(_rewards, running=True)},
+        {"shift": Statistic(_rewards, memory="mean")},
     ),
     "npo": Objective(
         "npo", npo, "point", "2404.05868", "-(2/beta) logsig(-beta u), undesirable only"

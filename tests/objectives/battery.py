@@ -59,16 +59,41 @@ def cases() -> list[Case]:
     return found
 
 
-# score -> sign of its values: -1 for log-probs, 1 for divergences, 0 for either
-RECIPES = {
+# Scores [G, K] and sign of their values: -1 for log-probs, 1 for divergences, 0 for either. An
+# extra response has them too, [G], under its role; a name that starts with `token_` is [G, K, T].
+SIGNS = {
     "logps": -1,
     "mean_logps": -1,
     "ref_logps": -1,
+    "old_logps": -1,
     "ratio": 0,
     "mean_ratio": 0,
     "kl": 1,
     "kl_reverse": 1,
+    "log_p2": -1,
+    "mean_log_p2": -1,
+    "entropy": 1,
+    "mean_entropy": 1,
+    "error": 1,
+    "ref_error": 1,
 }
+TOKENS = {
+    "token_logps": -1,
+    "token_ref_logps": -1,
+    "token_old_logps": -1,
+    "token_kl": 1,
+    "token_kl_reverse": 1,
+    "token_entropy": 1,
+    "token_weights": 1,
+    "token_rewards": 0,
+}
+ROLES = ("mismatched", "gold", "ref_response")
+BARE = {f"{role}_{name}": sign for role in ROLES for name, sign in SIGNS.items()}
+RECIPES = {**SIGNS, **TOKENS, **BARE}
+"""Scores that carry gradient in training, or could."""
+
+STATISTICS = {name for objective in OBJECTIVES.values() for name in objective.statistics}
+NUM_TOKENS = 5  # T
 # With beta = 0.1 also the middle of the range, where e^-z is small but not lost: z = 10, 30
 EXTREMES = torch.tensor([1e4, 300.0, 100.0, 1.0, 1e-8])
 
@@ -81,7 +106,7 @@ def make_scores(
     extreme: bool = False,
     hyper: dict[str, Any] | None = None,
 ) -> dict[str, Tensor]:
-    """Everything that `objective` can ask for, for groups of the given sizes, float64 [G, K].
+    """Everything that `objective` can ask for, for groups of the given sizes, in float64.
 
     Floats hold float32 numbers, so that runs in both precisions get the same input. Magnitudes
     are in [0.2, 3.2], or with `extreme` drawn from `EXTREMES`.
@@ -103,17 +128,24 @@ def make_scores(
     if objective.family == "point":
         label = torch.randint(0, 2, (g, k), generator=rng).bool()
     scores = {"mask": mask, "label": label & mask}
-    for name, sign in RECIPES.items():
-        for full, shape in ((name, (g, k)), (f"mismatched_{name}", (g,))):
+    for name, sign in SIGNS.items():
+        for full, shape in ((name, (g, k)), *((f"{role}_{name}", (g,)) for role in ROLES)):
             scores[full] = magnitudes(*shape) * (sign or signs(*shape))
     scores["length"] = torch.randint(1, 9, (g, k), generator=rng).double()
+    lengths = torch.randint(1, NUM_TOKENS + 1, (g, k, 1), generator=rng)
+    scores["token_mask"] = (torch.arange(NUM_TOKENS) < lengths) & mask[..., None]
+    for name, sign in TOKENS.items():
+        values = magnitudes(g, k, NUM_TOKENS) * (sign or signs(g, k, NUM_TOKENS))
+        scores[name] = values.where(scores["token_mask"], 0)
+    scores["margin"] = magnitudes(g) * signs(g)
+    scores["cohort"] = torch.randint(0, 3, (g,), generator=rng)
     scores["score"] = torch.rand((g, k), generator=rng).double()
     scores["rank"] = torch.rand((g, k), generator=rng).argsort(-1)
     scores["tie_key"] = torch.randint(0, 2**62, (g, k), generator=rng)
     hyper = {**objective.hyper, **(hyper or {})}
     for name, statistic in objective.statistics.items():
         values, where = statistic.of(scores, hyper)
-        scores[name] = values[where].mean().float().double()
+        scores[name] = statistic.reduce(values[where], hyper).float().double()
     unknown = [name for name in objective.needs if name not in scores]
     assert not unknown, f"{objective.name} takes {unknown}: give the battery a recipe"
     return {name: scores[name] for name in objective.needs}
@@ -156,21 +188,32 @@ def by_divisor(outcome: Outcome) -> dict[str, Tensor]:
     return {t.per: t.weight * t.values for t in outcome.terms}
 
 
-def slice_groups(scores: dict[str, Tensor], index: Any) -> dict[str, Tensor]:
-    """The scores of some groups; batch statistics stay."""
-    return {k: v[index] if v.dim() else v for k, v in scores.items()}
+def slice_groups(
+    scores: dict[str, Tensor], index: Any, slots: slice = slice(None)
+) -> dict[str, Tensor]:
+    """The scores of some groups, and of some of their candidates; batch statistics stay."""
+
+    def part(value: Tensor) -> Tensor:
+        return value[index][:, slots] if value.dim() > 1 else value[index]
+
+    return {k: v if k in STATISTICS else part(v) for k, v in scores.items()}
 
 
 def poison(scores: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same groups with NaN, True and nonsense in their padded slots."""
-    mask, poisoned = scores["mask"], {}
+    """The same groups with NaN, True and nonsense in their padded slots and tokens."""
+    slots, poisoned = scores["mask"], {}
     for name, value in scores.items():
-        if name == "mask" or value.shape != mask.shape:
+        live = slots
+        if value.dim() == 3:
+            live = scores.get("token_mask", slots[..., None]) & slots[..., None]
+        elif value.dim() == 1:
+            live = slots.any(-1)
+        if name in ("mask", "token_mask") or name in STATISTICS:
             poisoned[name] = value
         elif value.dtype == torch.bool:
-            poisoned[name] = value | ~mask
+            poisoned[name] = value | ~live
         else:
-            poisoned[name] = value.where(mask, float("nan") if value.is_floating_point() else -7)
+            poisoned[name] = value.where(live, float("nan") if value.is_floating_point() else -7)
     return poisoned
 
 

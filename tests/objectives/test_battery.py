@@ -6,6 +6,7 @@ import inspect
 from types import SimpleNamespace
 from typing import get_args
 
+import numpy
 import pytest
 import torch
 from mpmath import mpf
@@ -17,6 +18,7 @@ from tests.numerics import assert_three_way
 
 from .battery import (
     RECIPES,
+    STATISTICS,
     Case,
     ReplayDetach,
     assert_rounded,
@@ -44,19 +46,19 @@ def scores_of(case: Case, sizes: dict[str, list[int]] = FULL, **options) -> dict
 
 def by_hand(case: Case, scores: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     """The hand formula's sums {per: [G]} and rewards [G, K], as float64."""
+
+    def exact(numbers):
+        return [exact(x) for x in numbers] if isinstance(numbers, list) else mpf(numbers)
+
     hyper, sums, rewards = hyper_numbers(case.hyper), {}, []
     for i, live in enumerate(scores["mask"]):
         group = SimpleNamespace()
-        for letter, name in LETTERS.items():
-            if name in scores:
-                value = scores[name] if not scores[name].dim() else scores[name][i][live]
-                numbers = value.tolist()
-                exact = value.is_floating_point()
-                if isinstance(numbers, list):
-                    numbers = [mpf(x) if exact else x for x in numbers]
-                else:
-                    numbers = mpf(numbers)
-                setattr(group, letter, numbers)
+        for name, every in scores.items():
+            value = every if name in STATISTICS else every[i]
+            if name not in STATISTICS and every.dim() > 1:
+                value = value[live]
+            numbers = exact(value.tolist()) if value.is_floating_point() else value.tolist()
+            setattr(group, LETTERS.get(name, name), numbers)
         terms, reward = FORMULAS[case.name](group, hyper)
         for per, value in terms.items():
             sums.setdefault(per, []).append(float(value))
@@ -105,7 +107,7 @@ def test_extreme_scores(case: Case, statistic: float) -> None:
     sizes = {"pair": [2] * 64, "point": [3] * 32, "list": [3] * 32}
     scores = scores_of(case, sizes, seed=2, extreme=True)
     for name in case.objective.statistics:
-        scores[name] = torch.tensor(statistic, dtype=torch.float64)
+        scores[name] = torch.full_like(scores[name], statistic)
     truth, _ = by_hand(case, scores)
     bound = condition(case, scores)
     for per, values in by_divisor(evaluate(case, cast(scores, torch.float32))).items():
@@ -153,7 +155,7 @@ def test_padding_equals_separate_lists(case: Case) -> None:
     assert outcome.rewards.shape == mask.shape
     assert (outcome.rewards[~mask] == 0).all()
     for grad in padded.values():
-        assert (grad[~mask] == 0).all()
+        assert (grad[~mask if grad.dim() > 1 else ~mask.any(-1)] == 0).all()
     for i, live in enumerate(mask):
         size = int(live.sum())
         if size == 0:
@@ -161,7 +163,7 @@ def test_padding_equals_separate_lists(case: Case) -> None:
             continue
 
         def alone(of: dict[str, Tensor], i: int = i, size: int = size) -> dict[str, Tensor]:
-            return {k: v[i : i + 1, :size] if v.dim() else v for k, v in of.items()}
+            return slice_groups(of, slice(i, i + 1), slice(size))
 
         plain, exact = evaluate(case, alone(single)), evaluate(case, alone(scores))
         for per, values in by_divisor(outcome).items():
@@ -169,7 +171,8 @@ def test_padding_equals_separate_lists(case: Case) -> None:
         assert_three_way(outcome.rewards[i, :size], plain.rewards[0], exact.rewards[0], "rewards")
         plain_grad, exact_grad = gradients(case, alone(single)), gradients(case, alone(scores))
         for name, grad in padded.items():
-            assert_three_way(grad[i, :size], plain_grad[name][0], exact_grad[name][0], name)
+            mine = grad[i, :size] if grad.dim() > 1 else grad[i]
+            assert_three_way(mine, plain_grad[name][0], exact_grad[name][0], name)
 
 
 @CASES
@@ -190,16 +193,18 @@ def test_nan_stays_nan_in_its_group(case: Case) -> None:
     before = by_divisor(evaluate(case, scores))
     mattered = 0
     for name in RECIPES.keys() & scores.keys():
-        for slot in range(scores[name].shape[1]):
+        for place in numpy.ndindex(scores[name].shape[1:]):
+            if "token_mask" in scores and len(place) == 2 and not scores["token_mask"][0][place]:
+                continue
             nudged, broken = scores[name].clone(), scores[name].clone()
-            nudged[0, slot] *= 1.5
-            broken[0, slot] = float("nan")
+            nudged[0][place] *= 1.5
+            broken[0][place] = float("nan")
             after = by_divisor(evaluate(case, {**scores, name: nudged}))
             values = by_divisor(evaluate(case, {**scores, name: broken}))
             for per in before:
                 if after[per][0] != before[per][0]:
                     mattered += 1
-                    assert values[per][0].isnan(), f"{name}[0, {slot}] is lost in {per}"
+                    assert values[per][0].isnan(), f"{name}[0]{place} is lost in {per}"
                 assert torch.equal(values[per][1:], before[per][1:])
     assert mattered
 

@@ -15,8 +15,9 @@ from torch import Tensor
 import fastpo.objectives
 from fastpo.objectives import OBJECTIVES, get_objective
 from fastpo.objectives.listwise import lipo, logo, plackett_luce, tie_keys
-from fastpo.objectives.pairwise import bco_pair, cpo, dpo, ipo, robust, simpo, sppo
+from fastpo.objectives.pairwise import bco_pair, dpo, ipo, robust, sppo
 from fastpo.objectives.pointwise import bco, kto, npo
+from fastpo.objectives.reference_free import cpo, simpo
 from fastpo.objectives.regularisers import sft
 from fastpo.objectives.token import tdpo1, tdpo2
 from tests.numerics import assert_three_way
@@ -57,8 +58,8 @@ def test_needs_follow_the_signature() -> None:
         "label_smoothing": 0.0,
     }
     assert OBJECTIVES["kto"].extras == ("mismatched",)
-    assert OBJECTIVES["bco"].statistics["shift"].running
-    assert not OBJECTIVES["kto"].statistics["z0"].running
+    assert OBJECTIVES["bco"].statistics["shift"].memory == "mean"
+    assert OBJECTIVES["kto"].statistics["z0"].memory == "none"
 
 
 def test_statistics_read_live_slots() -> None:

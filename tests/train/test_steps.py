@@ -18,7 +18,6 @@ from tests.numerics import assert_three_way
 from tests.train import tiny
 from tests.train.plain import dense_stats
 
-
 LISTS = tiny.groups(8, 3)
 
 
