@@ -139,8 +139,8 @@ def _signature(case: _Case) -> dict[str, str]:
 
 
 def _aligned(case: _Case) -> dict[tuple[int], list[list[object]]]:
-    """Pointers, strides and sizes that a launch would find divisible by 16."""
-    exact = ("num_splits", "v_start")
+    """Pointers, strides and sizes that a launch would find divisible by 16: all but the counts."""
+    exact = ("N", "num_splits", "v_start")
     return {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(case.kernel.arg_names)

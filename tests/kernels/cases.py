@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastpo.kernels.tile import transform_reference
+
+Results: TypeAlias = dict[str, Tensor]
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -17,7 +22,7 @@ FACTS = {
     "scaled": {"logit_scale": 0.7, "temperature": 1.3},
     "softcap": {"softcap": 5.0, "logit_scale": 0.7, "temperature": 1.3},
 }
-"""The head's facts by the name of their case."""
+"""The head's facts by the name of their case; all but the plain one go with a bias."""
 
 
 class Inputs(NamedTuple):
@@ -68,6 +73,18 @@ def exact(logits: Tensor, labels: Tensor) -> Inputs:
     return Inputs(eye, logits.T.contiguous(), labels, None)
 
 
+def spread(rows: Tensor, folder: Path) -> Tensor:
+    """`rows` [N, D] 2^26 elements apart, in a sparse file of which only they take up space.
+
+    36 rows reach past 2^31 elements, while a block of 16 stays below.
+    """
+    (n, d), stride = rows.shape, 1 << 26
+    file = folder / "sparse"
+    flat = torch.from_file(str(file), shared=True, size=n * stride, dtype=rows.dtype)
+    file.unlink()  # the mapping lives on
+    return flat.as_strided((n, d), (stride, 1)).copy_(rows)
+
+
 def linear_logits(
     x: Inputs,
     softcap: float | None = None,
@@ -75,9 +92,23 @@ def linear_logits(
     temperature: float = 1.0,
 ) -> Tensor:
     """z [N, V] in the inputs' dtype."""
-    return transform_reference(
-        x.hidden @ x.weight.T, x.bias, softcap, logit_scale, temperature
-    )
+    return transform_reference(x.hidden @ x.weight.T, x.bias, softcap, logit_scale, temperature)
+
+
+def entropy_terms(
+    x: Inputs,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+) -> float:
+    """Largest of the terms p (|log p| + H) that an entropy's gradient is the difference of.
+
+    A near-uniform softmax has log p + H near 0 everywhere, from two terms near log V.
+    """
+    log_p = linear_logits(x, softcap, logit_scale, temperature).log_softmax(1)
+    entropy = torch.special.entr(log_p.exp()).sum(1, keepdim=True)
+    terms = log_p.exp() * (log_p.abs() + entropy) * (logit_scale / temperature)
+    return terms.max().item()
 
 
 def orders(x: Inputs) -> list[tuple[Tensor, Tensor]]:
@@ -91,17 +122,56 @@ def orders(x: Inputs) -> list[tuple[Tensor, Tensor]]:
         found = []
         for seed in range(4):
             g = torch.Generator(device).manual_seed(seed)
-            found.append(
-                tuple(torch.randperm(size, generator=g, device=device) for size in (v, d))
-            )
+            found.append(tuple(torch.randperm(size, generator=g, device=device) for size in (v, d)))
     return found
 
 
-def plain_rows(reference: Callable[[Inputs], Tensor], x: Inputs) -> list[Tensor]:
-    """A per-row result [N] in plain PyTorch, once per order of its sums."""
-    return [reference(x.in_order(v, d)) for v, d in orders(x)]
+def plain_results(reference: Callable[[Inputs], Results], x: Inputs) -> list[Results]:
+    """`reference` in plain PyTorch and the inputs' dtype, once per order of its sums.
+
+    Results [N, V] come back with their columns where they were.
+    """
+
+    def put_back(value: Tensor, v: Tensor) -> Tensor:
+        return value[:, v.argsort()] if value.dim() == 2 else value
+
+    return [
+        {name: put_back(value, v) for name, value in reference(x.in_order(v, d)).items()}
+        for v, d in orders(x)
+    ]
 
 
-def plain_columns(reference: Callable[[Inputs], Tensor], x: Inputs) -> list[Tensor]:
-    """A per-column result [N, V] in plain PyTorch, once per order of its sums."""
-    return [reference(x.in_order(v, d))[:, v.argsort()] for v, d in orders(x)]
+def closed_form(logits: Tensor, labels: Tensor) -> Results:
+    """logps, entropy and d logps / d logits that lose no digit when the label is nearly certain.
+
+    With d the others' log-sum-exp less the label's logit: log p = logsigmoid(-d) and
+    log(1 - p) = logsigmoid(d). Plain PyTorch in the logits' dtype.
+    """
+    label = labels[:, None]
+    others = logits.scatter(1, label, -math.inf).logsumexp(1, keepdim=True)
+    d = others - logits.gather(1, label)
+    log_p, log_q = F.logsigmoid(-d), F.logsigmoid(d)
+    every = ((logits - others) + log_q).scatter(1, label, log_p)
+    return {
+        "logps": log_p[:, 0],
+        "entropy": -(every.exp() * every).sum(1),
+        "coefficients": (-every.exp()).scatter(1, label, log_q.exp()),
+    }
+
+
+P_LABEL = (0.5, 0.9, 0.99, 0.999, 0.9999, 1 - 1e-6, 1 - 1e-9)
+
+
+def confident(dtype: torch.dtype) -> tuple[Inputs, Tensor]:
+    """(inputs, their logits [N, V]): a row for each of P_LABEL, its label raised to that p_y.
+
+    The truth is that of the logits as `dtype` rounds them.
+    """
+    g = torch.Generator().manual_seed(0)
+    n, v = len(P_LABEL), 200
+    logits = torch.randn(n, v, generator=g, dtype=torch.float64)
+    labels = torch.randint(v, (n,), generator=g)
+    rest = logits.scatter(1, labels[:, None], -math.inf).logsumexp(1)
+    wanted = torch.logit(torch.tensor(P_LABEL, dtype=torch.float64)) + rest
+    logits = logits.scatter(1, labels[:, None], wanted[:, None]).to(dtype)
+    return exact(logits, labels), logits

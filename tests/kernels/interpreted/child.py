@@ -1,4 +1,4 @@
-"""Tests that need TRITON_INTERPRET=1, run in a process that has it, and their outcomes brought back.
+"""Tests that need TRITON_INTERPRET=1, run by a process that has it; their outcomes come back.
 
 Triton reads the variable once, when a kernel is defined, so one process either compiles kernels or
 interprets them. `Child` starts `python -m tests.kernels.interpreted.child NODEID...`, which writes
@@ -25,7 +25,7 @@ class Child:
     """The process, and the outcomes it has reported so far."""
 
     def __init__(self, nodeids: Sequence[str]) -> None:
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives until close()
         self._process = subprocess.Popen(
             [sys.executable, "-m", __spec__.name, *nodeids],
             cwd=ROOT,
@@ -92,7 +92,7 @@ class _Reporter:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         text = report.longreprtext
         if report.skipped and isinstance(report.longrepr, tuple):
-            text = report.longrepr[2]
+            text = report.longrepr[2].removeprefix("Skipped: ")
         self._write(nodeid=report.nodeid, when=report.when, outcome=report.outcome, text=text)
 
 

@@ -1,4 +1,4 @@
-"""Tests in this folder run under triton's interpreter, on any machine, and appear under their names.
+"""The tests of this folder run under triton's interpreter, and appear under their own names.
 
 Without TRITON_INTERPRET=1 their bodies run in one `child` process that has it. With it, they run
 right here, which is what a debugger wants:
@@ -8,12 +8,11 @@ right here, which is what a debugger wants:
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from fastpo.kernels.tile import INTERPRETED
 from tests.kernels.interpreted.child import Child
@@ -35,26 +34,15 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _warm_exp() -> None:
-    """MKL's first float64 exp of a process, shared out to threads, may be good to 1e-9 only."""
-    torch.zeros(8, dtype=torch.float64).exp()
+def _one_thread() -> Iterator[None]:
+    """The tensors are tiny; and MKL's first float64 exp, if threads share it, may err by 1e-9."""
+    before = torch.get_num_threads()
+    if INTERPRETED:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised floats are NaN, so that an element no kernel wrote shows."""
-
-    def poisoned(make):
-        @functools.wraps(make)
-        def fill(*args, **kwargs) -> Tensor:
-            tensor = make(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-        return fill
-
-    for owner, name in (
-        (torch, "empty"),
-        (torch, "empty_like"),
-        (torch.Tensor, "new_empty"),
-    ):
-        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+def _poison(poison: None) -> None:
+    """Here every test wants it."""

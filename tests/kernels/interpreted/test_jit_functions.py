@@ -58,7 +58,7 @@ def mpmath_of(fn, x: Tensor) -> Tensor:
         return torch.tensor([float(fn(mpmath.mpf(v))) for v in x.tolist()], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
 def test_tanh_is_mpmaths(dtype):
     """Binade by binade, so that the scale of the rule is the value's own size: relative error."""
     for exponent in (-126, -80, -40, *range(-30, 5)):
@@ -68,7 +68,7 @@ def test_tanh_is_mpmaths(dtype):
         assert_three_way(ours, torch.tanh(x), mpmath_of(mpmath.tanh, x), f"tanh near 2^{exponent}")
 
 
-@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
 def test_tanh_at_its_ends(dtype):
     x = torch.tensor([0.0, math.inf, -math.inf, math.nan, 100.0, -1e30], dtype=dtype)
     assert applied(tanh_kernel, x).tolist()[:3] == [0.0, 1.0, -1.0]
@@ -76,14 +76,14 @@ def test_tanh_at_its_ends(dtype):
     assert applied(tanh_kernel, x).tolist()[4:] == [1.0, -1.0]
 
 
-@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
 def test_tanh_has_no_step_where_its_formulas_meet(dtype):
     x = 0.5 + torch.arange(-20, 20, dtype=torch.float64) * torch.finfo(dtype).eps
     x = x.to(dtype)
     assert_three_way(applied(tanh_kernel, x), torch.tanh(x), mpmath_of(mpmath.tanh, x))
 
 
-@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
 def test_log1p_is_mpmaths(dtype):
     """Its domain is [0, 1]: it only ever meets exp of something negative."""
     for exponent in (-126, -80, *range(-60, 0)):

@@ -1,4 +1,4 @@
-"""Objectives on pairs that see the whole batch: sorted, averaged or remembered over steps, by hand."""
+"""Objectives that see the whole batch, by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Policy-gradient objectives on single tokens: ratios to the policy that drew the responses, by hand."""
+"""Policy-gradient objectives, by hand."""
 
 from __future__ import annotations
 
