@@ -1,0 +1,253 @@
+"""The kernels on a device, at sizes that fill it: `pytest -m gpu tests/kernels`."""
+
+from __future__ import annotations
+
+import mpmath
+import pytest
+import torch
+from torch import Tensor
+
+import fastpo
+from fastpo.head import plan_head
+from fastpo.kernels.linear_coefficients import linear_coefficients
+from fastpo.kernels.linear_stats import linear_stats
+from fastpo.kernels.logits_epilogue import DIFFERENTIABLE, logits_epilogue
+from fastpo.kernels.online import STATISTICS, statistics_reference
+from fastpo.kernels.tile import transform_reference
+from tests.kernels.cases import (
+    FACTS,
+    P_LABEL,
+    Inputs,
+    Results,
+    closed_form,
+    confident,
+    entropy_terms,
+    linear_logits,
+    make,
+)
+from tests.kernels.interpreted.test_jit_functions import (
+    applied,
+    binade,
+    log1p_kernel,
+    mpmath_of,
+    tanh_kernel,
+)
+from tests.numerics import assert_three_way
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
+
+DEVICE = "cuda"
+N, D, V = 1000, 512, 32000
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+NEEDED = ("lse", "lse_rest", "logps", "entropy")
+COMPARED = tuple(name for name in STATISTICS if name != "lse_rest")
+
+
+def raw_products(x: Inputs) -> list[Tensor]:
+    """h W^T in plain PyTorch and fp32: with operands widened, and as tensor cores multiply them."""
+    found = [x.hidden.float() @ x.weight.float().T]
+    if x.hidden.dtype != torch.float32:
+        found.append(torch.mm(x.hidden, x.weight.T, out_dtype=torch.float32))
+    return found
+
+
+def dense(raw: Tensor, x: Inputs, grads: Results, **facts) -> tuple[Results, Tensor]:
+    """(statistics, coefficients) from raw products, by autograd in their dtype."""
+    raw = raw.detach().requires_grad_()
+    facts = {"softcap": None, "logit_scale": 1.0, "temperature": 1.0} | facts
+    stats = statistics_reference(transform_reference(raw, x.bias, **facts), x.labels, COMPARED)
+    loss = [stats[name] for name in grads]
+    (c,) = torch.autograd.grad(loss, raw, [grads[name].to(raw.dtype) for name in grads])
+    return {name: value.detach() for name, value in stats.items()}, c
+
+
+def cotangents(n: int, names: tuple[str, ...] = DIFFERENTIABLE) -> Results:
+    g = torch.Generator(DEVICE).manual_seed(1)
+    return {name: torch.randn(n, generator=g, device=DEVICE) for name in names}
+
+
+def recomputed(x: Inputs, grads: Results, out_dtype: torch.dtype, **facts) -> Tensor:
+    stats = linear_stats(*x, **facts, want=NEEDED)
+    return linear_coefficients(
+        *x,
+        v_start=0,
+        vocab_size=len(x.weight),
+        **stats,
+        **{f"grad_{name}": value for name, value in grads.items()},
+        **facts,
+        out_dtype=out_dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("facts", FACTS)
+def test_three_way(dtype, facts):
+    """All kernels: the fused statistics, the recomputed C, the epilogue's statistics and C."""
+    x = make(N, D, V, dtype, bias=facts != "plain", device=DEVICE)
+    arguments, grads, wide = FACTS[facts], cotangents(N), x.double()
+    plains = [dense(raw, x, grads, **arguments) for raw in raw_products(x)]
+    truth, true_c = dense(wide.hidden @ wide.weight.T, wide, grads, **arguments)
+    terms = {"mean_logit": linear_logits(wide, **arguments).abs().mean(1).max().item()}
+
+    def check(ours: Results, who: str) -> None:
+        for name in COMPARED:
+            same = [stats[name] for stats, _ in plains]
+            what = f"{name} of {who}"
+            assert_three_way(ours[name], same, truth[name], what, terms=terms.get(name, 0.0))
+
+    check(linear_stats(*x, **arguments, want=STATISTICS), "linear_stats")
+    c_terms = entropy_terms(wide, **arguments)
+    largest = max(g.abs().max().item() for g in grads.values())
+    ours = recomputed(x, grads, torch.float32, **arguments)
+    assert_three_way(ours, [c for _, c in plains], true_c, "C", terms=c_terms * largest)
+    assert torch.equal(recomputed(x, grads, dtype, **arguments), ours.to(dtype)), "rounds once"
+
+    raws = raw_products(x)
+    one = torch.ones(N, device=DEVICE)
+    for of in DIFFERENTIABLE:
+        stats, c = logits_epilogue(
+            raws[-1], x.labels, x.bias, **arguments, want=STATISTICS, coefficient_of=of
+        )
+        check(stats, "logits_epilogue")
+        same = [dense(raw, x, {of: one}, **arguments)[1] for raw in raws]
+        true_c = dense(wide.hidden @ wide.weight.T, wide, {of: one}, **arguments)[1]
+        assert_three_way(c, same, true_c, f"C of {of}", terms=c_terms if of == "entropy" else 0.0)
+        half = torch.empty_like(c, dtype=dtype)
+        logits_epilogue(raws[-1], x.labels, x.bias, **arguments, coefficient_of=of, out=half)
+        assert torch.equal(half, c.to(dtype)), "rounds once"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_confident_labels_keep_every_digit(dtype):
+    """The test of the interpreter, with the device's exp and log."""
+    x, logits = confident(dtype)
+    x = Inputs(*(None if t is None else t.to(DEVICE) for t in x))
+    logits = logits.to(DEVICE)
+    stats = linear_stats(*x, want=NEEDED)
+    c = recomputed(x, {"logps": torch.ones(len(P_LABEL), device=DEVICE)}, torch.float32)
+    ours = {"logps": stats["logps"], "entropy": stats["entropy"], "coefficients": c}
+    plain, truth = closed_form(logits.float(), x.labels), closed_form(logits.double(), x.labels)
+    for name, value in ours.items():
+        for row, p_label in enumerate(P_LABEL):
+            at, size = slice(row, row + 1), logits[row].double().abs().max()
+            terms = (truth[name][at].abs().max() * size).item()
+            what = f"{name} at {p_label}"
+            assert_three_way(value[at], plain[name][at], truth[name][at], what, terms=terms)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_jit_functions_are_mpmaths(dtype):
+    for exponent in (-80, -40, *range(-30, 5)):
+        x = binade(exponent, dtype).to(DEVICE)
+        truth = mpmath_of(mpmath.tanh, x)
+        assert_three_way(applied(tanh_kernel, x), torch.tanh(x), truth, f"tanh near 2^{exponent}")
+        if exponent < 0:
+            truth = mpmath_of(mpmath.log1p, x)
+            ours = applied(log1p_kernel, x)
+            assert_three_way(ours, torch.log1p(x), truth, f"log1p near 2^{exponent}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_twice(dtype):
+    """Splits, merges and groups in flight: their order must not matter."""
+    x = make(N, D, V, dtype, bias=True, device=DEVICE)
+    grads = cotangents(N)
+
+    def run() -> list[Tensor]:
+        stats = linear_stats(*x, softcap=30.0, want=STATISTICS)
+        c = recomputed(x, grads, dtype, softcap=30.0)
+        again, slab = logits_epilogue(
+            raw_products(x)[-1], x.labels, x.bias, want=STATISTICS, coefficient_of="entropy"
+        )
+        return [*stats.values(), c, *again.values(), slab]
+
+    first = run()
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+def test_beyond_two_billion_logits():
+    """20000 x 131072 = 2.6e9 elements, written by both kernels that write that many."""
+    n, v = 20000, 131072
+    x = make(n, 64, v, torch.bfloat16, device=DEVICE)
+    grads = cotangents(n, ("logps",))
+    rows = torch.tensor([0, 1, 127, 128, 16383, 16384, 19998, 19999], device=DEVICE)
+    few = x._replace(hidden=x.hidden[rows], labels=x.labels[rows])
+    few_grads = {"logps": grads["logps"][rows]}
+    wide = few.double()
+    plains = [dense(raw, few, few_grads) for raw in raw_products(few)]
+    truth, true_c = dense(wide.hidden @ wide.weight.T, wide, few_grads)
+
+    def check(stats: Results, c: Tensor, who: str) -> None:
+        assert not any(value.isnan().any() for value in stats.values())
+        for name in ("lse", "logps"):
+            same = [s[name] for s, _ in plains]
+            assert_three_way(stats[name][rows], same, truth[name], f"{name} of {who}")
+        same = [d.to(c.dtype) for _, d in plains]
+        assert_three_way(c[rows], same, true_c, f"C of {who}")
+        # NaN in any element makes the sum NaN; a mask of all elements would be as large as C.
+        assert not c.sum(dtype=torch.float32).isnan()
+
+    stats = linear_stats(*x, want=NEEDED)
+    c = recomputed(x, grads, torch.bfloat16)
+    check(stats, c, "linear_coefficients")
+    del c
+    products = torch.mm(x.hidden, x.weight.T, out_dtype=torch.float32)
+    stats, slab = logits_epilogue(
+        products, x.labels, want=NEEDED, coefficient_of="logps", out=products
+    )
+    assert slab is products
+    slab.mul_(grads["logps"][:, None])
+    check(stats, slab, "logits_epilogue")
+
+
+def head(x: Inputs, leaves: tuple[str, ...], names: tuple[str, ...], backend, mib: float):
+    """(statistics, gradients) of a random combination of `names`."""
+    fresh = {k: getattr(x, k).detach().clone().requires_grad_() for k in leaves}
+    y = x._replace(**fresh)
+    stats = fastpo.linear_stats(
+        *y[:3], bias=y.bias, stats=names, softcap=30.0, backend=backend, workspace_mib=mib
+    )
+    loss = sum((stats[n] * g.to(stats[n])).sum() for n, g in cotangents(N, names).items())
+    grads = torch.autograd.grad(loss, list(fresh.values())) if leaves else ()
+    return {k: v.detach() for k, v in stats.items()}, dict(zip(leaves, grads, strict=True))
+
+
+HEADS = {
+    "frozen": (("hidden",), ("logps",), 64),
+    "recompute": (("hidden", "weight", "bias"), DIFFERENTIABLE, 64),
+    "forward": ((), DIFFERENTIABLE, 64),
+    "forward thin": ((), DIFFERENTIABLE, 8),
+    "recompute thin": (("hidden", "weight", "bias"), ("logps",), 8),
+}
+"""name -> (leaves, statistics, MiB). At 8 MiB a block has 32 rows: the fused kernel's case."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", HEADS)
+def test_head_is_as_exact_as_plain_tiles(dtype, name):
+    leaves, names, mib = HEADS[name]
+    x = make(N, D, V, dtype, bias=True, device=DEVICE)
+    _, chosen, _ = plan_head(
+        N, V, device=DEVICE, dtype=dtype, stats=names, num_grad_stats=len(names),
+        needs_hidden="hidden" in leaves, needs_head="weight" in leaves, backend="triton",
+        workspace_mib=mib,
+    )  # fmt: skip
+    assert chosen.name == name.split()[0]
+    stats, grads = head(x, leaves, names, "triton", mib)
+    same, same_grads = head(x, leaves, names, "torch", mib)
+    truth, true_grads = head(x.double(), leaves, names, "torch", 4096)
+    terms = {"mean_logit": linear_logits(x.double(), softcap=30.0).abs().mean(1).max().item()}
+    for key in names:
+        assert_three_way(stats[key], same[key], truth[key], key, terms=terms.get(key, 0.0))
+    for key in leaves:
+        assert_three_way(grads[key], same_grads[key], true_grads[key], f"d{key}")
+
+
+@pytest.mark.parametrize("mib", [64, 8])
+def test_policy_and_reference_agree_to_the_bit(mib):
+    x = make(N, D, V, torch.bfloat16, bias=True, device=DEVICE)
+    forward, _ = head(x, (), ("logps",), "triton", mib)
+    for leaves in (("hidden",), ("hidden", "weight")):
+        stats, _ = head(x, leaves, ("logps",), "triton", mib)
+        assert torch.equal(stats["logps"], forward["logps"]), leaves
