@@ -38,6 +38,10 @@ from fastpo.tiles import (
 )
 
 
+# Slices of the vocabulary start where rows of kernels' blocks do: ragged ones cost registers.
+_VOCAB_MULTIPLE = 128
+
+
 class Schedule(NamedTuple):
     """What `choose_schedule` decided, in the words of the module docstring."""
 
@@ -76,6 +80,8 @@ def choose_schedule(
     heads = 2 if with_reference else 1
     row_block = max(1, workspace_bytes // (vocab_size * itemsize * num_slabs))
     vocab_block = max(1, workspace_bytes // (max(1, num_tokens) * itemsize * num_slabs))
+    if vocab_block > _VOCAB_MULTIPLE:
+        vocab_block -= vocab_block % _VOCAB_MULTIPLE
     row_block, vocab_block = min(row_block, max(1, num_tokens)), min(vocab_block, vocab_size)
     outputs = int(needs_hidden) + int(needs_weight)
 

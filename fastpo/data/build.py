@@ -18,16 +18,18 @@ import torch.utils.data
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from fastpo.data.formats import BadField, Example, check_distinct, read_row
+from fastpo.data.formats import EXTRAS as COLUMNS
+from fastpo.data.formats import BadField, Example, check_distinct, message_text, read_row
 from fastpo.data.groups import Group, Response
 from fastpo.data.templates import Encoder
+from fastpo.data.token_weights import check_schemes, span_weights, weighted
 
 logger = logging.getLogger(__name__)
 
 Truncation = Literal["keep_end", "keep_start", "error"]
 OnBadRow = Literal["error", "skip"]
 ListToPairs = Literal["best_worst", "best_rest"]
-EXTRAS = ("mismatched",)
+EXTRAS = ("mismatched", *COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ class DataOptions:
         list_to_pairs: None keeps ranked lists, "best_worst" makes one pair of each, "best_rest"
             pairs the best response with every lower ranked one.
         assistant_only: in a response of several messages score the assistant's alone.
+        token_weights: schemes that weigh single tokens, such as {"ld": 0.5}; the table is in
+            `fastpo.data.token_weights`.
+        weight_seed: of the random scheme among them.
     """
 
     max_length: int | None = None
@@ -57,8 +62,11 @@ class DataOptions:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     list_to_pairs: ListToPairs | None = None
     assistant_only: bool = True
+    token_weights: Mapping[str, Any] = field(default_factory=dict)
+    weight_seed: int = 0
 
     def __post_init__(self) -> None:
+        check_schemes(self.token_weights)
         for name, choices in (
             ("truncation", get_args(Truncation)),
             ("on_bad_row", get_args(OnBadRow)),
@@ -127,25 +135,55 @@ def _fit(
 
 
 def _to_groups(
-    row: Any, encoder: Encoder, options: DataOptions, index: int, source: str
+    row: Any,
+    encoder: Encoder,
+    options: DataOptions,
+    index: int,
+    source: str,
+    extras: Sequence[str] = (),
 ) -> list[Group]:
     try:
-        example = read_row(row)
+        example = read_row(row, extras)
         encoded = encoder.encode(example)
-        contents = [ids.tobytes() for ids, _ in encoded.responses]
+        candidates = encoded.responses[: len(example.names)]
+        contents = [ids.tobytes() for ids, _ in candidates]
         check_distinct(example.names, example.ranks, contents)
         lengths = [len(ids) for ids, _ in encoded.responses]
-        prompt = _fit(encoded.prompt, lengths, example.names, encoded.leading, options)
+        names = [*example.names, *example.extras]
+        prompt = _fit(encoded.prompt, lengths, names, encoded.leading, options)
         responses = [
             Response(ids, mask, label=label, score=score, rank=rank)
             for (ids, mask), label, score, rank in zip(
-                encoded.responses, example.labels, example.scores, example.ranks, strict=True
+                candidates, example.labels, example.scores, example.ranks, strict=True
             )
         ]
-        group = Group(prompt, responses, row=index, weight=example.weight, source=source)
-        if options.list_to_pairs is None or not example.ranked:
-            return [group]
-        return _pairs_of(group, example, options.list_to_pairs)
+        for k, spans in enumerate(example.spans or ()):
+            content = example.responses[k]
+            text = content if isinstance(content, str) else message_text(content[-1])
+            responses[k].token_weights = span_weights(
+                encoded.offsets[k], spans, len(text), example.names[k]
+            )
+        group = Group(
+            prompt,
+            responses,
+            row=index,
+            weight=example.weight,
+            margin=example.margin,
+            cohort=example.cohort,
+            extras={
+                role: Response(ids, mask)
+                for role, (ids, mask) in zip(
+                    example.extras, encoded.responses[len(example.names) :], strict=True
+                )
+            },
+            source=source,
+        )
+        groups = [group]
+        if options.list_to_pairs is not None and example.ranked:
+            groups = _pairs_of(group, example, options.list_to_pairs)
+        if options.token_weights:
+            groups = [weighted(g, options.token_weights, options.weight_seed) for g in groups]
+        return groups
     except BadField as bad:
         raise BadRow(source, index, bad.field, bad.reason, bad.value) from bad
 
@@ -331,7 +369,7 @@ def build_groups(
         tokenizer: the model's; its chat template is used for conversations.
         options: see DataOptions.
         extras: roles of further responses; "mismatched" (KTO) gives each group the first response
-            of the next group with another prompt.
+            of the next group with another prompt, "gold" and "ref_response" come from columns.
         source: name of the data for messages.
         progress: show a progress bar on a terminal.
 
@@ -351,7 +389,7 @@ def build_groups(
     for index, row in enumerate(bar):
         num_rows += 1
         try:
-            groups += _to_groups(row, encoder, options, index, source)
+            groups += _to_groups(row, encoder, options, index, source, extras)
         except BadRow as bad:
             if options.on_bad_row == "error":
                 raise
@@ -428,7 +466,7 @@ class GroupStream(torch.utils.data.IterableDataset[Group]):
         for index, row in rows:
             self.num_rows += 1
             try:
-                yield from _to_groups(row, encoder, self.options, index, self.source)
+                yield from _to_groups(row, encoder, self.options, index, self.source, self.extras)
             except BadRow as bad:
                 if self.options.on_bad_row == "error":
                     raise

@@ -5,11 +5,12 @@ Nothing here knows a tokenizer. `docs/data.md` shows each format with an example
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -18,6 +19,18 @@ Content: TypeAlias = str | Messages
 
 # Where chat templates look for what an assistant says or does, besides `content`.
 BESIDE_CONTENT = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+
+
+EXTRAS = ("gold", "ref_response")
+"""Columns with a further response that is no candidate."""
+
+
+class Span(NamedTuple):
+    """Characters [start, stop) of a response's text, and the weight of tokens that touch them."""
+
+    start: int
+    stop: int
+    weight: float
 
 
 class BadField(ValueError):
@@ -40,6 +53,10 @@ class Example:
     scores: list[float | None]
     weight: float = 1.0
     ranked: bool = False  # a list, which options may turn into pairs
+    margin: float | None = None
+    cohort: int | None = None
+    extras: dict[str, Content] = field(default_factory=dict)  # role -> a response, no candidate
+    spans: list[list[Span]] | None = None  # of each response
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -100,7 +117,40 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
-def _grades(row: Mapping[str, Any], name: str, count: int) -> list[float] | None:
+def _spans_of(name: str, value: Any) -> list[Span]:
+    """Spans written as [start, stop, weight]."""
+    spans = []
+    for i, item in enumerate([] if value is None else value):
+        where = f"{name}[{i}]"
+        if not _is_sequence(item) or len(item) != 3:
+            raise BadField(where, "not [start, stop, weight]", item)
+        start, stop, weight = (_number(where, x) for x in item)
+        if start != int(start) or stop != int(stop) or not 0 <= start < stop:
+            raise BadField(where, "start and stop are no characters of a text", item)
+        spans.append(Span(int(start), int(stop), weight))
+    return spans
+
+
+def _spans(row: Mapping[str, Any], name: str, count: int) -> list[list[Span]] | None:
+    values = row.get(name)
+    if values is None:
+        return None
+    if not _is_sequence(values) or len(values) != count:
+        found = len(values) if _is_sequence(values) else 1
+        raise BadField(name, f"{found} lists of spans for {count} responses", values)
+    return [_spans_of(f"{name}[{i}]", value) for i, value in enumerate(values)]
+
+
+def _cohort(value: Any) -> int:
+    """A number for a population's name, the same in every process."""
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return int(value)
+    if not isinstance(value, str):
+        raise BadField("group", "neither a name nor a whole number", value)
+    return int.from_bytes(hashlib.blake2b(value.encode(), digest_size=7).digest(), "big")
+
+
+def _grades(row: Mapping[str, Any], name: str, count: int) -> list[Any] | None:
     values = row.get(name)
     if values is None:
         return None
@@ -129,6 +179,7 @@ def _ranked_list(row: Mapping[str, Any]) -> Example:
     else:
         badness = np.arange(len(values))
     order = np.argsort(badness, kind="stable")
+    spans = _spans(row, "spans", len(values))
     ranks = np.unique(badness, return_inverse=True)[1]  # dense, in the order of the row
     return Example(
         prompt=None,
@@ -138,13 +189,28 @@ def _ranked_list(row: Mapping[str, Any]) -> Example:
         ranks=[int(ranks[i]) for i in order],
         scores=[None if scores is None else scores[i] for i in order],
         ranked=True,
+        spans=None if spans is None else [spans[i] for i in order],
     )
 
 
 def _pair(row: Mapping[str, Any]) -> Example:
     names = ["chosen", "rejected"]
     responses = [_content(name, row.get(name)) for name in names]
-    return Example(None, responses, names, [True, False], [0, 1], [None, None])
+    scores = _grades(row, "scores", 2)
+    for i, name in enumerate(("score_chosen", "score_rejected")):
+        if name in row:
+            scores = scores or [None, None]
+            scores[i] = _number(name, row[name])
+    spans = [_spans_of(f"{name}_spans", row.get(f"{name}_spans")) for name in names]
+    return Example(
+        prompt=None,
+        responses=responses,
+        names=names,
+        labels=[True, False],
+        ranks=[0, 1],
+        scores=scores or [None, None],
+        spans=spans if any(spans) else None,
+    )
 
 
 def _single(row: Mapping[str, Any]) -> Example:
@@ -155,7 +221,17 @@ def _single(row: Mapping[str, Any]) -> Example:
         raise BadField("label", "missing: true for a good completion, false for a bad one")
     if not isinstance(label, (bool, np.bool_)):
         raise BadField("label", "not a bool", label)
-    return Example(None, [completion], ["completion"], [bool(label)], [0], [None])
+    score = None if "score" not in row else _number("score", row["score"])
+    spans = _spans_of("spans", row.get("spans"))
+    return Example(
+        prompt=None,
+        responses=[completion],
+        names=["completion"],
+        labels=[bool(label)],
+        ranks=[0],
+        scores=[score],
+        spans=[spans] if spans else None,
+    )
 
 
 def _template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,7 +250,12 @@ def _template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check(example: Example) -> None:
     """What holds for every format: one kind of content, nothing empty, no contradiction."""
-    for name, response in zip(example.names, example.responses, strict=True):
+    every = zip(
+        [*example.names, *example.extras],
+        [*example.responses, *example.extras.values()],
+        strict=True,
+    )
+    for name, response in every:
         if isinstance(response, str) == example.conversational:
             raise BadField(name, "text and messages are mixed in one row", response)
         if _is_empty(response):
@@ -218,8 +299,10 @@ FORMATS = {
 }
 
 
-def read_row(row: Any) -> Example:
+def read_row(row: Any, extras: Sequence[str] = ()) -> Example:
     """A row of any format as an Example; unknown columns and None values are ignored.
+
+    `extras` names those columns of `EXTRAS` that are wanted; a row must then have them.
 
     Raises:
         BadField: naming the field, the reason and the value.
@@ -243,6 +326,13 @@ def read_row(row: Any) -> Example:
         example.weight = _number("weight", present["weight"])
         if example.weight < 0:
             raise BadField("weight", "negative", example.weight)
+    if "margin" in present:
+        example.margin = _number("margin", present["margin"])
+    if "group" in present:
+        example.cohort = _cohort(present["group"])
+    for role in extras:
+        if role in EXTRAS:
+            example.extras[role] = _content(role, present.get(role))
     example.template_kwargs = _template_kwargs(present)
     _check(example)
     return example

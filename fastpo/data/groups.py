@@ -32,6 +32,8 @@ class Group:
     responses: list[Response]
     row: int  # index of the row in the user's file, for messages
     weight: float = 1.0
+    margin: float | None = None  # how much better the first response is than the second
+    cohort: int | None = None  # the population the row comes from
     extras: dict[str, Response] = field(default_factory=dict)
     source: str = ""  # file or dataset name, for messages
 

@@ -292,9 +292,23 @@ def _segments(groups: list[Group], num: np.ndarray, response: np.ndarray) -> Seg
         score=None if np.isnan(np.concatenate(scores)).all() else table(scores, 0, np.float32),
         rank=table(ranks, slot, np.int64),
         weight=None if all(w == 1 for w in weights) else torch.tensor(weights),
+        margin=_column([group.margin for group in groups], "margin", groups),
+        cohort=_column([group.cohort for group in groups], "group", groups),
         index=torch.tensor([group.row for group in groups]),
         extras={role: torch.from_numpy(base + candidates + i) for i, role in enumerate(roles)},
     )
+
+
+def _column(values: list, name: str, groups: list[Group]) -> torch.Tensor | None:
+    """[G], or None where no group has the value."""
+    if all(value is None for value in values):
+        return None
+    for value, group in zip(values, groups, strict=True):
+        if value is None:
+            raise ValueError(
+                f"{group.source or 'rows'}, row {group.row}: no {name}, which other rows have"
+            )
+    return torch.tensor(values)
 
 
 def _token_weights(responses: list[Response], scored: np.ndarray) -> torch.Tensor | None:

@@ -18,7 +18,14 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from fastpo.data.formats import BESIDE_CONTENT, BadField, Example, Messages, message_text
+from fastpo.data.formats import (
+    BESIDE_CONTENT,
+    BadField,
+    Example,
+    Messages,
+    Span,
+    message_text,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +42,7 @@ class Encoded(NamedTuple):
     prompt: np.ndarray  # [P] int32
     responses: list[tuple[np.ndarray, np.ndarray]]
     leading: int  # tokens at the prompt's start that truncation must keep (BOS)
+    offsets: list[np.ndarray]  # [R, 2] characters of each token in its text, empty if not asked for
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
@@ -75,17 +83,24 @@ class Encoder:
         self.num_moved = 0  # rows where the border moved into the prompt
 
     def encode(self, example: Example) -> Encoded:
-        """Token ids of a row; raises BadField for a row that has none that can be trained on."""
-        prompt, responses = example.prompt, example.responses
+        """Token ids of a row, its extras behind its responses.
+
+        Raises:
+            BadField: the row has no tokens that can be trained on.
+        """
+        prompt = example.prompt
+        responses = [*example.responses, *example.extras.values()]
+        names = [*example.names, *example.extras]
         if not example.conversational:
             return self._encode_text(
-                cast("str | None", prompt), cast("list[str]", responses), example.names
+                cast("str | None", prompt), cast("list[str]", responses), names, example.spans
             )
         return self._encode_messages(
             cast("Messages | None", prompt),
             cast("list[Messages]", responses),
-            example.names,
+            names,
             {**self.template_kwargs, **example.template_kwargs},
+            example.spans,
         )
 
     # Facts about the tokenizer
@@ -143,7 +158,13 @@ class Encoder:
 
     # Plain text
 
-    def _encode_text(self, prompt: str | None, responses: list[str], names: list[str]) -> Encoded:
+    def _encode_text(
+        self,
+        prompt: str | None,
+        responses: list[str],
+        names: list[str],
+        spans: list[list[Span]] | None,
+    ) -> Encoded:
         texts = [(prompt or "") + response for response in responses]
         sequences = [self._ids(text) for text in texts]
         head = sequences[0] if prompt is None else self._ids(prompt)
@@ -165,7 +186,29 @@ class Encoder:
             self._close(name, sequence[border:])
             for name, sequence in zip(names, sequences, strict=True)
         ]
-        return self._encoded(np.concatenate([opening, head[:border]]), closed)
+        offsets = [
+            self._offsets(text, border, len(closed[k][0]), len(prompt or ""))
+            for k, text in enumerate(texts[: len(spans or ())])
+        ]
+        return self._encoded(np.concatenate([opening, head[:border]]), closed, offsets)
+
+    def _offsets(self, text: str, border: int, length: int, start: int) -> np.ndarray:
+        """[length, 2] characters of the tokens from `border` on, counted from `start` in the text.
+
+        Tokens that stand for no character (EOS) get the empty interval [-1, -1).
+        """
+        if not self.tokenizer.is_fast:
+            raise ValueError(
+                f"spans need a tokenizer that knows its offsets, and "
+                f"{type(self.tokenizer).__name__} is not a fast one: drop the spans"
+            )
+        encoding = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        found = np.asarray(encoding["offset_mapping"], dtype=np.int64)[border:][:length] - start
+        padded = np.full((length, 2), -1, dtype=np.int64)
+        padded[: len(found)] = found
+        return padded
 
     def _close(self, name: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Exactly one EOS at the end, whether the text, the tokenizer or nobody wrote it."""
@@ -178,7 +221,10 @@ class Encoder:
         return ids, np.ones(len(ids), dtype=bool)
 
     def _encoded(
-        self, prompt: np.ndarray, responses: list[tuple[np.ndarray, np.ndarray]]
+        self,
+        prompt: np.ndarray,
+        responses: list[tuple[np.ndarray, np.ndarray]],
+        offsets: list[np.ndarray],
     ) -> Encoded:
         if not len(prompt):
             raise BadField(
@@ -186,7 +232,8 @@ class Encoder:
             )
         bos = self.tokenizer.bos_token_id
         leading = int(bos is not None and prompt[0] == bos)
-        return Encoded(prompt, responses, max(leading, _common(self.opening, prompt)))
+        leading = max(leading, _common(self.opening, prompt))
+        return Encoded(prompt, responses, leading, offsets)
 
     # Conversations
 
@@ -212,6 +259,7 @@ class Encoder:
         responses: list[Messages],
         names: list[str],
         kwargs: Mapping[str, Any],
+        spans: list[list[Span]] | None,
     ) -> Encoded:
         where = names[0] if prompt is None else "prompt"
         prompt, responses = _split_prompt(prompt, responses, names)
@@ -233,7 +281,13 @@ class Encoder:
             self._check_rendered(name, responses[k], texts[k])
             mask = self._score_mask(name, prompt, responses[k], sequences[k], border, kwargs)
             encoded.append(self._close_turn(name, sequences[k][border:], mask[border:]))
-        return self._encoded(head[:border], encoded)
+        offsets = []
+        for k in range(len(spans or ())):
+            content = message_text(responses[k][-1])
+            # Templates strip; characters are counted in the message as the row has it.
+            start = texts[k].rindex(content.strip()) - (len(content) - len(content.lstrip()))
+            offsets.append(self._offsets(texts[k], border, len(encoded[k][0]), start))
+        return self._encoded(head[:border], encoded, offsets)
 
     def _least_border(
         self, before: Messages, head: np.ndarray, name: str, opens: bool, kwargs: Mapping[str, Any]

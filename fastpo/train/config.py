@@ -54,6 +54,7 @@ class PreferenceConfig(TrainingArguments):
         "objective",
         "objective_args",
         "chat_template_kwargs",
+        "token_weights",
     ]
 
     # What is optimised.
@@ -95,6 +96,10 @@ class PreferenceConfig(TrainingArguments):
     )
     chat_template_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Extra arguments of the chat template."}
+    )
+    token_weights: dict | str | None = field(
+        default=None,
+        metadata={"help": "Schemes that weigh tokens: {ld: 0.5}, decay, sampo, diff."},
     )
 
     # How the model is run.
@@ -273,7 +278,9 @@ class PreferenceConfig(TrainingArguments):
         """The fields that say how rows become groups."""
         shared = {f.name for f in fields(DataOptions)} & {f.name for f in fields(self)}
         options = {name: getattr(self, name) for name in shared}
-        options["chat_template_kwargs"] = _mapping(self.chat_template_kwargs)
+        for name in ("chat_template_kwargs", "token_weights"):
+            options[name] = _mapping(getattr(self, name))
+        options["weight_seed"] = self.seed
         return DataOptions(**options)
 
     def to_dict(self) -> dict[str, Any]:

@@ -199,10 +199,10 @@ def test_mismatched_needs_two_prompts(tokenizers):
         build_groups(rows, tokenizers(), extras=("mismatched",), source="k.csv")
     with pytest.raises(ValueError, match=message):
         list(GroupStream(rows, tokenizers(), extras=("mismatched",), source="k.csv"))
-    with pytest.raises(ValueError, match="cannot build 'gold'"):
-        build_groups(rows, tokenizers(), extras=("gold",))
-    with pytest.raises(ValueError, match="cannot build 'gold'"):
-        GroupStream(rows, tokenizers(), extras=("gold",))
+    with pytest.raises(ValueError, match="cannot build 'bronze'"):
+        build_groups(rows, tokenizers(), extras=("bronze",))
+    with pytest.raises(ValueError, match="cannot build 'bronze'"):
+        GroupStream(rows, tokenizers(), extras=("bronze",))
 
 
 def test_mismatched_stays_within_max_length(tokenizers):

@@ -1,0 +1,142 @@
+r"""Weights of single tokens: what a sequence score sums, $S_a = \sum_t a_t \log\pi(y_t)$.
+
+Spans come with the rows; a scheme derives weights from a group alone. Both are used on policy and
+reference alike, and multiply. Tokens that are not scored keep weight 1, which nothing reads.
+
+| scheme | weights | paper |
+|---|---|---|
+| `ld: alpha` | alpha beyond the shorter response's length | LD-DPO, arXiv 2409.06411 |
+| `decay: gamma` | gamma^t, t = 1, 2, ... along a response | D2PO, arXiv 2502.14340 |
+| `sampo: true` | 0 on all but T random tokens, T the shorter length | SamPO, arXiv 2406.10957 |
+| `diff: gamma` | gamma on tokens that the other response lacks | RLHF-V's DDPO, arXiv 2312.00849 |
+
+Mask-DPO (arXiv 2503.02846) is spans of weight 0. Codes differ: TRL up to 0.24 and LLaMA-Factory
+apply LD to the policy alone; SamPO's official code draws anew for the reference, here one draw, a
+function of seed and row, serves both.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from fastpo.data.formats import BadField, Span
+from fastpo.data.groups import Group, Response
+
+
+def span_weights(
+    offsets: np.ndarray, spans: Sequence[Span], length: int, name: str
+) -> np.ndarray | None:
+    """[R] float32 weights of a response's tokens; None where it has no spans.
+
+    A token that touches a span has its weight, the last span's where spans overlap; others have 1.
+
+    Args:
+        offsets: [R, 2] characters of each token in the response's text.
+        spans: what the row says.
+        length: characters of the text.
+        name: the field, for messages.
+
+    Raises:
+        BadField: a span reaches beyond the text.
+    """
+    if not spans:
+        return None
+    weights = np.ones(len(offsets), dtype=np.float32)
+    for span in spans:
+        if span.stop > length:
+            raise BadField(
+                f"{name} spans", f"reach beyond the text's {length} characters", list(span)
+            )
+        weights[(offsets[:, 0] < span.stop) & (offsets[:, 1] > span.start)] = span.weight
+    return weights
+
+
+def _shortest(group: Group) -> int:
+    return min(int(r.loss_mask.sum()) for r in group.responses)
+
+
+def _place(response: Response) -> np.ndarray:
+    """[R]: 1, 2, ... over the scored tokens."""
+    return np.cumsum(response.loss_mask)
+
+
+def _ld(group: Group, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:
+    shortest = _shortest(group)
+    return [np.where(_place(r) <= shortest, 1.0, alpha) for r in group.responses]
+
+
+def _decay(group: Group, gamma: float, rng: np.random.Generator) -> list[np.ndarray]:
+    return [gamma ** _place(r).astype(np.float64) for r in group.responses]
+
+
+def _sampo(group: Group, on: float, rng: np.random.Generator) -> list[np.ndarray]:
+    shortest, weights = _shortest(group), []
+    for response in group.responses:
+        scored = np.flatnonzero(response.loss_mask)
+        kept = np.zeros(len(response.loss_mask))
+        kept[rng.choice(scored, shortest, replace=False)] = 1.0
+        weights.append(kept)
+    return weights
+
+
+def _diff(group: Group, gamma: float, rng: np.random.Generator) -> list[np.ndarray]:
+    """Common runs of fewer than three tokens count as changed, as in the official code."""
+    if len(group.responses) != 2:
+        raise BadField("responses", f"diff compares two responses, not {len(group.responses)}")
+    ids = [r.input_ids.tolist() for r in group.responses]
+    weights = [np.full(len(i), gamma) for i in ids]
+    matches = difflib.SequenceMatcher(None, *ids, autojunk=False).get_matching_blocks()
+    for a, b, size in matches:
+        if size >= 3:
+            weights[0][a : a + size] = 1.0
+            weights[1][b : b + size] = 1.0
+    return weights
+
+
+Scheme = Callable[[Group, float, np.random.Generator], list[np.ndarray]]
+SCHEMES: dict[str, Scheme] = {"ld": _ld, "decay": _decay, "sampo": _sampo, "diff": _diff}
+
+
+def check_schemes(schemes: Mapping[str, Any]) -> None:
+    """ValueError for an unknown scheme or a value that it cannot have."""
+    for name, value in schemes.items():
+        if name not in SCHEMES:
+            near = difflib.get_close_matches(name, SCHEMES, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(
+                f"unknown token weights {name!r}: {hint}choose from {', '.join(SCHEMES)}"
+            )
+        if isinstance(value, bool) is not (name == "sampo") or not isinstance(value, int | float):
+            wanted = "true or false" if name == "sampo" else "a number"
+            raise ValueError(f"token_weights: {name} takes {wanted}, not {value!r}")
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"token_weights: {name}={value} must be finite and not negative")
+
+
+def weighted(group: Group, schemes: Mapping[str, float], seed: int) -> Group:
+    """The group with the schemes' weights times those that its responses had; extras keep theirs.
+
+    Args:
+        group: a group.
+        schemes: scheme -> its parameter.
+        seed: of SamPO's draw, together with the group's row.
+    """
+    responses = group.responses
+    for name, value in schemes.items():
+        if name == "sampo" and not value:
+            continue
+        found = SCHEMES[name](group, float(value), np.random.default_rng([seed, group.row]))
+        responses = [
+            replace(r, token_weights=_product(r.token_weights, weights))
+            for r, weights in zip(responses, found, strict=True)
+        ]
+    return replace(group, responses=responses)
+
+
+def _product(before: np.ndarray | None, weights: np.ndarray) -> np.ndarray:
+    return (weights if before is None else before * weights).astype(np.float32)
