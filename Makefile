@@ -22,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq  # errors only
 demo: $(MADE)/train $(MADE)/smollm2
 	@$(BIN)/python examples/demo.py
 
-test: $(MADE)/dev
+test: $(MADE)/dev $(MADE)/bench $(MADE)/smollm2
 	@$(BIN)/python -m pytest -q
 
 lint: $(MADE)/dev

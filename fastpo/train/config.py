@@ -19,6 +19,10 @@ from fastpo.loss import PreferenceLoss
 log = logging.getLogger(__name__)
 
 
+# Scores that only a loop of one's own can supply: of samples drawn during training, or of images.
+_OWN_LOOP = ("old_logps", "token_rewards", "error")
+
+
 def cpu_has_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 natively; emulation is slower than float32."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -239,6 +243,12 @@ class PreferenceConfig(TrainingArguments):
                 f"{self.reference!r}: set reference to 'store' or drop the folder"
             )
         loss = self.build_loss()
+        own_loop = sorted(name for name in loss.needs if name.endswith(_OWN_LOOP))
+        if own_loop:
+            raise ValueError(
+                f"objective={self.objective!r} needs {own_loop[0]!r}, which no data set has: call "
+                "fastpo.PreferenceLoss, or the objective's function, from your own loop"
+            )
         if loss.needs_reference and self.reference == "none":
             raise ValueError(
                 f"reference='none', but objective={self.objective!r} compares with a reference: "

@@ -24,7 +24,11 @@ def dense_stats(
     """`fastpo.head.linear_stats` as anybody would write it."""
     logp = F.linear(hidden, weight, bias).log_softmax(-1)
     at = labels[:, None]
-    found = {"logps": logp.gather(1, at).squeeze(1), "entropy": -(logp.exp() * logp).sum(-1)}
+    found = {
+        "logps": logp.gather(1, at).squeeze(1),
+        "entropy": -(logp.exp() * logp).sum(-1),
+        "log_p2": (2 * logp).logsumexp(-1),
+    }
     if ref_hidden is not None:
         with torch.no_grad():
             ref = F.linear(

@@ -73,7 +73,17 @@ def groups(
         ]
         prompt = rng.integers(4, VOCAB, int(rng.integers(3, 10))).astype(np.int32)
         roles = {role: _response(rng, int(rng.integers(2, 13)), label=False) for role in extras}
-        made.append(Group(prompt, responses, row=row, extras=roles, source="tiny.jsonl"))
+        made.append(
+            Group(
+                prompt,
+                responses,
+                row=row,
+                margin=0.5 - row % 3,
+                cohort=row % 2,
+                extras=roles,
+                source="tiny.jsonl",
+            )
+        )
     return made
 
 
