@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ _REMEDY = {
     "cohort": "name each row's population: a `group` column, or Segments(cohort=...)",
     "old_logps": "pass old_logps (per label token), of the policy that drew the responses",
     "token_rewards": "pass token_rewards (per label token)",
+    "error": "denoising errors are no scores of a language model: call the objective's function",
 }
 _DIVERGENCES = ("kl", "kl_reverse")
 # What stands before or after a score's own name: mean_ratio, gold_logps, token_ref_logps.
@@ -131,6 +133,8 @@ class PreferenceLoss(nn.Module):
         self.step: int | None = None
         # In a tuple, so that nn.Module does not adopt the model's head as its own child.
         self._head = (Head(head) if isinstance(head, nn.Module) else head,)
+        self._observing: dict[str, list[Tensor]] | None = None
+        self._whole_step: dict[str, Tensor] = {}
         self._step_of: dict[str, int | None] = {}
         self._before_step: dict[str, Tensor] = {}
         self._observed: dict[str, Tensor] = {}
@@ -180,6 +184,11 @@ class PreferenceLoss(nn.Module):
         """Roles of the extra responses that are needed, such as `mismatched` for KTO."""
         roles = {role for c in self.components for role in c.objective.extras}
         return tuple(sorted(roles))
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether a component takes numbers of the whole batch."""
+        return any(c.objective.statistics for c in self.components)
 
     @property
     def _remembered(self) -> dict[str, Statistic]:
@@ -392,15 +401,35 @@ class PreferenceLoss(nn.Module):
         found = {}
         hyper = {**component.objective.hyper, **component.hyper}
         for name, statistic in component.objective.statistics.items():
+            key = f"{component.objective.name}_{name}"
             values, mask = statistic.of(scores, hyper)
-            observed = gather_rows(values.detach()[mask].double())
+            observed = values.detach()[mask].double()
+            if self._observing is not None:
+                self._observing.setdefault(key, []).append(observed)
+            elif self.training and key in self._whole_step:
+                observed = self._whole_step[key]
+            else:
+                observed = gather_rows(observed)
             if statistic.memory == "none":
                 value = statistic.reduce(observed, hyper)
             else:
-                key = f"{component.objective.name}_{name}"
                 value = self._remember(key, statistic, observed, hyper)
             found[name] = value.to(values.dtype)
         return found
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Calls inside supply the observations that every training call afterwards uses as a whole.
+
+        For statistics over all micro-batches of a step: call the module on each of them without
+        gradient inside, then train on each. They cost one more forward pass of the model.
+        """
+        self._observing = {}
+        try:
+            yield
+            self._whole_step = {k: gather_rows(torch.cat(v)) for k, v in self._observing.items()}
+        finally:
+            self._observing = None
 
     def _remember(
         self, key: str, statistic: Statistic, observed: Tensor, hyper: Mapping[str, Any]
@@ -414,7 +443,7 @@ class PreferenceLoss(nn.Module):
         if self.training and torch.is_grad_enabled():
             if key not in self._observed or self.step is None or self._step_of[key] != self.step:
                 self._before_step[key] = state.clone()
-            else:
+            elif key not in self._whole_step:
                 observed = torch.cat([self._observed[key], observed])
             self._observed[key], self._step_of[key] = observed, self.step
             before, count = self._before_step[key][:-1], self._before_step[key][-1]

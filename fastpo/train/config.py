@@ -117,6 +117,13 @@ class PreferenceConfig(TrainingArguments):
     workspace_mib: int = field(
         default=256, metadata={"help": "Memory for logits in MiB, whatever the vocabulary is."}
     )
+    batch_statistics: Literal["local", "exact"] = field(
+        default="local",
+        metadata={
+            "help": "Statistics (KTO's z0, ...) of a micro-batch, or exactly of the whole step "
+            "for one more forward pass."
+        },
+    )
     disable_dropout: bool = field(
         default=True, metadata={"help": "Dropout off in policy and reference."}
     )

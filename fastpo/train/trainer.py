@@ -334,19 +334,7 @@ class PreferenceTrainer(Trainer):
         Returns:
             the loss, or (loss, LossOutput).
         """
-        self.loss.train(model.training)
-        self.loss.seed, self.loss.step = self.args.seed, self.state.global_step
-        reference = self.reference(model, inputs)  # first: no activations are alive yet
-        hidden = label_hidden(model, inputs)
-        output = self.loss(
-            hidden,
-            inputs["targets"],
-            inputs["segments"],
-            token_weights=inputs["token_weights"],
-            totals=num_items_in_batch,
-            **reference,
-            **self._head_options,
-        )
+        output = self._output(model, inputs, num_items_in_batch)
         loss = output.loss
         if model.training:
             self._refuse_non_finite(output, inputs)
@@ -355,6 +343,31 @@ class PreferenceTrainer(Trainer):
                 # Gradients are averaged over ranks, but the counts are already global.
                 loss = loss * self._num_data_ranks
         return (loss, output) if return_outputs else loss
+
+    def _output(
+        self, model: nn.Module, inputs: dict[str, Any], totals: Mapping[str, float] | None
+    ) -> LossOutput:
+        self.loss.train(model.training)
+        self.loss.seed, self.loss.step = self.args.seed, self.state.global_step
+        reference = self.reference(model, inputs)  # first: no activations are alive yet
+        return self.loss(
+            label_hidden(model, inputs),
+            inputs["targets"],
+            inputs["segments"],
+            token_weights=inputs["token_weights"],
+            totals=totals,
+            **reference,
+            **self._head_options,
+        )
+
+    @torch.no_grad()
+    def _observe(self, batches: Iterable[dict[str, Any]]) -> None:
+        """The statistics of a whole optimiser step, before its first gradient."""
+        model: Any = self.model_wrapped
+        model.train()
+        with self.compute_loss_context_manager(), self.loss.observing():
+            for batch in batches:
+                self._output(model, self._prepare_inputs(batch), None)
 
     @property
     def _num_data_ranks(self) -> int:
@@ -396,6 +409,8 @@ class PreferenceTrainer(Trainer):
         if totals["tokens"]:
             sharing = totals["unshared_tokens"] / totals["tokens"]
             self._window.add({"sharing": sharing}, {"sharing": totals["tokens"]})
+        if batches and self.args.batch_statistics == "exact" and self.loss.has_statistics:
+            self._observe(batches)
         return batches, totals
 
     @staticmethod

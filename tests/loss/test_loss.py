@@ -308,22 +308,33 @@ def test_tied_lists_depend_on_seed_and_step_only(head):
     assert not torch.equal(run(order, seed=1), run(order))
 
 
-def test_every_objective_trains_a_step(padded, head):
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_trains_a_step(padded, head, name):
     """Whatever a table entry needs, the module supplies it or names it."""
     tokens, segments = packed(padded)
-    for name in OBJECTIVES:
-        table = Segments(
-            segments.response, segments.grid[:, :1] if name == "kto" else segments.grid,
-            segments.label[:, :1] if name == "kto" else segments.label, 6,
-            score=torch.tensor([[1.0, 0.0]] * B), rank=torch.tensor([[0, 1]] * B),
-            extras={role: segments.grid[:, 1] for role in OBJECTIVES[name].extras},
-        )  # fmt: skip
-        hidden = tokens["hidden"].clone().requires_grad_()
-        loss = PreferenceLoss(name, head)
-        reference = {}
-        if loss.needs_reference:
-            reference = {"ref_hidden": tokens["ref_hidden"], "ref_weight": head.weight.detach()}
-        out = loss(hidden, tokens["labels"], table, **reference)
-        (grad,) = torch.autograd.grad(out.loss, hidden)
-        assert torch.isfinite(grad).all(), name
-        assert grad.any(), name
+    table = Segments(
+        segments.response, segments.grid[:, :1] if name == "kto" else segments.grid,
+        segments.label[:, :1] if name == "kto" else segments.label, 6,
+        score=torch.tensor([[1.0, 0.0]] * B), rank=torch.tensor([[0, 1]] * B),
+        margin=torch.tensor([0.5, -0.2, 1.0]), cohort=torch.tensor([0, 1, 0]),
+        extras={role: segments.grid[:, 1] for role in OBJECTIVES[name].extras},
+    )  # fmt: skip
+    hidden = tokens["hidden"].clone().requires_grad_()
+    loss = PreferenceLoss(name, head)
+    arguments = {}
+    if loss.needs_reference:
+        arguments |= {"ref_hidden": tokens["ref_hidden"], "ref_weight": head.weight.detach()}
+    if any("old_logps" in need for need in loss.needs):
+        drawn_by = torch.randn(len(tokens["hidden"]), D, generator=torch.Generator().manual_seed(5))
+        logps = linear_logps(tokens["hidden"] + 0.3 * drawn_by, head.weight, tokens["labels"])
+        arguments["old_logps"] = logps.detach()
+    if "token_rewards" in loss.needs:
+        arguments["token_rewards"] = torch.linspace(-0.5, 0.5, len(tokens["labels"]))
+    if any("error" in need for need in loss.needs):
+        with pytest.raises(ValueError, match="denoising errors"):
+            loss(hidden, tokens["labels"], table, **arguments)
+        return
+    out = loss(hidden, tokens["labels"], table, **arguments)
+    (grad,) = torch.autograd.grad(out.loss, hidden)
+    assert torch.isfinite(grad).all()
+    assert grad.any()

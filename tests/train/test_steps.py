@@ -108,6 +108,29 @@ def test_kto_shift_is_per_micro_batch(tmp_path: Path) -> None:
     assert whole != halves
 
 
+@pytest.mark.parametrize("objective", ["kto", "bco"])
+@pytest.mark.parametrize(("batch", "accumulation"), [(1, 8), (3, 3)])
+def test_exact_statistics_do_not_see_the_cut(
+    objective: str, batch: int, accumulation: int, tmp_path: Path
+) -> None:
+    """The reference of `test_kto_shift_is_per_micro_batch`, whose z0 is positive."""
+
+    def step(b: int, a: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+        return first_step(
+            tmp_path / f"{b} {dtype}",
+            b,
+            a,
+            dtype,
+            objective=objective,
+            ref_model=tiny.model(seed=1, initializer_range=0.4),
+            batch_statistics="exact",
+        )
+
+    whole, truth, cut = step(8, 1), step(8, 1, torch.float64), step(batch, accumulation)
+    for what, a, b, c in zip(("loss", "gradients", "norm"), cut, whole, truth, strict=True):
+        assert_three_way(a, b, c, what)
+
+
 def test_batch_has_no_labels_key_and_counts_what_the_loss_counts() -> None:
     groups = [*tiny.groups(3, 3), *tiny.groups(2, 1, seed=1)]
     groups[0].responses[1].label = True  # two desirable candidates
