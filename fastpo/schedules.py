@@ -37,7 +37,6 @@ from fastpo.tiles import (
     matmul,
 )
 
-
 # Slices of the vocabulary start where rows of kernels' blocks do: ragged ones cost registers.
 _VOCAB_MULTIPLE = 128
 

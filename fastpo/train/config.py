@@ -15,6 +15,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from fastpo.data.build import DataOptions
 from fastpo.head import Head
 from fastpo.loss import PreferenceLoss
+from fastpo.train.sync import UpdateRule
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class PreferenceConfig(TrainingArguments):
         "objective_args",
         "chat_template_kwargs",
         "token_weights",
+        "reference_update",
     ]
 
     # What is optimised.
@@ -139,6 +141,14 @@ class PreferenceConfig(TrainingArguments):
     )
     reference_store: str | None = field(
         default=None, metadata={"help": "Folder of the store; None: <output_dir>/reference."}
+    )
+
+    reference_update: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "The reference follows the policy: {every: 512, mixup: 0.6} (TR-DPO) or "
+            "{rule: bema, every: 400}."
+        },
     )
 
     # What is watched.
@@ -250,6 +260,14 @@ class PreferenceConfig(TrainingArguments):
                 f"{self.reference!r}: set reference to 'store' or drop the folder"
             )
         loss = self.build_loss()
+        rule = self.update_rule
+        if rule is not None and (
+            not loss.needs_reference or self.reference not in ("auto", "copy")
+        ):
+            raise ValueError(
+                f"reference_update={self.reference_update} needs a reference that can move: "
+                "reference='copy', and an objective that compares with one"
+            )
         own_loop = sorted(name for name in loss.needs if name.endswith(_OWN_LOOP))
         if own_loop:
             raise ValueError(
@@ -285,6 +303,12 @@ class PreferenceConfig(TrainingArguments):
         if self.objective is None:
             raise ValueError("objective is None: name one, such as 'dpo'")
         return PreferenceLoss(self.objective, head, **self.hyper)
+
+    @property
+    def update_rule(self) -> UpdateRule | None:
+        """How the reference follows the policy, or None where it stays."""
+        values = _mapping(self.reference_update)
+        return UpdateRule.of(values) if values else None
 
     @property
     def store_dir(self) -> str:

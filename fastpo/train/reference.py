@@ -152,6 +152,7 @@ def resolve_kind(
     is_peft: bool,
     has_store: bool = False,
     has_ref_model: bool = False,
+    moves: bool = False,
 ) -> str:
     """What `auto` means: none, store, copy or adapter, in the order of what was given."""
     if not needs_reference:
@@ -160,6 +161,8 @@ def resolve_kind(
         if kind == "adapter" and has_ref_model:
             raise ValueError("reference='adapter' and a ref_model exclude each other: give one")
         return kind
+    if moves:
+        return "copy"
     if has_store:
         return "store"
     return "adapter" if is_peft and not has_ref_model else "copy"

@@ -76,6 +76,7 @@ from fastpo.train.reference import (
     resolve_kind,
 )
 from fastpo.train.store import ReferenceStore, store_key
+from fastpo.train.sync import ReferenceUpdate
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +132,7 @@ class PreferenceTrainer(Trainer):
             is_peft=isinstance(model, PeftModel),
             has_store=args.reference_store is not None and not loss.needs_kl,
             has_ref_model=ref_model is not None,
+            moves=args.update_rule is not None,
         )
         # A copy is taken before `attach` binds a forward to the policy.
         live = None if kind in ("none", "store") else live_reference(kind, model, head, ref_model)
@@ -181,6 +183,11 @@ class PreferenceTrainer(Trainer):
             self.reference = live
             if isinstance(live, ModelReference) and self.place_model_on_device:
                 self._move_model_to_device(live.model, self.args.device)
+        self._update: ReferenceUpdate | None = None
+        if args.update_rule is not None:
+            assert isinstance(live, ModelReference)
+            self._update = ReferenceUpdate(args.update_rule, model, live.model)
+            self.add_callback(self._update)
 
         self._window = MetricWindow()
         self._watch: Stopwatch | None = None
@@ -684,15 +691,19 @@ class PreferenceTrainer(Trainer):
         self.state.save_to_json(str(path))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Also what the loss carries from step to step: BCO's running shift."""
+        """Also what is carried from step to step: BCO's shift, a reference that moves."""
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             torch.save(self.loss.state_dict(), Path(output_dir) / LOSS_STATE)
+            if self._update is not None:
+                self._update.save(Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (path := Path(checkpoint) / LOSS_STATE).is_file():
             self.loss.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        if checkpoint is not None and self._update is not None:
+            self._update.load(Path(checkpoint))
 
     def save_merged(self, path: str | Path) -> None:
         """Write the model without adapters, safetensors and tokenizer, ready for `from_pretrained`.

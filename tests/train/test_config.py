@@ -62,7 +62,7 @@ def test_objective_as_a_flag_is_json(config: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"objective": "dop"}, "'dop'.*'dpo'"),
+        ({"objective": "dpoo"}, "'dpoo'.*'dpo'"),
         ({"objective": None}, "objective is None"),
         ({"objective_args": {"bata": 1.0}}, "'bata'.*'beta'"),
         ({"beta": 0.1, "objective_args": {"beta": 0.2}}, "beta=0.1 contradicts .*0.2"),
