@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,6 +29,7 @@ from fastpo.data.build import GroupDataset, GroupStream, build_groups
 from fastpo.data.packing import counts_of
 from fastpo.data.rows import load_rows
 from fastpo.head import plan_head
+from fastpo.model.load import blend
 from fastpo.objectives import OBJECTIVES
 from fastpo.train.chart import short
 from fastpo.train.checkpoint import latest_complete
@@ -427,11 +429,15 @@ def train(words: Sequence[str]) -> int:
     )
     ref_model = None
     if recipe.model.ref_model is not None:
-        ref_model = open_model(
-            recipe.model.ref_model,
+        open_reference = partial(
+            open_model,
             dtype=recipe.model.dtype,
             attn_implementation=recipe.model.attn_implementation,
             trust_remote_code=recipe.model.trust_remote_code,
+        )
+        named = recipe.model.ref_model
+        ref_model = (
+            open_reference(named) if isinstance(named, str) else blend(named, open_reference)
         )
     stop = StopCleanly()
     trainer = PreferenceTrainer(
@@ -447,7 +453,7 @@ def train(words: Sequence[str]) -> int:
     tokens = data["label_tokens"] / data["groups"] if "groups" in data else 512
     reference = REFERENCES[trainer.reference_kind]
     if ref_model is not None and trainer.reference_kind != "none":
-        reference = recipe.model.ref_model
+        reference = str(recipe.model.ref_model)
     facts: dict[str, Any] = {
         "status": "running",
         "command": shlex.join(["fastpo", "train", *words]),

@@ -38,7 +38,9 @@ class ModelSection:
         lora: `true`, or arguments of `peft.LoraConfig` such as `{r: 16, lora_alpha: 32}`.
         tokenizer: name or folder; `model` by default.
         chat_template: a .jinja file, or the template itself.
-        ref_model: another model as the reference; by default the model as it is at the start.
+        ref_model: another model as the reference; by default the model as it is at the start. A
+            mapping of models to shares that add up to 1 is their soup, or with a negative share
+            an extrapolation.
     """
 
     model: str
@@ -51,7 +53,7 @@ class ModelSection:
     lora: bool | dict[str, Any] | None = None
     tokenizer: str | None = None
     chat_template: str | None = None
-    ref_model: str | None = None
+    ref_model: str | dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         if self.quantization and not self.lora:

@@ -30,7 +30,8 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     text = "learning_rate: 1e-5\nbeta: 0.2\nlora: {r: 8, lora_alpha: 4}\n"
     recipe = load(tmp_path, text, "--learning-rate", "2e-5", "--beta=0.3", "--lora.r", "16")
     assert recipe.given["learning_rate"] == 2e-5
-    assert recipe.hyper == {"dpo": {"beta": 0.3, "label_smoothing": 0.0}}
+    assert recipe.hyper["dpo"]["beta"] == 0.3
+    assert recipe.hyper["dpo"]["label_smoothing"] == 0.0
     assert recipe.model.lora == {"r": 16, "lora_alpha": 4}
     assert load(tmp_path, text).given["learning_rate"] == 1e-5
 
