@@ -369,6 +369,7 @@ class PreferenceLoss(nn.Module):
         metrics, counts = {}, {}
         for component in self.components:
             name = component.objective.name
+            self._check_scores(component.objective, scores)
             statistics = self._statistics(component, scores)
             outcome = self._evaluate(component, {**scores, **statistics})
             rewards[name] = outcome.rewards
@@ -378,8 +379,9 @@ class PreferenceLoss(nn.Module):
                 loss = loss + scale * values.sum() / _at_least_one(divisors[term.per])
                 losses += scale * values.detach() * (groups / _at_least_one(own[term.per]))
             for statistic, value in statistics.items():
-                metrics[f"{name}/{statistic}"] = value
-                counts[f"{name}/{statistic}"] = torch.ones_like(value)
+                if value.numel() == 1:
+                    metrics[f"{name}/{statistic}"] = value.reshape(())
+                    counts[f"{name}/{statistic}"] = value.new_ones(())
         # The rewards that are logged are the first objective's; sft has none worth the name.
         logged = rewards[next((name for name in rewards if name != "sft"), "sft")]
         for name, (total, count) in _reward_metrics(logged, scores).items():
@@ -387,13 +389,16 @@ class PreferenceLoss(nn.Module):
         return LossOutput(loss, losses, logged, metrics, counts)
 
     @staticmethod
-    def _evaluate(component: Component, named: Mapping[str, Tensor]) -> Outcome:
-        objective = component.objective
+    def _check_scores(objective: Objective, scores: Mapping[str, Tensor]) -> None:
         for name in objective.needs:
-            if name not in named:
+            if name not in scores and name not in objective.statistics:
                 base = next((n for n in _REMEDY if name.endswith(n)), None)
                 remedy = _REMEDY[base] if base else "see the objective's documentation"
                 raise ValueError(f"{objective.name} needs {name!r}: {remedy}")
+
+    @staticmethod
+    def _evaluate(component: Component, named: Mapping[str, Tensor]) -> Outcome:
+        objective = component.objective
         return objective.fn(*(named[name] for name in objective.needs), **component.hyper)
 
     def _statistics(self, component: Component, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -448,7 +453,9 @@ class PreferenceLoss(nn.Module):
             self._observed[key], self._step_of[key] = observed, self.step
             before, count = self._before_step[key][:-1], self._before_step[key][-1]
             new = 1 if statistic.memory == "ema" else len(observed)
-            share = 1 - statistic.decay if statistic.memory == "ema" and count else 1.0
+            decay = statistic.decay
+            past = hyper[decay] if isinstance(decay, str) else decay
+            share = 1 - past if statistic.memory == "ema" and count else 1.0
             if statistic.memory == "mean":
                 share = new / (count + new).clamp(min=1)
             state[:-1] = before + (statistic.reduce(observed, hyper) - before) * share

@@ -65,14 +65,14 @@ class Statistic:
             without memory, [] under "mean", [size] under "ema".
         memory: see `Memory`.
         size: length of what `reduce` returns under "ema".
-        decay: weight of the past under "ema".
+        decay: weight of the past under "ema", or the hyper-parameter that sets it.
     """
 
     of: Callable[[Mapping[str, Tensor], Mapping[str, Any]], tuple[Tensor, Tensor]]
     reduce: Callable[[Tensor, Mapping[str, Any]], Tensor] = mean
     memory: Memory = "none"
     size: int = 1
-    decay: float = 0.9
+    decay: float | str = 0.9
 
 
 @dataclass(frozen=True)
