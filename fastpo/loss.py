@@ -235,8 +235,8 @@ class PreferenceLoss(nn.Module):
             token_weights: per-token weights, same shape as `labels`.
             token_rewards: signed rewards of single tokens, same shape as `labels`.
             totals: counts of the whole optimiser step over all ranks (`groups`, `responses`,
-                `desirable`, `undesirable`, `chosen_tokens`) that sums are divided by; None for
-                this batch's own.
+                `desirable`, `undesirable`, `chosen_tokens`, `response_tokens`) that sums are
+                divided by; None for this batch's own.
 
         Raises:
             ValueError: a score that an objective needs is missing (says how to get it), or the
@@ -255,6 +255,13 @@ class PreferenceLoss(nn.Module):
                 raise ValueError("no head: pass weight=, or head= to PreferenceLoss")
             weight, bias = self.head.weight, self.head.bias
 
+        per_token = {
+            "ref_logps": ref_logps,
+            "old_logps": old_logps,
+            "token_weights": token_weights,
+            "token_rewards": token_rewards,
+        }
+        _check_shapes(hidden, labels, segments, ref_hidden, per_token)
         # Everything per token is cut down to the scored tokens once, here.
         scored = (labels.flatten() != ignore_index).nonzero().squeeze(1)
         segments = replace(segments, response=segments.response[scored])
@@ -262,8 +269,7 @@ class PreferenceLoss(nn.Module):
         if ref_hidden is not None:
             ref_hidden = ref_hidden.flatten(0, -2)[scored]
         ref_logps, old_logps, token_weights, token_rewards = (
-            None if values is None else values.flatten()[scored]
-            for values in (ref_logps, old_logps, token_weights, token_rewards)
+            None if values is None else values.flatten()[scored] for values in per_token.values()
         )
         self._check_groups(segments)
 
@@ -345,6 +351,14 @@ class PreferenceLoss(nn.Module):
                 raise ValueError(
                     f"{c.objective.name} compares lists, but group {wrong} has a single response: "
                     "use a point objective (kto, bco, npo)"
+                )
+        if segments.score is not None and "score" in self.needs:
+            absent = segments.score.isnan() & segments.mask
+            if bool(absent.any()):
+                group, slot = absent.nonzero()[0].tolist()
+                raise ValueError(
+                    f"{self._named()} needs every response's grade, but response {slot} of group "
+                    f"{group} has none: {_REMEDY['score']}"
                 )
         missing = [role for role in self.extras if role not in segments.extras]
         if missing:
@@ -466,6 +480,34 @@ class PreferenceLoss(nn.Module):
         return value if statistic.memory == "ema" else value[0]
 
 
+def _check_shapes(
+    hidden: Tensor,
+    labels: Tensor,
+    segments: Segments,
+    ref_hidden: Tensor | None,
+    per_token: Mapping[str, Tensor | None],
+) -> None:
+    """ValueError for tensors that do not line up: flattened, they would be misread in silence."""
+    shape = tuple(labels.shape)
+    for name, states in (("hidden", hidden), ("ref_hidden", ref_hidden)):
+        if states is not None and tuple(states.shape[:-1]) != shape:
+            raise ValueError(
+                f"{name} is {tuple(states.shape)} for labels of {shape}: it needs one state a "
+                "label, the one that predicts it (drop the last position of unshifted states)"
+            )
+    for name, values in per_token.items():
+        if values is not None and tuple(values.shape) != shape:
+            raise ValueError(
+                f"{name} is {tuple(values.shape)} for labels of {shape}: it needs one value a "
+                "label, shifted like the labels; sums over a response will not do"
+            )
+    if segments.response.shape != (labels.numel(),):
+        raise ValueError(
+            f"segments.response is {tuple(segments.response.shape)} for labels of {shape}: it "
+            "names the response of every label"
+        )
+
+
 def gather_rows(rows: Tensor) -> Tensor:
     """[n, ...] -> the rows of all ranks, in the order of ranks; ranks may have different n."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -490,6 +532,7 @@ def batch_counts(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "desirable": label.sum(),
         "undesirable": (mask & ~label).sum(),
         "chosen_tokens": (scores["length"] * label).sum(),
+        "response_tokens": (scores["length"] * mask).sum(),
     }
 
 

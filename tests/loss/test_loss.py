@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -306,6 +307,44 @@ def test_tied_lists_depend_on_seed_and_step_only(head):
     torch.testing.assert_close(run(order), run(torch.arange(3))[order])
     assert not torch.equal(run(order, step=1), run(order))
     assert not torch.equal(run(order, seed=1), run(order))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ref_logps": torch.zeros(2 * B, T + 1)}, r"ref_logps is \(6, 7\) for labels of \(6, 6\)"),
+        ({"ref_logps": torch.zeros(2 * B)}, "sums over a response will not do"),
+        ({"ref_hidden": torch.zeros(2 * B, T + 1, D)}, "ref_hidden is .*drop the last position"),
+        ({"token_weights": torch.ones(2 * B, T + 1)}, "token_weights is"),
+        ({"old_logps": torch.zeros(1)}, "old_logps is"),
+        ({"token_rewards": torch.zeros(2 * B, 1)}, "token_rewards is"),
+    ],
+)
+def test_tensors_that_do_not_line_up_are_named(padded, head, change, message):
+    arguments = {"ref_logps": torch.zeros(2 * B, T), **change}
+    with pytest.raises(ValueError, match=message):
+        PreferenceLoss("dpo", head)(padded["hidden"], padded["labels"], **arguments)
+
+
+def test_segments_that_do_not_line_up_are_named(padded, head):
+    tokens, segments = packed(padded)
+    loss = PreferenceLoss("simpo", head)
+    with pytest.raises(ValueError, match=r"hidden is .* one state a label"):
+        loss(tokens["hidden"], tokens["labels"][1:], segments)
+    with pytest.raises(ValueError, match=r"segments.response is .* the response of every label"):
+        loss(tokens["hidden"][1:], tokens["labels"][1:], segments)
+
+
+def test_a_missing_grade_is_named(padded, head):
+    tokens, segments = packed(padded)
+    segments = replace(segments, score=torch.tensor([[1.0, 0.0], [1.0, float("nan")], [1.0, 0.0]]))
+    with pytest.raises(ValueError, match="response 1 of group 1 has none"):
+        PreferenceLoss("lipo", head)(
+            tokens["hidden"],
+            tokens["labels"],
+            segments,
+            ref_logps=torch.zeros_like(tokens["labels"]),
+        )
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -1,0 +1,55 @@
+"""Do these groups have what an objective compares? Asked once, before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from fastpo.data.groups import Group
+from fastpo.loss import PreferenceLoss
+
+
+def check_fit(loss: PreferenceLoss, groups: Iterable[Group]) -> None:
+    """Nothing, or the first group that the objective cannot take.
+
+    Raises:
+        ValueError: names source and row, what is missing, and what to do about it.
+    """
+    for _ in fitting(loss, groups):
+        pass
+
+
+def fitting(loss: PreferenceLoss, groups: Iterable[Group]) -> Iterator[Group]:
+    """The groups as they come; ValueError at the first that does not fit."""
+    needs = loss.needs
+    for group in groups:
+        reason = _misfit(loss, needs, group)
+        if reason is not None:
+            raise ValueError(f"{group.source or 'rows'}, row {group.row}: {reason}")
+        yield group
+
+
+def _misfit(loss: PreferenceLoss, needs: frozenset[str], group: Group) -> str | None:
+    count = len(group.responses)
+    for component in loss.components:
+        objective = component.objective
+        if objective.family == "pair" and count != 2:
+            return (
+                f"{objective.name} compares pairs, but the row has {count} responses: use a list "
+                "objective (lipo, plackett_luce) or turn lists into pairs (list_to_pairs)"
+            )
+        if objective.family == "list" and count < 2:
+            return (
+                f"{objective.name} compares lists, but the row has a single response: use a point "
+                "objective (kto, bco, npo)"
+            )
+    names = " + ".join(c.objective.name for c in loss.components)
+    if "score" in needs and any(r.score is None for r in group.responses):
+        return f"{names} needs a grade of every response: a `scores` column (higher is better)"
+    if "margin" in needs and group.margin is None:
+        return f"{names} needs a `margin` column: how much better the chosen response is"
+    if "cohort" in needs and group.cohort is None:
+        return f"{names} needs a `group` column: the population that the row comes from"
+    for role in loss.extras:
+        if role not in group.extras:
+            return f"{names} needs a {role!r} response of every row"
+    return None
