@@ -88,7 +88,10 @@ def test_shared_equals_padded(name: str) -> None:
     assert_shared_is_padded(attach(family(name)))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral-window", "gemma2"])
+JUMPS = ["llama", "qwen2", "qwen3", "gpt2", "mistral-window", "gemma2"]
+
+
+@pytest.mark.parametrize("name", JUMPS)
 def test_position_jumps_are_no_borders(name: str) -> None:
     model = attach(family(name))
     assert_shared_is_padded(model, jump=True)

@@ -1,0 +1,116 @@
+r"""What a pair of responses will do to each other, read off their hidden states.
+
+Everything is per group [G] and compares slot 0, the chosen response w, with slot 1, the rejected
+response l. With $h_t$ the hidden state that predicts token t and $r_t = \partial \log\pi(y_t) /
+\partial h_t$, both [N, D]:
+
+| name | definition |
+|---|---|
+| `ches` | $\langle H_w, H_l \rangle - \|H_w\|^2$, $H = \sum_t h_t$ |
+| `mean_ches` | the same of $H / L$ |
+| `inner` | $\langle g_w, g_l \rangle$, $g = \sum_t r_t$ |
+| `cosine`, `chosen_norm`, `rejected_norm` | of the same $g$ |
+| `chosen_rises` | $\langle g_w, g_l \rangle \le \|g_w\|^2$ |
+| `rejected_falls` | $\langle g_w, g_l \rangle \le \|g_l\|^2$ |
+
+A high CHES score marks pairs whose training pushes the chosen response down too (Razin et al.,
+arXiv 2410.08847): drop the highest. The last two rows are the conditions under which a step of DPO
+raises the chosen and lowers the rejected log-prob (Yuan et al., arXiv 2410.13828), with the gradient
+to a shift of the last hidden states in the place of the gradient to all weights: a proxy that costs
+one frozen pass of the head, two matrix products.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastpo.head import Backend, Head, linear_logps
+from fastpo.scores import Segments
+
+
+def _sum_by_response(rows: Tensor, segments: Segments) -> Tensor:
+    """[N, D] -> [G, 2, D] in float32: sums over the tokens of slots 0 and 1."""
+    sums = rows.new_zeros(segments.num_responses, rows.shape[1], dtype=torch.float32)
+    sums.index_add_(0, segments.response, rows.float())
+    return sums[segments.grid[:, :2].clamp(min=0)]
+
+
+def ches(hidden: Tensor, segments: Segments) -> dict[str, Tensor]:
+    """`ches` and `mean_ches` [G] of pairs; the table is in the module's docstring.
+
+    Args:
+        hidden: [N, D] states of the label tokens.
+        segments: their table; groups of at least two candidates.
+
+    Raises:
+        ValueError: a group with a single candidate.
+    """
+    _require_pairs(segments)
+    sums = _sum_by_response(hidden, segments)
+    ones = hidden.new_ones(len(hidden), 1)
+    means = sums / _sum_by_response(ones, segments).clamp(min=1)
+
+    def score(states: Tensor) -> Tensor:
+        chosen, rejected = states.unbind(1)
+        return (chosen * rejected).sum(-1) - chosen.square().sum(-1)
+
+    return {"ches": score(sums), "mean_ches": score(means)}
+
+
+def entanglement(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    segments: Segments,
+    *,
+    backend: Backend = "auto",
+    workspace_mib: float = 256,
+) -> dict[str, Tensor]:
+    """Inner product, norms and the two conditions [G]; the table is in the module's docstring.
+
+    Args:
+        hidden: [N, D] states of the label tokens; no gradient reaches them.
+        head: the language model's head.
+        labels: [N] label tokens.
+        segments: their table; groups of at least two candidates.
+        backend, workspace_mib: as in `fastpo.linear_logps`.
+
+    Raises:
+        ValueError: a group with a single candidate.
+    """
+    _require_pairs(segments)
+    states = hidden.detach().to(head.weight.dtype).requires_grad_()
+    with torch.enable_grad():
+        bias = None if head.bias is None else head.bias.detach()
+        logps = linear_logps(
+            states,
+            head.weight.detach(),
+            labels,
+            bias=bias,
+            backend=backend,
+            workspace_mib=workspace_mib,
+            **head.facts(),
+        )
+        (gradient,) = torch.autograd.grad(logps.sum(), states)
+    chosen, rejected = _sum_by_response(gradient, segments).unbind(1)
+    inner = (chosen * rejected).sum(-1)
+    square, other = chosen.square().sum(-1), rejected.square().sum(-1)
+    norms = (square * other).sqrt()
+    return {
+        "inner": inner,
+        "cosine": torch.where(norms > 0, inner / norms.clamp(min=1e-30), 0),
+        "chosen_norm": square.sqrt(),
+        "rejected_norm": other.sqrt(),
+        "chosen_rises": inner <= square,
+        "rejected_falls": inner <= other,
+    }
+
+
+def _require_pairs(segments: Segments) -> None:
+    sizes = segments.mask.sum(dim=1)
+    if segments.grid.shape[1] < 2 or bool((sizes < 2).any()):
+        raise ValueError(
+            "diagnostics of pairs need two candidates of every group, but group "
+            f"{int(sizes.argmin())} has {int(sizes.min())}"
+        )
