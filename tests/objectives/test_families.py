@@ -56,6 +56,7 @@ def test_needs_follow_the_signature() -> None:
         "beta": 2.0,
         "gamma_beta_ratio": 0.25,
         "label_smoothing": 0.0,
+        "loss_type": "sigmoid",
     }
     assert OBJECTIVES["kto"].extras == ("mismatched",)
     assert OBJECTIVES["bco"].statistics["shift"].memory == "mean"

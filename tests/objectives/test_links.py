@@ -11,6 +11,7 @@ import torch
 from fastpo.objectives import links
 
 from .battery import assert_rounded
+from .formulas.common import nlsig, sigmoid
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 WIDE = [
@@ -55,6 +56,35 @@ LINKS = {
         lambda z: 1.5 * mpmath.log1p(mpmath.exp(-z)) - 0.5 * mpmath.log1p(mpmath.exp(z)),
         BOTH,
     ),
+    "log_smoothed_0": (
+        lambda z: links.log_smoothed_logistic(z, 0.0),
+        lambda z: mpmath.log(mpmath.log1p(mpmath.exp(-z))),
+        BOTH,
+    ),
+    "log_smoothed": (
+        lambda z: links.log_smoothed_logistic(z, 0.25),
+        lambda z: mpmath.log(
+            0.75 * mpmath.log1p(mpmath.exp(-z)) + 0.25 * mpmath.log1p(mpmath.exp(z))
+        ),
+        BOTH,
+    ),
+    "kl_to_label": (
+        lambda z: links.kl_to_label(z, 0.25),
+        lambda z: sum(
+            p * mpmath.log(p / q)
+            for p, q in ((sigmoid(z), mpmath.mpf(0.75)), (sigmoid(-z), mpmath.mpf(0.25)))
+        ),
+        BOTH,
+    ),
+    "log_ratio_modulated": (
+        lambda z: links.log_ratio_modulated(z, 0.25),
+        lambda z: sigmoid(-4 * z) * nlsig(z) + sigmoid(4 * z) * mpmath.exp(-z),
+        BOTH,
+    ),
+    "exponential": (links.GPO_LINKS["exponential"], lambda z: mpmath.exp(-z), BOTH),
+    "savage": (links.GPO_LINKS["savage"], lambda z: sigmoid(-z) ** 2, BOTH),
+    "squared": (links.GPO_LINKS["squared"], lambda z: (1 - z) ** 2, BOTH),
+    "log_twice_sigmoid": (links.log_twice_sigmoid, lambda u: mpmath.log(2 * sigmoid(u)), BOTH),
     "log1mexp": (links.log1mexp, lambda x: mpmath.log1p(-mpmath.exp(x)), LOGP),
     "log_odds": (links.log_odds, lambda x: x - mpmath.log1p(-mpmath.exp(x)), LOGP),
 }
@@ -77,18 +107,20 @@ def test_link_is_exact(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("name", ["logistic", "smoothed", "robust"])
+@pytest.mark.parametrize("name", ["logistic", "smoothed", "robust", "hinge", "discopop"])
 def test_link_at_the_ends(name: str, value: float) -> None:
     z = torch.tensor(value, requires_grad=True)
     loss = {
         "logistic": links.logistic,
         "smoothed": lambda z: links.smoothed_logistic(z, 0.0),
         "robust": lambda z: links.robust_logistic(z, 0.0),
+        "hinge": lambda z: links.sigmoid_or_hinge(z, "hinge"),
+        "discopop": lambda z: links.log_ratio_modulated(z, 0.05),
     }[name](z)
     (grad,) = torch.autograd.grad(loss, z)
     if math.isnan(value):
         assert loss.isnan()
-        assert grad.isnan()
+        assert grad.isnan() or name in ("hinge", "discopop")  # relu's is 0 or 1
     else:
         assert loss == (0.0 if value > 0 else math.inf)
         assert grad == (0.0 if value > 0 else -1.0)
@@ -122,3 +154,66 @@ def test_live_stops_values_and_gradients() -> None:
     (grad,) = torch.autograd.grad(y.sum(), x)
     assert y.tolist() == [1.0, 0.0, 0.0]
     assert grad.tolist() == [2.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_kl_to_label_is_flat_at_the_ends(value: float) -> None:
+    z = torch.tensor(value, requires_grad=True)
+    loss = links.kl_to_label(z, 0.25)
+    (grad,) = torch.autograd.grad(loss, z)
+    assert loss == -torch.tensor(0.75 if value > 0 else 0.25).log()
+    assert grad == 0
+
+
+@pytest.mark.parametrize("rate", [-0.1, 0.0, 0.5, math.nan])
+def test_kl_to_label_needs_two_labels(rate: float) -> None:
+    with pytest.raises(ValueError, match=r"label_smoothing is .*\(0, 0\.5\)"):
+        links.kl_to_label(torch.zeros(1), rate)
+
+
+def test_sigmoid_or_hinge_refuses() -> None:
+    z = torch.zeros(1)
+    with pytest.raises(ValueError, match="'tanh'; use 'sigmoid' or 'hinge'"):
+        links.sigmoid_or_hinge(z, "tanh")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"label_smoothing is 0\.1, but only .* 'sigmoid'"):
+        links.sigmoid_or_hinge(z, "hinge", 0.1)
+
+
+EXPONENTS = torch.tensor([-1e4, -300.0, -30.0, -1.0, -1e-8, 0.0, 1e-8, 1.0, 85.0, 300.0, 1e4])
+
+
+@DTYPES
+def test_expm1_difference_is_exact(dtype: torch.dtype) -> None:
+    """Of all pairs of exponents: infinite where it is too large, never inf - inf."""
+    a, b = torch.cartesian_prod(EXPONENTS, EXPONENTS).to(dtype).unbind(-1)
+    x, y = torch.full_like(a, 0.25), torch.full_like(b, 0.3)
+    ours = links.expm1_difference(a, b, x, y)
+    with mpmath.workdps(60):
+        numbers = [[mpmath.mpf(v) for v in t.tolist()] for t in (a, b, x, y)]
+        truth, bound = [], []
+        for p, q, v, w in zip(*numbers, strict=True):
+            parts = v * mpmath.expm1(p), w * mpmath.expm1(q)
+            truth.append(float(parts[0] - parts[1]))
+            # the parts, and what the rounding of an exponent times its slope changes
+            slopes = abs(v * p * mpmath.exp(p)) + abs(w * q * mpmath.exp(q))
+            bound.append(float(abs(parts[0]) + abs(parts[1]) + slopes))
+    exact, scale = (torch.tensor(v, dtype=torch.float64) for v in (truth, bound))
+    assert_rounded(ours, exact, scale, "difference")
+    same = links.expm1_difference(a, a, x, x)
+    assert torch.equal(same, torch.zeros_like(same))
+
+
+@DTYPES
+def test_expm1_difference_gradient(dtype: torch.dtype) -> None:
+    """x e^a and -y e^b; 0 where nothing depends on the difference, however steep it is."""
+    a, b = (t.to(dtype).requires_grad_() for t in torch.cartesian_prod(EXPONENTS, EXPONENTS).T)
+    x, y = torch.full_like(a, 0.25), torch.full_like(b, 0.5)
+    difference = links.expm1_difference(a, b, x, y)
+    slopes = torch.autograd.grad(difference.sum(), (a, b), retain_graph=True)
+    assert torch.equal(slopes[0], 0.25 * a.exp())
+    assert torch.equal(slopes[1], -0.5 * b.exp())
+    none = torch.autograd.grad(difference, (a, b), torch.zeros_like(difference))
+    assert all((slope == 0).all() for slope in none)
+    a, b = (t.detach().double()[a.abs() < 2].requires_grad_() for t in (a, b))
+    weights = (torch.full_like(a, w).requires_grad_() for w in (0.25, 0.5))
+    assert torch.autograd.gradcheck(links.expm1_difference, (a, b.clamp(max=1), *weights))
