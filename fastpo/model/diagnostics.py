@@ -15,9 +15,9 @@ response l. With $h_t$ the hidden state that predicts token t and $r_t = \partia
 
 A high CHES score marks pairs whose training pushes the chosen response down too (Razin et al.,
 arXiv 2410.08847): drop the highest. The last two rows are the conditions under which a step of DPO
-raises the chosen and lowers the rejected log-prob (Yuan et al., arXiv 2410.13828), with the gradient
-to a shift of the last hidden states in the place of the gradient to all weights: a proxy that costs
-one frozen pass of the head, two matrix products.
+raises the chosen and lowers the rejected log-prob (Yuan et al., arXiv 2410.13828), with the
+gradient to a shift of the last hidden states in place of the gradient to all weights: a proxy that
+costs one frozen pass of the head, two matrix products.
 """
 
 from __future__ import annotations
