@@ -25,6 +25,7 @@ COUNTS = (
     "desirable",
     "undesirable",
     "chosen_tokens",
+    "response_tokens",
     "tokens",
     "label_tokens",
     "unshared_tokens",
@@ -92,9 +93,9 @@ def _num_weighted(response: Response) -> int:
 def counts_of(groups: Sequence[Group]) -> dict[str, int]:
     """What losses are divided by, and tokens, without packing.
 
-    `groups`, `responses` (candidates), `desirable`, `undesirable`; `chosen_tokens`: scored tokens
-    of the desirable ones, less those of weight zero; `tokens`: T with one prompt copy per group,
-    `unshared_tokens` with one per response; `label_tokens`: N.
+    `groups`, `responses` (candidates), `desirable`, `undesirable`; `response_tokens`: scored tokens
+    of the candidates, less those of weight zero, `chosen_tokens`: of the desirable ones; `tokens`:
+    T with one prompt copy per group, `unshared_tokens` with one per response; `label_tokens`: N.
     """
     counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
     for group in groups:
@@ -105,9 +106,9 @@ def counts_of(groups: Sequence[Group]) -> dict[str, int]:
         counts["responses"] += len(group.responses)
         counts["desirable"] += desirable
         counts["undesirable"] += len(group.responses) - desirable
-        counts["chosen_tokens"] += sum(
-            _num_weighted(r) for r, good in zip(group.responses, labels, strict=True) if good
-        )
+        weighted = [_num_weighted(r) for r in group.responses]
+        counts["chosen_tokens"] += sum(n for n, good in zip(weighted, labels, strict=True) if good)
+        counts["response_tokens"] += sum(weighted)
         counts["tokens"] += len(group.prompt_ids) + lengths
         counts["label_tokens"] += sum(int(r.loss_mask.sum()) for r in every)
         counts["unshared_tokens"] += len(every) * len(group.prompt_ids) + lengths

@@ -18,9 +18,7 @@ from torch import Tensor
 Family = Literal["pair", "point", "list"]
 """pair: exactly two candidates. point: each candidate alone. list: two or more, ragged."""
 
-Per = Literal[
-    "groups", "responses", "desirable", "undesirable", "chosen_tokens", "response_tokens"
-]
+Per = Literal["groups", "responses", "desirable", "undesirable", "chosen_tokens", "response_tokens"]
 """What a term's sum is divided by, counted over the whole optimiser step and every rank.
 
 `desirable` and `undesirable` count responses by label, `response_tokens` the scored tokens of all

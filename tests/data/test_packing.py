@@ -198,6 +198,7 @@ def test_counts():
         "desirable": 1,
         "undesirable": 2,
         "chosen_tokens": 2,
+        "response_tokens": 2 + 4 + 4,
         "tokens": 5 + 3 + 4 + 4 + 2,
         "label_tokens": 2 + 4 + 4 + 2,
         "unshared_tokens": 4 * 5 + 3 + 4 + 4 + 2,
@@ -205,7 +206,8 @@ def test_counts():
     assert counts_of([group]) == expected
     assert counts_of([group, group]) == {name: 2 * value for name, value in expected.items()}
     a.token_weights = np.array([0.0, 2.0, 1.0], dtype=np.float32)
-    assert counts_of([group])["chosen_tokens"] == 1
+    counts = counts_of([group])
+    assert (counts["chosen_tokens"], counts["response_tokens"]) == (1, 1 + 4 + 4)
 
 
 def test_reference_logps():

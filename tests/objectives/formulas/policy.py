@@ -101,8 +101,12 @@ def sapo(g, h):
     for row, a in zip(rows, advantages(g.q, h.scale_rewards), strict=True):
         tau = h.temperature_pos if a > 0 else h.temperature_neg
         # 60 digits cannot tell the sigmoid from 1 far below 10^4
-        gates = [sigmoid(min(tau * (exp(x - y) - 1), mpf(10) ** 4)) for x, y, _ in zip(*row)]
-        losses.append([-w * 4 / tau * gate * a for w, gate in zip(row[2], gates, strict=True)])
+        losses.append(
+            [
+                -w * 4 / tau * sigmoid(min(tau * (exp(x - y) - 1), mpf(10) ** 4)) * a
+                for x, y, w in zip(*row, strict=True)
+            ]
+        )
     return aggregate(losses, "sequence_mean"), g.q
 
 
