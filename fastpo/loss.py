@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fastpo.head import Backend, Head, TokenStats, linear_stats
 from fastpo.objectives import get_objective
 from fastpo.objectives.base import Objective, Outcome, Statistic
-from fastpo.objectives.listwise import tie_keys
+from fastpo.objectives.lipo import tie_keys
+from fastpo.objectives.regularisers import REGULARISERS
 from fastpo.scores import STATISTIC_OF, Segments, score_responses
 
 # How to obtain a score that an objective needs and the caller did not supply.
@@ -396,8 +397,8 @@ class PreferenceLoss(nn.Module):
                 if value.numel() == 1:
                     metrics[f"{name}/{statistic}"] = value.reshape(())
                     counts[f"{name}/{statistic}"] = value.new_ones(())
-        # The rewards that are logged are the first objective's; sft has none worth the name.
-        logged = rewards[next((name for name in rewards if name != "sft"), "sft")]
+        # The logged rewards are the first objective's; regularisers have none of their own.
+        logged = rewards[next((n for n in rewards if n not in REGULARISERS), next(iter(rewards)))]
         for name, (total, count) in _reward_metrics(logged, scores).items():
             metrics[name], counts[name] = total / count, count
         return LossOutput(loss, losses, logged, metrics, counts)

@@ -137,6 +137,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     )
     objectives.add_argument("name", nargs="?", help="one objective")
     objectives.add_argument("--json", action="store_true", help="for programs")
+    objectives.add_argument("--markdown", action="store_true", help="the table of the docs")
 
     doctor = command(
         "doctor",

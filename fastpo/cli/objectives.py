@@ -9,7 +9,7 @@ import shutil
 import textwrap
 
 from fastpo.loss import PreferenceLoss
-from fastpo.objectives import OBJECTIVES, get_objective
+from fastpo.objectives import OBJECTIVES, SECTIONS, get_objective
 from fastpo.objectives.base import Objective
 
 FAMILIES = {
@@ -17,8 +17,22 @@ FAMILIES = {
     "point": "single responses, labelled good or bad",
     "list": "two or more ranked responses",
 }
+NOTATION = (
+    "u = log pi(y|x) - log pi_ref(y|x), S = log pi(y|x), s = S / L, L tokens, F = summed "
+    "KL(ref || pi); w chosen, l rejected; q the row's grade"
+)
 
 
+_COLUMNS = ("score", "rank", "margin")
+_IN_WORDS = {
+    "cohort": "group",
+    "token_rewards": "token rewards",
+    "token_old_logps": "log-probs of the sampling policy",
+    "old_logps": "log-probs of the sampling policy",
+    "token_weights": "token weights",
+    "error": "denoising errors",
+    "ref_error": "the reference's denoising errors",
+}
 _MEMORY = {"none": "of the batch", "mean": "of all steps", "ema": "averaged over steps"}
 
 
@@ -30,7 +44,7 @@ def needs(objective: Objective) -> str:
         words.append("reference distribution")
     elif loss.needs_reference:
         words.append("reference")
-    words += [name for name in ("score", "rank") if name in objective.needs]
+    words += [_IN_WORDS.get(n, n) for n in objective.needs if n in _IN_WORDS or n in _COLUMNS]
     words += [f"{role} responses" for role in objective.extras]
     words += [
         f"{name} {_MEMORY[statistic.memory]}" for name, statistic in objective.statistics.items()
@@ -69,20 +83,34 @@ def _table() -> str:
     width = shutil.get_terminal_size((100, 24)).columns
     name_width = max(map(len, OBJECTIVES)) + 2
     lines = []
-    for family, meaning in FAMILIES.items():
-        lines += ["", meaning, ""]
-        for o in (o for o in OBJECTIVES.values() if o.family == family):
+    for title, section in SECTIONS.items():
+        lines += ["", title, ""]
+        for o in section.values():
             lines.append(f"  {o.name:<{name_width}}{o.formula}")
-            facts = f"needs {needs(o)}; {_hyper(o)}; {o.paper}"
+            facts = f"{o.family}; needs {needs(o)}; {_hyper(o)}; {o.paper}"
             indent = " " * (name_width + 2)
             lines += textwrap.wrap(
                 facts, max(60, width), initial_indent=indent, subsequent_indent=indent
             )
     return "\n".join(lines[1:]) + (
-        "\n\nu = log pi(y|x) - log pi_ref(y|x), S = log pi(y|x), s = S / L, L tokens; w chosen, "
-        "l rejected.\nfastpo objectives NAME shows one in full; a recipe may mix them: "
+        f"\n\n{NOTATION}.\nfastpo objectives NAME shows one in full; a recipe may mix them: "
         "objective: {dpo: 1, sft: 0.1}"
     )
+
+
+def markdown() -> str:
+    """The catalogue as it stands in docs/objectives.md."""
+    lines = [f"{NOTATION}. Families: " + "; ".join(f"{k}, {v}" for k, v in FAMILIES.items()) + "."]
+    for title, section in SECTIONS.items():
+        lines += ["", f"### {title}", "", "| name | loss | family | needs | defaults | paper |"]
+        lines += ["|---|---|---|---|---|---|"]
+        for o in section.values():
+            source = f"[{o.paper}]({paper(o)})" if o.paper[:4].isdigit() else o.paper
+            formula = o.formula.replace("|", "\\|")
+            lines.append(
+                f"| `{o.name}` | `{formula}` | {o.family} | {needs(o)} | {_hyper(o)} | {source} |"
+            )
+    return "\n".join(lines)
 
 
 def _one(o: Objective) -> str:
@@ -109,6 +137,8 @@ def objectives(arguments: argparse.Namespace) -> int:
     if arguments.name is not None:
         o = get_objective(arguments.name)
         print(json.dumps(_as_dict(o), indent=2) if arguments.json else _one(o))
+    elif arguments.markdown:
+        print(markdown())
     elif arguments.json:
         print(json.dumps([_as_dict(o) for o in OBJECTIVES.values()], indent=2))
     else:

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from .base import Objective
 from .batchwise import BATCHWISE
 from .diffusion import DIFFUSION
+from .lipo import LIPO
 from .listwise import LISTWISE
 from .pairwise import PAIRWISE
 from .pointwise import POINTWISE
@@ -16,17 +17,22 @@ from .regression import REGRESSION
 from .regularisers import REGULARISERS
 from .token import TOKEN
 
+SECTIONS: dict[str, dict[str, Objective]] = {
+    "Pairs with a reference": PAIRWISE,
+    "Pairs without a reference": REFERENCE_FREE,
+    "Regressions of margins and rewards": REGRESSION,
+    "Pairs that see the whole batch": BATCHWISE,
+    "Single responses": POINTWISE,
+    "Lists": LIPO | LISTWISE,
+    "Token statistics": TOKEN,
+    "Policy gradients on sampled responses": POLICY,
+    "Diffusion models": DIFFUSION,
+    "Likelihood and other regularisers": REGULARISERS,
+}
+"""Headings of the catalogue, in order."""
+
 OBJECTIVES: dict[str, Objective] = {
-    **PAIRWISE,
-    **REFERENCE_FREE,
-    **REGRESSION,
-    **BATCHWISE,
-    **POINTWISE,
-    **LISTWISE,
-    **TOKEN,
-    **POLICY,
-    **DIFFUSION,
-    **REGULARISERS,
+    name: objective for section in SECTIONS.values() for name, objective in section.items()
 }
 
 
@@ -43,4 +49,4 @@ def get_objective(name: str) -> Objective:
     raise ValueError(f"unknown objective {name!r}: {hint}choose from {', '.join(OBJECTIVES)}")
 
 
-__all__ = ["OBJECTIVES", "get_objective"]
+__all__ = ["OBJECTIVES", "SECTIONS", "get_objective"]

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import listwise, pairwise, pointwise, reference_free, token
+from . import lipo, listwise, pairwise, pointwise, reference_free, token
 from .base import Outcome
 
 
@@ -280,27 +280,27 @@ def lipo_loss(
     beta: float = 0.05,
     discount: Literal["log", "log2"] = "log",
 ) -> ListLoss:
-    """LiPO-lambda on summed log-ratios and grades [G, K]: `listwise.lipo`.
+    """LiPO-lambda on summed log-ratios and grades [G, K]: `lipo.lipo`.
 
     `mask` is False in padded slots, None where all lists have K candidates. `tie_key` [G, K]
     orders candidates of equal log-ratio; None draws it by row and slot with seed 0 and step 0.
     """
     if tie_key is None:
         rows = torch.arange(ratio.shape[0], device=ratio.device)
-        tie_key = listwise.tie_keys(rows, ratio.shape[1])
+        tie_key = lipo.tie_keys(rows, ratio.shape[1])
     mask = _all(ratio) if mask is None else mask
-    return _list_loss(listwise.lipo(ratio, score, tie_key, mask, beta=beta, discount=discount))
+    return _list_loss(lipo.lipo(ratio, score, tie_key, mask, beta=beta, discount=discount))
 
 
 def plackett_luce_loss(
     ratio: Tensor, rank: Tensor, *, mask: Tensor | None = None, beta: float = 0.1
 ) -> ListLoss:
-    """Plackett-Luce DPO on summed log-ratios and ranks [G, K], 0 best: `listwise.plackett_luce`.
+    """Plackett-Luce DPO on summed log-ratios and ranks [G, K], 0 best: `lipo.plackett_luce`.
 
     `mask` is False in padded slots, None where all lists have K candidates.
     """
     mask = _all(ratio) if mask is None else mask
-    return _list_loss(listwise.plackett_luce(ratio, rank, mask, beta=beta))
+    return _list_loss(lipo.plackett_luce(ratio, rank, mask, beta=beta))
 
 
 def logo_loss(

@@ -1,131 +1,20 @@
 r"""Objectives on lists of K >= 2 ranked or graded responses, ragged lists padded by `mask`.
 
-Notation: $g_i = \beta u_i$ (`ratio`), $q_i$ the row's own grade (`score`), $s$ = `mean_logps`.
+LiPO's family is in `lipo`. Notation: $g_i = \beta u_i$ (`ratio`), $q_i$ the row's own grade
+(`score`), $s$ = `mean_logps`.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import math
 
 import torch
 from torch import Tensor
 
 from .base import Objective, Outcome, Term
 from .links import live, logistic
+from .lipo import differences, graded_above, log1p_sum_exp, neg_log_softmax
 from .regularisers import Reduction, nll
-
-
-def tie_keys(group: Tensor, num_candidates: int, *, seed: int = 0, step: int = 0) -> Tensor:
-    """Random numbers [G, K] int64 that order tied candidates: a pure function of its arguments.
-
-    The key of a slot is a hash (splitmix64) of (seed, step, group, slot), so it does not change
-    with the device, the number of ranks or the way a step is cut into micro-batches.
-
-    Args:
-        group: [G] int64, the number of each group in the data set.
-        num_candidates: K.
-        seed: the run's seed.
-        step: the optimiser step, so that a list's ties fall differently every time it is seen.
-
-    >>> import torch
-    >>> keys = tie_keys(torch.tensor([3, 5]), 4, seed=1)
-    >>> bool((keys == tie_keys(torch.tensor([5, 3]), 4, seed=1).flip(0)).all())
-    True
-    """
-    slot = torch.arange(num_candidates, device=group.device)
-    key = torch.zeros_like(group)[:, None]
-    for part in (seed, step, group[:, None], slot):
-        key = _splitmix64(key ^ part)
-    return key
-
-
-def _splitmix64(x: Tensor) -> Tensor:
-    """One step of Steele, Lea and Flood's generator; int64 products wrap, shifts are logical."""
-    x = x - 0x61C8864680B583EB
-    x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return x ^ (x >> 31 & 0x1FFFFFFFF)
-
-
-def _ranks(score: Tensor, tie_key: Tensor, mask: Tensor) -> Tensor:
-    """[G, K] rank of each candidate by descending score, 1 is best; the smaller key wins a tie."""
-    ahead = score[:, None, :] > score[:, :, None]  # [G, i, j]: j ahead of i
-    tied = score[:, None, :] == score[:, :, None]
-    ahead = ahead | (tied & (tie_key[:, None, :] < tie_key[:, :, None]))
-    return 1 + (ahead & mask[:, None, :]).sum(-1)
-
-
-def lipo(
-    ratio: Tensor,  # [G, K]
-    score: Tensor,  # [G, K]
-    tie_key: Tensor,  # [G, K] int64
-    mask: Tensor,  # [G, K] bool
-    *,
-    beta: float = 0.05,
-    discount: Literal["log", "log2"] = "log",
-) -> Outcome:
-    r"""LiPO-lambda: pairs of a list, weighted by what swapping them would change in DCG.
-
-    $$\sum_{q_i > q_j} \left|2^{q_i} - 2^{q_j}\right| \cdot
-    \left|\frac{1}{D(\tau_i)} - \frac{1}{D(\tau_j)}\right| \log(1 + e^{-(g_i - g_j)}), \quad
-    D(k) = \log(1 + k)$$
-
-    $\tau$ is the rank, from 1, by the current $g$; the weight carries no gradient. `discount`:
-    the paper's natural logarithm or Rax's base 2. Grades $q$ are expected in [0, 1]. At K = 2
-    with grades (1, 0) this is DPO times $1/D(1) - 1/D(2)$. Reward $g$.
-
-    A policy that equals its reference gives every $g_i = 0$: all ranks tie, and the value would
-    depend on the order of the row. Ties are broken by `tie_key`, the smaller number first;
-    `tie_keys` makes reproducible random ones. Paper: https://arxiv.org/abs/2402.01878
-
-    >>> import torch
-    >>> u, q = torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor([[1.0, 0.5, 0.0]])
-    >>> lipo(u, q, tie_keys(torch.tensor([0]), 3), torch.ones(1, 3).bool()).terms[0].values
-    tensor([0.5977])
-    """
-    if discount not in ("log", "log2"):
-        raise ValueError(f"unknown discount {discount!r} of lipo; use 'log' or 'log2'")
-    u = live(ratio, mask)
-    ranks = 1.0 + _ranks(u, tie_key, mask).to(u.dtype)
-    inverse = 1 / (ranks.log() if discount == "log" else ranks.log2())
-    gain = torch.exp2(live(score, mask).to(u.dtype))
-    better = (score[:, :, None] > score[:, None, :]) & mask[:, :, None] & mask[:, None, :]
-    weight = live(_differences(gain) * _differences(inverse), better).abs()
-    losses = live(weight * logistic(beta * live(_differences(u), better)), better)
-    return Outcome((Term(losses.sum((-2, -1))),), (beta * u).detach())
-
-
-def _differences(x: Tensor) -> Tensor:
-    """[G, K] -> [G, i, j]: x_i - x_j."""
-    return x[:, :, None] - x[:, None, :]
-
-
-def plackett_luce(
-    ratio: Tensor,  # [G, K]
-    rank: Tensor,  # [G, K] int64
-    mask: Tensor,  # [G, K] bool
-    *,
-    beta: float = 0.1,
-) -> Outcome:
-    r"""DPO for rankings: the Plackett-Luce likelihood of the row's order (ListMLE).
-
-    $$\sum_i \log\Big(1 + \sum_{j \text{ ranked below } i} e^{g_j - g_i}\Big)$$
-
-    which is $-\sum_k [g_{(k)} - \log\sum_{j \ge k} e^{g_{(j)}}]$, and DPO at K = 2. Candidates of
-    one `rank` are not compared with each other. Reward $g$.
-    Paper: https://arxiv.org/abs/2305.18290, appendix A.3
-
-    >>> import torch
-    >>> u, rank = torch.zeros(1, 3), torch.tensor([[0, 1, 2]])
-    >>> plackett_luce(u, rank, torch.ones(1, 3).bool()).terms[0].values  # log(3!)
-    tensor([1.7918])
-    """
-    u = live(ratio, mask)
-    below = (rank[:, None, :] > rank[:, :, None]) & mask[:, None, :] & mask[:, :, None]
-    # log(1 + sum e^x) as -logsig(-logsumexp(x)): exact when the sum is tiny. An empty sum is of
-    # the most negative float, not -inf: no NaN in backward, for users of anomaly detection.
-    gaps = (-beta * _differences(u)).where(below, torch.finfo(u.dtype).min)
-    return Outcome((Term(logistic(-gaps.logsumexp(-1)).sum(-1)),), (beta * u).detach())
 
 
 def first_against_rest(
@@ -185,26 +74,277 @@ def logo(
     return Outcome((*preference.terms, likelihood), preference.rewards)
 
 
+def _soft_labels(score: Tensor, mask: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+    """[G, K] -> [G, K]: softmax of the grades over live slots, 0 elsewhere."""
+    q = live(score, mask).to(dtype) / temperature
+    return live(q.where(mask, torch.finfo(dtype).min).softmax(-1), mask)
+
+
+def infonca(
+    ratio: Tensor,  # [G, K]
+    score: Tensor,  # [G, K]
+    mask: Tensor,  # [G, K] bool
+    *,
+    beta: float = 0.01,
+    alpha: float = 1e-4,
+) -> Outcome:
+    r"""InfoNCA: cross-entropy between a softmax of the grades and one of the implicit rewards.
+
+    $$-\sum_i t_i \log \mathrm{softmax}(g)_i, \quad t = \mathrm{softmax}(q / \alpha)$$
+
+    $\alpha$ is a temperature, the official code's `temperature_alpha`, whose recipe for grades
+    from 1 to 10 makes t nearly one-hot; that code also adds 0.01 to the first grade, so that ties
+    go to it. With a one-hot t on a pair this is `dpo`. Reward $g$.
+    Paper: https://arxiv.org/abs/2402.05369
+
+    >>> import torch
+    >>> u, q = torch.zeros(1, 4), torch.tensor([[7.0, 7.0, 3.0, 1.0]])
+    >>> infonca(u, q, torch.ones(1, 4).bool()).terms[0].values  # log 4
+    tensor([1.3863])
+    """
+    g = beta * live(ratio, mask)
+    targets = _soft_labels(score, mask, alpha, g.dtype)
+    losses = live(targets * neg_log_softmax(g, mask), mask)
+    return Outcome((Term(losses.sum(-1)),), g.detach())
+
+
+def nca(
+    ratio: Tensor,  # [G, K]
+    score: Tensor,  # [G, K]
+    mask: Tensor,  # [G, K] bool
+    *,
+    beta: float = 0.01,
+    alpha: float = 1e-4,
+) -> Outcome:
+    r"""Noise contrastive alignment: good responses gain likelihood, and not only over the others.
+
+    $$-\frac{1}{K} \sum_i \log\sigma(-g_i) - \sum_i t_i \log\sigma(g_i), \quad
+    t = \mathrm{softmax}(q / \alpha)$$
+
+    $\alpha$ is as in `infonca`. With a one-hot t on a pair this is `nca_pair`. Reward $g$.
+    Paper: https://arxiv.org/abs/2402.05369
+
+    >>> import torch
+    >>> u, q = torch.zeros(1, 4), torch.tensor([[7.0, 7.0, 3.0, 1.0]])
+    >>> nca(u, q, torch.ones(1, 4).bool()).terms[0].values  # 2 log 2
+    tensor([1.3863])
+    """
+    g = beta * live(ratio, mask)
+    size = mask.sum(-1, keepdim=True).clamp(min=1)
+    targets = _soft_labels(score, mask, alpha, g.dtype)
+    losses = live(logistic(-g) / size + targets * logistic(g), mask)
+    return Outcome((Term(losses.sum(-1)),), g.detach())
+
+
+def _reverse_kl(ratio: Tensor, target: Tensor, mask: Tensor, beta: float) -> Outcome:
+    """KL(softmax(g) || softmax(target)); gradient flows through both of the policy's places."""
+    g = beta * live(ratio, mask)
+    log_p, log_t = -neg_log_softmax(g, mask), -neg_log_softmax(target, mask)
+    losses = live(log_p.exp() * (log_p - log_t), mask)
+    return Outcome((Term(losses.sum(-1)),), g.detach())
+
+
+def exo_rw(
+    ratio: Tensor,  # [G, K]
+    score: Tensor,  # [G, K]
+    mask: Tensor,  # [G, K] bool
+    *,
+    beta: float = 0.5,
+    beta_r: float = 0.5,
+) -> Outcome:
+    r"""Efficient exact optimisation of rewards: reverse KL from the policy to the grades.
+
+    $$\sum_i p_i \log\frac{p_i}{t_i}, \quad p = \mathrm{softmax}(g), \quad
+    t = \mathrm{softmax}(q / \beta_r)$$
+
+    `beta` is the paper's $\beta_\pi$. Gradient flows through the weights p, which makes it mode
+    seeking; `dpo_rw` is the forward divergence. Reward $g$.
+    Paper: https://arxiv.org/abs/2402.00856
+
+    >>> import torch
+    >>> u, q = torch.zeros(1, 2), torch.tensor([[3.0, 1.0]]).log()  # t = (3/4, 1/4)
+    >>> exo_rw(u, q, torch.ones(1, 2).bool(), beta_r=1.0).terms[0].values  # log(4/3) / 2
+    tensor([0.1438])
+    """
+    return _reverse_kl(ratio, live(score, mask).to(ratio.dtype) / beta_r, mask, beta)
+
+
+def exo_pref(
+    ratio: Tensor,  # [G, K]
+    label: Tensor,  # [G, K] bool
+    mask: Tensor,  # [G, K] bool
+    *,
+    beta: float = 0.5,
+    label_smoothing: float = 1e-3,
+) -> Outcome:
+    r"""Efficient exact optimisation of preferences: reverse KL from the policy to the labels.
+
+    $$\sum_i p_i \log\frac{p_i}{t_i}, \quad p = \mathrm{softmax}(g), \quad
+    t_i \propto 1 - \epsilon \text{ if desirable, else } \epsilon$$
+
+    $\epsilon$ = `label_smoothing`. On a pair this is `exo_pair`; the official code has pairs only,
+    and there $\log t = (0, -10)$, $\epsilon = 1 / (1 + e^{10})$ but for the normalisation. For more
+    responses t is the extension of that form. Reward $g$. Not verified against official code.
+    Paper: https://arxiv.org/abs/2402.00856
+
+    Raises:
+        ValueError: `label_smoothing` is outside (0, 0.5); at 0 the divergence is infinite.
+
+    >>> import torch
+    >>> u, best = torch.zeros(1, 2), torch.tensor([[True, False]])
+    >>> exo_pref(u, best, torch.ones(1, 2).bool(), label_smoothing=0.25).terms[0].values
+    tensor([0.1438])
+    """
+    if not 0 < label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing is {label_smoothing}; EXO needs it in (0, 0.5)")
+    log_odds = math.log(label_smoothing) - math.log1p(-label_smoothing)
+    return _reverse_kl(ratio, log_odds * (~label).to(ratio.dtype), mask, beta)
+
+
+def dpo_rw(
+    ratio: Tensor,  # [G, K]
+    score: Tensor,  # [G, K]
+    mask: Tensor,  # [G, K] bool
+    *,
+    beta: float = 0.5,
+    beta_r: float = 0.5,
+) -> Outcome:
+    r"""DPO on rewards, as the EXO paper has it: cross-entropy from the grades to the policy.
+
+    $$-\sum_i t_i \log \mathrm{softmax}(g)_i, \quad t = \mathrm{softmax}(q / \beta_r)$$
+
+    `infonca` with the EXO paper's defaults. Reward $g$. Paper: https://arxiv.org/abs/2402.00856
+
+    >>> import torch
+    >>> u, q = torch.zeros(1, 2), torch.tensor([[3.0, 1.0]])
+    >>> dpo_rw(u, q, torch.ones(1, 2).bool()).terms[0].values  # log 2
+    tensor([0.6931])
+    """
+    return infonca(ratio, score, mask, beta=beta, alpha=beta_r)
+
+
+def pro(
+    logps: Tensor,  # [G, K]
+    mean_logps: Tensor,  # [G, K]
+    score: Tensor,  # [G, K]
+    label: Tensor,  # [G, K] bool
+    mask: Tensor,  # [G, K] bool
+    *,
+    sft_weight: float = 0.05,
+    nll_reduction: Reduction = "sum",
+) -> Outcome:
+    r"""Preference ranking optimisation: each response against all worse ones, plus NLL on the best.
+
+    $$\sum_k \log\Big(1 + \sum_{j: q_j < q_k} e^{T_{kj} s_j - T_{kk} s_k}\Big) +
+    \lambda (K - 1)^2\,\mathrm{NLL}(y_1), \quad T_{kj} = q_k - q_j, \quad
+    T_{kk} = \max_j T_{kj}$$
+
+    Contrasts are sharper the further two grades are apart; T is the reciprocal of the paper's
+    temperature. Responses of one grade are not compared, where the official code has the first of
+    them win with $T = 0$; that code also adds $10^{-10}$ inside the logarithm. The NLL is of the
+    desirable response, $-S$ by default as there. No reference. Reward $s$.
+    Paper: https://arxiv.org/abs/2306.17492
+
+    >>> import torch
+    >>> s, q = torch.tensor([[-1.0, -1.0]]), torch.tensor([[1.0, 0.0]])
+    >>> best, both = torch.tensor([[True, False]]), torch.ones(1, 2).bool()
+    >>> ranking, likelihood = pro(9 * s, s, q, best, both).terms
+    >>> ranking.values, likelihood  # T = 1: log 2
+    (tensor([0.6931]), Term(values=tensor([9.]), per='desirable', weight=0.05))
+    """
+    s, q = live(mean_logps, mask), live(score, mask).to(mean_logps.dtype)
+    worse = graded_above(score, mask)
+    contrast = live(differences(q), worse)
+    steepest = contrast.amax(-1, keepdim=True)
+    ranking = log1p_sum_exp(contrast * s[:, None, :] - steepest * s[:, :, None], worse)
+    likelihood = nll(logps, mean_logps, label, mask, reduction=nll_reduction, weight=sft_weight)
+    size = (mask.sum(-1) - 1).square()
+    likelihood = likelihood._replace(values=size * likelihood.values)
+    return Outcome((Term(ranking.sum(-1)), likelihood), s.detach())
+
+
+def rrhf(
+    logps: Tensor,  # [G, K]
+    mean_logps: Tensor,  # [G, K]
+    score: Tensor,  # [G, K]
+    label: Tensor,  # [G, K] bool
+    mask: Tensor,  # [G, K] bool
+    *,
+    rrhf_weight: float = 1.0,
+    nll_reduction: Reduction = "token_mean",
+) -> Outcome:
+    r"""RRHF: likelihoods should be ordered like the grades, plus NLL on the best response.
+
+    $$w \sum_{q_i < q_j} \max(0, s_i - s_j) + \mathrm{NLL}(y_1)$$
+
+    $w$ = `rrhf_weight` is 1 in the paper and 100 by default in its code, which also sums the
+    ranking part over a batch. The NLL is of the desirable response, for which rows have their best
+    one. No reference. Reward $s$. Paper: https://arxiv.org/abs/2304.05302
+
+    >>> import torch
+    >>> s, q = torch.tensor([[-1.0, -0.5, -2.0]]), torch.tensor([[1.0, 0.5, 0.0]])
+    >>> best, every = torch.tensor([[True, False, False]]), torch.ones(1, 3).bool()
+    >>> ranking, likelihood = rrhf(9 * s, s, q, best, every).terms
+    >>> ranking.values, likelihood.values
+    (tensor([0.5000]), tensor([9.]))
+    """
+    s, better = live(mean_logps, mask), graded_above(score, mask)
+    ranking = live((-differences(s)).relu(), better).sum((-2, -1))
+    likelihood = nll(logps, mean_logps, label, mask, reduction=nll_reduction)
+    return Outcome((Term(ranking, weight=rrhf_weight), likelihood), s.detach())
+
+
 LISTWISE: dict[str, Objective] = {
-    "lipo": Objective(
-        "lipo",
-        lipo,
-        "list",
-        "2402.01878",
-        "sum_{q_i>q_j} |2^q_i - 2^q_j| |1/D(rank_i) - 1/D(rank_j)| log(1 + e^(g_j - g_i))",
-    ),
-    "plackett_luce": Objective(
-        "plackett_luce",
-        plackett_luce,
-        "list",
-        "2305.18290",
-        "sum_i log(1 + sum_{j below i} e^(g_j - g_i)), g = beta u",
-    ),
     "logo": Objective(
         "logo",
         logo,
         "list",
         "2410.18533",
         "-logsig(beta (s_1 - mean_{j>1} s_j) - gamma) + lambda NLL_1",
+    ),
+    "infonca": Objective(
+        "infonca",
+        infonca,
+        "list",
+        "2402.05369",
+        "-sum_i t_i log softmax(beta u)_i, t = softmax(q / alpha)",
+    ),
+    "nca": Objective(
+        "nca",
+        nca,
+        "list",
+        "2402.05369",
+        "-mean_i logsig(-g_i) - sum_i t_i logsig(g_i), t = softmax(q / alpha), g = beta u",
+    ),
+    "exo_rw": Objective(
+        "exo_rw",
+        exo_rw,
+        "list",
+        "2402.00856",
+        "sum_i p_i log(p_i / t_i), p = softmax(beta u), t = softmax(q / beta_r)",
+    ),
+    "exo_pref": Objective(
+        "exo_pref",
+        exo_pref,
+        "list",
+        "2402.00856",
+        "sum_i p_i log(p_i / t_i), p = softmax(beta u), t_i ~ 1 - e if desirable else e",
+    ),
+    "dpo_rw": Objective(
+        "dpo_rw",
+        dpo_rw,
+        "list",
+        "2402.00856",
+        "-sum_i t_i log softmax(beta u)_i, t = softmax(q / beta_r)",
+    ),
+    "pro": Objective(
+        "pro",
+        pro,
+        "list",
+        "2306.17492",
+        "sum_k log(1 + sum_{q_j<q_k} e^(T_kj s_j - T_kk s_k)) + lambda (K-1)^2 NLL_1",
+    ),
+    "rrhf": Objective(
+        "rrhf", rrhf, "list", "2304.05302", "w sum_{q_i<q_j} max(0, s_i - s_j) + NLL_1"
     ),
 }

@@ -1,13 +1,14 @@
 r"""Objectives that judge each response alone, by its label: desirable or undesirable.
 
-They work on groups of any size, pairs included. Notation: $u = S - S_{ref}$ (`ratio`). Losses are
-summed over a group's responses and averaged over responses, not groups.
+They work on groups of any size, pairs included. Notation: $u = S - S_{ref}$ (`ratio`), $S$ =
+`logps`, $s = S/L$ (`mean_logps`). Losses are summed over a group's responses and averaged over
+responses, not groups.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -38,7 +39,9 @@ def kto(
 
     $z_0 = \max(0, \mathrm{mean}\,u(x, y'))$ estimates KL(policy || reference) from responses $y'$
     to other prompts, averaged over every rank, without gradient. Keep $\lambda_D n_D / \lambda_U
-    n_U$ between 1 and 4/3. Reward $\beta u$. Paper: https://arxiv.org/abs/2402.01306
+    n_U$ between 1 and 4/3. `kto_pair` takes $z_0$ from the other sides of the pairs,
+    `apo_zero_unpaired` has none. HALOs' `humanline`, which clamps every token's log-ratio, is not
+    offered. Reward $\beta u$. Paper: https://arxiv.org/abs/2402.01306
 
     >>> import torch
     >>> u, live = torch.tensor([[3.0], [3.0]]), torch.tensor([[True], [True]])
@@ -55,6 +58,71 @@ def kto(
 
 def _mismatched(scores: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     return scores["mismatched_ratio"], scores["mask"].any(-1)
+
+
+def _side(column: int) -> Statistic:
+    """Mean log-ratio of one side of all pairs."""
+    return Statistic(lambda scores, hyper: (scores["ratio"][:, column], scores["mask"].all(-1)))
+
+
+def kto_pair(
+    ratio: Tensor,  # [G, 2]
+    z_chosen: Tensor,  # []
+    z_rejected: Tensor,  # []
+    mask: Tensor,  # [G, 2] bool
+    *,
+    beta: float = 0.1,
+) -> Outcome:
+    r"""KTO on pairs in its first form: each side's reference point is the mean of the other side.
+
+    $$1 - \sigma(\beta(u_w - z_l)) + 1 - \sigma(\beta(z_w - u_l)), \quad
+    z = \max(0, \mathrm{mean}\,u)$$
+
+    averaged over responses, so it is half of this per pair. The means are over the pairs of every
+    rank and carry no gradient; TRL's former `kto_pair` let it through. It needs no mismatched
+    responses; `kto` is the paper's form. Reward $\beta u$. Not verified against official code.
+    Paper: https://arxiv.org/abs/2402.01306
+
+    >>> import torch
+    >>> u, both = torch.tensor([[3.0, 2.0]]), torch.tensor([[True, True]])
+    >>> kto_pair(u, torch.tensor(2.0), torch.tensor(3.0), both).terms[0]
+    Term(values=tensor([1.]), per='responses', weight=1.0)
+    """
+    z0 = torch.stack((z_rejected, z_chosen))
+    label = torch.tensor([True, False], device=mask.device)
+    return kto(ratio, z0, label, mask, beta=beta)
+
+
+def apo_zero_unpaired(
+    ratio: Tensor,  # [G, K]
+    label: Tensor,  # [G, K] bool
+    mask: Tensor,  # [G, K] bool
+    *,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Outcome:
+    r"""Anchored preference optimisation of single responses: `kto` with a reference point of 0.
+
+    $$\lambda_D\,[1 - \sigma(\beta u)] \text{ if desirable, else } \lambda_U\,\sigma(\beta u)$$
+
+    For desirable responses better than the model's own. `apo_zero` is its sum on a pair. Reward
+    $\beta u$. Paper: https://arxiv.org/abs/2408.06266
+
+    >>> import torch
+    >>> u, both = torch.tensor([[10.0, -10.0]]), torch.tensor([[True, True]])
+    >>> apo_zero_unpaired(u, torch.tensor([[True, False]]), both).terms[0].values
+    tensor([0.5379])
+    """
+    return kto(
+        ratio,
+        ratio.new_zeros(()),
+        label,
+        mask,
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+    )
 
 
 def bco(
@@ -87,6 +155,12 @@ def _rewards(scores: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> tuple[Te
     return hyper["beta"] * scores["ratio"], scores["mask"]
 
 
+def _forget(losses: Tensor, rewards: Tensor, label: Tensor, mask: Tensor) -> Outcome:
+    """Losses [G, K] of the undesirable responses, averaged over them."""
+    values = live(losses, mask & ~label).sum(-1)
+    return Outcome((Term(values, "undesirable"),), live(rewards, mask).detach())
+
+
 def npo(
     ratio: Tensor,  # [G, K]
     label: Tensor,  # [G, K] bool
@@ -98,20 +172,123 @@ def npo(
 
     $$-\frac{2}{\beta}\log\sigma(-\beta u)$$
 
-    averaged over undesirable (forget) responses; desirable ones are ignored here, so the mixture
-    {npo: 1, sft: 1} on rows of both kinds is NPO with a retain term. Tends to gradient ascent on
-    the likelihood as $\beta \to 0$. Reward $\beta u$. Paper: https://arxiv.org/abs/2404.05868
+    averaged over undesirable (forget) responses; desirable (retain) ones are ignored here. Tends
+    to `ga` on the likelihood as $\beta \to 0$. The paper's other losses, on rows of both labels:
+
+    | method | objective |
+    |---|---|
+    | NPO with retain, with KL | `{npo: 1, sft: 1}`, `{npo: 1, kl_retain: 1}` |
+    | GA, GradDiff, GA + KL | `ga`, `{ga: 1, sft: 1}`, `{ga: 1, kl_retain: 1}` |
+    | KTO | `kto_unlearn`, `{kto_unlearn: 1, sft: 1}` |
+    | IDK | `sft` on refusals |
+    | DPO, IDK | `{dpo: 2 / beta}` on pairs of a refusal over the response to forget |
+
+    Reward $\beta u$. Paper: https://arxiv.org/abs/2404.05868
 
     >>> import torch
     >>> u, live = torch.tensor([[0.0], [7.0]]), torch.tensor([[True], [True]])
     >>> npo(u, torch.tensor([[False], [True]]), live, beta=2.0).terms[0].values
     tensor([0.6931, 0.0000])
     """
-    forget = mask & ~label
-    losses = (2 / beta) * logistic(-beta * live(ratio, forget))
-    return Outcome(
-        (Term(live(losses, forget).sum(-1), "undesirable"),), live(beta * ratio, mask).detach()
-    )
+    losses = (2 / beta) * logistic(-beta * live(ratio, mask & ~label))
+    return _forget(losses, beta * ratio, label, mask)
+
+
+def simnpo(
+    mean_logps: Tensor,  # [G, K]
+    label: Tensor,  # [G, K] bool
+    mask: Tensor,  # [G, K] bool
+    *,
+    beta: float = 4.5,
+    delta: float = 0.0,
+) -> Outcome:
+    r"""SimNPO: `npo` without a reference, on the mean log-probability.
+
+    $$-\frac{2}{\beta}\log\sigma\big(-\beta(s + \delta)\big)$$
+
+    averaged over undesirable responses. $\delta$ is open-unlearning's `delta` and the official
+    code's `gamma`; the paper's equation has $\gamma = \beta\delta$. It has tuned $\beta$ for every
+    benchmark, 1 to 15; open-unlearning's class has 1. For the retain term mix in `sft`. Reward
+    $\beta s$. Paper: https://arxiv.org/abs/2410.07163
+
+    >>> import torch
+    >>> s, live = torch.tensor([[-0.5], [-3.0]]), torch.tensor([[True], [True]])
+    >>> simnpo(s, torch.tensor([[False], [True]]), live, beta=2.0, delta=0.5).terms[0].values
+    tensor([0.6931, 0.0000])
+    """
+    terms = npo(mean_logps + delta, label, mask, beta=beta).terms
+    return Outcome(terms, live(beta * mean_logps, mask).detach())
+
+
+def ga(
+    logps: Tensor,  # [G, K]
+    mean_logps: Tensor,  # [G, K]
+    label: Tensor,  # [G, K] bool
+    mask: Tensor,  # [G, K] bool
+    *,
+    reduction: Literal["sum", "sequence_mean"] = "sum",
+) -> Outcome:
+    r"""Gradient ascent: the likelihood of the undesirable responses itself is minimised.
+
+    $$S \quad\text{or}\quad s = S / L$$
+
+    averaged over undesirable responses; not bounded below. `sum` is the NPO paper's $\log\pi$,
+    `sequence_mean` divides by the length. Official code averages over the tokens of a micro-batch,
+    which is `sequence_mean` at one response each. Mixtures: see `npo`. Reward $S$, or $s$.
+    Paper: https://arxiv.org/abs/2404.05868
+
+    Raises:
+        ValueError: an unknown `reduction`.
+
+    >>> import torch
+    >>> logps, sides = torch.tensor([[-6.0, -9.0]]), torch.tensor([[True, False]])
+    >>> ga(logps, logps / 3, sides, torch.tensor([[True, True]])).terms[0]
+    Term(values=tensor([-9.]), per='undesirable', weight=1.0)
+    """
+    if reduction not in ("sum", "sequence_mean"):
+        raise ValueError(f"unknown reduction {reduction!r} of ga; use 'sum' or 'sequence_mean'")
+    score = logps if reduction == "sum" else mean_logps
+    return _forget(score, score, label, mask)
+
+
+def _desirable(scores: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    return scores["ratio"], scores["mask"] & scores["label"]
+
+
+def kto_unlearn(
+    ratio: Tensor,  # [G, K]
+    z0: Tensor,  # []
+    label: Tensor,  # [G, K] bool
+    mask: Tensor,  # [G, K] bool
+    *,
+    beta: float = 0.1,
+    link: Literal["sigmoid", "logsigmoid"] = "sigmoid",
+) -> Outcome:
+    r"""KTO for unlearning: undesirable responses against the desirable ones' mean log-ratio.
+
+    $$1 - \frac{2}{\beta}\,\sigma(z_0 - \beta u)$$
+
+    averaged over undesirable responses. $z_0$ is the mean of $u$ over the desirable responses,
+    which are refusals, of every rank; as in the NPO paper's code it is not multiplied by $\beta$,
+    not clamped and carries no gradient. `link="logsigmoid"` is that code's `kto_logsigmoid`,
+    with $\log\sigma$ for $\sigma$. Reward $\beta u$. Paper: https://arxiv.org/abs/2404.05868
+
+    Raises:
+        ValueError: an unknown `link`.
+
+    >>> import torch
+    >>> u, live = torch.tensor([[5.0]]), torch.tensor([[True]])
+    >>> kto_unlearn(u, torch.tensor(0.5), ~live, live).terms[0].values  # 1 - 20 / 2
+    tensor([-9.])
+    """
+    z = z0 - beta * live(ratio, mask & ~label)
+    if link == "sigmoid":
+        losses = 1 - (2 / beta) * torch.sigmoid(z)
+    elif link == "logsigmoid":
+        losses = 1 + (2 / beta) * logistic(z)
+    else:
+        raise ValueError(f"unknown link {link!r} of kto_unlearn; use 'sigmoid' or 'logsigmoid'")
+    return _forget(losses, beta * ratio, label, mask)
 
 
 POINTWISE: dict[str, Objective] = {
@@ -124,6 +301,21 @@ POINTWISE: dict[str, Objective] = {
         {"z0": Statistic(_mismatched)},
         extras=("mismatched",),
     ),
+    "kto_pair": Objective(
+        "kto_pair",
+        kto_pair,
+        "pair",
+        "2402.01306",
+        "sig(-beta (u_w - z_l)) + sig(beta (u_l - z_w)), z = max(0, mean u)",
+        {"z_chosen": _side(0), "z_rejected": _side(1)},
+    ),
+    "apo_zero_unpaired": Objective(
+        "apo_zero_unpaired",
+        apo_zero_unpaired,
+        "point",
+        "2408.06266",
+        "lam_D sig(-beta u) if desirable else lam_U sig(beta u)",
+    ),
     "bco": Objective(
         "bco",
         bco,
@@ -134,5 +326,21 @@ POINTWISE: dict[str, Objective] = {
     ),
     "npo": Objective(
         "npo", npo, "point", "2404.05868", "-(2/beta) logsig(-beta u), undesirable only"
+    ),
+    "simnpo": Objective(
+        "simnpo",
+        simnpo,
+        "point",
+        "2410.07163",
+        "-(2/beta) logsig(-beta (s + delta)), undesirable only",
+    ),
+    "ga": Objective("ga", ga, "point", "2404.05868", "S, undesirable only"),
+    "kto_unlearn": Objective(
+        "kto_unlearn",
+        kto_unlearn,
+        "point",
+        "2404.05868",
+        "1 - (2/beta) sig(z0 - beta u), undesirable only, z0 = mean u of desirable",
+        {"z0": Statistic(_desirable)},
     ),
 }

@@ -1,9 +1,13 @@
-"""Likelihood terms: what keeps a policy close to good text while preferences pull it elsewhere."""
+"""Terms that keep a policy close to good text, or random, while preferences pull it elsewhere.
+
+They are made to be mixed in, `{"dpo": 1.0, "sft": 0.1}`, and are objectives like any other.
+"""
 
 from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from .base import Objective, Outcome, Term
@@ -11,6 +15,25 @@ from .links import live
 
 Reduction = Literal["token_mean", "sequence_mean", "sum"]
 """How an NLL is averaged: over tokens, over per-response means, or over per-response sums."""
+
+
+def _average(
+    sums: Tensor,  # [G, K]
+    means: Tensor,  # [G, K]
+    label: Tensor,  # [G, K] bool
+    mask: Tensor,  # [G, K] bool
+    reduction: Reduction,
+    weight: float = 1.0,
+) -> Term:
+    """One term of the desirable responses, of which each has a sum and a mean over its tokens."""
+    good = label & mask
+    if reduction == "token_mean":
+        return Term(live(sums, good).sum(-1), "chosen_tokens", weight)
+    if reduction == "sequence_mean":
+        return Term(live(means, good).sum(-1), "desirable", weight)
+    if reduction == "sum":
+        return Term(live(sums, good).sum(-1), "desirable", weight)
+    raise ValueError(f"unknown reduction {reduction!r}; use 'token_mean', 'sequence_mean' or 'sum'")
 
 
 def nll(
@@ -27,16 +50,7 @@ def nll(
     Raises:
         ValueError: an unknown `reduction`.
     """
-    good = label & mask
-    if reduction == "token_mean":
-        return Term(-live(logps, good).sum(-1), "chosen_tokens", weight)
-    if reduction == "sequence_mean":
-        return Term(-live(mean_logps, good).sum(-1), "desirable", weight)
-    if reduction == "sum":
-        return Term(-live(logps, good).sum(-1), "desirable", weight)
-    raise ValueError(
-        f"unknown NLL reduction {reduction!r}; use 'token_mean', 'sequence_mean' or 'sum'"
-    )
+    return _average(-logps, -mean_logps, label, mask, reduction, weight)
 
 
 def sft(
@@ -56,7 +70,9 @@ def sft(
     - `sequence_mean`: the mean of $-S_w / L_w$ (Iterative RPO, https://arxiv.org/abs/2404.19733);
     - `sum`: the mean of $-S_w$ (the NLL of the CPO and RPO papers as they are printed).
 
-    The logged reward is the log-probability $S$ itself.
+    Conditional SFT (csft; MEET, https://arxiv.org/abs/2310.00819) is this loss on rows whose
+    prompts name the quality of the response, all of them labelled desirable. The logged reward is
+    the log-probability $S$ itself.
 
     >>> import torch
     >>> logps = torch.tensor([[-6.0, -9.0]])
@@ -68,6 +84,110 @@ def sft(
     return Outcome((term,), live(logps, mask).detach())
 
 
+def gold_sft(
+    gold_logps: Tensor,  # [G]
+    gold_mean_logps: Tensor,  # [G]
+    mask: Tensor,  # [G, K] bool
+    *,
+    reduction: Literal["sequence_mean", "sum"] = "sequence_mean",
+) -> Outcome:
+    r"""Supervised fine-tuning on the extra response `gold`, which is none of the candidates.
+
+    $$-s_{gold} \quad\text{or}\quad -S_{gold}$$
+
+    averaged over groups: `sequence_mean` divides by the length, `sum` does not. `tpo` has the
+    former built in. It gives candidates no reward: 0 is logged.
+
+    Raises:
+        ValueError: an unknown `reduction`.
+
+    >>> import torch
+    >>> logps = torch.tensor([-6.0])
+    >>> gold_sft(logps, logps / 3, torch.tensor([[True, True]])).terms[0].values
+    tensor([2.])
+    """
+    if reduction not in ("sequence_mean", "sum"):
+        raise ValueError(
+            f"unknown reduction {reduction!r} of gold_sft; use 'sequence_mean' or 'sum'"
+        )
+    score = gold_logps if reduction == "sum" else gold_mean_logps
+    rewards = torch.zeros_like(mask, dtype=gold_logps.dtype)
+    return Outcome((Term(live(-score, mask.any(-1))),), rewards)
+
+
+def kl_retain(
+    kl: Tensor,  # [G, K]
+    length: Tensor,  # [G, K]
+    label: Tensor,  # [G, K] bool
+    mask: Tensor,  # [G, K] bool
+    *,
+    reduction: Reduction = "token_mean",
+) -> Outcome:
+    r"""Divergence from the reference on the desirable responses: what unlearning should not change.
+
+    $$F_w = \sum_t KL(\pi_{ref} \| \pi)_t$$
+
+    over response tokens, averaged like the NLL of `sft`: `token_mean` is $\sum F_w / \sum L_w$,
+    `sequence_mean` the mean of $F_w / L_w$, `sum` the mean of $F_w$. Mix it with `npo` or `ga`. The
+    NPO paper's code also counts prompt and padding positions. Needs the reference's whole
+    distribution. The logged reward is $-F$. Paper: https://arxiv.org/abs/2404.05868
+
+    Raises:
+        ValueError: an unknown `reduction`.
+
+    >>> import torch
+    >>> kl, lengths = torch.tensor([[6.0, 9.0]]), torch.tensor([[3.0, 3.0]])
+    >>> both, first = torch.tensor([[True, True]]), torch.tensor([[True, False]])
+    >>> kl_retain(kl, lengths, first, both).terms[0]
+    Term(values=tensor([6.]), per='chosen_tokens', weight=1.0)
+    """
+    mean = live(kl, mask) / live(length, mask).clamp(min=1)
+    return Outcome((_average(kl, mean, label, mask, reduction),), live(-kl, mask).detach())
+
+
+def entropy(
+    entropy: Tensor,  # [G, K]
+    mean_entropy: Tensor,  # [G, K]
+    mask: Tensor,  # [G, K] bool
+    *,
+    reduction: Literal["token_mean", "sequence_mean"] = "token_mean",
+) -> Outcome:
+    r"""Entropy bonus: a positive weight in a mixture raises the entropy of the policy's tokens.
+
+    $$-\sum_t H_t, \quad H_t = -\sum_v \pi_t(v) \log \pi_t(v)$$
+
+    of all candidates, averaged over all their tokens (`token_mean`, PPO's and GRPO's bonus), or
+    first over each response's (`sequence_mean`). The logged reward is the mean entropy of a
+    response. Paper: https://arxiv.org/abs/1602.01783
+
+    Raises:
+        ValueError: an unknown `reduction`.
+
+    >>> import torch
+    >>> total, both = torch.tensor([[6.0, 3.0]]), torch.tensor([[True, True]])
+    >>> entropy(total, total / 3, both).terms[0]
+    Term(values=tensor([-9.]), per='response_tokens', weight=1.0)
+    """
+    if reduction == "token_mean":
+        term = Term(-live(entropy, mask).sum(-1), "response_tokens")
+    elif reduction == "sequence_mean":
+        term = Term(-live(mean_entropy, mask).sum(-1), "responses")
+    else:
+        raise ValueError(
+            f"unknown reduction {reduction!r} of entropy; use 'token_mean' or 'sequence_mean'"
+        )
+    return Outcome((term,), live(mean_entropy, mask).detach())
+
+
 REGULARISERS: dict[str, Objective] = {
     "sft": Objective("sft", sft, "point", "maximum likelihood", "-S_w, averaged over tokens"),
+    "gold_sft": Objective(
+        "gold_sft", gold_sft, "point", "maximum likelihood", "-s_gold", extras=("gold",)
+    ),
+    "kl_retain": Objective(
+        "kl_retain", kl_retain, "point", "2404.05868", "sum_t KL(ref || policy)_t, desirable only"
+    ),
+    "entropy": Objective(
+        "entropy", entropy, "point", "1602.01783", "-sum_t H_t, averaged over tokens"
+    ),
 }

@@ -13,7 +13,7 @@ from fastpo import PreferenceLoss, Segments
 from fastpo.objectives import OBJECTIVES
 from fastpo.objectives.base import Outcome
 from fastpo.objectives.batchwise import alpha_dpo, beta_dpo, maxmin
-from fastpo.objectives.listwise import tie_keys
+from fastpo.objectives.lipo import tie_keys
 from fastpo.objectives.pairwise import dpo
 from fastpo.objectives.reference_free import simpo
 from tests.numerics import assert_three_way

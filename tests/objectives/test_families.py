@@ -14,7 +14,8 @@ from torch import Tensor
 
 import fastpo.objectives
 from fastpo.objectives import OBJECTIVES, get_objective
-from fastpo.objectives.listwise import lipo, logo, plackett_luce, tie_keys
+from fastpo.objectives.lipo import lipo, plackett_luce, tie_keys
+from fastpo.objectives.listwise import logo
 from fastpo.objectives.pairwise import bco_pair, dpo, ipo, robust, sppo
 from fastpo.objectives.pointwise import bco, kto, npo
 from fastpo.objectives.reference_free import cpo, simpo

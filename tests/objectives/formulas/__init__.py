@@ -10,6 +10,7 @@ from __future__ import annotations
 from . import (
     batchwise,
     diffusion,
+    lipo,
     listwise,
     pairwise,
     pointwise,
@@ -27,6 +28,7 @@ FAMILIES = (
     regression,
     batchwise,
     pointwise,
+    lipo,
     listwise,
     token,
     policy,

@@ -31,4 +31,44 @@ def npo(g, h):
     return {"undesirable": loss}, times(h.beta, g.u)
 
 
-FORMULAS = {f.__name__: f for f in (kto, bco, npo)}
+def kto_pair(g, h):
+    chosen, rejected = max(mpf(0), g.z_chosen), max(mpf(0), g.z_rejected)
+    loss = 1 - sigmoid(h.beta * (g.u[0] - rejected)) + 1 - sigmoid(h.beta * (chosen - g.u[1]))
+    return {"responses": loss}, times(h.beta, g.u)
+
+
+def apo_zero_unpaired(g, h):
+    total = mpf(0)
+    for u, good in zip(g.u, g.label, strict=True):
+        if good:
+            total += h.desirable_weight * (1 - sigmoid(h.beta * u))
+        else:
+            total += h.undesirable_weight * sigmoid(h.beta * u)
+    return {"responses": total}, times(h.beta, g.u)
+
+
+def forgotten(scores, g):
+    return [x for x, good in zip(scores, g.label, strict=True) if not good]
+
+
+def simnpo(g, h):
+    losses = [2 / h.beta * nlsig(h.beta * (-s - h.delta)) for s in forgotten(g.s, g)]
+    return {"undesirable": sum(losses, mpf(0))}, times(h.beta, g.s)
+
+
+def ga(g, h):
+    score = g.S if h.reduction == "sum" else g.s
+    return {"undesirable": sum(forgotten(score, g), mpf(0))}, list(score)
+
+
+def kto_unlearn(g, h):
+    def link(x):
+        return sigmoid(x) if h.link == "sigmoid" else -nlsig(x)
+
+    losses = [1 - 2 / h.beta * link(g.z0 - h.beta * u) for u in forgotten(g.u, g)]
+    return {"undesirable": sum(losses, mpf(0))}, times(h.beta, g.u)
+
+
+FORMULAS = {
+    f.__name__: f for f in (kto, bco, npo, kto_pair, apo_zero_unpaired, simnpo, ga, kto_unlearn)
+}
