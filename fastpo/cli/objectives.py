@@ -29,7 +29,6 @@ _IN_WORDS = {
     "token_rewards": "token rewards",
     "token_old_logps": "log-probs of the sampling policy",
     "old_logps": "log-probs of the sampling policy",
-    "token_weights": "token weights",
     "error": "denoising errors",
     "ref_error": "the reference's denoising errors",
 }
