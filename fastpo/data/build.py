@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from fastpo.data.formats import EXTRAS as COLUMNS
 from fastpo.data.formats import BadField, Example, check_distinct, message_text, read_row
 from fastpo.data.groups import Group, Response
+from fastpo.data.rows import FILE, ROW
 from fastpo.data.templates import Encoder
 from fastpo.data.token_weights import check_schemes, span_weights, weighted
 
@@ -142,6 +143,8 @@ def _to_groups(
     source: str,
     extras: Sequence[str] = (),
 ) -> list[Group]:
+    if isinstance(row, Mapping) and row.get(FILE) is not None:
+        source, index = row[FILE], row[ROW]
     try:
         example = read_row(row, extras)
         encoded = encoder.encode(example)
@@ -421,9 +424,9 @@ class GroupStream(torch.utils.data.IterableDataset[Group]):
 
     The same groups in the same order as `build_groups`, except that a mismatched response comes
     from the last group before that has another prompt (for the first prompt: from the first group
-    after). `skipped` and `num_rows` describe the latest pass. With several DataLoader workers each
-    builds its share and counts its own; a `datasets.IterableDataset` divides itself, other rows
-    are dealt out in turn.
+    after). `skipped` and `num_rows` tell of all that was read so far, a row of several passes once.
+    With several DataLoader workers each builds its share and counts its own; a
+    `datasets.IterableDataset` divides itself, other rows are dealt out in turn.
 
     Args and errors: as `build_groups`.
     """
@@ -440,8 +443,21 @@ class GroupStream(torch.utils.data.IterableDataset[Group]):
         _check_extras(extras)
         self.rows, self.tokenizer, self.source = rows, tokenizer, source
         self.options, self.extras = options or DataOptions(), tuple(extras)
-        self.skipped: list[BadRow] = []
         self.num_rows = 0
+        self._skipped: dict[tuple[str, int], BadRow] = {}
+        self._head: list[Group] = []
+
+    @property
+    def skipped(self) -> list[BadRow]:
+        """The bad rows that were left out so far."""
+        return list(self._skipped.values())
+
+    def head(self, count: int) -> list[Group]:
+        """The first groups of the first pass, the same however often they are asked for."""
+        if len(self._head) < count:
+            self.set_epoch(0)
+            self._head = list(itertools.islice(self, count))
+        return self._head[:count]
 
     def set_epoch(self, epoch: int) -> None:
         """Passes the epoch to rows that are shuffled by it."""
@@ -458,23 +474,25 @@ class GroupStream(torch.utils.data.IterableDataset[Group]):
 
     def _groups(self) -> Iterator[Group]:
         encoder = _encoder(self.tokenizer, self.options)
-        self.skipped, self.num_rows = [], 0
+        num_rows = num_bad = 0
         rows = enumerate(self.rows)
         worker = torch.utils.data.get_worker_info()
         if worker is not None and not isinstance(self.rows, torch.utils.data.IterableDataset):
             rows = itertools.islice(rows, worker.id, None, worker.num_workers)
         for index, row in rows:
-            self.num_rows += 1
+            num_rows += 1
+            self.num_rows = max(self.num_rows, num_rows)
             try:
                 yield from _to_groups(row, encoder, self.options, index, self.source, self.extras)
             except BadRow as bad:
                 if self.options.on_bad_row == "error":
                     raise
-                self.skipped.append(bad)
-        if len(self.skipped) == self.num_rows and worker is None:
+                num_bad += 1
+                self._skipped[bad.source, bad.row] = bad
+        if num_bad == num_rows and worker is None:
             raise ValueError(f"{self.source}: no usable row; {self.skipped_report()}")
         _log_moved(encoder, self.source)
-        if self.skipped:
+        if num_bad:
             logger.warning("%s: %s", self.source, self.skipped_report())
 
     def _with_mismatched(self, groups: Iterator[Group]) -> Iterator[Group]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
@@ -83,12 +84,30 @@ def _message(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
     return message
 
 
+# A text like this is a conversation, written as JSON or (then it is refused) as Python writes it.
+MESSAGES = re.compile(
+    r"""\s*\[\s*\{.*['"]role['"]\s*:\s*['"](system|developer|user|assistant|tool)['"]""", re.DOTALL
+)
+
+
+def _parsed(name: str, value: Any) -> Any:
+    """A list or dict; where a format has text only (CSV), what its JSON says."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise BadField(name, f"neither a list or dict nor JSON of one: {error}", value) from error
+
+
 def _content(name: str, value: Any) -> Content:
     """Text or messages, checked."""
     if value is None:
         raise BadField(name, "missing")
     if isinstance(value, str):
-        return value
+        if not MESSAGES.match(value):
+            return value
+        value = _parsed(name, value)
     if _is_sequence(value) and all(isinstance(item, Mapping) for item in value):
         return [_message(name, item) for item in value]
     raise BadField(name, "neither text nor a list of messages", value)
@@ -111,6 +130,11 @@ def _is_empty(content: Content) -> bool:
 
 
 def _number(name: str, value: Any) -> float:
+    if isinstance(value, str):  # CSV has no numbers
+        try:
+            value = float(value)
+        except ValueError:
+            raise BadField(name, "not a finite number", value) from None
     number = isinstance(value, (int, float, np.integer, np.floating))
     if not number or isinstance(value, bool) or not math.isfinite(value):
         raise BadField(name, "not a finite number", value)
@@ -120,7 +144,10 @@ def _number(name: str, value: Any) -> float:
 def _spans_of(name: str, value: Any) -> list[Span]:
     """Spans written as [start, stop, weight]."""
     spans = []
-    for i, item in enumerate([] if value is None else value):
+    value = [] if value is None else _parsed(name, value)
+    if not _is_sequence(value):
+        raise BadField(name, "not a list of [start, stop, weight]", value)
+    for i, item in enumerate(value):
         where = f"{name}[{i}]"
         if not _is_sequence(item) or len(item) != 3:
             raise BadField(where, "not [start, stop, weight]", item)
@@ -132,7 +159,7 @@ def _spans_of(name: str, value: Any) -> list[Span]:
 
 
 def _spans(row: Mapping[str, Any], name: str, count: int) -> list[list[Span]] | None:
-    values = row.get(name)
+    values = _parsed(name, row.get(name))
     if values is None:
         return None
     if not _is_sequence(values) or len(values) != count:
@@ -151,7 +178,7 @@ def _cohort(value: Any) -> int:
 
 
 def _grades(row: Mapping[str, Any], name: str, count: int) -> list[Any] | None:
-    values = row.get(name)
+    values = _parsed(name, row.get(name))
     if values is None:
         return None
     if not _is_sequence(values) or len(values) != count:
@@ -161,7 +188,7 @@ def _grades(row: Mapping[str, Any], name: str, count: int) -> list[Any] | None:
 
 
 def _ranked_list(row: Mapping[str, Any]) -> Example:
-    values = row["responses"]
+    values = _parsed("responses", row["responses"])
     if not _is_sequence(values):
         raise BadField("responses", "not a list of responses", values)
     if len(values) < 2:
@@ -219,6 +246,8 @@ def _single(row: Mapping[str, Any]) -> Example:
     completion, label = _content("completion", row["completion"]), row.get("label")
     if label is None:
         raise BadField("label", "missing: true for a good completion, false for a bad one")
+    if isinstance(label, str):  # CSV has no bools
+        label = {"true": True, "false": False}.get(label.lower(), label)
     if not isinstance(label, (bool, np.bool_)):
         raise BadField("label", "not a bool", label)
     score = None if "score" not in row else _number("score", row["score"])
@@ -235,15 +264,10 @@ def _single(row: Mapping[str, Any]) -> Example:
 
 
 def _template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
-    kwargs = row.get("chat_template_kwargs", {})
+    kwargs = _parsed("chat_template_kwargs", row.get("chat_template_kwargs", {}))
     if not isinstance(kwargs, Mapping):
         raise BadField("chat_template_kwargs", "not a dict", kwargs)
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise BadField("tools", f"not JSON: {error}", tools) from error
+    tools = _parsed("tools", row.get("tools"))
     # An empty list makes some templates write an empty tool section.
     return {**kwargs, **({"tools": tools} if tools else {})}
 

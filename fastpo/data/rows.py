@@ -6,11 +6,16 @@ Reading is the `datasets` library's work; this file only finds out which of its 
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping, Sequence
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
+import pandas
+import pyarrow
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
@@ -25,6 +30,8 @@ READERS = {
     ".arrow": "arrow",
 }
 COMPRESSIONS = {".gz", ".bz2", ".xz", ".zst"}
+FILE, ROW = "__file__", "__row__"
+"""Columns that say which file a row was read from, and its number there, from 0."""
 
 
 def _suffix(path: str) -> str:
@@ -35,7 +42,7 @@ def _suffix(path: str) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def _load_files(files: list[str], split: str, streaming: bool) -> Rows:
+def _reader(files: list[str]) -> str:
     readers = {READERS.get(_suffix(file)) for file in files}
     reader = readers.pop()
     if readers or reader is None:
@@ -43,9 +50,96 @@ def _load_files(files: list[str], split: str, streaming: bool) -> Rows:
             f"cannot read {', '.join(files[:5])}: the files must share one format of "
             f"{', '.join(READERS)} (or compressed: {', '.join(sorted(COMPRESSIONS))})"
         )
-    options: dict[str, Any] = {"sep": "\t"} if _suffix(files[0]) == ".tsv" else {}
+    return reader
+
+
+def _load_file(reader: str, file: str, streaming: bool) -> Any:
+    options: dict[str, Any] = {}
+    if reader == "csv":
+        sep = "\t" if _suffix(file) == ".tsv" else ","
+        columns = pandas.read_csv(file, sep=sep, nrows=0).columns
+        # A guessed type would make the answer "2" a number, and "NA" or "None" a missing one.
+        options = {
+            "sep": sep,
+            "features": datasets.Features({name: datasets.Value("string") for name in columns}),
+            "keep_default_na": False,
+            "na_values": [""],
+        }
     return datasets.load_dataset(
-        reader, data_files=files, split=split, streaming=streaming, **options
+        reader, data_files=[file], split="train", streaming=streaming, **options
+    )
+
+
+def _torn_line(file: str) -> str:
+    """Where a file of JSON lines is broken, as `, row 3: ...`; "" where it is not, or not known."""
+    if _suffix(file) not in (".jsonl", ".ndjson"):
+        return ""
+    # The text reader undoes every compression that the other ones undo.
+    lines = datasets.load_dataset("text", data_files=[file], split="train", streaming=True)
+    for index, line in enumerate(lines):
+        try:
+            json.loads(line["text"] or "null")
+        except json.JSONDecodeError as error:
+            return f", row {index}: not JSON ({error}); got {line['text'][:200]!r}"
+    return ""
+
+
+@contextmanager
+def _naming(file: str) -> Iterator[None]:
+    """Errors of `datasets` name no file, or one in its cache."""
+    try:
+        yield
+    except StopIteration as error:  # what `datasets` makes of an empty file
+        raise ValueError(f"cannot read {file}: it is empty; leave it out") from error
+    except (DatasetGenerationError, ValueError, OSError) as error:  # Arrow's and pandas' are these
+        reason = _torn_line(file) or f": {error.__cause__ or error}"
+        raise ValueError(f"cannot read {file}{reason}; repair the file or leave it out") from error
+
+
+def _read(reader: str, files: list[str], origin: bool) -> Iterator[dict[str, Any]]:
+    for file in files:
+        number = itertools.count()
+        with _naming(file):
+            # By batches, since row by row a loader's process would take its share of a share.
+            for batch in _load_file(reader, file, streaming=True).iter(batch_size=100):
+                for values in zip(*batch.values(), strict=True):
+                    row = dict(zip(batch, values, strict=True))
+                    yield {**row, FILE: file, ROW: next(number)} if origin else row
+
+
+def _load_files(files: list[str], split: str, streaming: bool, origin: bool) -> Rows:
+    reader = _reader(files)
+    if streaming:
+        if split != "train":
+            raise ValueError(f"split={split!r}: streamed files have the split 'train' alone")
+        # A list among the arguments is what loader processes divide: each reads files of its own.
+        return datasets.IterableDataset.from_generator(
+            _read, gen_kwargs={"reader": reader, "files": files, "origin": origin}
+        )
+    parts: list[datasets.Dataset] = []
+    for file in files:
+        with _naming(file):
+            part = _load_file(reader, file, streaming=False)
+        if origin:
+            part = part.add_column(FILE, [file] * len(part)).add_column(ROW, [*range(len(part))])
+        parts.append(part)
+    rows = _joined(parts)
+    slices = datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(rows)})
+    return datasets.concatenate_datasets([rows.select(range(s.from_, s.to)) for s in slices])
+
+
+def _joined(parts: list[datasets.Dataset]) -> datasets.Dataset:
+    """The parts in turn, with types that hold all of them: 1 and 0.5 are floats."""
+    if len(parts) == 1:
+        return parts[0]
+    schemas = [part.features.arrow_schema.remove_metadata() for part in parts]
+    try:
+        schema = pyarrow.unify_schemas(schemas, promote_options="permissive")
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"the files have columns of different types: {error}") from error
+    features = datasets.Features.from_arrow_schema(schema)
+    return datasets.concatenate_datasets(
+        [part.cast(datasets.Features({k: features[k] for k in part.features})) for part in parts]
     )
 
 
@@ -71,6 +165,7 @@ def load_rows(
     split: str | None = None,
     name: str | None = None,
     streaming: bool = False,
+    origin: bool = False,
 ) -> Rows:
     """Loads the rows of a data set.
 
@@ -82,6 +177,8 @@ def load_rows(
         split: which split, slices such as "train[:10%]" included; None means "train".
         name: configuration of a Hub data set or folder.
         streaming: read lazily, as an IterableDataset.
+        origin: add the columns `FILE` and `ROW` to rows of a file or a glob, which messages about
+            bad rows then name.
 
     Raises:
         FileNotFoundError: nothing there; the message lists every place that was tried.
@@ -105,12 +202,12 @@ def load_rows(
     path = Path(source).expanduser()
     try:
         if path.is_file():
-            return _load_files([str(path)], wanted, streaming)
+            return _load_files([str(path)], wanted, streaming, origin)
         if path.is_dir():
             return _load_folder(path, name, wanted, streaming)
         matches = sorted(f for f in glob.glob(str(path), recursive=True) if Path(f).is_file())
         if matches:
-            return _load_files(matches, wanted, streaming)
+            return _load_files(matches, wanted, streaming, origin)
         # A Hub name is `name` or `owner/name`; anything else can only have meant a file.
         if _suffix(str(path)) in READERS or path.is_absolute() or len(path.parts) > 2:
             raise FileNotFoundError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Sized
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,47 @@ class Filler:
 
     def __init__(self, group: Group) -> None:
         self.group = group
+
+
+class Passes(torch.utils.data.IterableDataset):
+    """A stream that begins again when it ends: a run is one pass over it, of `max_steps` steps.
+
+    The Trainer counts steps, not passes, of data without a length. Were it to begin the passes, a
+    resumed run would skip within the first one only, and the micro-batches at a pass's end would be
+    left to a step of the next. Here a resumed run skips what it has seen, over all passes.
+
+    Args:
+        stream: the groups; told the number of every pass.
+        seed: the run's seed.
+        buffer: groups are drawn from this many, in an order that is a function of seed and pass;
+            0 keeps the order of the rows.
+    """
+
+    def __init__(self, stream: GroupStream, seed: int, buffer: int = 0) -> None:
+        self.stream, self.seed, self.buffer = stream, seed, buffer
+
+    def __iter__(self) -> Iterator[Group]:
+        for number in itertools.count():
+            self.stream.set_epoch(number)
+            empty = True
+            for group in self._drawn(np.random.default_rng([self.seed, number])):
+                empty = False
+                yield group
+            if empty:  # a worker whose share has no rows
+                return
+
+    def _drawn(self, rng: np.random.Generator) -> Iterator[Group]:
+        held: list[Group] = []
+        for group in self.stream:
+            if len(held) < self.buffer:
+                held.append(group)
+                continue
+            if held:
+                slot = int(rng.integers(len(held)))
+                held[slot], group = group, held[slot]
+            yield group
+        for slot in rng.permutation(len(held)):
+            yield held[slot]
 
 
 class PaddedGroups(torch.utils.data.Dataset):
@@ -103,10 +145,16 @@ def as_groups(
     extras: Sequence[str],
     source: str,
 ) -> Any:
-    """A dataset of groups from groups, rows, a file or a name; groups are returned as they are."""
+    """A dataset of groups from groups, rows, a file or a name; groups are returned as they are.
+
+    Raises:
+        ValueError: no groups or rows; names the source.
+    """
+    if not isinstance(data, str | Mapping) and isinstance(data, Sized) and not len(data):
+        raise ValueError(f"{source} is empty ({data!r:.60}): give at least one group or row")
     if isinstance(data, GroupStream) or _holds_groups(data):
         return GroupDataset(data, [], len(data)) if isinstance(data, list) else data
-    rows: Any = load_rows(data)
+    rows: Any = load_rows(data, origin=True)  # pyright: ignore[reportArgumentType]
     if isinstance(data, str | Path):
         source = str(data)
     if isinstance(rows, torch.utils.data.IterableDataset):

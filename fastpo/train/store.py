@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ def store_key(
     precision: str,
     truncation: Mapping[str, Any],
     chat_template_kwargs: Mapping[str, Any],
+    share_prompt: bool,
     skip: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, str]:
     """What a store depends on, part by part, so that a refusal can name the part that changed."""
@@ -88,6 +90,7 @@ def store_key(
             [getattr(tokenizer, "chat_template", None), dict(chat_template_kwargs)],
         ),
         "truncation": _hash(dict(truncation)),
+        "sharing": "one prompt copy a group" if share_prompt else "one prompt copy a response",
     }
 
 
@@ -98,7 +101,7 @@ class ReferenceStore:
         path: the folder; created when missing.
         key: what the numbers depend on, from `store_key`.
         info: readable facts for `store.json` (model name, revision); not compared.
-        writer: distinguishes the shards of processes that write into one folder.
+        writer: rank of this process, part of its shards' names.
 
     Raises:
         ValueError: the folder holds numbers computed with another key; names the parts that differ.
@@ -118,17 +121,18 @@ class ReferenceStore:
         self._index: dict[str, tuple[str, int, int]] = {}  # key -> shard, from, to
         self._open: dict[str, Any] = {}
         meta = self.path / META
-        if meta.is_file():
-            held = json.loads(meta.read_text(encoding="utf-8"))["key"]
-            changed = [part for part in key if held.get(part) != key[part]]
-            if changed:
-                raise ValueError(
-                    f"the reference store {self.path} is stale: {', '.join(changed)} changed since "
-                    "it was computed; give another reference_store or delete this folder"
-                )
-        else:
+        if not meta.is_file():
             text = json.dumps({"kind": "logps", "key": dict(key), **(info or {})}, indent=1)
             self._write(meta, lambda partial: partial.write_text(text, encoding="utf-8"))
+        # Read back also where it was just written: another run may have been faster.
+        held = json.loads(meta.read_text(encoding="utf-8"))["key"]
+        changed = [part for part in key if held.get(part) != key[part]]
+        if changed:
+            raise ValueError(
+                f"the reference store {self.path} is stale: {', '.join(changed)} changed since it "
+                "was computed; give another reference_store or delete this folder, which "
+                "--overwrite keeps"
+            )
         self.refresh()
 
     def refresh(self) -> None:
@@ -183,8 +187,8 @@ class ReferenceStore:
         keys = np.frombuffer(digests, np.uint8).reshape(len(groups), -1)
         ends = np.cumsum([len(values) for values in logps]).astype(np.int64)
         shard = {"keys": keys, "ends": ends, "logps": np.concatenate(logps).astype(np.float32)}
-        number = len(list(self.path.glob(f"shard-{self.writer}-*.safetensors")))
-        path = self.path / f"shard-{self.writer}-{number:06d}.safetensors"
+        # No counter: another run that fills this folder would count to the same number.
+        path = self.path / f"shard-{self.writer}-{uuid.uuid4().hex}.safetensors"
         self._write(path, lambda partial: save_file(shard, partial))
         start = 0
         for group, end in zip(groups, ends.tolist(), strict=True):

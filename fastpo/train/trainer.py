@@ -10,6 +10,7 @@ What is overridden, and what goes wrong without it:
   1 x 8, 2 x 4 and 8 x 1 (batch x accumulation) give the same loss and the same gradients.
 - `evaluation_loop` and `prediction_step` divide by the counts of the whole evaluation set: the
   Trainer's mean of batch means gives a short last batch too much weight.
+- A stream is trained on as one endless pass: the Trainer resumes within the first pass only.
 - Checkpoints are written aside and renamed last: the Trainer resumes from torn ones.
 """
 
@@ -41,6 +42,8 @@ from transformers import ProgressCallback as HFProgressCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
+from fastpo.data.build import GroupStream
+from fastpo.data.fit import check_fit
 from fastpo.data.groups import Group
 from fastpo.data.packing import counts_of
 from fastpo.loss import LossOutput
@@ -48,7 +51,7 @@ from fastpo.model.check import can_share_prompt, self_check
 from fastpo.model.facts import read_head
 from fastpo.model.hidden import attach, generation, label_hidden
 from fastpo.model.load import disable_dropout
-from fastpo.train.batches import Collator, EpochSampler, PaddedGroups, as_groups
+from fastpo.train.batches import Collator, EpochSampler, PaddedGroups, Passes, as_groups
 from fastpo.train.checkpoint import (
     LOSS_STATE,
     TRAINER_STATE,
@@ -75,17 +78,23 @@ from fastpo.train.reference import (
     live_reference,
     resolve_kind,
 )
+from fastpo.train.report import write_model_card
 from fastpo.train.store import ReferenceStore, store_key
 from fastpo.train.sync import ReferenceUpdate
 
 log = logging.getLogger(__name__)
 
 SAMPLES_FILE = "samples.jsonl"
+_CHECKED = 8  # groups of a stream, or of a self-check, that are looked at before the first step
 CONFIG_FILE = "preference_config.yaml"
+# Groups that a stream's next one is drawn from: a second of tokenising, and a few MB.
+STREAM_BUFFER = 1000
 
 
 class PreferenceTrainer(Trainer):
     """Trains a causal language model on preferences.
+
+    `fastpo.train.report.write_report(output_dir)` draws what a run leaves in its folder.
 
     Args:
         model: a causal language model, or a PEFT model around one.
@@ -137,12 +146,16 @@ class PreferenceTrainer(Trainer):
         # A copy is taken before `attach` binds a forward to the policy.
         live = None if kind in ("none", "store") else live_reference(kind, model, head, ref_model)
         attach(model)
-        shares = self._shares_prompts(model, args)
+        shares, self.sharing_reason = self._shares_prompts(model, args)
+        self._checked = False
 
         def groups_of(data: Any, source: str) -> Any:
             if data is None:
                 return None
-            return as_groups(data, processing_class, args, extras=loss.extras, source=source)
+            groups = as_groups(data, processing_class, args, extras=loss.extras, source=source)
+            # Of a stream the beginning; what is wrong later stops the step that meets it.
+            check_fit(loss, groups if isinstance(groups, Sized) else groups.head(_CHECKED))
+            return groups
 
         train_dataset = groups_of(train_dataset, "train data")
         if isinstance(eval_dataset, dict):
@@ -159,6 +172,12 @@ class PreferenceTrainer(Trainer):
                 raise ValueError(
                     "reference='store' needs all training data before the first step, but it is a "
                     "stream: use reference='copy' or 'adapter', or do not stream"
+                )
+            if args.dataloader_num_workers and args.on_bad_row == "skip":
+                raise ValueError(
+                    f"dataloader_num_workers={args.dataloader_num_workers}, on_bad_row='skip' and "
+                    "a stream: only the loader's processes would know which rows were skipped; set "
+                    "dataloader_num_workers=0 or on_bad_row='error', or do not stream"
                 )
         # Padding is masked and never scored, so any token does.
         pad = processing_class.pad_token_id
@@ -203,9 +222,9 @@ class PreferenceTrainer(Trainer):
     # ---- Setting up ----
 
     @staticmethod
-    def _shares_prompts(model: nn.Module, args: PreferenceConfig) -> bool:
+    def _shares_prompts(model: nn.Module, args: PreferenceConfig) -> tuple[bool, str]:
         if args.share_prompt == "false":
-            return False
+            return False, "share_prompt is false"
         possible, reason = can_share_prompt(model)
         if not possible and args.share_prompt == "true":
             raise ValueError(
@@ -213,7 +232,7 @@ class PreferenceTrainer(Trainer):
             )
         if not possible:
             log.warning("one prompt copy per response: %s", reason)
-        return possible
+        return possible, reason
 
     def _warn_of_lost_steps(self) -> None:
         """A step of Adam moves a weight by about the learning rate; can its dtype show that?"""
@@ -257,7 +276,11 @@ class PreferenceTrainer(Trainer):
             )
 
     def _stored_reference(self, ref_model: PreTrainedModel | PeftModel | None) -> StoredReference:
+        self.check()  # before a number is written: what it finds decides how batches are packed
         source: Any = ref_model if ref_model is not None else self.model
+        home = source.device
+        if ref_model is not None and self.place_model_on_device:
+            self._move_model_to_device(ref_model, self.args.device)
         options = self.args.data_options()
         key = store_key(
             source,
@@ -268,6 +291,7 @@ class PreferenceTrainer(Trainer):
                 for name in ("max_length", "max_prompt_length", "max_response_length", "truncation")
             },
             chat_template_kwargs=options.chat_template_kwargs,
+            share_prompt=self.collator.share_prompt,
             skip=adapter_parameters(source),
         )
         info = {
@@ -305,6 +329,8 @@ class PreferenceTrainer(Trainer):
                 )
             self.accelerator.wait_for_everyone()
             store.refresh()
+        if ref_model is not None and source.device != home:
+            ref_model.to(home)  # its work is done; the policy needs the memory  # pyright: ignore
         self.collator.store = store
         return StoredReference(store)
 
@@ -414,7 +440,8 @@ class PreferenceTrainer(Trainer):
         self.state.num_input_tokens_seen += round(totals["tokens"])
         self._window_tokens += totals["tokens"]
         if totals["tokens"]:
-            sharing = totals["unshared_tokens"] / totals["tokens"]
+            shared = all("layout" in batch for batch in batches)  # as they were packed
+            sharing = totals["unshared_tokens"] / totals["tokens"] if shared else 1.0
             self._window.add({"sharing": sharing}, {"sharing": totals["tokens"]})
         if batches and self.args.batch_statistics == "exact" and self.loss.has_statistics:
             self._observe(batches)
@@ -438,6 +465,10 @@ class PreferenceTrainer(Trainer):
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """Nothing: `get_batch_samples` counts distinct tokens once and over all ranks."""
 
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if not isinstance(dataset, Sized) or self.args.train_sampling_strategy == "sequential":
@@ -445,7 +476,7 @@ class PreferenceTrainer(Trainer):
         by_length = self.args.train_sampling_strategy == "group_by_length"
         return EpochSampler(
             dataset,
-            self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            self._data_seed,
             lambda: int(self.state.epoch or 0),
             by_length=self._train_batch_size if by_length else None,
         )
@@ -467,6 +498,9 @@ class PreferenceTrainer(Trainer):
     ) -> Any:
         if description != "Training" and self.args.world_size > 1 and isinstance(dataset, Sized):
             dataset = PaddedGroups(dataset, batch_size * self.args.world_size)
+        if description == "Training" and isinstance(dataset, GroupStream):
+            random = self.args.train_sampling_strategy != "sequential"
+            dataset = Passes(dataset, self._data_seed, STREAM_BUFFER if random else 0)
         return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
 
     def evaluation_loop(
@@ -534,17 +568,19 @@ class PreferenceTrainer(Trainer):
             ignore_keys_for_eval: unused, kept for the Trainer's signature.
 
         Raises:
-            ValueError: there is no complete checkpoint to resume from; says what is missing.
+            ValueError: there is no complete checkpoint to resume from, or nothing to train on; says
+                what is missing.
             FloatingPointError: the loss is not finite; names the rows.
         """
+        if self.train_dataset is None:
+            raise ValueError("nothing to train on: give PreferenceTrainer a train_dataset")
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
         resume = self._checkpoint_to_resume(resume_from_checkpoint)
         if self.args.should_save:
             text = yaml.safe_dump(self.args.to_dict(), sort_keys=False)
             (self._folder / CONFIG_FILE).write_text(text, encoding="utf-8")
-        if self.args.self_check:
-            self._check_model()
+        self.check()
         if resume is None:
             self._sample("before")
         self._watch = None
@@ -572,15 +608,25 @@ class PreferenceTrainer(Trainer):
             raise ValueError(f"cannot resume from {wanted}: {reason}")
         return str(wanted)
 
-    def _check_model(self) -> None:
-        """Packed against padded, fused against the model's logits, on a few groups."""
+    def check(self) -> None:
+        """Packed against padded, fused against the model's logits, on a few groups; once.
+
+        Afterwards `collator.share_prompt` is how batches are packed, and `sharing_reason` why.
+
+        Raises:
+            RuntimeError: the fused head does not reproduce the model's own logits.
+            ValueError: share_prompt=true, but shared prompts change the numbers.
+        """
+        data = self.eval_dataset if self.train_dataset is None else self.train_dataset
+        if self._checked or not self.args.self_check or data is None:
+            return
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             log.info("no self-check: the weights are sharded")
             return
         result = self_check(
             self.model,  # pyright: ignore[reportArgumentType]
             self.loss.head,  # pyright: ignore[reportArgumentType]
-            self._first_groups(self.train_dataset, 8),
+            self._first_groups(data, _CHECKED),
             self.collator.pad_token_id,
             share_prompt=self.collator.share_prompt,
         )
@@ -590,7 +636,8 @@ class PreferenceTrainer(Trainer):
                     f"share_prompt=true, but the self-check failed: {result.reason}; use "
                     "share_prompt=auto"
                 )
-            self.collator.share_prompt = False
+            self.collator.share_prompt, self.sharing_reason = False, result.reason
+        self._checked = True
         log.info(
             "self-check: %s; fused and plain head differ by %.2e, rounding explains %.2e",
             result.reason,
@@ -604,7 +651,7 @@ class PreferenceTrainer(Trainer):
             dataset = next(iter(dataset.values()))
         if isinstance(dataset, Sized):
             return [dataset[i] for i in range(min(count, len(dataset)))]  # pyright: ignore
-        return list(islice(iter(dataset), count))
+        return dataset.head(count)
 
     @torch.no_grad()
     def _sample(self, when: str) -> None:
@@ -645,6 +692,16 @@ class PreferenceTrainer(Trainer):
                 file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
 
     # ---- Checkpoints ----
+
+    def create_model_card(self, *args: Any, model_name: str | None = None, **kwargs: Any) -> None:
+        """README.md from the files of the run, as `fastpo train` writes it; also before a push.
+
+        Args:
+            args, kwargs: what the Trainer's own card says, unused.
+            model_name: the card's heading; by default the name of `output_dir`.
+        """
+        if self.is_world_process_zero():
+            write_model_card(self._folder, title=model_name)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A complete checkpoint under its name, or none: see `fastpo.train.checkpoint`."""

@@ -203,14 +203,21 @@ BAD = {
     "prompt without tokens": ({**PAIR, "prompt": ""}, "prompt", "no tokens"),
     "negative weight": ({**PAIR, "weight": -1}, "weight", "negative"),
     "nan weight": ({**PAIR, "weight": float("nan")}, "weight", "not a finite number"),
-    "text weight": ({**PAIR, "weight": "1"}, "weight", "not a finite number"),
+    "text weight": ({**PAIR, "weight": "much"}, "weight", "not a finite number"),
     "single without prompt": ({"completion": "a", "label": True}, "prompt", "missing"),
     "single without label": ({"prompt": "a", "completion": "b"}, "label", "missing"),
     "label as number": ({"prompt": "a", "completion": "b", "label": 1}, "label", "not a bool"),
     "label as text": ({"prompt": "a", "completion": "b", "label": "good"}, "label", "not a bool"),
     "one response": ({"prompt": "a", "responses": ["b"]}, "responses", "at least two"),
     "no responses": ({"prompt": "a", "responses": []}, "responses", "at least two"),
-    "responses as text": ({"prompt": "a", "responses": "bc"}, "responses", "not a list"),
+    "responses as text": ({"prompt": "a", "responses": "bc"}, "responses", "neither a list"),
+    "responses as JSON of text": ({"prompt": "a", "responses": '"bc"'}, "responses", "not a list"),
+    "messages as Python writes them": (
+        {**PAIR, "chosen": str(CHAT["chosen"])},
+        "chosen",
+        "nor JSON of one: Expecting property name",
+    ),
+    "spans as number": ({**PAIR, "chosen_spans": 3}, "chosen_spans", "not a list of [start"),
     "response as number": ({"prompt": "a", "responses": ["b", 4]}, "responses[1]", "neither text"),
     "empty in list": ({"prompt": "a", "responses": ["b", ""]}, "responses[1]", "empty response"),
     "too few scores": (
@@ -299,11 +306,11 @@ BAD = {
         "chosen",
         "empty response: no messages",
     ),
-    "tools": ({**CHAT, "tools": "[{"}, "tools", "not JSON"),
+    "tools": ({**CHAT, "tools": "[{"}, "tools", "nor JSON of one"),
     "template kwargs": (
         {**CHAT, "chat_template_kwargs": "x"},
         "chat_template_kwargs",
-        "not a dict",
+        "neither a list or dict",
     ),
 }
 

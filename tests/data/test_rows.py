@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
+from functools import partial
 
 import datasets
 import pytest
+import torch.utils.data
 
+from fastpo.data.build import BadRow, DataOptions, GroupStream, build_groups
+from fastpo.data.formats import BadField, read_row
 from fastpo.data.rows import load_rows
 
 ROWS = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(3)]
@@ -100,6 +106,129 @@ def test_unreadable(tmp_path):
     write(tmp_path / "d.jsonl")
     with pytest.raises(ValueError, match="must share one format"):
         load_rows(tmp_path / "d.*")
-    (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
-    with pytest.raises(ValueError, match=r"cannot read .*broken\.jsonl"):
-        load_rows(tmp_path / "broken.jsonl")
+
+
+TORN = b'{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": \n{"prompt": "c"}\n'
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["b.jsonl", "b.jsonl.gz"])
+def test_torn_line_is_named(tmp_path, name, streaming):
+    write(tmp_path / "a.jsonl")
+    (tmp_path / name).write_bytes(gzip.compress(TORN) if name.endswith("gz") else TORN)
+    message = rf"cannot read .*/{name}, row 2: not JSON \(.*; got '{{\"prompt\": '; repair"
+    with pytest.raises(ValueError, match=message):
+        list(load_rows(tmp_path / "*", streaming=streaming))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("empty.jsonl", "", "it is empty"),
+        ("ragged.csv", "prompt,chosen\na,b\na,b,c\n", "Expected 2 fields in line 3, saw 3"),
+        ("text.parquet", "PAR", "Parquet"),
+    ],
+)
+def test_unreadable_file_is_named(tmp_path, name, content, reason, streaming):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"cannot read .*/{name}: .*{reason}"):
+        list(load_rows(tmp_path / name, streaming=streaming))
+
+
+# What files do to values
+
+
+CELLS = """\
+prompt,chosen,rejected,weight,margin,score_chosen,chosen_spans
+"1 + 1 =", 2,3,0.5,,4,"[[1, 2, 0.5]]"
+Is it set?,NA,None,,1,,
+"[{""role"": ""user"", ""content"": ""hi""}]","[{""role"": ""assistant"", ""content"": ""a""}]",\
+"[{""role"": ""assistant"", ""content"": ""b""}]",,,,
+Extract:,"[{""name"": ""Ann""}]",[],,,,
+"""
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("sep", [",", "\t"])
+def test_cells_are_what_they_say(tmp_path, sep, streaming):
+    """Numbers and NA stay text where text is meant, and text becomes what its column needs."""
+    path = tmp_path / ("d.csv" if sep == "," else "d.tsv")
+    table = list(csv.reader(io.StringIO(CELLS.replace("\\\n", ""))))
+    with path.open("w", newline="") as file:
+        csv.writer(file, delimiter=sep).writerows(table)
+    number, missing, chat, extract = map(read_row, load_rows(path, streaming=streaming))
+    assert number.responses == [" 2", "3"]
+    assert (number.weight, number.margin, number.scores) == (0.5, None, [4.0, None])
+    assert number.spans == [[(1, 2, 0.5)], []]
+    assert missing.responses == ["NA", "None"]
+    assert (missing.weight, missing.margin) == (1.0, 1.0)
+    assert chat.prompt == [{"role": "user", "content": "hi"}]
+    assert chat.responses[1] == [{"role": "assistant", "content": "b"}]
+    assert extract.responses == ['[{"name": "Ann"}]', "[]"]  # JSON as an answer
+
+
+@pytest.mark.parametrize(("good", "bad"), [("2", "3"), ("007", "7"), ("1.0", "1"), ("True", "NA")])
+def test_a_column_of_cells_is_not_typed(tmp_path, good, bad):
+    path = tmp_path / "d.csv"
+    path.write_text(f"prompt,chosen,rejected\n1,{good},{bad}\n")
+    (row,) = map(read_row, load_rows(path))
+    assert (row.prompt, row.responses) == ("1", [good, bad])
+
+
+def test_lists_and_labels_in_cells(tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_text('prompt,responses,scores\np,"[""a"", ""b""]","[1, 2.5]"\n')
+    (row,) = map(read_row, load_rows(path))
+    assert row.responses == ["b", "a"]
+    assert row.scores == [2.5, 1.0]
+    path.write_text("prompt,completion,label,score\np,a,True,1\np,b,false,2\np,c,1,3\n")
+    *rows, bad = load_rows(path)
+    assert [read_row(row).labels for row in rows] == [[True], [False]]
+    with pytest.raises(BadField, match="not a bool"):
+        read_row(bad)
+
+
+# Where a row came from
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_bad_rows_name_their_file(tmp_path, suffix, streaming, tokenizers):
+    """The second file's second row, not the glob's fifth."""
+    rows = [{"prompt": "Say", "chosen": " a", "rejected": " b"}] * 3
+    write(tmp_path / f"a{suffix}", rows)
+    write(tmp_path / f"b{suffix}", [rows[0], {**rows[0], "rejected": " a"}, rows[1]])
+    loaded = load_rows(tmp_path / f"*{suffix}", streaming=streaming, origin=True)
+    bad = rf"{tmp_path}/b{suffix}, row 1, field 'rejected': identical to chosen"
+    build = GroupStream if streaming else partial(build_groups, progress=False)
+    with pytest.raises(BadRow, match=bad):
+        list(build(loaded, tokenizers(), source="the glob"))
+    groups = build(loaded, tokenizers(), DataOptions(on_bad_row="skip"), source="the glob")
+    assert [(g.source[-len(suffix) - 1 :][0], g.row) for g in groups] == [
+        ("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 2),
+    ]  # fmt: skip
+    assert [(b.source, b.row) for b in groups.skipped] == [(f"{tmp_path}/b{suffix}", 1)]
+
+
+def test_workers_read_files_of_their_own(tmp_path, tokenizers):
+    rows = [{"prompt": "Say", "chosen": " a", "rejected": " b"}] * 2
+    for name in "abc":
+        write(tmp_path / f"{name}.jsonl", rows)
+    stream = GroupStream(load_rows(tmp_path / "*", streaming=True, origin=True), tokenizers())
+    loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=2)
+    found = sorted((g.source, g.row) for g in loader)
+    assert found == [(f"{tmp_path}/{name}.jsonl", row) for name in "abc" for row in (0, 1)]
+
+
+def test_files_of_several_types(tmp_path):
+    write(tmp_path / "a.jsonl", [{**ROWS[0], "margin": 1, "chosen": [{"role": "user"}]}])
+    write(tmp_path / "b.jsonl", [{**ROWS[0], "margin": 0.5, "weight": 2, "chosen": []}])
+    a, b = load_rows(tmp_path / "*")
+    assert (a["margin"], b["margin"], a["weight"], b["weight"]) == (1.0, 0.5, None, 2)
+    assert list(load_rows(tmp_path / "*", split="train[:1]+train[1:]")) == [a, b]
+    write(tmp_path / "c.jsonl", [{**ROWS[0], "margin": "x"}])
+    with pytest.raises(ValueError, match="columns of different types"):
+        load_rows(tmp_path / "*")
+    with pytest.raises(ValueError, match="split='test': streamed files"):
+        load_rows(tmp_path / "*", split="test", streaming=True)

@@ -158,6 +158,41 @@ def test_self_check_falls_back_to_padded_rows(
         trainer(self_check=True, share_prompt=True).train()
 
 
+def test_sharing_says_how_batches_were_packed(
+    trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def logged(**options: Any) -> tuple[set[float], str]:
+        made = trainer(**options)
+        made.train()
+        found = {r["sharing"] for r in made.state.log_history if "sharing" in r}
+        return found, made.sharing_reason
+
+    assert min(logged()[0]) > 1.1
+    assert logged(share_prompt=False) == ({1.0}, "share_prompt is false")
+    monkeypatch.setattr(fastpo.train.trainer, "self_check", failing("they differ by 1"))
+    assert logged(self_check=True) == ({1.0}, "they differ by 1")
+
+
+def test_check_is_once_and_can_be_asked_for_early(
+    trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trainer(self_check=True, max_steps=1)
+    made.check()
+    monkeypatch.setattr(fastpo.train.trainer, "self_check", None)
+    made.train()
+
+
+def test_model_card_is_ours(trainer: Any) -> None:
+    made = trainer(objective="simpo")
+    made.train()
+    made.create_model_card(model_name="My model", tags=["ignored"])
+    card = (Path(made.args.output_dir) / "README.md").read_text()
+    assert "# My model" in card
+    assert "## Metrics after 3 steps" in card
+    assert "rewards/margins" in card
+    assert "generated from Trainer" not in card
+
+
 def test_self_check_stops_at_another_head(trainer: Any) -> None:
     """A head that rescales its input behind our back."""
     made = trainer(self_check=True)

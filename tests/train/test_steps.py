@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 from transformers import TrainerCallback
 
 import fastpo.loss
@@ -131,6 +132,18 @@ def test_exact_statistics_do_not_see_the_cut(
         assert_three_way(a, b, c, what)
 
 
+def test_data_that_does_not_fit_is_named_before_the_first_step(trainer: Any) -> None:
+    with pytest.raises(ValueError, match=r"tiny.jsonl, row 0: dpo compares pairs"):
+        trainer(train_dataset=tiny.groups(4, 3))
+    with pytest.raises(ValueError, match=r"tiny.jsonl, row 0: dpo compares pairs"):
+        trainer(eval_dataset={"a": tiny.pairs(3), "b": tiny.groups(4, 3)})
+    from fastpo.data.rows import load_rows
+
+    rows = load_rows(tiny.rows(8), streaming=True)
+    with pytest.raises(ValueError, match="row 0: lipo needs a grade of every response"):
+        trainer(train_dataset=rows, objective="lipo", max_steps=2)
+
+
 def test_batch_has_no_labels_key_and_counts_what_the_loss_counts() -> None:
     groups = [*tiny.groups(3, 3), *tiny.groups(2, 1, seed=1)]
     groups[0].responses[1].label = True  # two desirable candidates
@@ -239,3 +252,13 @@ def test_rows_become_groups(trainer: Any, tmp_path: Path) -> None:
     assert len(made.train_dataset) == 8
     assert max(len(g.prompt_ids) for g in made.train_dataset) <= 4
     made.train()
+
+
+@pytest.mark.parametrize("empty", [[], Subset([], [])], ids=["list", "groups"])
+def test_no_data_is_refused(trainer: Any, empty: Any) -> None:
+    with pytest.raises(ValueError, match="train data is empty"):
+        trainer(train_dataset=empty)
+    with pytest.raises(ValueError, match="eval data dev is empty"):
+        trainer(eval_dataset={"dev": empty})
+    with pytest.raises(ValueError, match="nothing to train on"):
+        trainer(train_dataset=None, eval_dataset=tiny.pairs(2)).train()

@@ -11,12 +11,22 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from fastpo.train import reference
 from fastpo.train.reference import adapter_parameters, label_tokens
 from fastpo.train.store import ReferenceStore, fingerprint
+from fastpo.train.trainer import PreferenceTrainer
 from tests.train import tiny
 from tests.train.test_checkpoint import run_child
+from tests.train.test_records import failing
 
-KEY = {"model": "m", "dtype": "float32", "tokenizer": "t", "template": "-", "truncation": "-"}
+KEY = {
+    "model": "m",
+    "dtype": "float32",
+    "tokenizer": "t",
+    "template": "-",
+    "truncation": "-",
+    "sharing": "-",
+}
 
 
 def logps_of(groups: list) -> list[np.ndarray]:
@@ -38,6 +48,30 @@ def test_reads_back_in_any_order(tmp_path: Path) -> None:
             store[groups[5]]
 
 
+def test_two_runs_fill_one_folder(tmp_path: Path) -> None:
+    """Neither knows of the other's shards; neither loses a group."""
+    groups = tiny.pairs(4)
+    values = logps_of(groups)
+    first, second = ReferenceStore(tmp_path, KEY), ReferenceStore(tmp_path, KEY)
+    count = len(list(tmp_path.iterdir()))
+    for glob_sees in (True, False):  # also where a listing is older than the other's shard
+        for store, i in ((first, 0), (second, 1)):
+            k = i if glob_sees else i + 2
+            store.path = tmp_path if glob_sees else Stale(tmp_path)
+            store.add(groups[k : k + 1], values[k : k + 1])
+    assert len(list(tmp_path.iterdir())) == count + 4
+    store = ReferenceStore(tmp_path, KEY)
+    for group, expected in zip(groups, values, strict=True):
+        np.testing.assert_array_equal(store[group], expected)
+
+
+class Stale(type(Path())):
+    """A folder whose listing lags behind."""
+
+    def glob(self, *_: Any, **__: Any) -> Any:
+        return iter(())
+
+
 def test_another_token_or_mask_is_another_group(tmp_path: Path) -> None:
     store = ReferenceStore(tmp_path, KEY)
     store.add(tiny.pairs(1), logps_of(tiny.pairs(1)))
@@ -51,7 +85,7 @@ def test_another_token_or_mask_is_another_group(tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", sorted(KEY))
 def test_stale_store_is_refused_by_part(tmp_path: Path, part: str) -> None:
     ReferenceStore(tmp_path, KEY)
-    with pytest.raises(ValueError, match=f"is stale: {part} changed since"):
+    with pytest.raises(ValueError, match=f"is stale: {part} changed since.*--overwrite keeps"):
         ReferenceStore(tmp_path, {**KEY, part: "other"})
 
 
@@ -101,6 +135,57 @@ def test_another_model_is_refused(trainer: Any, tmp_path: Path) -> None:
         stored(trainer, tmp_path / "store", model=tiny.model(seed=1))
     with pytest.raises(ValueError, match="is stale: truncation changed"):
         stored(trainer, tmp_path / "store", max_length=500)
+
+
+def test_another_packing_is_refused(trainer: Any, tmp_path: Path) -> None:
+    stored(trainer, tmp_path / "store")
+    with pytest.raises(ValueError, match="is stale: sharing changed"):
+        stored(trainer, tmp_path / "store", share_prompt=False)
+
+
+def test_check_comes_before_the_first_number(
+    trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that cannot share is run padded from the start; wrong numbers never reach a disk."""
+    plain = stored(trainer, tmp_path / "plain", share_prompt=False)
+    monkeypatch.setattr("fastpo.train.trainer.self_check", failing("they differ by 1"))
+    made = stored(trainer, tmp_path / "store", self_check=True)
+    assert made.sharing_reason == "they differ by 1"
+    for group in tiny.pairs(16):
+        np.testing.assert_array_equal(
+            made.data_collator.store[group], plain.data_collator.store[group]
+        )
+    with pytest.raises(ValueError, match=r"share_prompt=true.*they differ by 1"):
+        stored(trainer, tmp_path / "none", self_check=True, share_prompt=True)
+    assert not (tmp_path / "none").exists()
+    calls: list[Any] = []
+    monkeypatch.setattr("fastpo.train.trainer.self_check", lambda *a, **k: calls.append(a))
+    made.train()
+    assert not calls  # once is enough
+
+
+def test_given_reference_model_comes_and_goes(
+    trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the run's device while it computes, where the caller had it afterwards."""
+    given = tiny.model(seed=1)
+    where = ["elsewhere"]
+    monkeypatch.setattr(type(given), "device", property(lambda self: where[-1]))
+    monkeypatch.setattr(
+        PreferenceTrainer,
+        "_move_model_to_device",
+        lambda self, model, device: where.append("here") if model is given else None,
+    )
+    monkeypatch.setattr(given, "to", where.append)
+    fill = reference.fill_store
+
+    def filling(*arguments: Any, **options: Any) -> int:
+        assert where[-1] == "here"
+        return fill(*arguments, **options)
+
+    monkeypatch.setattr("fastpo.train.trainer.fill_store", filling)
+    stored(trainer, tmp_path / "store", ref_model=given)
+    assert where[-1] == "elsewhere"
 
 
 def test_killed_computation_goes_on(
