@@ -388,7 +388,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", help="float32 on CPU, bfloat16 on GPU by default")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--without", nargs="*", default=[], metavar="NAME", help="contenders")
     parser.add_argument("--cold", action=flag, default=True, help="flush caches before each run")
     parser.add_argument("--memory", action=flag, default=True, help="measure peak memory")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from fastpo import OBJECTIVES, PreferenceLoss
+import fastpo.objectives
+from fastpo.cli.objectives import markdown
+from fastpo.objectives import SECTIONS
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_example_runs(capsys):
@@ -22,25 +25,37 @@ def test_example_runs(capsys):
     assert all(p.grad is not None for p in namespace["model"].parameters())
 
 
+def test_own_objective_of_the_docs_runs(capsys, monkeypatch):
+    monkeypatch.setattr(fastpo.objectives, "OBJECTIVES", dict(fastpo.objectives.OBJECTIVES))
+    text = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    exec(example, {})
+    assert float(capsys.readouterr().out) > 0
+
+
+def between(text: str, name: str) -> str:
+    found = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", text, flags=re.S)
+    assert found is not None, f"no part called {name}"
+    return found[1]
+
+
 def objective_table() -> str:
-    rows = ["| name | loss | reference? | paper |", "|---|---|---|---|"]
-    for name, o in OBJECTIVES.items():
-        formula = o.formula.replace("|", "\\|")
-        needs = "yes" if PreferenceLoss(name).needs_reference else "no"
-        paper = o.paper
-        if re.fullmatch(r"\d{4}\.\d{5}", paper):
-            paper = f"[{paper}](https://arxiv.org/abs/{paper})"
-        rows.append(f"| `{name}` | `{formula}` | {needs} | {paper} |")
+    rows = ["| | objectives |", "|---|---|"]
+    for title, section in SECTIONS.items():
+        rows.append(f"| {title} | {', '.join(f'`{name}`' for name in section)} |")
     return "\n".join(rows)
 
 
 def test_objective_table_is_the_catalogue():
-    found = re.search(r"<!-- objectives -->\n(.*?)\n<!-- /objectives -->", README, flags=re.S)
-    assert found is not None, "README has no objective table"
-    assert found[1] == objective_table(), f"put this table into the README:\n{objective_table()}"
+    table = objective_table()
+    assert between(README, "objectives") == table, f"put this table into the README:\n{table}"
+
+
+def test_docs_of_the_objectives_are_generated():
+    text = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
+    assert between(text, "catalogue") == markdown(), "fastpo objectives --markdown makes this part"
 
 
 def test_links_lead_somewhere():
-    root = Path(__file__).resolve().parent.parent
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
-        assert (root / target).exists(), target
+        assert (ROOT / target).exists(), target
