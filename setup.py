@@ -16,7 +16,6 @@ train = [
     "safetensors>=0.5",
     "pyyaml>=6.0",
     "jinja2>=3.1",
-    "matplotlib>=3.8",
     "gguf>=0.10",
     "sentencepiece>=0.2",
     "protobuf>=4",
@@ -25,6 +24,7 @@ bench = ["trl>=1.16,<1.17", "liger-kernel==0.8.5", "cut-cross-entropy", "matplot
 dev = [
     "pytest>=8",
     "mpmath>=1.3",
+    "matplotlib>=3.8",
     "ruff==0.17.6",
     "basedpyright==1.40.2",
     "import-linter>=2.5",

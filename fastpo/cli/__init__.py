@@ -6,6 +6,7 @@ This file parses and dispatches; nothing heavy is imported before a command need
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -13,6 +14,23 @@ from typing import NoReturn
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
+
+EXTRAS = {
+    "train": (
+        "transformers",
+        "accelerate",
+        "datasets",
+        "peft",
+        "safetensors",
+        "yaml",
+        "jinja2",
+        "gguf",
+        "sentencepiece",
+    ),
+    "quant": ("bitsandbytes",),
+    "flash": ("flash_attn",),
+}
+"""Modules of each extra."""
 
 TRAIN_HELP = """\
 usage: fastpo train [RECIPE.yaml] [--key value ...] [--overwrite] [--keys [WORD]] [--debug]
@@ -71,6 +89,11 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
             name, help=line, description=description, formatter_class=wide, allow_abbrev=False
         )
 
+    def gguf_flag(parser: _Parser) -> None:
+        parser.add_argument(
+            "--gguf-file", help="weights in the folder of the model, or of an adapter's base model"
+        )
+
     command("train", "train a model from a recipe", "")
 
     score = command(
@@ -97,7 +120,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         "sample",
         "answers of a model to prompts",
         "Answer prompts. Each line of --prompts has a `prompt`, text or a list of messages; each "
-        'line of the output adds "responses".',
+        'line of the output adds "samples".',
     )
     sample.add_argument("--model", required=True, help="name on the hub, or a folder")
     sample.add_argument("--prompts", required=True, help="JSONL file with a `prompt` column")
@@ -109,6 +132,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     sample.add_argument("--seed", type=int, default=0, help="of the sampler (0)")
 
     for parser in (score, sample):
+        gguf_flag(parser)
         parser.add_argument("--revision", help="branch, tag or commit of the model")
         parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32")
         parser.add_argument("--tokenizer", help="default: the model's")
@@ -126,6 +150,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     )
     merge.add_argument("model", help="folder with the adapter: the run's output_dir")
     merge.add_argument("out", help="folder to write")
+    gguf_flag(merge)
     merge.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32")
     merge.add_argument("--tokenizer", help="default: the adapter's")
     merge.add_argument("--trust-remote-code", action="store_true", help="run code of the model")
@@ -146,6 +171,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         "--model what the head costs and whether prompts can be shared. Weights are not read.",
     )
     doctor.add_argument("--model", help="name on the hub, or a folder")
+    gguf_flag(doctor)
     doctor.add_argument("--revision", help="branch, tag or commit of the model")
     doctor.add_argument(
         "--trust-remote-code", action="store_true", help="run code of the checkpoint"
@@ -198,6 +224,14 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
+def _extra_of(message: str) -> str | None:
+    """The extra whose package a failed import is about; None where a fault of ours broke it."""
+    for extra, modules in EXTRAS.items():
+        if set(modules) & set(re.findall(r"\w+", message)):
+            return extra
+    return None
+
+
 def _run(words: Sequence[str]) -> int:
     if words and words[0] == "train":
         if {"-h", "--help"} & set(words):
@@ -238,7 +272,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0: done. 1: `doctor` found a broken installation. 2: a wrong flag, value, file or row,
-        told in a line on standard error; `--debug` shows the traceback instead. 130: interrupted.
+        told in a line on standard error, like a failed self-check, a loss that is not finite and
+        an extra that is not installed; `--debug` shows the traceback instead. 130: interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -251,11 +286,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `fastpo objectives | head`
         sys.stderr.close()
         return 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+        # transformers explains a missing model or package in a paragraph; its first line says it.
+        text = str(error) if isinstance(error, ValueError) else str(error).strip().split("\n")[0]
+        if isinstance(error, ImportError):
+            extra = _extra_of(text)
+            text = f"{text}: pip install -U 'fastpo[{extra}]'"
+            if extra is None:
+                raise
         if "--debug" in words:
             raise
-        # transformers explains a missing model in a paragraph; its first line says it.
-        text = str(error) if isinstance(error, ValueError) else str(error).strip().split("\n")[0]
         for line in (text or type(error).__name__).splitlines():
             sys.stderr.write(f"fastpo: {line}\n")
         return USAGE_ERROR

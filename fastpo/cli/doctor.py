@@ -13,13 +13,10 @@ import torch
 from torch import Tensor
 
 from fastpo import __version__
+from fastpo.cli import EXTRAS
 from fastpo.head import Backend, Head, choose_backend, linear_logps, plan_head
+from fastpo.model.device import default_device, native_bf16
 
-EXTRAS = {
-    "train": ("transformers", "accelerate", "datasets", "peft", "safetensors", "yaml"),
-    "quant": ("bitsandbytes",),
-    "flash": ("flash_attn",),
-}
 VERSIONS = ("torch", "triton", "transformers", "accelerate", "peft", "datasets", "numpy")
 
 
@@ -32,20 +29,6 @@ def _version(name: str) -> str:
 
 def _line(name: str, text: str) -> None:
     print(f"  {name:<13}{text}")
-
-
-def _device() -> torch.device:
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
-
-
-def native_bf16(device: torch.device) -> bool:
-    """Whether this device multiplies bfloat16 itself; emulation is slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        flags = torch.cpu.get_capabilities()
-        return any(flags.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return device.type in ("xpu", "mps")
 
 
 def _step(
@@ -155,17 +138,18 @@ def _head_costs(head: Head, device: torch.device, tokens: int, workspace_mib: in
 def _model(arguments: argparse.Namespace, device: torch.device) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from fastpo.cli.models import trained_adapter
     from fastpo.model.check import can_share_prompt
     from fastpo.model.facts import read_head
+    from fastpo.model.load import trained_adapter
     from fastpo.train.chart import short
 
     adapter = trained_adapter(arguments.model)
-    name = adapter["base_model_name_or_path"] if adapter else arguments.model
+    name = adapter.base if adapter else arguments.model
     remote = {"trust_remote_code": arguments.trust_remote_code}
-    config = AutoConfig.from_pretrained(
-        name, revision=None if adapter else arguments.revision, **remote
-    )
+    source = {"revision": adapter.revision if adapter else arguments.revision, **remote}
+    if gguf_file := arguments.gguf_file or (adapter and adapter.gguf_file):
+        source["gguf_file"] = gguf_file
+    config = AutoConfig.from_pretrained(name, **source)
     with torch.device("meta"):  # shapes without weights
         model = AutoModelForCausalLM.from_config(config, **remote)
     print(f"\n{arguments.model}")
@@ -186,10 +170,10 @@ def doctor(arguments: argparse.Namespace) -> int:
     if arguments.tokens < 1:
         raise ValueError(f"--tokens {arguments.tokens} must be at least 1")
     if arguments.model is not None:
-        from fastpo.cli.models import check_place
+        from fastpo.model.load import check_place
 
         check_place(arguments.model)
-    device = _device()
+    device = default_device()
     _environment(device)
     sound = _backends(device)
     _extras()

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fastpo.cli.models import check_place, open_model, open_tokenizer, trained_adapter
+from fastpo.cli.models import open_model, open_tokenizer
+from fastpo.model.load import check_place, trained_adapter
 
 
 def merge(arguments: argparse.Namespace) -> int:
@@ -18,14 +19,16 @@ def merge(arguments: argparse.Namespace) -> int:
     check_place(arguments.model)
     if trained_adapter(arguments.model) is None:
         raise ValueError(
-            f"{arguments.model} holds no adapter alone, so there is nothing to merge: name the "
+            f"{arguments.model} holds no adapter, so there is nothing to merge: name the "
             "output_dir of a run with lora"
         )
     out = Path(arguments.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder: name another")
     remote = {"trust_remote_code": arguments.trust_remote_code}
-    model: Any = open_model(arguments.model, dtype=arguments.dtype, **remote)
+    model: Any = open_model(
+        arguments.model, dtype=arguments.dtype, gguf_file=arguments.gguf_file, **remote
+    )
     model.merge_and_unload(safe_merge=True).save_pretrained(out)
     open_tokenizer(arguments.model, arguments.tokenizer, None, **remote).save_pretrained(out)
     print(out)

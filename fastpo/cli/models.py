@@ -10,11 +10,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fastpo.model.load import load_model, load_tokenizer
+from fastpo.model.load import check_place, load_model, load_tokenizer, trained_adapter
 
 
 def show_log(level: int) -> None:
@@ -25,11 +24,6 @@ def show_log(level: int) -> None:
     logger.handlers = [handler]
     logger.propagate = False
     logger.setLevel(level)
-
-
-def device() -> torch.device:
-    """The accelerator of this machine, else the CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
@@ -47,23 +41,6 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) 
     tokenizer.chat_template = template
 
 
-def trained_adapter(name: str) -> dict[str, Any] | None:
-    """The adapter's configuration where a folder holds an adapter and no whole model."""
-    path = Path(name) / "adapter_config.json"
-    if not path.is_file() or (Path(name) / "config.json").is_file():
-        return None
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def check_place(name: str) -> None:
-    """ValueError for what can only be a path and leads nowhere.
-
-    Libraries take it for a name on the hub and complain about its form.
-    """
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).exists():
-        raise ValueError(f"no folder {name!r}, and a name on the hub looks like owner/name")
-
-
 def open_tokenizer(
     name: str, tokenizer: str | None, template: str | None, **source: Any
 ) -> PreTrainedTokenizerBase:
@@ -71,22 +48,39 @@ def open_tokenizer(
     check_place(tokenizer or name)
     if tokenizer is not None:
         source = {"trust_remote_code": source.get("trust_remote_code", False)}
+    elif trained_adapter(name) is not None:  # has its own; these say where the base model lies
+        source = {**source, "revision": None, "gguf_file": None}
     opened = load_tokenizer(tokenizer or name, **source)
     set_chat_template(opened, template)
     return opened
 
 
-def open_model(name: str, **options: Any) -> nn.Module:
-    """A model, or the adapter that a LoRA run left in a folder on top of its base model."""
+def open_model(
+    name: str,
+    *,
+    lora: dict[str, Any] | None = None,
+    gguf_file: str | None = None,
+    trainable: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """A model, or the adapter that a LoRA run left in a folder on top of its base model.
+
+    Args:
+        name: on the hub, or a folder.
+        lora: arguments of a fresh adapter.
+        gguf_file: file with the weights of the model, or of the adapter's base model.
+        trainable: whether an adapter in the folder is to be trained on.
+        options: of `load_model`.
+    """
     check_place(name)
     adapter = trained_adapter(name)
     if adapter is None:
-        return load_model(name, **options)
+        return load_model(name, lora=lora, gguf_file=gguf_file, **options)
     from peft import PeftModel
 
-    base = {**options, "revision": adapter.get("revision")}
-    model = load_model(adapter["base_model_name_or_path"], **base)
-    return PeftModel.from_pretrained(model, name)  # type: ignore[arg-type]
+    base = {"gguf_file": gguf_file or adapter.gguf_file, "revision": adapter.revision}
+    model: Any = load_model(adapter.base, **{**options, **base})
+    return PeftModel.from_pretrained(model, name, is_trainable=trainable)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

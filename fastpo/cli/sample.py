@@ -11,8 +11,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from fastpo.cli.models import device, json_lines, open_model, open_tokenizer, show_log
+from fastpo.cli.models import json_lines, open_model, open_tokenizer, show_log
 from fastpo.data.rows import load_rows
+from fastpo.model.device import default_device
 from fastpo.model.hidden import generation
 
 
@@ -54,6 +55,7 @@ def sample(arguments: argparse.Namespace) -> int:
     source = {
         "revision": arguments.revision,
         "trust_remote_code": arguments.trust_remote_code,
+        "gguf_file": arguments.gguf_file,
     }
     rows: list[dict[str, Any]] = [dict(row) for row in load_rows(arguments.prompts)]
     tokenizer = open_tokenizer(
@@ -62,7 +64,7 @@ def sample(arguments: argparse.Namespace) -> int:
     prompts = [
         prompt_ids(tokenizer, row, f"{arguments.prompts}, row {i}") for i, row in enumerate(rows)
     ]
-    where = device()
+    where = default_device()
     model = open_model(arguments.model, dtype=arguments.dtype, device=where, **source)
     how: dict[str, Any] = {"do_sample": False}
     if not greedy:
@@ -94,7 +96,7 @@ def sample(arguments: argparse.Namespace) -> int:
             )
             for j, i in enumerate(part):
                 mine = answers[j * arguments.num_samples : (j + 1) * arguments.num_samples]
-                write({**rows[i], "responses": mine})
+                write({**rows[i], "samples": mine})
             bar.update(len(part))
     if arguments.out is not None:
         sys.stderr.write(f"{len(rows)} prompts, {arguments.num_samples} answers each\n")

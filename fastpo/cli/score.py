@@ -16,25 +16,26 @@ from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fastpo.cli.models import device, json_lines, open_model, open_tokenizer, show_log, table
+from fastpo.cli.models import json_lines, open_model, open_tokenizer, show_log, table
 from fastpo.data.build import DataOptions, build_groups
 from fastpo.data.groups import Group
 from fastpo.data.packing import collate
 from fastpo.data.rows import load_rows
 from fastpo.head import Head, linear_logps
-from fastpo.model.check import can_share_prompt
+from fastpo.model.check import self_check
+from fastpo.model.device import default_device
 from fastpo.model.facts import read_head
-from fastpo.model.hidden import attach, label_hidden
+from fastpo.model.hidden import label_hidden
 from fastpo.scores import score_responses
 
 
 class Scorer:
-    """A model that is ready to score batches."""
+    """A model that is ready to score batches, checked on a few groups of the data."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = attach(model.eval())
+    def __init__(self, model: nn.Module, groups: list[Group], pad_token_id: int) -> None:
+        self.model = model.eval()
         self.head: Head = read_head(model)
-        self.shares, _ = can_share_prompt(model)
+        self.shares = self_check(model, self.head, groups[:8], pad_token_id).share_prompt
 
     @torch.inference_mode()
     def __call__(self, batch: dict[str, Any]) -> Tensor:
@@ -115,8 +116,11 @@ def score(arguments: argparse.Namespace) -> int:
     source = {
         "revision": arguments.revision,
         "trust_remote_code": arguments.trust_remote_code,
+        "gguf_file": arguments.gguf_file,
     }
-    rows = load_rows(arguments.dataset, split=arguments.split, name=arguments.dataset_name)
+    rows = load_rows(
+        arguments.dataset, split=arguments.split, name=arguments.dataset_name, origin=True
+    )
     if arguments.max_rows is not None:
         rows = rows.take(arguments.max_rows)
     tokenizer = open_tokenizer(
@@ -128,9 +132,10 @@ def score(arguments: argparse.Namespace) -> int:
     )
     data = build_groups(rows, tokenizer, options, source=arguments.dataset)
 
-    where = device()
+    where = default_device()
     model = open_model(arguments.model, dtype=arguments.dtype, device=where, **source)
-    policy = Scorer(model)
+    pad: Any = tokenizer.pad_token_id
+    policy = Scorer(model, data.groups, pad)
     reference: Scorer | None = None
     if arguments.ref_model == "base":
         if not isinstance(model, PeftModel):
@@ -145,10 +150,11 @@ def score(arguments: argparse.Namespace) -> int:
                 dtype=arguments.dtype,
                 device=where,
                 trust_remote_code=arguments.trust_remote_code,
-            )
+            ),
+            data.groups,
+            pad,
         )
     shares = policy.shares and (reference is None or reference.shares)
-    pad: Any = tokenizer.pad_token_id
     summary = Summary()
     bar = tqdm(total=len(data), desc="scoring", unit="group", disable=None)
     with json_lines(arguments.out) as write, bar:

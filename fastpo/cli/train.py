@@ -22,7 +22,7 @@ import torch
 import yaml
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from fastpo.cli.models import open_model, open_tokenizer, show_log, table
 from fastpo.data.build import GroupDataset, GroupStream, build_groups
@@ -124,7 +124,10 @@ class StopCleanly(TrainerCallback):
 def _split_words(words: Sequence[str]) -> tuple[str | None, list[str], set[str]]:
     """The recipe's path, the recipe's flags, and the flags of the command itself."""
     rest = list(words)
-    path = rest.pop(0) if rest and not rest[0].startswith("--") else None
+    recipes = [w for w in rest if w.endswith((".yaml", ".yml")) and not w.startswith("--")]
+    path = rest[0] if rest and not rest[0].startswith("--") else next(iter(recipes), None)
+    if path is not None:
+        rest.remove(path)
     # `debug` is also a key of the Trainer's: with a value it is the key, bare it is ours.
     bare = {
         w
@@ -191,7 +194,9 @@ def prepare_data(
     extras = config.build_loss().extras
 
     def groups(source: str, split: str, limit: int | None) -> GroupDataset | GroupStream:
-        rows = load_rows(source, split=split, name=data.dataset_name, streaming=data.streaming)
+        rows = load_rows(
+            source, split=split, name=data.dataset_name, streaming=data.streaming, origin=True
+        )
         if limit is not None:
             rows = rows.take(limit)
         if data.streaming:
@@ -327,24 +332,56 @@ def conclusion(run: Run) -> str:
 
 # --- the run -------------------------------------------------------------------------------------
 
-_OURS = (
+_RUN = ("preference_config.yaml", "run.json")  # one of them is in every run's folder
+_MODEL = (
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
+_RECORDS = (
     "metrics.jsonl",
     "samples.jsonl",
     "skipped.jsonl",
-    "run.json",
     "recipe.yaml",
     "trainer_state.json",
+    "training_args.bin",
     "report.html",
+    *_RUN,  # last, so that a removal that was killed is taken up again
 )
 
 
-def forget(output_dir: Path) -> None:
-    """Remove what an earlier run wrote: its checkpoints and records, nothing else."""
-    for path in output_dir.glob("checkpoint-*") if output_dir.is_dir() else ():
-        if re.fullmatch(r"checkpoint-\d+", path.name):
-            shutil.rmtree(path)
-    for name in _OURS:
-        (output_dir / name).unlink(missing_ok=True)
+def forget(output_dir: Path, model: str) -> None:
+    """Remove what an earlier run wrote: its checkpoints, model and records, nothing else.
+
+    Raises:
+        ValueError: the run's model is the one that is to be trained.
+    """
+    checkpoints = [p for p in output_dir.glob("*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    models, names = checkpoints, _RECORDS
+    if any((output_dir / name).is_file() for name in _RUN):  # else the model in it is not ours
+        models, names = [*checkpoints, output_dir], (*_MODEL, *_RECORDS)
+    if Path(model).resolve() in [path.resolve() for path in models]:
+        raise ValueError(
+            f"--overwrite would remove {model}, which is to be trained: take another output_dir"
+        )
+    for path in checkpoints:
+        shutil.rmtree(path)
+    for path in (path for name in names for path in output_dir.glob(name)):
+        path.unlink()
 
 
 def _write_facts(output_dir: Path, facts: dict[str, Any]) -> None:
@@ -359,6 +396,14 @@ def _write_skipped(output_dir: Path, groups: GroupDataset | GroupStream) -> None
     ]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (output_dir / "skipped.jsonl").write_text(text, encoding="utf-8")
+
+
+def _close(output_dir: Path, facts: dict[str, Any], groups: Any, report: bool) -> None:
+    """What a run leaves behind however it ended."""
+    _write_facts(output_dir, facts)
+    _write_skipped(output_dir, groups)  # a stream knows them only now
+    if report:
+        write_report(output_dir)
 
 
 def refuse_mixture(recipe: Recipe, before: dict[str, Any], output_dir: Path) -> None:
@@ -391,22 +436,29 @@ def train(words: Sequence[str]) -> int:
 
     with config.main_process_first(local=False):
         if "--overwrite" in bare and main:
-            forget(output_dir)
+            forget(output_dir, recipe.model.model)
         before = Run.read(output_dir) if output_dir.is_dir() else Run(output_dir)
     resume = latest_complete(output_dir)
-    if resume is not None:
+    finished = before.facts.get("status") == "finished"
+    if resume is not None or finished:
         refuse_mixture(recipe, before.recipe, output_dir)
         same_length = all(
             before.recipe.get(key) == recipe.given.get(key)
             for key in ("max_steps", "num_train_epochs")
         )
-        if before.facts.get("status") == "finished" and same_length:
+        if finished and same_length:
+            more = "more max_steps or num_train_epochs continue it, " if resume else ""
             print(
                 f"{output_dir} is finished: {before.steps} steps, report in "
-                f"{output_dir / 'report.html'}\nMore max_steps or num_train_epochs continue it, "
-                "--overwrite starts over, another output_dir keeps both."
+                f"{output_dir / 'report.html'}\n{more}--overwrite starts over, another output_dir "
+                "keeps both"
             )
             return 0
+        if resume is None:
+            raise ValueError(
+                f"{output_dir} is finished and has no checkpoint to go on from: take another "
+                "output_dir, or start over with --overwrite"
+            )
 
     source = {
         "revision": recipe.model.revision,
@@ -418,12 +470,15 @@ def train(words: Sequence[str]) -> int:
     )
     groups, held_out = prepare_data(recipe, config, tokenizer)
     lora = recipe.model.lora
+    # A fresh adapter is drawn here, before the Trainer sets its seed.
+    set_seed(config.seed)
     model = open_model(
         recipe.model.model,
         dtype=recipe.model.dtype,
         quantization=recipe.model.quantization,
         attn_implementation=recipe.model.attn_implementation,
         lora={} if lora is True else (lora or None),
+        trainable=True,
         **source,
         **gguf,
     )
@@ -449,6 +504,7 @@ def train(words: Sequence[str]) -> int:
         ref_model=ref_model,  # type: ignore[arg-type]
         callbacks=[stop],
     )
+    trainer.check()  # before anything is said about how prompts are packed
     data = data_facts(recipe.data.dataset, groups, held_out)
     tokens = data["label_tokens"] / data["groups"] if "groups" in data else 512
     reference = REFERENCES[trainer.reference_kind]
@@ -462,17 +518,11 @@ def train(words: Sequence[str]) -> int:
         "data": data,
         "objective": objective_facts(recipe),
         "reference": reference,
-        "sharing": {"on": trainer.data_collator.share_prompt, "reason": ""},  # type: ignore[union-attr]
+        "sharing": {"on": trainer.collator.share_prompt, "reason": trainer.sharing_reason},
         "schedule": schedule_words(trainer, tokens * config.per_device_train_batch_size),
         "environment": environment(),
         "arguments": config.to_dict(),
     }
-    if not facts["sharing"]["on"]:
-        facts["sharing"]["reason"] = "share_prompt is false"
-        if config.share_prompt != "false":
-            from fastpo.model.check import can_share_prompt
-
-            facts["sharing"]["reason"] = can_share_prompt(model)[1]
     if main:
         output_dir.mkdir(parents=True, exist_ok=True)
         recipe.save(output_dir)
@@ -490,11 +540,9 @@ def train(words: Sequence[str]) -> int:
     except BaseException as error:
         facts |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
         if main:
-            _write_facts(output_dir, facts)
+            _close(output_dir, facts, groups, recipe.report.report)
         raise
     facts["seconds"] = spent + time.monotonic() - begin
-    if main:
-        _write_skipped(output_dir, groups)  # a stream knows them only now
     if stop.asked:
         facts["status"] = "interrupted"
     else:
@@ -507,7 +555,7 @@ def train(words: Sequence[str]) -> int:
         trainer.save_state()
     if not main:
         return INTERRUPTED if stop.asked else 0
-    _write_facts(output_dir, facts)
+    _close(output_dir, facts, groups, recipe.report.report)
     if stop.asked:
         found = latest_complete(output_dir)
         again = shlex.join(["fastpo", "train", *[w for w in words if w != "--overwrite"]])
@@ -519,6 +567,6 @@ def train(words: Sequence[str]) -> int:
     print("\n" + conclusion(Run.read(output_dir)))
     if recipe.report.report:
         write_model_card(output_dir)
-        print(f"\nreport     {write_report(output_dir)}")
+        print(f"\nreport     {output_dir / 'report.html'}")
     print(f"model      {output_dir}")
     return 0

@@ -25,6 +25,10 @@ logger = logging.getLogger(__name__)
 _PROMPT_TOKENS, _RESPONSE_TOKENS = 24, 8
 
 
+class SelfCheckError(RuntimeError, ValueError):
+    """A model that would train on wrong numbers; a ValueError, since another model is the cure."""
+
+
 @dataclass(frozen=True)
 class SelfCheck:
     """What `self_check` found.
@@ -91,8 +95,8 @@ def self_check(
     of its dtype. A padded run with every input embedding moved by one such rounding measures what
     that does to the log-probs (e); independent ones add up as $2 \sqrt{2L} \, e$. Head: logits
     rounded to the model's dtype (once by the product, up to three times by soft-cap and scale), at
-    the label and in the log-sum-exp: $4 \epsilon \max|z|$, plus $2 \epsilon_{32} |h| |W_v|$ for
-    fp32 sums in another order.
+    the label and in the log-sum-exp: $4 \epsilon \max|z|$, plus $2 \epsilon_{32} (|h| |W_v| +
+    |\log p|)$ for fp32 sums in another order.
 
     Args:
         model: an attached or plain causal language model, perhaps wrapped; attached on return.
@@ -103,7 +107,8 @@ def self_check(
         SelfCheck; a sharing mismatch is logged in one line and reported, not raised.
 
     Raises:
-        RuntimeError: the fused head does not reproduce the model's own logits.
+        SelfCheckError: the model's own logits are not finite, or the fused head does not
+            reproduce them.
         ValueError: no groups.
     """
     if not groups:
@@ -119,6 +124,15 @@ def self_check(
     able, reason = can_share_prompt(model) if share_prompt else (False, "not asked for")
     error = bound = None
     with _evaluating(model), torch.no_grad():
+        # First: where the model itself is broken, sharing prompts is not what fails.
+        head_error, head_bound = _compare_head(model, head, batches[False])
+        if not head_error <= head_bound:
+            raise SelfCheckError(
+                f"the fused head differs from the model's own logits by {head_error:.2e} in "
+                f"log-probs, rounding explains {head_bound:.2e}: "
+                f"{type(causal_lm(model)).__name__} makes its logits in a way that "
+                f"Head({head.facts()}) does not describe"
+            )
         padded = _logps(model, head, batches[False])
         if able:
             try:
@@ -132,16 +146,8 @@ def self_check(
                     f"shared and padded log-probs differ by {error:.2e}, "
                     f"rounding explains {bound:.2e}"
                 )
-        head_error, head_bound = _compare_head(model, head, batches[False])
     if share_prompt and not able:
         logger.warning("prompts are not shared, every response gets its own row: %s", reason)
-    if not head_error <= head_bound:
-        raise RuntimeError(
-            f"the fused head differs from the model's own logits by {head_error:.2e} in log-probs, "
-            f"rounding explains {head_bound:.2e}: "
-            f"{type(causal_lm(model)).__name__} makes its logits in a way that "
-            f"Head({head.facts()}) does not describe"
-        )
     return SelfCheck(able, reason, error, bound, head_error, head_bound)
 
 
@@ -217,6 +223,16 @@ def _compare_head(model: nn.Module, head: Head, batch: dict[str, Any]) -> tuple[
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     logits = causal_lm(model)(**inputs, use_cache=False).logits.flatten(0, 1)[index]
     own = logps_from_logits(logits, targets, temperature=head.temperature).double()
+    if bool(own.isnan().any()):
+        name = type(causal_lm(model)).__name__
+        broken = [n for n, p in model.named_parameters() if not bool(p.isfinite().all())]
+        raise SelfCheckError(
+            f"{name} gives NaN: {len(broken)} of its weights hold NaN or infinity, the first is "
+            f"{broken[0]}; load another checkpoint"
+            if broken
+            else f"{name} gives NaN with finite weights: {logits.dtype} overflows; load it with "
+            "dtype=float32"
+        )
     hidden = label_hidden(model, batch)
     error = _largest(_fused(head, hidden, targets) - own)
 
@@ -227,5 +243,8 @@ def _compare_head(model: nn.Module, head: Head, batch: dict[str, Any]) -> tuple[
         * torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float32).max()
     )
     rounding = 4 * torch.finfo(logits.dtype).eps * max(raw, 1.0)
-    summation = torch.finfo(torch.float32).eps * norms.item() * abs(head.logit_scale)
-    return error, (rounding + 2 * summation) / head.temperature
+    eps = torch.finfo(torch.float32).eps
+    summation = eps * norms.item() * abs(head.logit_scale) / head.temperature
+    # Where the weights are small, the log-probs are near -log V and their own rounding is most.
+    logps = eps * own.abs().max().item()
+    return error, rounding / head.temperature + 2 * (summation + logps)

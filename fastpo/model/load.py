@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+import yaml
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -22,8 +25,57 @@ from transformers import (
 )
 
 from fastpo.model.attention import NAME
+from fastpo.model.device import default_device, native_bf16
 
 logger = logging.getLogger(__name__)
+
+
+class Adapter(NamedTuple):
+    """What an adapter in a folder stands on.
+
+    Args:
+        base: name or folder of the base model.
+        revision: of the base model.
+        gguf_file: file inside `base` that holds the weights in GGUF form.
+    """
+
+    base: str
+    revision: str | None
+    gguf_file: str | None
+
+
+def trained_adapter(name_or_path: str) -> Adapter | None:
+    """The adapter that a folder holds, or None for a whole model or a name on the hub.
+
+    Raises:
+        ValueError: the folder holds the weights of a whole model too.
+    """
+    folder = Path(name_or_path)
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return None
+    if whole := sorted(folder.glob("model*.safetensors")):
+        raise ValueError(
+            f"{folder} holds a whole model ({whole[0].name}) and an adapter ({path.name}): remove "
+            "the files of the one that is not meant"
+        )
+    config = json.loads(path.read_text(encoding="utf-8"))
+    # peft's file has no place for it; a checkpoint's recipe lies one folder up.
+    run = folder.parent if folder.name.startswith("checkpoint-") else folder
+    recipe = run / "recipe.yaml"
+    asked = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
+    return Adapter(
+        config["base_model_name_or_path"], config.get("revision"), asked.get("gguf_file")
+    )
+
+
+def check_place(name: str) -> None:
+    """ValueError for what can only be a path and leads nowhere.
+
+    Libraries take it for a name on the hub and complain about its form.
+    """
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).exists():
+        raise ValueError(f"no folder {name!r}, and a name on the hub looks like owner/name")
 
 
 def load_model(
@@ -209,20 +261,11 @@ def _resolve_dtype(
         if not isinstance(named, torch.dtype):
             raise ValueError(f"unknown dtype {dtype!r}: try 'auto', 'bfloat16' or 'float32'")
         return named
-    on_cpu = not torch.accelerator.is_available() if device is None else _is_cpu(device)
-    if on_cpu and not _cpu_has_bf16():
+    where = default_device() if device is None else torch.device(device)
+    if where.type == "cpu" and not native_bf16(where):
         logger.info("float32: this CPU has no native bfloat16")
         return torch.float32
     return "auto"
-
-
-def _is_cpu(device: str | torch.device) -> bool:
-    return torch.device(device).type == "cpu"
-
-
-def _cpu_has_bf16() -> bool:
-    flags = torch.cpu.get_capabilities()
-    return any(flags.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # bf16: ARM
 
 
 def _quantization(given: Any, dtype: str | torch.dtype) -> Any:

@@ -15,6 +15,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from fastpo.data.build import DataOptions
 from fastpo.head import Head
 from fastpo.loss import PreferenceLoss
+from fastpo.model.device import default_device, native_bf16
 from fastpo.train.sync import UpdateRule
 
 log = logging.getLogger(__name__)
@@ -22,11 +23,6 @@ log = logging.getLogger(__name__)
 
 # Scores that only a loop of one's own can supply: of samples drawn during training, or of images.
 _OWN_LOOP = ("old_logps", "token_rewards", "error")
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 natively; emulation is slower than float32."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _nearest(value: object, names: Iterable[str]) -> str:
@@ -197,11 +193,14 @@ class PreferenceConfig(TrainingArguments):
         self._validate()
 
     def _resolve_precision(self) -> None:
-        on_gpu = not self.use_cpu and is_torch_bf16_gpu_available()
+        device = default_device()
+        on_cpu = self.use_cpu or device.type == "cpu"
         if self.bf16 is None:
-            self.bf16 = on_gpu and not self.fp16
-        elif self.bf16 and not on_gpu and not torch.cuda.is_available():
-            if cpu_has_bf16():
+            # transformers refuses bfloat16 on accelerators where it knows no support for it.
+            possible = not on_cpu and not self.fp16 and is_torch_bf16_gpu_available()
+            self.bf16 = possible and native_bf16(device)
+        elif self.bf16 and on_cpu:
+            if native_bf16(torch.device("cpu")):
                 self.use_cpu = True
             else:
                 log.warning("bf16 is off: this CPU emulates bfloat16, float32 is faster")

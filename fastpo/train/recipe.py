@@ -28,9 +28,9 @@ class ModelSection:
     """Which model is trained, in which form.
 
     Args:
-        model: name on the hub, or a folder.
+        model: name on the hub, or a folder; one with an adapter goes on with that adapter.
         revision: branch, tag or commit of `model`.
-        gguf_file: file inside `model` that holds the weights in GGUF form.
+        gguf_file: file inside `model`, or its adapter's base, with the weights in GGUF form.
         dtype: dtype that the weights are loaded in; `auto` keeps the checkpoint's.
         trust_remote_code: run Python code that comes with the checkpoint.
         quantization: quantised base weights for LoRA; see `fastpo.model.load.load_model`.
@@ -55,13 +55,6 @@ class ModelSection:
     chat_template: str | None = None
     ref_model: str | dict[str, float] | None = None
 
-    def __post_init__(self) -> None:
-        if self.quantization and not self.lora:
-            raise ValueError(
-                f"quantization={self.quantization!r} gives weights that cannot be trained; "
-                "add lora: true (or its arguments)"
-            )
-
 
 @dataclass
 class DataSection:
@@ -72,7 +65,7 @@ class DataSection:
         dataset_name: configuration of a hub data set.
         split: split to train on.
         eval_dataset: data set to evaluate on; `dataset` itself when only `eval_split` is given.
-        eval_split: its split.
+        eval_split: its split; "train" by default.
         eval_fraction: share of the training rows that is held out, chosen by `seed`.
         streaming: read rows as they are needed instead of all at once.
         max_rows: use the first so many training rows only.
@@ -191,6 +184,7 @@ ELSEWHERE = {
     "sequence_len": "max_length",
     "micro_batch_size": "per_device_train_batch_size",
     "overwrite_output_dir": "the flag --overwrite",
+    "overwrite": "the flag --overwrite, without a value",
 }
 
 
@@ -339,7 +333,7 @@ def _unknown(
             f"{message} It is a hyper-parameter of {some}; "
             f"{chosen} has {', '.join(hyper) or 'none'}."
         )
-    hint = nearest(key, [*keys, *hyper, *ELSEWHERE])
+    hint = nearest(key, [*keys, *hyper])
     if hint:
         return message + hint
     return message + nearest(key, {h for o in OBJECTIVES.values() for h in o.hyper})
@@ -443,25 +437,80 @@ def load_recipe(path: str | Path | None, argv: Sequence[str] = ()) -> Recipe:
     except ValueError as error:
         raise RecipeError(f"{path or 'flags'}: {error}") from error
     recipe = Recipe(*sections, given=given, hyper=hyper)  # type: ignore[arg-type]
-    where = values["eval_strategy"].where if "eval_strategy" in values else ""
-    _complete(recipe, Path(path).stem if path is not None else "-".join(objectives), where)
+    _complete_model(recipe, values)
+    _complete(recipe, Path(path).stem if path is not None else "-".join(objectives), values)
     return recipe
 
 
-def _complete(recipe: Recipe, name: str, where: str) -> None:
+def _complete_model(recipe: Recipe, values: Mapping[str, Entry]) -> None:
+    """What the folders say that the recipe names; refused here, before a model is read."""
+    from fastpo.model.load import check_place, trained_adapter
+
+    model, given = recipe.model, recipe.given
+    references = model.ref_model or ()
+    for key, names in (
+        ("model", [model.model]),
+        ("ref_model", [references] if isinstance(references, str) else references),
+    ):
+        for name in names:
+            try:
+                check_place(name)
+            except ValueError as error:
+                raise RecipeError(f"{values[key].where}: {key}: {error}") from error
+    adapter = trained_adapter(model.model)
+    if adapter is None:
+        needs = {
+            "quantization": model.quantization is not None,
+            "reference": given.get("reference") == "adapter",
+        }
+        for key in (key for key, needed in needs.items() if needed and not model.lora):
+            raise RecipeError(
+                f"{values[key].where}: {key} = {given[key]!r} needs an adapter: add lora: true (or "
+                "its arguments)"
+            )
+        return
+    if model.lora:
+        raise RecipeError(
+            f"{values['lora'].where}: lora = {model.lora!r}, but {model.model} is an adapter, and "
+            "that one is trained on: drop lora, or merge it first with `fastpo merge`"
+        )
+    if adapter.gguf_file is not None:
+        model.gguf_file = given.setdefault("gguf_file", adapter.gguf_file)
+    if given.get("reference", "auto") == "auto" and not (
+        {"reference_store", "ref_model"} & {*given}
+    ):
+        # The adapter switched off would give the base model, not the model as it is at the start.
+        given["reference"] = "copy"
+
+
+def _complete(recipe: Recipe, name: str, values: Mapping[str, Entry]) -> None:
     """Fill in what follows from other keys, and refuse what the Trainer would refuse much later."""
     given = recipe.given
     given.setdefault("output_dir", f"runs/{name}")
     given.setdefault("num_samples", 3)
-    if recipe.data.evaluates and "eval_strategy" not in given:
-        # Below one, the Trainer reads eval_steps as a share of the run: five evaluations.
-        given.setdefault("eval_steps", 0.2)
-        given["eval_strategy"] = "steps"
-    elif not recipe.data.evaluates and str(given.get("eval_strategy", "no")) != "no":
-        raise RecipeError(
-            f"{where}: eval_strategy = {given['eval_strategy']!r}, but no rows are held out: "
-            "give eval_dataset, eval_split or eval_fraction"
-        )
+    stops_early = given.get("early_stopping_patience") is not None
+    if stops_early and recipe.data.evaluates:
+        given.setdefault("load_best_model_at_end", True)
+    best = given.get("load_best_model_at_end", False)
+    if recipe.data.evaluates:
+        if given.setdefault("eval_strategy", "steps") == "steps":
+            # Below one, the Trainer reads eval_steps as a share of the run: five evaluations.
+            given.setdefault("eval_steps", given.get("save_steps", 0.2) if best else 0.2)
+        if best:  # among the checkpoints, so each evaluation has one
+            given.setdefault("save_strategy", given["eval_strategy"])
+            if "eval_steps" in given:
+                given.setdefault("save_steps", given["eval_steps"])
+    else:
+        for key, unset in (
+            ("eval_strategy", "no"),
+            ("load_best_model_at_end", False),
+            ("early_stopping_patience", None),
+        ):
+            if given.get(key, unset) != unset:
+                raise RecipeError(
+                    f"{values[key].where}: {key} = {given[key]!r}, but no rows are held out: give "
+                    "eval_dataset, eval_split or eval_fraction"
+                )
     if recipe.data.streaming and given.get("max_steps", -1) < 1:
         raise RecipeError("streaming = true needs max_steps: a stream has no length")
 

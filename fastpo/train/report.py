@@ -57,10 +57,9 @@ PANELS = (
 
 
 def _panels(run: Run) -> list[Panel]:
-    """The fixed panels and one for each logged divergence, entropy, speed and memory."""
+    """The fixed panels and one for each logged entropy, speed and memory."""
     panels = list(PANELS)
     aids = {
-        "kl": "nats from the reference",
         "entropy": "nats a token; collapse shows here",
         "second": "speed of training",
         "memory": "peak so far",
@@ -70,7 +69,7 @@ def _panels(run: Run) -> list[Panel]:
         word = next((w for w in aids if w in words), None)
         # The closing line of a run repeats its speed as train_...: one point, no curve.
         if word and words[0] not in ("eval", "train"):
-            title = " ".join(words).capitalize().replace("gib", "(GiB)").replace("Kl", "KL")
+            title = " ".join(words).capitalize().replace("gib", "(GiB)")
             panels.append(Panel(title, ((key, "train", "a"),), aids[word]))
     return panels
 
@@ -231,7 +230,7 @@ def metric_rows(run: Run) -> list[tuple[str, float, float, float]]:
     rows = []
     for key in run.names():
         if key.startswith(("eval_", "train_")) or not key.startswith(
-            ("loss", "rewards/", "logps/", "kl")
+            ("loss", "rewards/", "logps/")
         ):
             continue
         held = finite(run.curve(f"eval_{key}"))

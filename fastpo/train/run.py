@@ -194,10 +194,6 @@ class Warning(NamedTuple):
     text: str
 
 
-# A policy 20 nats away finds its own answers e^20 = 5e8 times likelier than the reference does.
-LARGE_KL = 20.0
-
-
 def find_warnings(run: Run) -> list[Warning]:
     """What the numbers of a run say against it, worst first."""
     found: list[Warning] = []
@@ -244,16 +240,6 @@ def find_warnings(run: Run) -> list[Warning]:
                 "The model has not learned which response is preferred: train longer, raise "
                 "learning_rate, or check that chosen and rejected are the right way round.",
             )
-    for key in run.names():
-        name = key.rsplit("/", 1)[-1]
-        kl = ends(run.curve(key))[1]
-        if (name == "kl" or name.startswith("kl_")) and kl > LARGE_KL:
-            add(
-                "warn",
-                f"The policy is far from the reference ({key} = {kl:.0f} nats)",
-                f"Above about {LARGE_KL:.0f} nats a response, the reference says little about what "
-                "the model now writes. A larger beta or a smaller learning_rate keeps it closer.",
-            )
     evaluated = finite(run.curve("eval_loss"))
     if len(evaluated) >= 3:
         best_step, best = min(evaluated, key=lambda point: point[1])
@@ -287,7 +273,9 @@ def find_warnings(run: Run) -> list[Warning]:
         add("note", "Prompts were not shared", f"{sharing['reason']}.")
     status = run.facts.get("status")
     if status and status != "finished":
-        add("note", f"This run is {status}", f"The numbers end at step {run.steps}.")
+        error = f"{run.facts['error']}. " if "error" in run.facts else ""
+        level = "stop" if status == "failed" else "note"
+        add(level, f"This run is {status}", f"{error}The numbers end at step {run.steps}.")
     if run.torn:
         add("note", "Torn lines", f"Lines cut off in the run's JSONL files: {run.torn}.")
     order = ("stop", "warn", "note")

@@ -154,7 +154,8 @@ class PreferenceTrainer(Trainer):
                 return None
             groups = as_groups(data, processing_class, args, extras=loss.extras, source=source)
             # Of a stream the beginning; what is wrong later stops the step that meets it.
-            check_fit(loss, groups if isinstance(groups, Sized) else groups.head(_CHECKED))
+            looked_at: Any = groups if isinstance(groups, Sized) else groups.head(_CHECKED)
+            check_fit(loss, looked_at)
             return groups
 
         train_dataset = groups_of(train_dataset, "train data")

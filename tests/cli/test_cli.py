@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fastpo import __version__
 from fastpo.cli import main
 from fastpo.cli.models import open_model
+from fastpo.cli.train import forget
+from fastpo.model.check import SelfCheckError
 from fastpo.objectives import OBJECTIVES
+from tests.model.tiny import FAMILIES
+from tests.model.tiny import tiny as tiny_model
 from tests.numerics import assert_three_way, error
 
 
@@ -69,6 +76,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["doctor", "--model", "/nowhere/at/all"], "no folder '/nowhere/at/all'"),
         (["report", "/nowhere/at/all"], "not a folder"),
         (["train", "/nowhere.yaml"], "/nowhere.yaml: No such file"),
+        (["train", "--overwrite", "/nowhere.yaml"], "/nowhere.yaml: No such file"),
+        (["train", "--lora", "/nowhere.yaml"], "/nowhere.yaml: No such file"),
         (["train", "--model", "m", "--dataset", "d", "--bta", "1"], "Did you mean 'beta'?"),
         (["sample", "--model", "m", "--prompts", "p", "--num-samples", "0"], "--num-samples 0"),
     ],
@@ -222,6 +231,235 @@ def test_an_interrupt_saves_and_says_how_to_go_on(recipe: Path) -> None:
     (checkpoint,) = [p.name for p in folder.glob("checkpoint-*")]
     assert f"goes on from {checkpoint}" in out
     assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+    assert "This run is interrupted" in (folder / "report.html").read_text()
+
+
+KILLED = """
+import os, signal, sys
+from fastpo.cli import main, train
+
+step = int(sys.argv.pop(1))
+
+def kill(self, args, state, control, **kwargs):
+    if state.global_step == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+train.StopCleanly.on_step_end = kill
+sys.exit(main())
+"""
+
+
+def test_a_killed_run_ends_with_the_same_weights(
+    capsys: pytest.CaptureFixture[str], recipe: Path
+) -> None:
+    """SIGKILL before the first checkpoint and after one: the fresh adapter is drawn again."""
+    words = ["train", str(recipe), "--max_steps", "4", "--save_steps", "2", "--output_dir"]
+    whole, killed = recipe.parent / "whole", recipe.parent / "killed"
+    for step, checkpoints in ((1, []), (3, ["checkpoint-2"])):
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, str(step), *words, str(killed)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        )
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert [p.name for p in killed.glob("checkpoint-*")] == checkpoints
+    assert "checkpoint-2" in run(capsys, *words, killed)[1]
+    torch.manual_seed(123)  # what the process drew before is of no account
+    assert run(capsys, *words, whole)[0] == 0
+    name = "adapter_model.safetensors"
+    assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_overwrite_leaves_no_model_of_another_run(
+    capsys: pytest.CaptureFixture[str], recipe: Path, tiny: Path
+) -> None:
+    folder = recipe.parent / "run"
+    full = recipe.with_name("full.yaml")
+    full.write_text(recipe.read_text().replace("lora: {r: 2}\n", ""))
+    for path, adapted in ((full, False), (recipe, True), (full, False)):
+        assert run(capsys, "train", path, "--output_dir", folder, "--overwrite")[0] == 0
+        assert isinstance(open_model(str(folder)), PeftModel) is adapted
+        assert (folder / "adapter_model.safetensors").exists() is adapted
+        assert (folder / "model.safetensors").exists() is not adapted
+    for model in (folder, folder / "checkpoint-2"):
+        status, _, err = run(
+            capsys, "train", full, "--model", model, "--output_dir", folder, "--overwrite"
+        )
+        assert (status, (model / "model.safetensors").exists()) == (2, True)
+        assert f"would remove {model}, which is to be trained" in err
+    own = recipe.parent / "own"  # a folder that is no run's
+    shutil.copytree(tiny / "model", own)
+    forget(own, "elsewhere")
+    assert {p.name for p in own.iterdir()} == {p.name for p in (tiny / "model").iterdir()}
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_over(
+    capsys: pytest.CaptureFixture[str], recipe: Path
+) -> None:
+    words = ["train", recipe, "--save_strategy", "no"]
+    assert run(capsys, *words)[0] == 0
+    path = recipe.parent / "run" / "adapter_model.safetensors"
+    before = path.read_bytes()
+    status, out, _ = run(capsys, *words)
+    assert status == 0
+    assert "is finished: 2 steps" in out
+    for more, part in (
+        (["--learning_rate", "1"], "holds a run with learning_rate = 0.001, now it is 1"),
+        (["--max_steps", "3"], "no checkpoint to go on from"),
+    ):
+        status, _, err = run(capsys, *words, *more)
+        assert status == 2
+        assert part in err
+        assert err.count("\n") == 1
+    assert path.read_bytes() == before
+
+
+def test_an_adapter_is_trained_on(
+    capsys: pytest.CaptureFixture[str], recipe: Path, tiny: Path
+) -> None:
+    first, second = recipe.parent / "run", recipe.parent / "second"
+    assert run(capsys, "train", recipe)[0] == 0
+    onward = recipe.with_name("onward.yaml")
+    text = recipe.read_text().replace("lora: {r: 2}\n", "").replace("1e-3", "0.0")
+    onward.write_text(text.replace(str(tiny / "model"), str(first)))
+    status, out, _ = run(capsys, "train", onward, "--output_dir", second)
+    assert status == 0
+    assert "frozen copy of the model as it was at the start" in out
+    name = "adapter_model.safetensors"  # learning_rate 0: the adapter that was there, as it was
+    assert load_file(first / name).keys() == load_file(second / name).keys()
+    for key, value in load_file(first / name).items():
+        assert torch.equal(value, load_file(second / name)[key])
+    line = next(row for row in lines(second / "metrics.jsonl") if "loss" in row)
+    assert line["rewards/margins"] == 0.0
+    assert run(capsys, "train", onward, "--output_dir", second, "--learning_rate", "1e-3",
+               "--overwrite")[0] == 0  # fmt: skip
+    changed = load_file(second / name)
+    assert any(not torch.equal(v, changed[k]) for k, v in load_file(first / name).items())
+    status, _, err = run(capsys, "train", onward, "--lora")
+    assert status == 2
+    assert "drop lora" in err
+    status, _, err = run(capsys, "train", onward, "--quantization", "{load_in_9bit: true}")
+    assert "needs an adapter" not in err
+
+
+def test_errors_of_a_run_are_one_line(
+    capsys: pytest.CaptureFixture[str], recipe: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, _, err = run(capsys, "train", recipe, "--learning_rate", "1e30", "--max_grad_norm", "0")
+    assert status == 2
+    assert "fastpo: the loss is nan in step 2" in err
+    assert "Traceback" not in err
+    report = (recipe.parent / "run" / "report.html").read_text()
+    assert "This run is failed" in report
+    assert "FloatingPointError: the loss is nan" in report
+
+    broken: Any = AutoModelForCausalLM.from_pretrained(tiny / "model")
+    broken.model.norm.weight.data[0] = float("nan")
+    shutil.copytree(tiny / "model", recipe.parent / "broken")
+    broken.save_pretrained(recipe.parent / "broken")
+    for command in (
+        ["train", recipe, "--model", recipe.parent / "broken", "--overwrite"],
+        ["score", "--model", recipe.parent / "broken", "--dataset", tiny / "prefs.jsonl"],
+    ):
+        status, _, err = run(capsys, *command)
+        assert status == 2
+        assert "the first is " in err
+        assert "model.norm.weight; load another checkpoint" in err
+        assert "Traceback" not in err
+    with pytest.raises(SelfCheckError):
+        main([*map(str, command), "--debug"])
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    status, _, err = run(capsys, "train", recipe, "--overwrite", "--quantization", "nf4")
+    assert status == 2
+    assert err.endswith(": pip install -U 'fastpo[quant]'\n")
+    for name in [m for m in sys.modules if m.startswith("fastpo.cli.")]:
+        monkeypatch.delitem(sys.modules, name)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "peft", None)
+        status, _, err = run(capsys, *command)
+    assert status == 2
+    assert "peft" in err
+    assert err.endswith(": pip install -U 'fastpo[train]'\n")
+    assert err.count("\n") == 1
+    monkeypatch.setitem(sys.modules, "fastpo.data.rows", None)  # a fault of ours
+    with pytest.raises(ImportError):
+        main([*map(str, command)])
+
+
+@pytest.mark.parametrize("model_type", ["nemotron", "doge"])
+def test_score_without_sharing_where_it_fails(
+    capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path, model_type: str
+) -> None:
+    """Architectures that promise shared prompts and do not keep it."""
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    options = {**FAMILIES["llama"][1], "vocab_size": 259}
+    tiny_model(model_type, **options).save_pretrained(tmp_path / "model")
+    status, out, err = run(
+        capsys, "score", "--model", tmp_path / "model", "--dataset", tiny / "prefs.jsonl"
+    )
+    assert status == 0, err
+    assert len(out.splitlines()) == 8
+    assert "prompts are not shared" in err
+
+
+def gguf_of(model: Any, path: Path) -> None:
+    """The tensors of a tiny Llama under their GGUF names; the tokenizer lies elsewhere."""
+    from gguf import GGUFWriter
+
+    config, writer = model.config, GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    names = {"self_attn.": "attn_", "o_proj": "output", "_proj": "", "mlp.": "ffn_"}
+    names |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    names |= {"model.layers": "blk", "model.embed_tokens": "token_embd", "lm_head": "output"}
+    names |= {"model.norm": "output_norm"}
+    for name, value in model.state_dict().items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        writer.add_tensor(name, value.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_run_on_gguf_weights_is_a_model_for_every_command(
+    capsys: pytest.CaptureFixture[str], recipe: Path, tiny: Path, tmp_path: Path
+) -> None:
+    base, folder = tmp_path / "base", tmp_path / "run"
+    base.mkdir()
+    gguf_of(AutoModelForCausalLM.from_pretrained(tiny / "model"), base / "tiny.gguf")
+    gguf, tokenizer = ["--gguf-file", "tiny.gguf"], ["--tokenizer", tiny / "model"]
+    assert run(capsys, "train", recipe, "--model", base, *gguf, *tokenizer)[0] == 0
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hi"}\n')
+    data, prompts = ["--dataset", tiny / "prefs.jsonl"], ["--prompts", tmp_path / "prompts.jsonl"]
+    short = ["--max-new-tokens", "2"]
+    for model in (folder, folder / "checkpoint-2"):
+        for words in (
+            ["score", "--model", model, *data, "--ref-model", "base"],
+            ["sample", "--model", model, *prompts, *short],
+            ["doctor", "--model", model, "--tokens", "8"],
+            ["merge", model, tmp_path / f"merged-{model.name}"],
+        ):
+            status, _, err = run(capsys, *words)
+            assert status == 0, err
+    for words in (
+        ["score", "--model", base, *data, *gguf, *tokenizer],
+        ["sample", "--model", base, *prompts, *short, *gguf, *tokenizer],
+        ["doctor", "--model", base, "--tokens", "8", *gguf],
+        ["train", recipe, "--model", folder, "--lora", "null", "--output_dir", tmp_path / "2"],
+        ["score", "--model", tmp_path / "2", *data],
+    ):
+        status, _, err = run(capsys, *words)
+        assert status == 0, err
 
 
 def test_score_against_transformers(
@@ -263,7 +501,8 @@ def test_sample(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) 
     status, out, _ = run(capsys, *words, "--num-samples", "2", "--seed", "1")
     assert status == 0
     rows = [json.loads(line) for line in out.splitlines()]
-    assert [len(row["responses"]) for row in rows] == [2, 2]
+    assert [len(row["samples"]) for row in rows] == [2, 2]
+    assert "responses" not in rows[0]  # `fastpo train` would read those as ranked, best first
     assert rows[0]["prompt"] == "What is 1 plus 1? "
     assert run(capsys, *words, "--num-samples", "2", "--seed", "1")[1] == out
     # Batched with left padding or one by one, greedy answers are the same.
@@ -304,7 +543,7 @@ def test_merge(capsys: pytest.CaptureFixture[str], recipe: Path, tmp_path: Path)
     assert not (merged / "adapter_model.safetensors").exists()
     for words, part in (
         ((str(run_dir), str(merged)), "not an empty folder"),
-        ((str(merged), str(tmp_path / "again")), "holds no adapter alone"),
+        ((str(merged), str(tmp_path / "again")), "holds no adapter"),
     ):
         status, _, err = run(capsys, "merge", *words)
         assert status == 2

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastpo.train.recipe import RecipeError, load_recipe
+from fastpo.train.recipe import ELSEWHERE, RecipeError, load_recipe
 
 BASE = "model: m\ndataset: d.jsonl\n"
 
@@ -95,6 +95,12 @@ def test_numbers_and_words_in_a_file_follow_yaml_1_2(tmp_path: Path) -> None:
         ("lora: {rank: 3}\n", [], ["r.yaml:3", "'rank'"]),
         ("lora: {rank: 3}\n", ["--lora.r", "3"], ["r.yaml:3", "--lora.r"]),
         ("", ["--model.x", "1"], ["model takes text"]),
+        ("overwrite: true\n", [], ["Here it is the flag --overwrite, without a value."]),
+        ("ref_model: /no/such/folder\n", [], ["r.yaml:3: ref_model", "no folder '/no/such"]),
+        ("ref_model: {a/b: 0.5, ./c: 0.5}\n", [], ["r.yaml:3: ref_model", "no folder './c'"]),
+        ("reference: adapter\n", [], ["r.yaml:3: reference = 'adapter'", "lora: true"]),
+        ("load_best_model_at_end: true\n", [], ["r.yaml:3: load_best", "eval_fraction"]),
+        ("early_stopping_patience: 2\n", [], ["r.yaml:3: early_stopping", "eval_fraction"]),
         ("", ["stray"], ["'stray' follows no flag"]),
         ("model: n\n", [], ["r.yaml:3", "'model' was already set in line 1"]),
         ("a: [\n", [], ["not YAML"]),
@@ -150,6 +156,32 @@ def test_what_follows_from_other_keys(tmp_path: Path) -> None:
     assert "eval_strategy" not in plain.given
     assert held.given["eval_strategy"] == "steps"
     assert held.given["eval_steps"] == 0.2
+
+
+def test_only_keys_of_a_recipe_are_suggested(tmp_path: Path) -> None:
+    assert "lora_rank" in ELSEWHERE
+    assert "lora_rank" not in refused(tmp_path, "lora_ranks: 8\n").split("unknown key")[1][15:]
+
+
+@pytest.mark.parametrize(
+    ("text", "eval_steps", "save_steps"),
+    [
+        ("load_best_model_at_end: true\n", 0.2, 0.2),
+        ("early_stopping_patience: 2\n", 0.2, 0.2),
+        ("early_stopping_patience: 2\neval_steps: 5\n", 5, 5),
+        ("early_stopping_patience: 2\nsave_steps: 20\n", 20, 20),
+    ],
+)
+def test_the_best_evaluation_has_a_checkpoint(
+    tmp_path: Path, text: str, eval_steps: float, save_steps: float
+) -> None:
+    config = load(
+        tmp_path, f"output_dir: {tmp_path}\nuse_cpu: true\neval_fraction: 0.1\n{text}"
+    ).config()
+    assert config.load_best_model_at_end
+    assert (config.eval_steps, config.save_steps) == (eval_steps, save_steps)
+    by_epoch = load(tmp_path, f"eval_fraction: 0.1\n{text}eval_strategy: epoch\n").given
+    assert by_epoch["save_strategy"] == "epoch"
 
 
 def test_a_saved_recipe_is_the_same_recipe(tmp_path: Path) -> None:

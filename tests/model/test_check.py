@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from fastpo.data.packing import GroupSpan, Layout
 from fastpo.head import Head
 from fastpo.model.attention import NAME, SharedRow, shared_prompt_attention
-from fastpo.model.check import can_share_prompt, self_check
+from fastpo.model.check import SelfCheckError, can_share_prompt, self_check
 from fastpo.model.facts import read_head
 from fastpo.model.load import add_lora
 from tests.model.tiny import FAMILIES, PAD, UNSHARED, family, group, groups, tiny
@@ -61,7 +61,7 @@ def test_a_leak_between_responses_falls_back(
 @pytest.mark.parametrize("head", [{"logit_scale": 1.01}, {"softcap": 10.0}], ids=str)
 def test_a_wrong_head_stops(head: dict[str, float]) -> None:
     model = family("llama")
-    with pytest.raises(RuntimeError, match="differs from the model's own logits by"):
+    with pytest.raises(SelfCheckError, match="differs from the model's own logits by"):
         self_check(model, Head(model.lm_head, **head), groups(), PAD)
 
 
@@ -92,6 +92,28 @@ def test_the_hidden_state_before_the_final_norm_stops() -> None:
     model.forward = mark
     with pytest.raises(RuntimeError, match="differs from the model's own logits by"):
         self_check(model, head, groups(), PAD)
+
+
+def test_a_broken_model_is_named_before_anything_else(caplog: pytest.LogCaptureFixture) -> None:
+    model = family("llama")
+    name = "model.layers.1.mlp.up_proj.weight"
+    model.get_parameter(name).data[3, 3] = float("nan")
+    with pytest.raises(SelfCheckError, match=f"gives NaN: 1 of its weights .* first is {name}"):
+        self_check(model, read_head(model), groups(), PAD)
+    model = family("llama")
+    model.lm_head.weight.data.fill_(3e38)
+    with pytest.raises(SelfCheckError, match=r"finite weights: torch\.float32 overflows"):
+        self_check(model, read_head(model), groups(), PAD)
+    assert not caplog.records  # nothing about shared prompts
+
+
+@pytest.mark.parametrize("seed", [14, 15, 24, 33, 39])
+def test_small_weights_are_no_wrong_head(seed: int) -> None:
+    """Untrained, log-probs are near -log V and the logits near 0: the sums round, not those."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model("llama", dtype="float32", **FAMILIES["llama"][1])
+    model = AutoModelForCausalLM.from_config(config)
+    assert self_check(model, read_head(model), groups(), PAD).share_prompt
 
 
 @pytest.mark.parametrize("name", UNSHARED)

@@ -15,7 +15,14 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast, T5Config, 
 
 from fastpo.model import load
 from fastpo.model.hidden import attach
-from fastpo.model.load import add_lora, blend, disable_dropout, load_model, load_tokenizer
+from fastpo.model.load import (
+    add_lora,
+    blend,
+    disable_dropout,
+    load_model,
+    load_tokenizer,
+    trained_adapter,
+)
 from tests.model.tiny import FAMILIES, family, tiny
 
 
@@ -47,6 +54,20 @@ def test_lora(saved: str) -> None:
     }
     with pytest.raises(ValueError, match="no 'rank'"):
         load_model(saved, lora={"rank": 3})
+
+
+def test_what_an_adapter_stands_on(saved: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    add_lora(load_model(saved), {"r": 2}).save_pretrained(run / "checkpoint-3")
+    assert trained_adapter(saved) is None
+    assert trained_adapter("owner/name") is None
+    (run / "recipe.yaml").write_text("gguf_file: q4.gguf\n")
+    assert trained_adapter(str(run / "checkpoint-3")) == (saved, None, "q4.gguf")
+    (run / "checkpoint-3").rename(run / "mine")  # no folder of that run
+    assert trained_adapter(str(run / "mine")) == (saved, None, None)
+    family("llama").save_pretrained(run / "mine")
+    with pytest.raises(ValueError, match=r"mine holds a whole model .* and an adapter"):
+        trained_adapter(str(run / "mine"))
 
 
 def test_pickled_weights_are_not_read(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ import logging
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-import fastpo.train.config
 from fastpo.data.build import DataOptions
 from fastpo.train.config import PreferenceConfig
 
@@ -97,8 +97,8 @@ def test_unknown_setting() -> None:
 def test_bf16_needs_a_cpu_that_has_it(
     config: Any, native: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(fastpo.train.config, "cpu_has_bf16", lambda: native)
-    monkeypatch.setattr(fastpo.train.config, "is_torch_bf16_gpu_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"bf16": native})  # as ARM says it
     with caplog.at_level(logging.WARNING, "fastpo.train.config"):
         made = config(bf16=True)
     assert made.bf16 is native

@@ -200,10 +200,9 @@ def test_a_healthy_run_has_no_warnings(tmp_path: Path) -> None:
         (lambda t: {"logps/chosen": -60 - 20 * t}, "chosen responses become less likely"),
         (lambda t: {"rewards/accuracies": min(1.0, 4 * t)}, "ranked right from step 10 on"),
         (lambda t: {"rewards/accuracies": 0.5}, "Accuracy ends at chance (0.50)"),
-        (lambda t: {"kl": 80 * t}, "far from the reference (kl = 73 nats)"),
         (lambda t: {"grad_norm": 90.0 if t == 0.5 else 2.0}, "Gradient spikes"),
     ],
-    ids=["nan", "displacement", "too easy", "chance", "kl", "spike"],
+    ids=["nan", "displacement", "too easy", "chance", "spike"],
 )
 def test_warnings(tmp_path: Path, change: Any, title: str) -> None:
     log = [step_line(i, 40, **change(i / 40)) for i in range(1, 41)]
