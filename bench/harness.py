@@ -41,7 +41,9 @@ def environment(device: torch.device) -> dict[str, Any]:
     cpu = device.type == "cpu"
     name = torch.backends.cpu.get_cpu_capability() if cpu else torch.cuda.get_device_name(device)
     stamp = {"device": name, "slug": device_slug(device), "threads": torch.get_num_threads()}
-    present = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
+    present = {
+        d.name.lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()
+    }
     return {**stamp, **{package: present.get(package) for package in PACKAGES}}
 
 

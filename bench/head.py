@@ -360,8 +360,9 @@ def page(data: dict, cases: Sequence[dict]) -> str:
     versions = ", ".join(f"{name} {stamp[name] or 'absent'}" for name in PACKAGES)
     return f"""# Benchmarks of the head
 
-`python -m bench.head --page FILE.md` measures what `{RESULTS.name}/{stamp["slug"]}/head.json` lacks
-and rewrites this page from that file; `--fresh` measures everything again.
+`python -m bench.head --page FILE.md` measures what `bench/{RESULTS.name}/{stamp["slug"]}/head.json`
+lacks and rewrites this page from that file; `--fresh` measures everything again, `--shape N,D,V`
+one shape only.
 
 Device: {stamp["device"]}, {stamp["threads"]} threads. Versions: {versions}.
 
@@ -369,7 +370,7 @@ Device: {stamp["device"]}, {stamp["threads"]} threads. Versions: {versions}.
 - Layout: {method["layout"]}.
 - Gate: {method["gate"]}; who fails it gets no speed.
 - Time: {method["rounds"]} rounds, everyone once a round in rotating order, caches flushed before
-  each call. `x ours` is the median over rounds of the time next to fastpo's in the same round.
+  every call. `x ours` is the median over rounds of the time next to fastpo's in the same round.
 - `products` counts matrix products of 2NDV FLOP. `of limit` is the time of the products that no
   method can do without, as bare `torch.mm`, over the contender's. `peak MiB` is the most memory
   alive beyond the inputs, gradients included, each contender in a process of its own.
