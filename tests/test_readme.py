@@ -8,6 +8,7 @@ from pathlib import Path
 import fastpo.objectives
 from fastpo.cli.objectives import markdown
 from fastpo.objectives import SECTIONS
+from fastpo.train.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -59,3 +60,12 @@ def test_docs_of_the_objectives_are_generated():
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_recipe_is_a_recipe(tmp_path):
+    (text,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.S)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    recipe = load_recipe(path)
+    assert list(recipe.hyper) == ["dpo"]
+    assert recipe.config().per_device_train_batch_size == 4
