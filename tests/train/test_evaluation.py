@@ -72,7 +72,7 @@ def test_a_set_is_filled_up_for_several_ranks() -> None:
     assert [isinstance(padded[i], Filler) for i in range(8)] == [False] * 5 + [True] * 3
 
 
-def two_ranks(rank: int, port: int, folder: str) -> None:
+def two_ranks(rank: int, port: int, folder: str, statistics: str) -> None:
     """One of two processes that train and evaluate together."""
     os.environ |= {
         "RANK": str(rank),
@@ -81,7 +81,7 @@ def two_ranks(rank: int, port: int, folder: str) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    made = distributed_run(folder, batch=2, ddp_backend="gloo")
+    made = distributed_run(folder, batch=2, ddp_backend="gloo", batch_statistics=statistics)
     if rank == 0:
         torch.save([p.detach() for p in made.model.parameters()], f"{folder}/weights.pt")
     torch.distributed.destroy_process_group()
@@ -97,15 +97,17 @@ def distributed_run(
         tiny.model().to(dtype),
         tiny.config(
             folder,
-            objective={"bco": 1.0, "dpo": 1.0, "sft": 0.5},
-            per_device_train_batch_size=batch,
-            per_device_eval_batch_size=batch,
-            gradient_accumulation_steps=2,
-            max_steps=3,
-            optim="sgd",
-            eval_strategy="steps",
-            eval_steps=3,
-            **options,
+            **{
+                "objective": {"bco": 1.0, "dpo": 1.0, "sft": 0.5},
+                "per_device_train_batch_size": batch,
+                "per_device_eval_batch_size": batch,
+                "gradient_accumulation_steps": 2,
+                "max_steps": 3,
+                "optim": "sgd",
+                "eval_strategy": "steps",
+                "eval_steps": 3,
+                **options,
+            },
         ),
         train_dataset=tiny.pairs(16),
         eval_dataset=tiny.pairs(7, seed=1),
@@ -116,22 +118,31 @@ def distributed_run(
     return made
 
 
-def test_two_ranks_are_one(tmp_path: Path) -> None:
-    """2 ranks x 2 groups x 2 micro-batches = 1 x 4 x 2: losses, weights, evaluation, metrics."""
+@pytest.mark.parametrize(("statistics", "batch", "cut"), [("local", 4, 2), ("exact", 8, 1)])
+def test_two_ranks_are_one(statistics: str, batch: int, cut: int, tmp_path: Path) -> None:
+    """2 ranks x 2 groups x 2 micro-batches: losses, weights, evaluation, metrics.
+
+    With local statistics as 1 x 4 x 2, whose micro-batches hold the same groups over all ranks;
+    with exact ones as 1 x 8 x 1: they do not see the cut.
+    """
     import socket
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [child.start(two_ranks, rank, port, str(tmp_path / "two")) for rank in (0, 1)]
-    one = distributed_run(str(tmp_path / "one"), batch=4)
-    truth = distributed_run(str(tmp_path / "truth"), batch=4, dtype=torch.float64)
+    two = str(tmp_path / "two")
+    ranks = [child.start(two_ranks, rank, port, two, statistics) for rank in (0, 1)]
+    options = {"gradient_accumulation_steps": cut, "batch_statistics": statistics}
+    one = distributed_run(str(tmp_path / "one"), batch, **options)
+    truth = distributed_run(str(tmp_path / "truth"), batch, torch.float64, **options)
     for process in ranks:
         process.join(300)
         assert process.exitcode == 0
-    two = torch.load(tmp_path / "two" / "weights.pt")
     for mine, theirs, true in zip(
-        two, one.model.parameters(), truth.model.parameters(), strict=True
+        torch.load(f"{two}/weights.pt"),
+        one.model.parameters(),
+        truth.model.parameters(),
+        strict=True,
     ):
         assert_three_way(mine, theirs.detach(), true.detach(), "weights")
     records = [read_metrics(tmp_path / name) for name in ("two", "one", "truth")]
