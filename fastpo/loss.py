@@ -340,19 +340,10 @@ class PreferenceLoss(nn.Module):
     def _check_groups(self, segments: Segments) -> None:
         sizes = segments.mask.sum(dim=1)
         for c in self.components:
-            if c.objective.family == "pair" and not bool((sizes == 2).all()):
-                wrong = int((sizes != 2).nonzero()[0])
-                raise ValueError(
-                    f"{c.objective.name} compares pairs, but group {wrong} has {int(sizes[wrong])} "
-                    "responses: use a list objective (lipo, plackett_luce) or turn lists into "
-                    "pairs (list_to_pairs)"
-                )
-            if c.objective.family == "list" and not bool((sizes >= 2).all()):
-                wrong = int((sizes < 2).nonzero()[0])
-                raise ValueError(
-                    f"{c.objective.name} compares lists, but group {wrong} has a single response: "
-                    "use a point objective (kto, bco, npo)"
-                )
+            taken = c.objective.takes(sizes)
+            if not bool(taken.all()):
+                wrong = int((~taken).nonzero()[0])
+                raise ValueError(c.objective.size_error(int(sizes[wrong]), f"group {wrong}"))
         if segments.score is not None and "score" in self.needs:
             absent = segments.score.isnan() & segments.mask
             if bool(absent.any()):

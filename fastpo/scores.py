@@ -89,9 +89,10 @@ STATISTIC_OF = {
 }
 
 
-def _sum_by_response(values: Tensor, segments: Segments) -> Tensor:
-    """[N] -> [R]: sums over the tokens of each response, zero for an empty one."""
-    return values.new_zeros(segments.num_responses).index_add(0, segments.response, values)
+def sum_by_response(values: Tensor, segments: Segments) -> Tensor:
+    """[N, ...] -> [R, ...]: sums over the tokens of each response, zero for an empty one."""
+    sums = values.new_zeros(segments.num_responses, *values.shape[1:])
+    return sums.index_add(0, segments.response, values)
 
 
 def score_responses(
@@ -165,8 +166,8 @@ def score_responses(
     if token_weights is not None:
         weighted = {name: value * token_weights for name, value in given.items()}
         counted = (token_weights != 0).to(given["logps"].dtype)
-    per_response = {name: _sum_by_response(value, segments) for name, value in weighted.items()}
-    per_response["length"] = _sum_by_response(counted, segments)
+    per_response = {name: sum_by_response(value, segments) for name, value in weighted.items()}
+    per_response["length"] = sum_by_response(counted, segments)
     if ref_logps is not None:
         per_response["ratio"] = per_response["logps"] - per_response["ref_logps"]
     # An empty response has score 0 and length 0: dividing by 1 keeps its mean and gradient at 0.

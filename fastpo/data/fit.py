@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from fastpo.data.groups import Group
 from fastpo.loss import PreferenceLoss
@@ -14,34 +14,18 @@ def check_fit(loss: PreferenceLoss, groups: Iterable[Group]) -> None:
     Raises:
         ValueError: names source and row, what is missing, and what to do about it.
     """
-    for _ in fitting(loss, groups):
-        pass
-
-
-def fitting(loss: PreferenceLoss, groups: Iterable[Group]) -> Iterator[Group]:
-    """The groups as they come; ValueError at the first that does not fit."""
     needs = loss.needs
     for group in groups:
         reason = _misfit(loss, needs, group)
         if reason is not None:
             raise ValueError(f"{group.source or 'rows'}, row {group.row}: {reason}")
-        yield group
 
 
 def _misfit(loss: PreferenceLoss, needs: frozenset[str], group: Group) -> str | None:
     count = len(group.responses)
     for component in loss.components:
-        objective = component.objective
-        if objective.family == "pair" and count != 2:
-            return (
-                f"{objective.name} compares pairs, but the row has {count} responses: use a list "
-                "objective (lipo, plackett_luce) or turn lists into pairs (list_to_pairs)"
-            )
-        if objective.family == "list" and count < 2:
-            return (
-                f"{objective.name} compares lists, but the row has a single response: use a point "
-                "objective (kto, bco, npo)"
-            )
+        if not component.objective.takes(count):
+            return component.objective.size_error(count, "the row")
     names = " + ".join(c.objective.name for c in loss.components)
     if "score" in needs and any(r.score is None for r in group.responses):
         return f"{names} needs a grade of every response: a `scores` column (higher is better)"

@@ -26,14 +26,12 @@ import torch
 from torch import Tensor
 
 from fastpo.head import Backend, Head, linear_logps
-from fastpo.scores import Segments
+from fastpo.scores import Segments, sum_by_response
 
 
-def _sum_by_response(rows: Tensor, segments: Segments) -> Tensor:
+def _sums_of_pairs(rows: Tensor, segments: Segments) -> Tensor:
     """[N, D] -> [G, 2, D] in float32: sums over the tokens of slots 0 and 1."""
-    sums = rows.new_zeros(segments.num_responses, rows.shape[1], dtype=torch.float32)
-    sums.index_add_(0, segments.response, rows.float())
-    return sums[segments.grid[:, :2].clamp(min=0)]
+    return sum_by_response(rows.float(), segments)[segments.grid[:, :2].clamp(min=0)]
 
 
 def ches(hidden: Tensor, segments: Segments) -> dict[str, Tensor]:
@@ -47,9 +45,9 @@ def ches(hidden: Tensor, segments: Segments) -> dict[str, Tensor]:
         ValueError: a group with a single candidate.
     """
     _require_pairs(segments)
-    sums = _sum_by_response(hidden, segments)
+    sums = _sums_of_pairs(hidden, segments)
     ones = hidden.new_ones(len(hidden), 1)
-    means = sums / _sum_by_response(ones, segments).clamp(min=1)
+    means = sums / _sums_of_pairs(ones, segments).clamp(min=1)
 
     def score(states: Tensor) -> Tensor:
         chosen, rejected = states.unbind(1)
@@ -93,7 +91,7 @@ def entanglement(
             **head.facts(),
         )
         (gradient,) = torch.autograd.grad(logps.sum(), states)
-    chosen, rejected = _sum_by_response(gradient, segments).unbind(1)
+    chosen, rejected = _sums_of_pairs(gradient, segments).unbind(1)
     inner = (chosen * rejected).sum(-1)
     square, other = chosen.square().sum(-1), rejected.square().sum(-1)
     norms = (square * other).sqrt()

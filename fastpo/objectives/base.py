@@ -98,6 +98,22 @@ class Objective:
     statistics: Mapping[str, Statistic] = field(default_factory=dict)
     extras: tuple[str, ...] = ()
 
+    def takes(self, count: Any) -> Any:
+        """Whether groups of so many candidates can be compared; a number or a tensor of them."""
+        return count == 2 if self.family == "pair" else count >= (2 if self.family == "list" else 0)
+
+    def size_error(self, count: int, who: str) -> str:
+        """What to tell somebody whose group, called `who`, it does not take."""
+        if self.family == "pair":
+            return (
+                f"{self.name} compares pairs, but {who} has {count} responses: use a list "
+                "objective (lipo, plackett_luce) or turn lists into pairs (list_to_pairs)"
+            )
+        return (
+            f"{self.name} compares lists, but {who} has a single response: use a point objective "
+            "(kto, bco, npo)"
+        )
+
     @cached_property
     def needs(self) -> tuple[str, ...]:
         """Names of the scores and statistics that `fn` takes."""
