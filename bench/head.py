@@ -213,7 +213,7 @@ def matmul_limit(inputs: Inputs, task: str, mode: str) -> tuple[int, Callable[[]
     return forwards + ("forward", "frozen", "trained").index(mode), run
 
 
-def planned_products(inputs: Inputs, task: str, mode: str) -> int:
+def planned_products(inputs: Inputs, task: str, mode: str) -> float:
     """What fastpo's plan says; its GPU kernels do products that no BLAS call shows."""
     _, schedule, _ = plan_head(
         len(inputs.labels),

@@ -11,6 +11,7 @@ p = softmax(z). Everything a preference objective wants of it is a number per la
 | `mean_logit` | $\frac1V \sum_v z_v$ | yes |
 | `kl_ref_policy` | $\sum_v q_v (\log q_v - \log p_v)$, q of the reference | to the policy |
 | `kl_policy_ref` | $\sum_v p_v (\log p_v - \log q_v)$ | to the policy |
+| `jsd` | $\beta KL(q, m) + (1-\beta) KL(p, m)$, $m = \beta q + (1-\beta) p$ | to the policy |
 | `ref_logps` | $\log q_y$ | no |
 | `log_p2` | $\log \sum_v p_v^2$ | no |
 | `top1` | 1 where the first largest logit is the label's | no |
@@ -24,7 +25,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -37,15 +38,23 @@ from fastpo.tiles import (
     Heads,
     Link,
     Tiles,
-    TorchTiles,
-    TritonTiles,
     accumulator,
 )
+from fastpo.torch_tiles import TorchTiles
+from fastpo.triton_tiles import TritonTiles
 
 logger = logging.getLogger(__name__)
 
 TokenStats: TypeAlias = dict[str, Tensor]
 Backend = Literal["auto", "torch", "triton"]
+
+
+class Lora(NamedTuple):
+    """A low-rank delta of the head: its logits are h W^T + scaling (h A^T) B^T, W as it is."""
+
+    a: Tensor  # [r, D]
+    b: Tensor  # [V, r]
+    scaling: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -57,12 +66,15 @@ class Head:
         softcap: final logit soft-cap (Gemma 2), or None.
         logit_scale: factor on the products (Cohere's `logit_scale`, Granite's 1/`logits_scaling`).
         temperature: divisor of the logits, after the soft-cap.
+        vocab_size: rows of the weight that stand for tokens; the padding after them gets no
+            probability. None for all of them.
     """
 
     module: nn.Module
     softcap: float | None = None
     logit_scale: float = 1.0
     temperature: float = 1.0
+    vocab_size: int | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -74,34 +86,33 @@ class Head:
         """[V] or None."""
         return getattr(self.module, "bias", None)
 
+    @property
+    def lora(self) -> Lora | None:
+        """The low-rank delta that is active now."""
+        return None
+
     def facts(self) -> dict[str, Any]:
         """The keyword arguments that `linear_stats` and its relatives take."""
         return {
             "softcap": self.softcap,
             "logit_scale": self.logit_scale,
             "temperature": self.temperature,
+            "vocab_size": self.vocab_size,
         }
 
 
-def choose_backend(
-    backend: Backend, device: torch.device, stats: tuple[str, ...] = ("logps",)
-) -> tuple[Tiles, str]:
+def choose_backend(backend: Backend, device: torch.device) -> tuple[Tiles, str]:
     """(tiles, why) for a named backend, or the best one for `auto`.
 
     Raises:
         ValueError: an unknown name, or a backend that cannot run here; named ones never fall back.
     """
-    second = next((name for name in stats if name in OF_REFERENCE), None)
     has_triton = importlib.util.find_spec("triton") is not None
     if backend == "torch":
         return TorchTiles(), "torch was asked for"
     if backend == "triton":
         if not has_triton:
             raise ValueError("backend='triton' needs the triton package: pip install triton")
-        if second is not None:
-            raise ValueError(
-                f"backend='triton' has no kernel for {second!r}: use 'torch' or 'auto'"
-            )
         if device.type != "cuda" and not _interpreting():
             raise ValueError(
                 f"backend='triton' cannot run on {device.type!r}: use 'torch' or 'auto', or set "
@@ -110,12 +121,10 @@ def choose_backend(
         return TritonTiles(), "triton was asked for"
     if backend != "auto":
         raise ValueError(f"unknown backend {backend!r}: choose 'auto', 'torch' or 'triton'")
-    if device.type == "cuda" and has_triton and second is None:
+    if device.type == "cuda" and has_triton:
         return TritonTiles(), "triton: a GPU and the triton package are here"
     if device.type != "cuda":
         return TorchTiles(), f"torch: kernels do not run on {device.type}"
-    if second is not None:
-        return TorchTiles(), f"torch: {second} has no kernel"
     return TorchTiles(), "torch: the triton package is missing"
 
 
@@ -151,7 +160,7 @@ def plan_head(
     link: Link | None = None,
 ) -> tuple[Tiles, Schedule, str]:
     """(tiles, schedule, why this backend): the decision of one call, without making it."""
-    tiles, why = choose_backend(backend, torch.device(device), stats)
+    tiles, why = choose_backend(backend, torch.device(device))
     schedule = choose_schedule(
         num_tokens,
         vocab_size,
@@ -163,6 +172,7 @@ def plan_head(
         num_slabs=tiles.num_slabs(link or Link(), stats, with_reference),
         workspace_bytes=int(workspace_mib * 2**20),
         itemsize=accumulator(dtype).itemsize,
+        largest_slab=tiles.largest_slab,
     )
     return tiles, schedule, why
 
@@ -181,7 +191,10 @@ def linear_stats(
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    vocab_size: int | None = None,
+    lora: Lora | None = None,
+    jsd_beta: float = 0.5,
     backend: Backend = "auto",
     workspace_mib: float = 256,
 ) -> TokenStats:
@@ -196,8 +209,15 @@ def linear_stats(
             costs one more product and one more [N, D] buffer on a frozen head.
         bias: [V] or None.
         ref_hidden: [N, D'] the reference's hidden states, for its statistics; no gradient.
-        ref_weight: [V, D'] the reference's head, by default `weight`; `ref_bias` likewise.
-        softcap, logit_scale, temperature: the head's facts; both heads share them.
+        ref_weight: [V, D'] the reference's head, by default `weight` without `lora`; `ref_bias`
+            likewise.
+        softcap, logit_scale, temperature: the head's facts; both heads share them. A temperature
+            may be a tensor [N], one for each token, and gets no gradient.
+        vocab_size: rows of the weight that stand for tokens; the padding after them has probability
+            0 and no part in any statistic. None for all of them.
+        lora: a low-rank delta of `weight`, never merged into it; its gradients are exact.
+        jsd_beta: the reference's share of the mixture of `jsd`, as in GKD (arXiv 2306.13649). In
+            (0, 1): its limits 0 and 1 are `kl_ref_policy` and `kl_policy_ref`.
         backend: `auto`, `torch` (plain PyTorch tiles) or `triton`; a named one never falls back.
         workspace_mib: budget of the slabs of logits that are alive at once.
 
@@ -215,9 +235,19 @@ def linear_stats(
     """
     stats = tuple(stats)
     grad = tuple(n for n in stats if n in DIFFERENTIABLE) if grad is None else tuple(grad)
-    link = Link(softcap, logit_scale, temperature)
+    link = Link(softcap, logit_scale, temperature, jsd_beta)
     with_reference = any(name in OF_REFERENCE for name in stats)
     _check(hidden, weight, labels, stats, grad, link, bias, workspace_mib)
+    if lora is not None:
+        _check_lora(lora, weight)
+    if vocab_size is not None:
+        if not 0 < vocab_size <= weight.shape[0]:
+            raise ValueError(f"vocab_size {vocab_size} for a weight of {weight.shape[0]} rows")
+        real = slice(vocab_size)
+        weight, bias = weight[real], None if bias is None else bias[real]
+        ref_weight = None if ref_weight is None else ref_weight[real]
+        ref_bias = None if ref_bias is None else ref_bias[real]
+        lora = None if lora is None else lora._replace(b=lora.b[real])
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -242,20 +272,32 @@ def linear_stats(
     else:
         ref_hidden = ref_weight = ref_bias = None
 
+    rows = None
+    if isinstance(temperature, Tensor):
+        rows = temperature.detach().to(accumulator(hidden.dtype))
+        link = link._replace(temperature=1.0)
+
     total = labels.numel()
     valid = _valid_positions(labels, ignore_index, weight.shape[0])
     if valid is not None:
         hidden, labels = hidden[valid], labels[valid]
         ref_hidden = None if ref_hidden is None else ref_hidden[valid]
+        rows = None if rows is None else rows[valid]
+    lora_b = None
+    if lora is not None:
+        # The delta's factor rides beside the states, so that one backward serves both.
+        low = (hidden @ lora.a.to(hidden.dtype).T) * lora.scaling
+        hidden, lora_b = torch.cat([hidden, low], dim=1), lora.b.to(hidden.dtype)
     if labels.numel() == 0:
-        # No row is left, but the graph is: hidden and weight get zero gradients, not None.
-        anchor = hidden.sum() * 0 + weight.sum() * 0 if torch.is_grad_enabled() else hidden.sum()
+        # No row is left, but the graph is: leaves get zero gradients, not None.
+        leaves = (hidden, weight, bias, lora_b)
+        anchor = torch.stack([t[:0].sum() for t in leaves if t is not None]).sum()
         zeros = hidden.new_zeros(total, dtype=accumulator(hidden.dtype))
         return {n: zeros + anchor if n in grad else zeros.clone() for n in stats}
 
     needs = [
         torch.is_grad_enabled() and t is not None and t.requires_grad
-        for t in (hidden, weight, bias)
+        for t in (hidden, weight, bias, lora_b)
     ]
     tiles, schedule, why = plan_head(
         labels.numel(),
@@ -265,7 +307,7 @@ def linear_stats(
         stats=stats,
         num_grad_stats=len(grad),
         needs_hidden=needs[0],
-        needs_head=needs[1] or needs[2],
+        needs_head=any(needs[1:]),
         needs_weight=needs[1],
         with_reference=with_reference,
         backend=backend,
@@ -275,7 +317,8 @@ def linear_stats(
     if backend == "auto":
         _say_once(f"head backend {why}")
     plan = Plan(link, stats, grad, tiles, schedule)
-    heads = Heads(hidden, weight, bias, labels.long(), ref_hidden, ref_weight, ref_bias)
+    reference = ref_hidden, ref_weight, ref_bias
+    heads = Heads(hidden, weight, bias, labels.long(), *reference, rows, lora_b)
     values = LinearStats.apply(plan, *heads)
     if valid is not None:
         values = [v.new_zeros(total).index_copy(0, valid, v) for v in values]
@@ -312,10 +355,30 @@ def _check(
             raise ValueError(f"grad names {name!r}, which is not a differentiable one of {stats}")
     if link.softcap is not None and not link.softcap > 0:
         raise ValueError(f"softcap must be positive or None: got {link.softcap}")
-    if not link.temperature > 0:
+    if isinstance(link.temperature, Tensor):
+        if link.temperature.shape != labels.shape:
+            raise ValueError(
+                f"temperature must be a number or [{labels.numel()}]: got "
+                f"{tuple(link.temperature.shape)}"
+            )
+    elif not link.temperature > 0:
         raise ValueError(f"temperature must be positive: got {link.temperature}")
+    if not 0 < link.jsd_beta < 1:
+        raise ValueError(
+            f"jsd_beta must lie between 0 and 1: got {link.jsd_beta}; towards 0 use kl_ref_policy, "
+            "towards 1 kl_policy_ref"
+        )
     if not workspace_mib > 0:
         raise ValueError(f"workspace_mib must be positive: got {workspace_mib}")
+
+
+def _check_lora(lora: Lora, weight: Tensor) -> None:
+    (vocab_size, width), rank = weight.shape, lora.a.shape[0]
+    if lora.a.shape != (rank, width) or lora.b.shape != (vocab_size, rank):
+        raise ValueError(
+            f"lora must be A [r, {width}] and B [{vocab_size}, r]: got {tuple(lora.a.shape)} and "
+            f"{tuple(lora.b.shape)}"
+        )
 
 
 def _valid_positions(labels: Tensor, ignore_index: int, vocab_size: int) -> Tensor | None:
@@ -341,7 +404,9 @@ def linear_logps(
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    vocab_size: int | None = None,
+    lora: Lora | None = None,
     backend: Backend = "auto",
     workspace_mib: float = 256,
 ) -> Tensor:
@@ -366,6 +431,8 @@ def linear_logps(
         softcap=softcap,
         logit_scale=logit_scale,
         temperature=temperature,
+        vocab_size=vocab_size,
+        lora=lora,
         backend=backend,
         workspace_mib=workspace_mib,
     )["logps"]
@@ -383,7 +450,9 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    vocab_size: int | None = None,
+    lora: Lora | None = None,
     backend: Backend = "auto",
     workspace_mib: float = 256,
 ) -> Tensor:
@@ -424,6 +493,8 @@ def linear_cross_entropy(
         softcap=softcap,
         logit_scale=logit_scale,
         temperature=temperature,
+        vocab_size=vocab_size,
+        lora=lora,
         backend=backend,
         workspace_mib=workspace_mib,
     )

@@ -11,7 +11,8 @@ One product is 2NDV FLOP; h is 2 with a reference head in the same pass, else 1;
 statistics that carry a gradient; `outputs` counts dH and dW. `frozen` forms
 $r_t = \partial stat_t / \partial h_t$ while a slab is alive, so its backward is an elementwise row
 scale, exact for any loss. `recompute` walks the vocabulary in the outer loop: each slice of dW is
-finished by one product and rounded once, and no fp32 [V, D] buffer exists.
+finished by one product and rounded once, and no fp32 [V, D] buffer exists. The plain backend keeps
+the logits of as many columns as the workspace holds and recomputes only the rest.
 """
 
 from __future__ import annotations
@@ -24,30 +25,23 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastpo.tiles import (
-    Heads,
-    Link,
-    Tiles,
-    TorchTiles,
-    accumulator,
-    add_matmul_,
-    blocks,
-    concatenate,
-    logit_slab,
-    matmul,
-)
+from fastpo.tiles import Heads, Kept, Link, Tiles, accumulator, blocks, matmul
+from fastpo.torch_tiles import TorchTiles
 
 # Slices of the vocabulary start where rows of kernels' blocks do: ragged ones cost registers.
 _VOCAB_MULTIPLE = 128
+# Narrower ones would spend their time on reading and writing the [N, D] gradient of the states.
+_LEAST_COLUMNS = 1024
 
 
 class Schedule(NamedTuple):
     """What `choose_schedule` decided, in the words of the module docstring."""
 
     name: str
-    products: int
+    products: float
     row_block: int
     vocab_block: int
+    kept: int  # columns whose logits wait for the backward pass
     reason: str
 
 
@@ -63,6 +57,7 @@ def choose_schedule(
     num_slabs: int = 2,
     workspace_bytes: int = 256 << 20,
     itemsize: int = 4,
+    largest_slab: int | None = None,
 ) -> Schedule:
     """The cheapest schedule by matrix products; among equals the one that keeps less.
 
@@ -75,29 +70,38 @@ def choose_schedule(
         num_slabs: slabs alive at once, of `itemsize` bytes an element (see `Tiles.num_slabs`).
         workspace_bytes: the most that they may take together.
         itemsize: bytes of an accumulator, 8 for float64.
+        largest_slab: see `Tiles`; where it is set, as many logits are kept as fit beside the slabs.
     """
     heads = 2 if with_reference else 1
     row_block = max(1, workspace_bytes // (vocab_size * itemsize * num_slabs))
     vocab_block = max(1, workspace_bytes // (max(1, num_tokens) * itemsize * num_slabs))
+    if largest_slab is not None:
+        vocab_block = min(vocab_block, max(largest_slab // max(1, num_tokens), _LEAST_COLUMNS))
     if vocab_block > _VOCAB_MULTIPLE:
         vocab_block -= vocab_block % _VOCAB_MULTIPLE
     row_block, vocab_block = min(row_block, max(1, num_tokens)), min(vocab_block, vocab_size)
     outputs = int(needs_hidden) + int(needs_weight)
 
-    def schedule(name: str, products: int, reason: str) -> Schedule:
-        return Schedule(name, products, row_block, vocab_block, reason)
+    def schedule(name: str, products: float, reason: str, kept: int = 0) -> Schedule:
+        return Schedule(name, products, row_block, vocab_block, kept, reason)
 
     if num_grad_stats == 0 or not (needs_hidden or needs_head):
         return schedule("forward", heads, "no gradient is needed")
     if not needs_head and num_grad_stats < heads + 1:
         return schedule("frozen", heads + num_grad_stats, "frozen head: gradient formed in forward")
-    slab_bytes = num_tokens * vocab_size * itemsize
-    if slab_bytes * (num_slabs + heads) <= workspace_bytes:
-        return schedule("kept", heads + outputs, "the logits fit the workspace")
+    column = max(1, num_tokens) * itemsize
+    # A reference's logits come in slabs of whole rows: with one, all are kept or none.
+    slab = column * (vocab_size if with_reference or largest_slab is None else vocab_block)
+    kept = max(0, workspace_bytes - num_slabs * slab) // (heads * column)
+    if kept >= vocab_size:
+        return schedule("kept", heads + outputs, "the logits fit the workspace", vocab_size)
+    kept = 0 if with_reference or largest_slab is None else kept - kept % vocab_block
     return schedule(
         "recompute",
-        2 * heads + outputs,
-        f"logits of {slab_bytes >> 20} MiB exceed the workspace of {workspace_bytes >> 20} MiB",
+        ((2 * heads + outputs) * vocab_size - heads * kept) / vocab_size,
+        f"{kept / vocab_size:.0%} of {heads * column * vocab_size >> 20} MiB of logits fit the "
+        f"workspace of {workspace_bytes >> 20} MiB",
+        kept,
     )
 
 
@@ -118,39 +122,31 @@ class LinearStats(torch.autograd.Function):
     def forward(
         ctx: Any,
         plan: Plan,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        ref_hidden: Tensor | None,
-        ref_weight: Tensor | None,
-        ref_bias: Tensor | None,
+        *tensors: Tensor | None,  # the fields of Heads
     ) -> tuple[Tensor, ...]:
-        heads = Heads(hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias)
+        heads = Heads(*tensors)  # pyright: ignore[reportArgumentType]
+        hidden, weight, ref_hidden = heads.hidden, heads.weight, heads.ref_hidden
         ctx.plan = plan
         # Kept logits are already in memory: the plain backend reads them, whichever was chosen.
         tiles = TorchTiles() if plan.schedule.name == "kept" else plan.tiles
         needed = tuple(dict.fromkeys((*plan.want, *tiles.keeps)))
         if ref_hidden is not None:
             needed += ("ref_lse", "ref_lse_rest")
+        if "jsd" in plan.grads:
+            needed += ("kl_policy_mix",)
         ctx.tiles = tiles
         ctx.needed, ctx.dtype = needed, hidden.dtype
+        grads = plan.grads if plan.schedule.name == "frozen" else ()
+        keep = _to_keep(plan, heads) if plan.schedule.kept else None
+        num_elements = plan.schedule.row_block * weight.shape[0]
         with torch.autocast(hidden.device.type, enabled=False):
-            if plan.schedule.name == "frozen":
-                stats, kept = _forward_frozen(heads, plan, needed)
-                ctx.save_for_backward(*kept)
-            elif plan.schedule.name == "kept":
-                z, z_ref = (
-                    logit_slab(hidden, weight, bias, plan.link),
-                    TorchTiles.reference_logits(heads, plan.link),
-                )
-                kept = [slab.clone() for slab in (z, z_ref) if slab is not None]
-                stats, _ = TorchTiles.from_logits(z, z_ref, labels, plan.link, needed, ())
-                ctx.save_for_backward(*heads, *(stats[name] for name in needed), *kept)
-            else:
-                stats = tiles.statistics(heads, plan.link, needed, plan.schedule.row_block)
-                if plan.schedule.name == "recompute":
-                    ctx.save_for_backward(*heads, *(stats[name] for name in needed))
+            stats, buffers = tiles.forward(
+                heads, plan.link, needed, grads, num_elements, plan.schedule.vocab_block, keep
+            )
+        if plan.schedule.name == "frozen":
+            ctx.save_for_backward(*buffers)
+        elif plan.schedule.name != "forward":
+            ctx.save_for_backward(*heads, *(stats[name] for name in needed), *(keep or ()))
         ctx.mark_non_differentiable(*(stats[n] for n in plan.want if n not in plan.grads))
         return tuple(stats[name] for name in plan.want)
 
@@ -165,10 +161,10 @@ class LinearStats(torch.autograd.Function):
             if plan.schedule.name == "frozen":
                 rows = (given[n][:, None] * r for n, r in zip(plan.grads, saved, strict=True))
                 grad_hidden = functools.reduce(torch.add, rows).to(ctx.dtype)
-                return (None, grad_hidden, *[None] * 6)
+                return (None, grad_hidden, *[None] * (len(Heads._fields) - 1))
             count = len(Heads._fields)
             stats = dict(zip(ctx.needed, saved[count:], strict=False))
-            kept = saved[count + len(ctx.needed) :] or None
+            kept = Kept(*saved[count + len(ctx.needed) :]) if plan.schedule.kept else None
             grads = _backward_by_vocabulary(
                 Heads(*saved[:count]),
                 plan,
@@ -176,26 +172,20 @@ class LinearStats(torch.autograd.Function):
                 stats,
                 given,
                 kept,
-                ctx.needs_input_grad[1:4],
+                dict(zip(Heads._fields, ctx.needs_input_grad[1:], strict=True)),
             )
-        return (None, *grads, *[None] * 4)
+        return (None, *grads)
 
 
-def _forward_frozen(
-    heads: Heads, plan: Plan, needed: tuple[str, ...]
-) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Statistics, and r_t = d stat_t / d h_t [N, D] of every statistic in `plan.grads`."""
+def _to_keep(plan: Plan, heads: Heads) -> Kept:
+    """Room for what `plan.schedule` keeps."""
     acc = accumulator(heads.hidden.dtype)
-    buffers = [torch.zeros_like(heads.hidden, dtype=acc) for _ in plan.grads]
-    parts = []
-    for lo, hi in blocks(heads.labels.numel(), plan.schedule.row_block):
-        stats, coefficients = plan.tiles.statistics_and_coefficients(
-            heads.rows(lo, hi), plan.link, needed, plan.grads
-        )
-        for buffer, coefficient in zip(buffers, coefficients, strict=True):
-            add_matmul_(buffer[lo:hi], coefficient, heads.weight)
-        parts.append(stats)
-    return concatenate(parts, needed), buffers
+    n, columns = heads.labels.numel(), plan.schedule.kept
+    ref = None if heads.ref_hidden is None else heads.hidden.new_empty(n, columns, dtype=acc)
+    shifts = None
+    if ref is None and plan.link.softcap is None and set(plan.grads) <= {"logps", "lse"}:
+        shifts = heads.hidden.new_empty(-(-columns // plan.schedule.vocab_block), n, dtype=acc)
+    return Kept(heads.hidden.new_empty(n, columns, dtype=acc), ref, shifts)
 
 
 def _backward_by_vocabulary(
@@ -204,26 +194,31 @@ def _backward_by_vocabulary(
     tiles: Tiles,
     stats: Mapping[str, Tensor],
     cotangents: Mapping[str, Tensor],
-    kept: tuple[Tensor, ...] | None,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of (hidden, weight, bias), one vocabulary slice after the other."""
-    acc = accumulator(heads.hidden.dtype)
+    kept: Kept | None,
+    needs: Mapping[str, bool],
+) -> Heads:
+    """The gradient of every field that `needs` one, one vocabulary slice after the other."""
+    acc, dtype = accumulator(heads.hidden.dtype), heads.hidden.dtype
     vocab_size = heads.weight.shape[0]
-    grad_hidden = torch.zeros_like(heads.hidden, dtype=acc) if needs[0] else None
-    grad_weight = torch.empty_like(heads.weight) if needs[1] else None
-    grad_bias = torch.empty_like(heads.bias) if needs[2] and heads.bias is not None else None
-    for lo, hi in blocks(vocab_size, plan.schedule.vocab_block):
+    of_columns = ("weight", "bias", "lora_b")
+    grads = {n: torch.empty_like(getattr(heads, n)) for n in of_columns if needs[n]}
+    grad_hidden = torch.zeros_like(heads.hidden, dtype=acc) if needs["hidden"] else None
+    for i, (lo, hi) in enumerate(blocks(vocab_size, plan.schedule.vocab_block)):
         part = heads.columns(lo, hi)
-        logits = None if kept is None else tuple(slab[:, lo:hi] for slab in kept)
-        c = tiles.coefficients(part, plan.link, stats, cotangents, lo, vocab_size, logits)
+        mine = None if kept is None or hi > plan.schedule.kept else kept.slice(i, lo, hi)
+        c = tiles.coefficients(part, plan.link, stats, cotangents, lo, vocab_size, mine)
         if grad_hidden is not None:
-            add_matmul_(grad_hidden, c, part.weight)
-        if grad_weight is not None:
-            c_half = c.to(heads.hidden.dtype) if c.is_cuda else c
-            grad_weight[lo:hi] = matmul(c_half.T, heads.hidden)
-        if grad_bias is not None:
-            grad_bias[lo:hi] = c.sum(dim=0, dtype=acc)
+            part.add_gradient_(grad_hidden, c)
+        for name, states in (("weight", heads.states), ("lora_b", heads.low)):
+            if name not in grads:
+                continue
+            if c.dtype == dtype:
+                torch.mm(c.T, states, out=grads[name][lo:hi])
+            else:
+                c_half = c.to(dtype) if c.is_cuda else c
+                grads[name][lo:hi] = matmul(c_half.T, states)
+        if "bias" in grads:
+            grads["bias"][lo:hi] = c.sum(dim=0, dtype=acc)
     if grad_hidden is not None:
-        grad_hidden = grad_hidden.to(heads.hidden.dtype)
-    return grad_hidden, grad_weight, grad_bias
+        grads["hidden"] = grad_hidden.to(dtype)
+    return Heads(*(grads.get(name) for name in Heads._fields))  # pyright: ignore[reportArgumentType]

@@ -28,28 +28,22 @@ from .online import statistics_reference
 from .tile import (
     Config,
     Table,
-    acc_dtype,
     block_order,
     chip_of,
     coefficient,
+    inverse_temperature,
+    load_rows,
+    lora_arguments,
     on_device_of,
     pick,
     precision,
+    raw_reference,
     raw_tile,
     transform,
-    transform_constants,
+    transform_arguments,
     transform_reference,
     unit_rows,
 )
-
-
-@triton.jit
-def load_rows(x_ptr, o_n, m_n, HAS: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
-    """[BN] row values, zero where the input is absent."""
-    if HAS:
-        return tl.load(x_ptr + o_n, mask=m_n, other=0.0).to(ACC)
-    else:
-        return tl.zeros([BN], dtype=ACC)
 
 
 @triton.jit
@@ -74,8 +68,13 @@ def coefficients_kernel(
     N,
     V_slice,
     V,
+    lora_ptr,
+    temperature_ptr,
+    stride_lv,
     D: tl.constexpr,
+    R: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
     HAS_REST: tl.constexpr,
     HAS_LOGPS: tl.constexpr,
     HAS_LSE: tl.constexpr,
@@ -97,13 +96,16 @@ def coefficients_kernel(
     b_a = raw_tile(
         hidden_ptr,
         weight_ptr,
+        lora_ptr,
         stride_hn,
         stride_wv,
+        stride_lv,
         i_n,
         v_first,
         N,
         V_slice,
         D,
+        R,
         BN,
         BV,
         BD,
@@ -118,7 +120,8 @@ def coefficients_kernel(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + o_v, mask=m_v, other=0.0)
         b_a += bias.to(ACC)[None, :]
-    b_z, b_slope = transform(b_a, SOFTCAP, INNER, OUTER)
+    cooling = inverse_temperature(temperature_ptr, o_n, m_n, HAS_TEMPERATURE, BN, ACC)
+    b_z, b_slope = transform(b_a, cooling, SOFTCAP, INNER, OUTER, HAS_TEMPERATURE)
     # Counted from the slice and in int32: a label is compared with every column of the tile.
     labels = (tl.load(labels_ptr + o_n, mask=m_n, other=-1) - v_start).to(tl.int32)
     b_c = coefficient(
@@ -161,7 +164,7 @@ CONFIGS: Table = {
 
 
 def linear_coefficients(
-    hidden: Tensor,  # [N, D]
+    hidden: Tensor,  # [N, D (+ R)]
     weight_slice: Tensor,  # [Vs, D]
     labels: Tensor,  # [N]
     bias_slice: Tensor | None = None,  # [Vs]
@@ -176,9 +179,10 @@ def linear_coefficients(
     grad_lse: Tensor | None = None,  # [N]
     grad_mean_logit: Tensor | None = None,  # [N]
     grad_entropy: Tensor | None = None,  # [N]
+    lora_slice: Tensor | None = None,  # [Vs, R]
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,  # [N, Vs]
     config: Config | None = None,
@@ -186,8 +190,8 @@ def linear_coefficients(
     """d loss / d (h W_s^T + b_s) [N, Vs] from the cotangents of the row statistics.
 
     Args:
-        hidden, weight_slice, bias_slice, softcap, logit_scale, temperature: as in `linear_stats`,
-            the weight and bias cut to the rows [v_start, v_start + Vs) of the vocabulary.
+        hidden, weight_slice, bias_slice, lora_slice, softcap, logit_scale, temperature: as in
+            `linear_stats`, the slices cut to the rows [v_start, v_start + Vs) of the vocabulary.
         labels: [N] int64 in [0, vocab_size), numbered in the whole vocabulary.
         vocab_size: V, the whole vocabulary.
         lse, logps, lse_rest, entropy: [N] as `linear_stats` returned them; `lse_rest` takes the
@@ -200,8 +204,8 @@ def linear_coefficients(
     Returns:
         C [N, Vs], rounded once from fp32 (fp64 inputs: fp64).
     """
-    (N, D), V_slice = hidden.shape, weight_slice.shape[0]
-    assert weight_slice.shape == (V_slice, D)
+    N, (V_slice, D) = hidden.shape[0], weight_slice.shape
+    assert hidden.shape[1] == D + (0 if lora_slice is None else lora_slice.shape[1])
     assert weight_slice.dtype == hidden.dtype
     assert grad_entropy is None or entropy is not None, "grad_entropy needs the entropy"
     if out is None:
@@ -252,7 +256,8 @@ def linear_coefficients(
             HAS_LSE=grad_lse is not None,
             HAS_MEAN=grad_mean_logit is not None,
             HAS_ENTROPY=grad_entropy is not None,
-            **transform_constants(softcap, logit_scale, temperature),
+            **lora_arguments(lora_slice),
+            **transform_arguments(softcap, logit_scale, temperature),
             **precision(hidden.dtype),
             BN=config.BN,
             BV=config.BV,
@@ -270,17 +275,17 @@ def linear_coefficients_reference(
     labels: Tensor,
     bias: Tensor | None = None,
     *,
+    lora: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     **grads: Tensor,
 ) -> Tensor:
     """C [N, V] over the whole vocabulary by autograd through dense fp32 (fp64) logits.
 
     `grads` are the cotangents under the names of the statistics: `logps`, `lse`, ...
     """
-    acc = acc_dtype(hidden.dtype)
-    raw = (hidden.detach().to(acc) @ weight.detach().to(acc).T).requires_grad_()
+    raw = raw_reference(hidden, weight, lora).detach().requires_grad_()
     with torch.enable_grad():
         z = transform_reference(raw, bias, softcap, logit_scale, temperature)
         stats = statistics_reference(z, labels, grads)

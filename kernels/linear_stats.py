@@ -40,12 +40,15 @@ from .tile import (
     acc_dtype,
     block_order,
     chip_of,
+    inverse_temperature,
+    lora_arguments,
     on_device_of,
     pick,
     precision,
+    raw_reference,
     raw_tile,
     transform,
-    transform_constants,
+    transform_arguments,
     transform_reference,
     unit_rows,
 )
@@ -63,9 +66,14 @@ def split_kernel(
     N,
     V,
     num_splits,
+    lora_ptr,
+    temperature_ptr,
+    stride_lv,
     D: tl.constexpr,
+    R: tl.constexpr,
     BLOCKS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     INNER: tl.constexpr,
     OUTER: tl.constexpr,
@@ -85,6 +93,7 @@ def split_kernel(
     o_n = i_n.to(tl.int64) * BN + tl.arange(0, BN)
     m_n = o_n < N
     labels = tl.load(labels_ptr + o_n, mask=m_n, other=0).to(tl.int32)
+    cooling = inverse_temperature(temperature_ptr, o_n, m_n, HAS_TEMPERATURE, BN, ACC)
     state = empty_state(BN, ACC)
     for block in range(BLOCKS):
         # A block wholly past V (end of the last split) re-reads the last row and counts nothing.
@@ -92,13 +101,16 @@ def split_kernel(
         b_a = raw_tile(
             hidden_ptr,
             weight_ptr,
+            lora_ptr,
             stride_hn,
             stride_wv,
+            stride_lv,
             i_n,
             v_first,
             N,
             V,
             D,
+            R,
             BN,
             BV,
             BD,
@@ -109,7 +121,7 @@ def split_kernel(
         if HAS_BIAS:
             bias = tl.load(bias_ptr + o_v, mask=o_v < V, other=0.0)
             b_a += bias.to(ACC)[None, :]
-        b_z, _ = transform(b_a, SOFTCAP, INNER, OUTER)
+        b_z, _ = transform(b_a, cooling, SOFTCAP, INNER, OUTER, HAS_TEMPERATURE)
         state = absorb(
             state, b_z, o_v, labels, V, WANT_ENTROPY, WANT_LOG_P2, WANT_TOP1, WANT_MEAN_LOGIT
         )
@@ -202,8 +214,11 @@ CONFIGS: Table = {
     ("sm_80", "16"): Config(BN=128, BV=128, BD=64, group=8, warps=8, stages=3),
     ("sm_80", "16 rich"): Config(BN=128, BV=64, BD=64, group=8, warps=8, stages=3),
     ("sm_90", "16"): Config(BN=128, BV=256, BD=64, group=16, warps=8, stages=3),
-    ("sm_90", "16 rich"): Config(BN=128, BV=128, BD=64, group=16, warps=16, stages=3),
-    ("sm_90", "32 rich"): Config(BN=64, BV=64, BD=32, group=8, warps=4, stages=3),
+    ("sm_90", "16 rich"): Config(BN=64, BV=256, BD=64, group=16, warps=8, stages=3),
+    **{
+        (chip, "32 rich"): Config(BN=64, BV=64, BD=32, group=8, warps=8, stages=2)
+        for chip in ("sm_80", "sm_90", "sm_100")
+    },
     ("sm_100", "16"): Config(BN=128, BV=128, BD=64, group=16, warps=8, stages=3),
     ("sm_100", "16 rich"): Config(BN=128, BV=64, BD=64, group=16, warps=8, stages=3),
     ("gfx942", "16"): Config(BN=128, BV=128, BD=64, group=8, warps=8, stages=2),
@@ -234,14 +249,15 @@ def _programs_wanted(device: torch.device) -> int:
 
 
 def linear_stats(
-    hidden: Tensor,  # [N, D]
+    hidden: Tensor,  # [N, D (+ R)]
     weight: Tensor,  # [V, D]
     labels: Tensor,  # [N]
     bias: Tensor | None = None,  # [V]
     *,
+    lora: Tensor | None = None,  # [V, R]
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     want: Iterable[str] = ("logps", "lse"),
     config: Config | None = None,
     blocks: int | None = None,
@@ -253,9 +269,10 @@ def linear_stats(
         weight: [V, D] of the same dtype; any row stride.
         labels: [N] int64, every one in [0, V): a label outside makes its row meaningless.
         bias: [V], any floating dtype, or None.
+        lora: B [V, R] of a low-rank delta, or None. The last R columns of `hidden` meet it.
         softcap: c of c tanh(x / c), or None.
         logit_scale: s.
-        temperature: T.
+        temperature: T, or [N] of the rows in the dtype of the result.
         want: names out of `online.STATISTICS`.
         config, blocks: launch configuration and vocabulary blocks per split; None asks the table.
 
@@ -266,8 +283,8 @@ def linear_stats(
         ValueError: `want` names no statistic.
     """
     want = check_names(want)
-    (N, D), V = hidden.shape, weight.shape[0]
-    assert weight.shape == (V, D)
+    N, (V, D) = hidden.shape[0], weight.shape
+    assert hidden.shape[1] == D + (0 if lora is None else lora.shape[1])
     assert weight.dtype == hidden.dtype
     assert labels.shape == (N,)
     acc = acc_dtype(hidden.dtype)
@@ -299,7 +316,8 @@ def linear_stats(
             D=D,
             BLOCKS=blocks,
             HAS_BIAS=bias is not None,
-            **transform_constants(softcap, logit_scale, temperature),
+            **lora_arguments(lora),
+            **transform_arguments(softcap, logit_scale, temperature),
             **flags(want, ACCUMULATED),
             **kinds,
             BN=config.BN,
@@ -329,13 +347,13 @@ def linear_stats_reference(
     labels: Tensor,
     bias: Tensor | None = None,
     *,
+    lora: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     want: Iterable[str] = ("logps", "lse"),
 ) -> dict[str, Tensor]:
     """`linear_stats` with dense logits in plain torch; 16-bit inputs widen to fp32 first."""
-    acc = acc_dtype(hidden.dtype)
-    raw = hidden.to(acc) @ weight.to(acc).T
+    raw = raw_reference(hidden, weight, lora)
     z = transform_reference(raw, bias, softcap, logit_scale, temperature)
     return statistics_reference(z, labels, want)

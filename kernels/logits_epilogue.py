@@ -36,11 +36,12 @@ from .tile import (
     acc_dtype,
     chip_of,
     coefficient,
+    inverse_temperature,
     on_device_of,
     pick,
     precision,
     transform,
-    transform_constants,
+    transform_arguments,
     transform_reference,
 )
 
@@ -51,8 +52,10 @@ def load_logits(
     bias_ptr,
     o_v,
     m_n,
+    cooling,
     V,
     HAS_BIAS: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     INNER: tl.constexpr,
     OUTER: tl.constexpr,
@@ -65,7 +68,7 @@ def load_logits(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + o_v, mask=m_v, other=0.0)
         b_a += bias.to(ACC)[None, :]
-    return transform(b_a, SOFTCAP, INNER, OUTER)
+    return transform(b_a, cooling, SOFTCAP, INNER, OUTER, HAS_TEMPERATURE)
 
 
 @triton.jit
@@ -85,8 +88,10 @@ def epilogue_kernel(
     stride_on,
     N,
     V,
+    temperature_ptr,
     BLOCKS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
     HAS_OUT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     INNER: tl.constexpr,
@@ -111,10 +116,24 @@ def epilogue_kernel(
     m_n = o_n < N
     labels = tl.load(labels_ptr + o_n, mask=m_n, other=0).to(tl.int32)
     row_ptrs = products_ptr + o_n * stride_pn
+    cooling = inverse_temperature(temperature_ptr, o_n, m_n, HAS_TEMPERATURE, BN, ACC)
     state = empty_state(BN, ACC)
     for block in range(BLOCKS):
         o_v = block * BV + tl.arange(0, BV)
-        b_z, _ = load_logits(row_ptrs, bias_ptr, o_v, m_n, V, HAS_BIAS, SOFTCAP, INNER, OUTER, ACC)
+        b_z, _ = load_logits(
+            row_ptrs,
+            bias_ptr,
+            o_v,
+            m_n,
+            cooling,
+            V,
+            HAS_BIAS,
+            HAS_TEMPERATURE,
+            SOFTCAP,
+            INNER,
+            OUTER,
+            ACC,
+        )
         state = absorb(
             state,
             b_z,
@@ -152,7 +171,18 @@ def epilogue_kernel(
         for block in range(BLOCKS):
             o_v = block * BV + tl.arange(0, BV)
             b_z, b_slope = load_logits(
-                row_ptrs, bias_ptr, o_v, m_n, V, HAS_BIAS, SOFTCAP, INNER, OUTER, ACC
+                row_ptrs,
+                bias_ptr,
+                o_v,
+                m_n,
+                cooling,
+                V,
+                HAS_BIAS,
+                HAS_TEMPERATURE,
+                SOFTCAP,
+                INNER,
+                OUTER,
+                ACC,
             )
             b_c = coefficient(
                 b_z,
@@ -197,7 +227,7 @@ def logits_epilogue(
     *,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     want: Iterable[str] = ("logps", "lse"),
     coefficient_of: str | None = None,
     out: Tensor | None = None,  # [B, V]
@@ -255,7 +285,7 @@ def logits_epilogue(
             BLOCKS=triton.cdiv(V, config.BV),
             HAS_BIAS=bias is not None,
             HAS_OUT=out is not None,
-            **transform_constants(softcap, logit_scale, temperature),
+            **transform_arguments(softcap, logit_scale, temperature),
             **flags(want),
             **{f"OF_{name.upper()}": name == coefficient_of for name in DIFFERENTIABLE},
             ACC=precision(products.dtype)["ACC"],
@@ -273,7 +303,7 @@ def logits_epilogue_reference(
     *,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     want: Iterable[str] = ("logps", "lse"),
     coefficient_of: str | None = None,
 ) -> tuple[dict[str, Tensor], Tensor | None]:

@@ -118,6 +118,14 @@ def merge(label, high, mass, slope, square, before, total):
 
 
 @triton.jit
+def split_label(label, high, log_mass):
+    """log p_y, log(1 - p_y) and log1p(exp(-|d|)) of the module docstring's d."""
+    d = (high - label) + log_mass
+    tail = log1p(tl.exp(-tl.abs(d)))
+    return -(tl.maximum(d, 0.0) + tail), -(tl.maximum(-d, 0.0) + tail), tail
+
+
+@triton.jit
 def finish(state, V):
     """State over all columns -> the statistics, each [BN], in the order of STATISTICS."""
     label, high, mass, slope, square, before, total = state
@@ -125,13 +133,10 @@ def finish(state, V):
     # lse = top + above, both parts exact: a row of logits near 1000 keeps its last digits.
     top = tl.maximum(high, label)
     others = (high - top) + log_mass
-    d = (high - label) + log_mass
-    tail = log1p(tl.exp(-tl.abs(d)))
+    log_p, log_q, tail = split_label(label, high, log_mass)
     above = tl.maximum(others, label - top) + tail
     lse = top + above
     lse_rest = above - (lse - top)
-    log_p = -(tl.maximum(d, 0.0) + tail)
-    log_q = -(tl.maximum(-d, 0.0) + tail)
     p, q = tl.exp(log_p), tl.exp(log_q)
     # Compared with == 0 and not > 0, so that a NaN row stays NaN.
     entropy = tl.where(q == 0.0, 0.0, q * (log_mass - slope / mass - log_q))

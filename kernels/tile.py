@@ -4,6 +4,9 @@
     z = OUTER * squash(INNER * a)     squash = tanh under a soft-cap, else the identity
     dz/da = OUTER * INNER * (1 - squash^2)
 
+A head's low-rank delta B [V, R] adds l B^T to a, with l [N, R] the last R columns of `hidden`. Rows
+with temperatures of their own divide z and dz/da by them.
+
 `softcap(x) = cap tanh(x / cap)` applied to `scale * a`, divided by the temperature, is exactly this
 with INNER = scale / cap and OUTER = cap / temperature; without a soft-cap INNER = 1 and
 OUTER = scale / temperature. Both are constexpr: they belong to a model and a run, a compiled kernel
@@ -22,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -63,36 +67,26 @@ def block_order(pid, num_n, num_v, GROUP: tl.constexpr):
 
 
 @triton.jit
-def raw_tile(
-    hidden_ptr,
-    weight_ptr,
-    stride_hn,
-    stride_wv,
-    i_n,
-    v_first,
-    N,
-    V,
+def load_rows(x_ptr, o_n, m_n, HAS: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
+    """[BN] row values, zero where the input is absent."""
+    if HAS:
+        return tl.load(x_ptr + o_n, mask=m_n, other=0.0).to(ACC)
+    else:
+        return tl.zeros([BN], dtype=ACC)
+
+
+@triton.jit
+def add_dot(
+    b_a,
+    h_ptrs,
+    w_ptrs,
+    o_d,
     D: tl.constexpr,
-    BN: tl.constexpr,
-    BV: tl.constexpr,
     BD: tl.constexpr,
     DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """[BN, BV] tile of h W^T for row block i_n and the vocabulary rows from v_first on.
-
-    Rows past either edge repeat the last valid one instead of being masked: the loop stays free of
-    predicates and the caller masks the result. Block bases are int64, offsets inside fit int32.
-    fp32 operands multiply in fp32: TF32 would round the logits to 11 bits.
-    """
-    n_first = i_n.to(tl.int64) * BN
-    v_first = v_first.to(tl.int64)
-    o_n = tl.minimum(tl.arange(0, BN), N - 1 - n_first).to(tl.int32)
-    o_v = tl.minimum(tl.arange(0, BV), V - 1 - v_first).to(tl.int32)
-    o_d = tl.arange(0, BD)
-    h_ptrs = hidden_ptr + n_first * stride_hn + (o_n[:, None] * stride_hn + o_d[None, :])
-    w_ptrs = weight_ptr + v_first * stride_wv + (o_v[None, :] * stride_wv + o_d[:, None])
-    b_a = tl.zeros([BN, BV], dtype=ACC)
+    """b_a + the product over D columns from h_ptrs [BN, BD] and w_ptrs [BD, BV] on."""
     for d in range(0, D, BD):
         if D % BD == 0:
             b_h = tl.load(h_ptrs)
@@ -107,8 +101,66 @@ def raw_tile(
 
 
 @triton.jit
-def transform(b_a, SOFTCAP: tl.constexpr, INNER: tl.constexpr, OUTER: tl.constexpr):
-    """Raw logits -> (z, dz/da). An unused slope compiles away."""
+def raw_tile(
+    hidden_ptr,
+    weight_ptr,
+    lora_ptr,
+    stride_hn,
+    stride_wv,
+    stride_lv,
+    i_n,
+    v_first,
+    N,
+    V,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BN: tl.constexpr,
+    BV: tl.constexpr,
+    BD: tl.constexpr,
+    DOT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """[BN, BV] tile of h W^T (+ l B^T) for row block i_n and the vocabulary rows from v_first on.
+
+    Rows past either edge repeat the last valid one instead of being masked: the loop stays free of
+    predicates and the caller masks the result. Block bases are int64, offsets inside fit int32.
+    fp32 operands multiply in fp32: TF32 would round the logits to 11 bits.
+    """
+    n_first = i_n.to(tl.int64) * BN
+    v_first = v_first.to(tl.int64)
+    o_n = tl.minimum(tl.arange(0, BN), N - 1 - n_first).to(tl.int32)
+    o_v = tl.minimum(tl.arange(0, BV), V - 1 - v_first).to(tl.int32)
+    o_d = tl.arange(0, BD)
+    h_ptrs = hidden_ptr + n_first * stride_hn + (o_n[:, None] * stride_hn + o_d[None, :])
+    w_ptrs = weight_ptr + v_first * stride_wv + (o_v[None, :] * stride_wv + o_d[:, None])
+    b_a = add_dot(tl.zeros([BN, BV], dtype=ACC), h_ptrs, w_ptrs, o_d, D, BD, DOT, ACC)
+    if R > 0:
+        l_ptrs = lora_ptr + v_first * stride_lv + (o_v[None, :] * stride_lv + o_d[:, None])
+        b_a = add_dot(b_a, h_ptrs + D, l_ptrs, o_d, R, BD, DOT, ACC)
+    return b_a
+
+
+@triton.jit
+def inverse_temperature(
+    temperature_ptr, o_n, m_n, HAS_TEMPERATURE: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr
+):
+    """[BN] 1 / T of every row."""
+    if HAS_TEMPERATURE:
+        return 1.0 / tl.load(temperature_ptr + o_n, mask=m_n, other=1.0).to(ACC)
+    else:
+        return tl.full([BN], 1.0, dtype=ACC)
+
+
+@triton.jit
+def transform(
+    b_a,
+    cooling,
+    SOFTCAP: tl.constexpr,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+):
+    """Raw logits -> (z, dz/da), cooling [BN] being 1 / T. An unused slope compiles away."""
     if SOFTCAP:
         b_t = tanh(b_a * INNER)
         b_z = b_t * OUTER
@@ -116,6 +168,9 @@ def transform(b_a, SOFTCAP: tl.constexpr, INNER: tl.constexpr, OUTER: tl.constex
     else:
         b_z = b_a * OUTER
         b_slope = tl.full(b_a.shape, OUTER, b_a.dtype)
+    if HAS_TEMPERATURE:
+        b_z *= cooling[:, None]
+        b_slope *= cooling[:, None]
     return b_z, b_slope
 
 
@@ -243,24 +298,51 @@ def precision(dtype: torch.dtype) -> dict[str, tl.dtype]:
     }
 
 
-def transform_constants(
-    softcap: float | None, logit_scale: float, temperature: float
-) -> dict[str, bool | float]:
-    """The constexprs of `transform`."""
-    if softcap is None:
-        return {"SOFTCAP": False, "INNER": 1.0, "OUTER": logit_scale / temperature}
-    return {"SOFTCAP": True, "INNER": logit_scale / softcap, "OUTER": softcap / temperature}
+def transform_arguments(
+    softcap: float | None, logit_scale: float, temperature: float | Tensor
+) -> dict[str, Any]:
+    """A kernel's arguments for `transform`."""
+    rows, number = (
+        (temperature.contiguous(), 1.0) if isinstance(temperature, Tensor) else (None, temperature)
+    )
+    inner, outer = (1.0, logit_scale) if softcap is None else (logit_scale / softcap, softcap)
+    return {
+        "temperature_ptr": rows,
+        "HAS_TEMPERATURE": rows is not None,
+        "SOFTCAP": softcap is not None,
+        "INNER": inner,
+        "OUTER": outer / number,
+    }
+
+
+def lora_arguments(lora: Tensor | None) -> dict[str, Any]:
+    """A kernel's arguments for the low-rank part of `raw_tile`, B [V, R] or None."""
+    if lora is None:
+        return {"lora_ptr": None, "stride_lv": 0, "R": 0}
+    lora = unit_rows(lora)
+    return {"lora_ptr": lora, "stride_lv": lora.stride(0), "R": lora.shape[1]}
 
 
 def transform_reference(
-    raw: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float, temperature: float
+    raw: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float | Tensor,
 ) -> Tensor:
     """z from raw products, in plain torch and in the dtype of `raw`."""
     z = raw if bias is None else raw + bias.to(raw.dtype)
     z = z * logit_scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    return z / temperature
+    return z / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
+
+
+def raw_reference(hidden: Tensor, weight: Tensor, lora: Tensor | None) -> Tensor:
+    """Raw products [N, V] in plain torch; 16-bit inputs widen to fp32 first."""
+    acc, width = acc_dtype(hidden.dtype), weight.shape[1]
+    raw = hidden[:, :width].to(acc) @ weight.to(acc).T
+    return raw if lora is None else raw + hidden[:, width:].to(acc) @ lora.to(acc).T
 
 
 def unit_rows(matrix: Tensor) -> Tensor:

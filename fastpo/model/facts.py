@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from fastpo.head import Head
+from fastpo.head import Head, Lora
 from fastpo.model.hidden import causal_lm
 
 # The same attribute means different things in different families, so each is tied to its families
@@ -41,7 +41,7 @@ def read_head(model: nn.Module) -> Head:
     Tied weights and `modules_to_save=["lm_head"]` work: tensors are read at every call.
 
     Raises:
-        ValueError: LoRA, DoRA, trainable tokens or quantised weights on the head, or a family whose
+        ValueError: DoRA, trainable tokens or quantised weights on the head, or a family whose
             logits are made in a way that Head does not model; each is named with its remedy.
     """
     inner = causal_lm(model)
@@ -49,7 +49,7 @@ def read_head(model: nn.Module) -> Head:
     module = inner.get_output_embeddings()
     if module is None:
         raise ValueError(f"{type(inner).__name__} has no output embedding, so no language head")
-    _check_module(module)
+    head = _AdaptedHead if _check_module(module) else Head
     scale = 1.0
     for name in _named(config, _MULTIPLIED_BY):
         scale *= float(getattr(config, name))
@@ -57,7 +57,20 @@ def read_head(model: nn.Module) -> Head:
         scale /= float(getattr(config, name))
     caps = [float(getattr(config, name)) for name in _named(config, _CAPPED_AT)]
     _check_unmodelled(config)
-    return Head(module, softcap=caps[0] if caps else None, logit_scale=scale)
+    return head(module, softcap=caps[0] if caps else None, logit_scale=scale)
+
+
+class _AdaptedHead(Head):
+    """A head under peft's LoRA layer, whose `weight` and `bias` are the base layer's."""
+
+    @property
+    def lora(self) -> Lora | None:
+        layer: Any = self.module
+        names = [name for name in layer.active_adapters if name in layer.lora_A]
+        if layer.disable_adapters or layer.merged or not names:
+            return None
+        a = torch.cat([layer.lora_A[name].weight * layer.scaling[name] for name in names])
+        return Lora(a, torch.cat([layer.lora_B[name].weight for name in names], dim=1))
 
 
 def _named(config: PretrainedConfig, table: dict[str, tuple[str, ...]]) -> list[str]:
@@ -81,17 +94,18 @@ def _check_unmodelled(config: PretrainedConfig) -> None:
             )
 
 
-def _check_module(module: nn.Module) -> None:
-    """ValueError for a head whose weight is not what multiplies the hidden states."""
+def _check_module(module: nn.Module) -> bool:
+    """Whether it is under LoRA; ValueError if other things happen to the hidden states there."""
     wrappers = {kind.__name__ for kind in type(module).__mro__}
     if "TrainableTokensWrapper" in wrappers or "TrainableTokensLayer" in wrappers:
         raise ValueError(
             "trainable tokens on the head (often through tied embeddings): drop "
             "trainable_token_indices, or train the whole head with modules_to_save=['lm_head']"
         )
-    if "BaseTunerLayer" in wrappers:
+    if "BaseTunerLayer" in wrappers and not _is_plain_lora(module):
         raise ValueError(
-            f"an adapter on the head ({type(module).__name__}): take it out of target_modules, or "
+            f"an adapter on the head ({type(module).__name__}) that is more than LoRA (a variant, "
+            "a bias or dropout): make it plain LoRA, take it out of target_modules, or "
             "train the whole head with modules_to_save=['lm_head']"
         )
     weight: Any = getattr(module, "weight", None)
@@ -103,3 +117,16 @@ def _check_module(module: nn.Module) -> None:
             f"quantised head ({kind.__name__} of {weight.dtype}): leave it out of the "
             "quantisation, for instance with llm_int8_skip_modules=['lm_head']"
         )
+    return "BaseTunerLayer" in wrappers
+
+
+def _is_plain_lora(layer: Any) -> bool:
+    """h W^T + scaling (h A^T) B^T and nothing else."""
+    dropouts = getattr(layer, "lora_dropout", {}).values()
+    return (
+        isinstance(getattr(layer, "lora_A", None), nn.ModuleDict)
+        and bool(layer.lora_A)
+        and not layer.lora_variant
+        and not any(layer.lora_bias.values())
+        and not any(getattr(dropout, "p", 0.0) for dropout in dropouts)
+    )

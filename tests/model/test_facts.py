@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
 
 from fastpo.head import linear_logps
 from fastpo.model.facts import read_head
@@ -30,7 +31,7 @@ FACTS: dict[str, dict[str, Any]] = {
 def test_fused_is_the_models_log_softmax(name: str) -> None:
     model = attach(family(name)).eval()
     head = read_head(model)
-    neutral = {"softcap": None, "logit_scale": 1.0, "temperature": 1.0}
+    neutral = {"softcap": None, "logit_scale": 1.0, "temperature": 1.0, "vocab_size": None}
     assert head.facts() == {**neutral, **FACTS[name]}
     ids = torch.randint(0, VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -97,10 +98,45 @@ def test_unmodelled_logits_are_refused_by_name() -> None:
         read_head(model)
 
 
+ON_HEAD: dict[str, Any] = {"target_modules": ["q_proj", "lm_head"], "r": 2}
+
+
+def test_lora_on_the_head_is_read_as_a_delta() -> None:
+    """Values and the delta's gradients are those of the model's own logits, adapter on and off."""
+    model = add_lora(attach(family("llama")), {**ON_HEAD, "init_lora_weights": False}).eval()
+    ids = torch.randint(0, VOCAB, (1, 9), generator=torch.Generator().manual_seed(1))
+    hidden = model(input_ids=ids, fastpo_hidden=True)[0].detach()
+    head, labels = read_head(model), ids[0]
+    outer = model.get_base_model().lm_head
+
+    def theirs(dtype: torch.dtype) -> Tensor:
+        return outer.to(dtype)(hidden.to(dtype)).log_softmax(-1).gather(1, labels[:, None])[:, 0]
+
+    def check() -> None:
+        ours = linear_logps(hidden, head.weight, labels, lora=head.lora, **head.facts())
+        found = [ours, theirs(torch.float32)]
+        leaves = [p for n, p in outer.named_parameters() if "lora_" in n]
+        if head.lora is None:
+            return assert_three_way(*found, theirs(torch.float64))
+        grads = [torch.autograd.grad(x.sum(), leaves) for x in found]
+        truth = theirs(torch.float64)
+        wide = torch.autograd.grad(truth.sum(), leaves)
+        outer.float()
+        assert_three_way(*found, truth)
+        for name, mine, same, true in zip(("A", "B"), *grads, wide, strict=True):
+            assert_three_way(mine, same, true, f"d{name}")
+
+    check()
+    with model.disable_adapter():
+        assert head.lora is None
+        check()
+
+
 def test_adapters_on_the_head_are_refused_by_name() -> None:
-    options: dict[str, Any] = {"target_modules": ["q_proj", "lm_head"], "r": 2}
-    with pytest.raises(ValueError, match="adapter on the head"):
-        read_head(add_lora(tiny("llama", **BASE), options))
+    options = ON_HEAD
+    dropped = get_peft_model(tiny("llama", **BASE), LoraConfig(**options, lora_dropout=0.1))
+    with pytest.raises(ValueError, match="more than LoRA"):
+        read_head(dropped)
     with pytest.raises(ValueError, match="adapter on the head"):
         read_head(add_lora(tiny("llama", **BASE), {**options, "use_dora": True}))
     tied = tiny("llama", **BASE, tie_word_embeddings=True)

@@ -1,0 +1,242 @@
+"""The head's walks in plain PyTorch; the formulas stand in `fastpo.tiles`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fastpo.online import LARGEST_SLAB, online_statistics
+from fastpo.tiles import UPCAST_ROWS, Heads, Kept, Link, accumulator, blocks, forward_by_rows
+
+
+class TorchTiles:
+    """Every walk in plain PyTorch: CPU, MPS, XPU, and the divergences everywhere.
+
+    A single head's statistics and the gradient of `logps` come from one pass over the vocabulary
+    (`fastpo.online`); a reference, or the gradient of another statistic, needs slabs of whole rows.
+    """
+
+    keeps: tuple[str, ...] = ("lse", "lse_rest", "logps")
+    largest_slab: int | None = LARGEST_SLAB
+
+    def num_slabs(self, link: Link, want: tuple[str, ...], with_reference: bool) -> int:
+        # p and log p; the soft-cap's slope; the entropy's factor; the same again for a reference.
+        slabs = 2 + (link.softcap is not None) + ("entropy" in want)
+        return slabs + (4 if with_reference else 0)
+
+    def forward(
+        self,
+        heads: Heads,
+        link: Link,
+        want: tuple[str, ...],
+        grads: tuple[str, ...],
+        num_elements: int,
+        columns: int,
+        keep: Kept | None = None,
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        if heads.ref_hidden is None and grads in ((), ("logps",)):
+            stats, gradient = online_statistics(
+                heads,
+                link,
+                want,
+                row_block=min(num_elements, LARGEST_SLAB) // columns,
+                columns=columns,
+                with_gradient=bool(grads),
+                keep=keep,
+            )
+            return stats, [] if gradient is None else [gradient]
+
+        def step(part: Heads, lo: int, hi: int) -> tuple[dict[str, Tensor], list[Tensor]]:
+            own, reference = link.of(part), part.reference()
+            z = logit_slab(part, own)
+            z_ref = None if reference is None else logit_slab(reference, own)
+            if keep is not None:
+                keep.logits[lo:hi] = z
+                if keep.ref_logits is not None and z_ref is not None:
+                    keep.ref_logits[lo:hi] = z_ref
+            return _from_logits(z, z_ref, part.labels, own, want, grads)
+
+        return forward_by_rows(step, heads, grads, num_elements)
+
+    def coefficients(
+        self,
+        heads: Heads,
+        link: Link,
+        stats: Mapping[str, Tensor],
+        cotangents: Mapping[str, Tensor],
+        first: int,
+        vocab_size: int,
+        kept: Kept | None = None,
+    ) -> Tensor:
+        link = link.of(heads)
+        if kept is None:
+            reference = heads.reference()
+            kept = Kept(
+                logit_slab(heads, link), None if reference is None else logit_slab(reference, link)
+            )
+        # Nothing in place: a graph kept by the caller may be walked twice.
+        log_p = ref = None
+        if kept.shifts is None:
+            log_p = (kept.logits - stats["lse"][:, None]).sub_(stats["lse_rest"][:, None])
+            p, slope = log_p.exp(), link.derivative(kept.logits)
+        else:
+            p = kept.logits * (kept.shifts - stats["lse"] - stats["lse_rest"]).exp()[:, None]
+            _at_label_(p, heads.labels, first, stats["logps"].exp()[:, None])
+            slope = link.derivative(stats["lse"][:, None])
+        if kept.ref_logits is not None:
+            log_ref = kept.ref_logits - stats["ref_lse"][:, None]
+            log_ref -= stats["ref_lse_rest"][:, None]
+            ref = log_ref.exp(), log_ref
+        return _coefficients_(
+            p, log_p, ref, heads.labels, stats, cotangents, slope, first, vocab_size, link.jsd_beta
+        )
+
+
+def logit_slab(heads: Heads, link: Link) -> Tensor:
+    """[B, V] logits z in the accumulator dtype."""
+    hidden, vocab_size = heads.hidden, heads.weight.shape[0]
+    acc = accumulator(hidden.dtype)
+    if hidden.dtype == acc or hidden.is_cuda:
+        products = heads.products()
+    else:
+        heads = heads._replace(hidden=hidden.to(acc))
+        products = heads.hidden.new_empty(hidden.shape[0], vocab_size)
+        for lo, hi in blocks(vocab_size, UPCAST_ROWS):
+            products[:, lo:hi] = heads.columns(lo, hi).products()
+    return link.apply_(products, heads.bias)
+
+
+def _log_softmax_(z: Tensor, labels: Tensor, want: tuple[str, ...]) -> tuple[dict, Tensor, Tensor]:
+    """(statistics, p, log p) of a slab; z's memory becomes log p."""
+    stats: dict[str, Tensor] = {}
+    if "mean_logit" in want:
+        stats["mean_logit"] = z.mean(dim=1)
+    top, first = z.max(dim=1)
+    column = labels[:, None]
+    label_logit = z.gather(1, column).squeeze(1)
+    z -= top[:, None]
+    p = z.exp()
+    label_exp = p.gather(1, column)
+    # The other columns' sum on its own keeps every digit of 1 - p_y and of log p_y when the label
+    # is nearly certain: log(1 + 1e-5) in fp32 has lost 0.6 % of its value, log1p(1e-5) nothing.
+    others = p.scatter_(1, column, 0).sum(dim=1)
+    p.scatter_(1, column, label_exp)
+    total = others + label_exp.squeeze(1)
+    log_total = total.log()
+    stats["lse"] = top + log_total
+    # What the rounding of lse lost: without it a recomputed row of probabilities sums to
+    # 1 + eps * |lse|, an error that all V columns of the gradient share.
+    stats["lse_rest"] = log_total - (stats["lse"] - top)
+    stats["logps"] = torch.where(
+        label_logit == top, -others.log1p(), (label_logit - top) - log_total
+    )
+    if "top1" in want:
+        stats["top1"] = (first == labels).to(z.dtype)
+    p /= total[:, None]
+    z -= log_total[:, None]
+    if "entropy" in want:
+        stats["entropy"] = -torch.linalg.vecdot(p, z)
+    if "log_p2" in want:
+        stats["log_p2"] = torch.linalg.vecdot(p, p).log()
+    return stats, p, z
+
+
+def _coefficients_(
+    p: Tensor,
+    log_p: Tensor | None,
+    ref: tuple[Tensor, Tensor] | None,
+    labels: Tensor,
+    stats: Mapping[str, Tensor],
+    cotangents: Mapping[str, Tensor],
+    slope: Tensor | float,
+    first: int,
+    vocab_size: int,
+    jsd_beta: float,
+) -> Tensor:
+    """The formula of `fastpo.tiles`, in the accumulator dtype; p's memory becomes C."""
+    g = {name: value[:, None] for name, value in cotangents.items()}
+    factor: Tensor = p.new_zeros(p.shape[0], 1)
+    for name in ("lse", "kl_ref_policy"):
+        if name in g:
+            factor = factor + g[name]
+    if "entropy" in g:
+        assert log_p is not None
+        factor = (log_p + stats["entropy"][:, None]).mul_(-g["entropy"]).add_(factor)
+    if "kl_policy_ref" in g:
+        assert log_p is not None and ref is not None  # noqa: PT018
+        difference = log_p - ref[1]
+        difference -= stats["kl_policy_ref"][:, None]
+        factor = difference.mul_(g["kl_policy_ref"]).add_(factor)
+    if "jsd" in g:
+        assert log_p is not None and ref is not None  # noqa: PT018
+        excess = log_mixture_(ref[1] - log_p, jsd_beta).add_(stats["kl_policy_mix"][:, None])
+        factor = excess.mul_(g["jsd"] * (jsd_beta - 1)).add_(factor)
+    if "logps" in g:
+        index = (labels - first).clamp(0, p.shape[1] - 1)[:, None]
+        # 1 - p_y from log p_y: the difference itself would lose every digit of a confident token.
+        at_label = p.gather(1, index) * factor.expand_as(p).gather(1, index)
+        at_label -= g["logps"] * stats["logps"][:, None].expm1()
+        p *= factor - g["logps"]
+        _at_label_(p, labels, first, at_label)
+    else:
+        p *= factor
+    if "kl_ref_policy" in g:
+        assert ref is not None
+        p.addcmul_(ref[0], g["kl_ref_policy"], value=-1)
+    if "mean_logit" in g:
+        p += g["mean_logit"] / vocab_size
+    return p.mul_(slope)
+
+
+def _at_label_(slab: Tensor, labels: Tensor, first: int, value: Tensor) -> None:
+    """Write [N, 1] values into the labels' columns of a slice that starts at column `first`."""
+    index = (labels - first).clamp(0, slab.shape[1] - 1)[:, None]
+    inside = ((labels >= first) & (labels < first + slab.shape[1]))[:, None]
+    slab.scatter_(1, index, torch.where(inside, value, slab.gather(1, index)))
+
+
+def log_mixture_(difference: Tensor, beta: float) -> Tensor:
+    """log(m / p) from log(pref / p), which it overwrites; m = beta pref + (1 - beta) p."""
+    own = difference.new_tensor(math.log1p(-beta))
+    return torch.logaddexp(difference.add_(math.log(beta)), own, out=difference)
+
+
+def _from_logits(
+    z: Tensor,
+    z_ref: Tensor | None,
+    labels: Tensor,
+    link: Link,
+    want: tuple[str, ...],
+    grads: tuple[str, ...],
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Statistics and unit-cotangent coefficients of a slab of logits, which it overwrites."""
+    slope = link.derivative(z) if grads else 1.0
+    stats, p, log_p = _log_softmax_(z, labels, want)
+    ref = None
+    if z_ref is not None:
+        ref_stats, p_ref, log_ref = _log_softmax_(z_ref, labels, ())
+        stats |= {f"ref_{name}": value for name, value in ref_stats.items()}
+        ref = p_ref, log_ref
+        difference = log_ref - log_p
+        stats["kl_ref_policy"] = torch.linalg.vecdot(p_ref, difference)
+        stats["kl_policy_ref"] = -torch.linalg.vecdot(p, difference)
+        if "jsd" in want:
+            beta, mixture = link.jsd_beta, log_mixture_(difference.clone(), link.jsd_beta)
+            stats["kl_policy_mix"] = -torch.linalg.vecdot(p, mixture)
+            # In its own right: as a difference it would keep the rounding of log(pref / p).
+            mixture = log_mixture_(difference.neg_(), 1 - beta)
+            of_reference = -torch.linalg.vecdot(p_ref, mixture)
+            stats["jsd"] = beta * of_reference + (1 - beta) * stats["kl_policy_mix"]
+    one = torch.ones_like(stats["logps"])
+    coefficients = []
+    for name in grads:
+        mine = p if name == grads[-1] else p.clone()
+        coefficients.append(
+            _coefficients_(
+                mine, log_p, ref, labels, stats, {name: one}, slope, 0, p.shape[1], link.jsd_beta
+            )
+        )
+    return stats, coefficients

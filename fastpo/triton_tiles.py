@@ -1,0 +1,156 @@
+"""The head's walks by the kernels of `fastpo.kernels`; the formulas stand in `fastpo.tiles`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpo.tiles import Heads, Kept, Link, forward_by_rows
+
+# Below this many rows a matrix product no longer fills a GPU; the fused kernel then wins.
+_THIN_SLAB = 128
+_OF_BOTH = ("ref_lse", "ref_lse_rest", "ref_logps", "kl_policy_ref", "kl_policy_mix")
+
+
+def _facts(heads: Heads, link: Link) -> dict[str, Any]:
+    """What turns products into logits, as the kernels take it."""
+    rows = heads.temperature
+    return {
+        "softcap": link.softcap,
+        "logit_scale": link.logit_scale,
+        "temperature": link.temperature if rows is None else rows,
+    }
+
+
+class TritonTiles:
+    """The same steps by the kernels of `fastpo.kernels`; products stay with the vendor's BLAS."""
+
+    keeps: tuple[str, ...] = ("lse", "lse_rest", "logps")
+    largest_slab: int | None = None
+
+    def num_slabs(self, link: Link, want: tuple[str, ...], with_reference: bool) -> int:
+        # The products in fp32, the reference's too, and the coefficients in the inputs' dtype.
+        return 3 if with_reference else 2
+
+    def forward(
+        self,
+        heads: Heads,
+        link: Link,
+        want: tuple[str, ...],
+        grads: tuple[str, ...],
+        num_elements: int,
+        columns: int,
+        keep: Kept | None = None,
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        assert keep is None, "kept logits are the plain backend's business"
+        rows = num_elements // heads.weight.shape[0]
+        thin = rows < min(_THIN_SLAB, heads.labels.numel())
+        if thin and not grads and heads.ref_hidden is None:
+            from fastpo.kernels.linear_stats import linear_stats
+
+            stats = linear_stats(
+                heads.hidden,
+                heads.weight,
+                heads.labels,
+                heads.bias,
+                lora=heads.lora_b,
+                **_facts(heads, link),
+                want=want,
+            )
+            return {name: stats[name] for name in want}, []
+
+        def step(part: Heads, lo: int, hi: int) -> tuple[dict[str, Tensor], list[Tensor]]:
+            return self._row_block(part, link, want, grads)
+
+        return forward_by_rows(step, heads, grads, num_elements)
+
+    @staticmethod
+    def _row_block(
+        heads: Heads, link: Link, want: tuple[str, ...], grads: tuple[str, ...]
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        from fastpo.kernels.divergence import divergence, divergence_coefficients
+        from fastpo.kernels.logits_epilogue import logits_epilogue
+
+        products, reference = heads.products(), heads.reference()
+        if reference is not None:
+            slabs = products, reference.products(), heads.labels, heads.bias, heads.ref_bias
+            facts: dict[str, Any] = _facts(heads, link) | {"jsd_beta": link.jsd_beta}
+            needed = dict.fromkeys((*want, "lse", "lse_rest", "logps", *_OF_BOTH))
+            stats = divergence(*slabs, **facts, want=(*needed, *grads))
+            one = torch.ones_like(stats["lse"])
+            return {name: stats[name] for name in want}, [
+                divergence_coefficients(
+                    *slabs,
+                    **facts,
+                    stats=stats,
+                    cotangents={name: one},
+                    out_dtype=heads.hidden.dtype,
+                )
+                for name in grads
+            ]
+        stats: dict[str, Tensor] = {}
+        coefficients: list[Tensor] = []
+        for name in grads or (None,):
+            found, coefficient = logits_epilogue(
+                products,
+                heads.labels,
+                heads.bias,
+                **_facts(heads, link),
+                want=want,
+                coefficient_of=name,
+                out=None if name is None else torch.empty_like(products, dtype=heads.hidden.dtype),
+            )
+            stats = stats or found
+            if coefficient is not None:
+                coefficients.append(coefficient)
+        return stats, coefficients
+
+    def coefficients(
+        self,
+        heads: Heads,
+        link: Link,
+        stats: Mapping[str, Tensor],
+        cotangents: Mapping[str, Tensor],
+        first: int,
+        vocab_size: int,
+        kept: Kept | None = None,
+    ) -> Tensor:
+        assert kept is None, "kept logits are the plain backend's business"
+        from fastpo.kernels.divergence import divergence_coefficients
+        from fastpo.kernels.linear_coefficients import linear_coefficients
+
+        reference = heads.reference()
+        if reference is not None:
+            return divergence_coefficients(
+                heads.products(),
+                reference.products(),
+                heads.labels,
+                heads.bias,
+                heads.ref_bias,
+                v_start=first,
+                vocab_size=vocab_size,
+                stats=stats,
+                cotangents=cotangents,
+                **_facts(heads, link),
+                jsd_beta=link.jsd_beta,
+                out_dtype=heads.hidden.dtype,
+            )
+        return linear_coefficients(
+            heads.hidden,
+            heads.weight,
+            heads.labels,
+            heads.bias,
+            v_start=first,
+            vocab_size=vocab_size,
+            lse=stats["lse"],
+            lse_rest=stats["lse_rest"],
+            logps=stats["logps"],
+            entropy=stats.get("entropy"),
+            **{f"grad_{name}": value for name, value in cotangents.items()},
+            lora_slice=heads.lora_b,
+            **_facts(heads, link),
+            out_dtype=heads.hidden.dtype,
+        )
