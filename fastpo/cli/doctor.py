@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import platform
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,14 +57,75 @@ def check_backend(backend: Backend, device: torch.device) -> tuple[float, float]
     truth = _step(hidden.double(), weight.double(), labels, None)
     inputs = (hidden.to(device), weight.to(device), labels.to(device))
     ours, plain = _step(*inputs, backend), _step(*inputs, None)
+    return _worst(ours, plain, truth, torch.finfo(hidden.dtype).eps)
+
+
+def check_attention(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """(error, bound) of one attention back end, forward and backward, against float64.
+
+    Two groups and five responses, in a layer of two key heads for four query heads; the bound is
+    twice the error of separate calls in the same dtype plus one rounding.
+    """
+    from fastpo.data.packing import GroupSpan, Layout
+    from fastpo.model.attention import BACKENDS
+    from fastpo.model.shared_row import Rule, SharedRow
+
+    layout = Layout(
+        (
+            GroupSpan((0, 40), ((40, 60), (60, 95), (95, 100))),
+            GroupSpan((100, 130), ((130, 133), (133, 150))),
+        ),
+        150,
+    )
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, h, 150, 32, generator=generator).to(dtype) for h in (4, 2, 2)]
+
+    def run(name: str, place: torch.device, precision: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(place, precision).requires_grad_() for t in inputs]
+        out = BACKENDS[name](SharedRow(layout), *leaves, Rule())  # pyright: ignore
+        grads = torch.autograd.grad(out.float().square().sum(), leaves)
+        return [t.detach().double().cpu() for t in (out, *grads)]
+
+    truth = run("segments", torch.device("cpu"), torch.float64)
+    ours, plain = run(backend, device, dtype), run("segments", device, dtype)
+    return _worst(ours, plain, truth, torch.finfo(dtype).eps)
+
+
+def _worst(
+    ours: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor], eps: float
+) -> tuple[float, float]:
+    """The largest error and bound of several results, each in units of its own scale."""
     error = bound = 0.0
     for value, same, exact in zip(ours, plain, truth, strict=True):
         scale = exact.abs().max().item()
-        rounding = torch.finfo(hidden.dtype).eps * scale
         error = max(error, (value.double().cpu() - exact).abs().max().item() / scale)
         own = (same.double().cpu() - exact).abs().max().item()
-        bound = max(bound, 2 * (own + rounding) / scale)
+        bound = max(bound, 2 * (own / scale + eps))
     return error, bound
+
+
+def _attention(device: torch.device) -> bool:
+    """Print what each attention back end does here; False where one that runs is wrong."""
+    from fastpo.model.attention import BACKENDS, choose_attention
+
+    print("\nattention of shared prompts")
+    sound = True
+    half = device.type == "cuda" and native_bf16(device)
+    dtype = torch.bfloat16 if half else torch.float32
+    facts: dict[str, Any] = {"device": device, "dtype": dtype, "width": 32}
+    for backend in BACKENDS:
+        try:
+            choose_attention(backend, **facts)
+        except ValueError as refusal:
+            _line(backend, f"not here: {refusal}")
+            continue
+        error, bound = check_attention(backend, device, dtype)
+        verdict = "works" if error <= bound else "WRONG"
+        sound = sound and error <= bound
+        _line(backend, f"{verdict}: relative error {error:.1e}, rounding explains {bound:.1e}")
+    for case, capped in (("auto", False), ("auto, capped", True)):
+        _line(case, ": ".join(choose_attention(**facts, softcap=capped)))
+    return sound
 
 
 def _environment(device: torch.device) -> None:
@@ -176,6 +238,8 @@ def doctor(arguments: argparse.Namespace) -> int:
     device = default_device()
     _environment(device)
     sound = _backends(device)
+    if importlib.util.find_spec("transformers") is not None:
+        sound = _attention(device) and sound
     _extras()
     if arguments.model is not None:
         _model(arguments, device)

@@ -5,34 +5,42 @@ With prompt span p and response span r of one group, every query attends to
 $$ q_{p,i}: \; p_{\le i} \qquad\qquad q_{r,i}: \; p \cup r_{\le i} $$
 
 and to nothing else in the row. Distance, for sliding windows, is counted within prompt + own
-response. A group's prompt and first response are neighbours in the row, so they are one ordinary
-causal sequence: one call, no mask, no copy. Each further response takes its queries against
-[prompt; own], bottom-right causal, which costs one copy of the prompt's keys and values and an
-[R, P + R] mask at most (none on CUDA); no mask is ever quadratic in the row. Autograd sums the
-prompt's dK and dV over the responses.
+response.
 
 The function is registered with transformers' `AttentionInterface` under `NAME`, which is absent
-from its mask registry: models then build no mask and leave the whole rule to this function.
+from its mask registry: models then build no mask and leave the whole rule to this function. Which
+back end computes it is a property of the call: see `choose_attention`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+import logging
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
-from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, PretrainedConfig
+from transformers import AttentionInterface
 
 from fastpo.data.packing import Layout
+from fastpo.model.attention_flex import flex_rule_attention
+from fastpo.model.attention_merge import merged_attention
+from fastpo.model.attention_segments import segment_attention
+from fastpo.model.attention_varlen import flash_source, varlen_attention
+from fastpo.model.shared_row import Rule, SharedRow, SharingError
+
+logger = logging.getLogger(__name__)
 
 NAME = "fastpo"
 
-# Queries per block where scores are materialised (soft-cap, sinks): 32 heads of 512 queries
-# against 8192 keys are 512 MiB of fp32 scores.
-_EAGER_BLOCK = 512
+BACKENDS = {
+    "segments": segment_attention,
+    "varlen": varlen_attention,
+    "merge": merged_attention,
+    "flex": flex_rule_attention,
+}
+
+# Copies of prompt keys and values that one layer may hold: two of an 8B model's at 64K.
+COPIES_MIB = 512
 
 # Arguments that models pass down to every attention function and that do not change the maths.
 _NEUTRAL = frozenset(
@@ -53,81 +61,67 @@ _NEUTRAL = frozenset(
 )
 
 
-class SharingError(ValueError):
-    """A model whose attention cannot, or does not, go through the shared-prompt function."""
-
-
-@dataclass
-class SharedRow:
-    """A layout on its way through one forward, with what the layers have in common.
+def choose_attention(
+    wanted: str = "auto",
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    value_width: int | None = None,
+    softcap: bool = False,
+    sinks: bool = False,
+    copied_bytes: int = 0,
+) -> tuple[str, str]:
+    """The back end of one attention call, and why: a pure function of the call's shape and place.
 
     Args:
-        layout: the segment table; its spans must follow each other and fill the row.
-        calls, windowed: attention calls of the forward so far, and those with a sliding window.
-        masks: (queries, keys, window, device) -> boolean mask, shared by all layers.
-        outer: implementations to return to as attention modules are left, innermost last.
+        wanted: a name of `BACKENDS`, or "auto".
+        device, dtype: of the queries.
+        width, value_width: of a head's keys and of its values.
+        softcap, sinks: whether the layer has them.
+        copied_bytes: prompt keys and values that "varlen" would copy.
 
     Raises:
-        ValueError: a layout with gaps, overlaps or an empty prompt.
+        ValueError: an unknown name, or a back end that cannot do this; says why.
+
+    >>> choose_attention(device=torch.device("cpu"), dtype=torch.float32, width=64)
+    ('segments', 'cpu has no flash attention of packed rows')
     """
-
-    layout: Layout
-    calls: int = 0
-    windowed: int = 0
-    masks: dict[tuple, Tensor] = field(default_factory=dict)
-    outer: list[str | None] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        end = 0
-        for number, group in enumerate(self.layout.groups):
-            for start, stop in (group.prompt, *group.responses):
-                if start != end or stop < start:
-                    raise ValueError(
-                        f"group {number} of the layout has the span ({start}, {stop}) where the "
-                        f"row is filled up to {end}: spans must follow each other without gaps"
-                    )
-                end = stop
-            if group.prompt[0] == group.prompt[1]:
-                raise ValueError(f"group {number} of the layout has an empty prompt")
-        if end != self.layout.length:
-            raise ValueError(f"the layout's spans end at {end}, its length is {self.layout.length}")
-
-    def verify(self, config: PretrainedConfig) -> None:
-        """SharingError unless each layer called the function once, with its window if it has one.
-
-        Some families apply their window only through the mask that transformers builds (Qwen2-MoE,
-        PhiMoE): their calls arrive without it.
-        """
-        layers = config.num_hidden_layers
-        windowed = _num_windowed_layers(config)
-        if self.calls != layers:
-            raise SharingError(
-                f"{config.model_type}: {self.calls} attention calls in a forward of {layers} "
-                "layers: some layers bypass the shared-prompt attention"
-            )
-        if self.windowed != windowed:
-            raise SharingError(
-                f"{config.model_type}: {windowed} layers have a sliding window, but "
-                f"{self.windowed} attention calls passed one"
-            )
-
-    def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-        """[queries, keys] bool, True = attend; the queries are the last of the keys."""
-        key = (queries, keys, window, device)
-        if key not in self.masks:
-            offset = keys - queries
-            band = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(offset)
-            self.masks[key] = band if window is None else band.triu(offset - window + 1)
-        return self.masks[key]
+    if wanted not in ("auto", *BACKENDS):
+        raise ValueError(f"attention_backend={wanted!r}: choose one of auto, {', '.join(BACKENDS)}")
+    odd = "soft-capped scores" if softcap else "sinks" if sinks else None
+    source = flash_source()
+    no_flash = no_merge = no_flex = None
+    if device.type != "cuda":
+        no_flash = f"{device.type} has no flash attention of packed rows"
+        no_flex = "FlexAttention has a backward on CUDA only"
+    elif source is None:
+        no_flash = "neither torch.nn.attention.varlen nor flash-attn is installed"
+    elif dtype not in (torch.float16, torch.bfloat16):
+        no_flash = f"flash attention takes no {dtype}"
+    elif odd is not None:
+        no_flash = f"flash attention of packed rows has no {odd}"
+    elif width % 8 or not width == (value_width or width) <= 256:
+        no_flash = f"flash attention takes no heads of width {width} and {value_width or width}"
+    elif source != "torch":
+        no_merge = "the log-sum-exp merge needs torch.nn.attention.varlen"
+    refusals = {"varlen": no_flash, "merge": no_flash or no_merge, "flex": no_flex}
+    if wanted != "auto":
+        if refusal := refusals.get(wanted):
+            raise ValueError(f"attention_backend={wanted!r}: {refusal}; use 'auto'")
+        return wanted, "asked for by name"
+    if odd is not None and no_flex is None:
+        return "flex", f"{odd} without a matrix of scores"
+    if no_flash is not None:
+        return "segments", no_flash
+    if copied_bytes > COPIES_MIB * 2**20 and no_merge is None:
+        return "merge", f"copies of prompt keys and values would pass {COPIES_MIB} MiB a layer"
+    return "varlen", f"flash attention from {source}"
 
 
-def _num_windowed_layers(config: PretrainedConfig) -> int:
-    layers = config.num_hidden_layers
-    types = getattr(config, "layer_types", None)
-    if types is not None:
-        return sum(kind == "sliding_attention" for kind in types[:layers])
-    uses_window = getattr(config, "use_sliding_window", True)
-    return layers if uses_window and getattr(config, "sliding_window", None) else 0
+@functools.cache
+def _announce(name: str, reason: str) -> None:
+    logger.info("attention of packed rows: %s: %s", name, reason)
 
 
 def shared_prompt_attention(
@@ -194,125 +188,30 @@ def shared_prompt_attention(
 
     row.calls += 1
     row.windowed += bool(sliding_window)
-    attend = _Attend(row, scaling, sliding_window or None, softcap, s_aux)
-    outputs = []
-    for group in row.layout.groups:
-        start, prompt_end = group.prompt
-        first_end = group.responses[0][1] if group.responses else prompt_end
-        whole = slice(start, first_end)
-        outputs.append(attend(query[:, :, whole], key[:, :, whole], value[:, :, whole]))
-        # A window hides all but the prompt's last window - 1 tokens from any further response.
-        seen = start if not sliding_window else max(start, prompt_end - sliding_window + 1)
-        for a, b in group.responses[1:]:
-            if a == b:
-                continue
-            k = torch.cat([key[:, :, seen:prompt_end], key[:, :, a:b]], dim=2)
-            v = torch.cat([value[:, :, seen:prompt_end], value[:, :, a:b]], dim=2)
-            outputs.append(attend(query[:, :, a:b], k, v))
-    return torch.cat(outputs, dim=1), None
+    rule = Rule(scaling, sliding_window or None, softcap, s_aux)
+    return BACKENDS[_chosen(row, query, key, value, rule)](row, query, key, value, rule), None
 
 
-@dataclass
-class _Attend:
-    """Causal attention of queries that are the last positions of their keys."""
+def _chosen(row: SharedRow, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> str:
+    width, value_width = key.shape[3], value.shape[3]
+    odd = {"softcap": rule.softcap is not None, "sinks": rule.sinks is not None}
 
-    row: SharedRow
-    scaling: float | None
-    window: int | None
-    softcap: float | None
-    sinks: Tensor | None
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[1, H, n, D] against [1, Hk, m, D], m >= n: [1, n, H, Dv]."""
-        n, m = query.shape[2], key.shape[2]
-        eager = self.softcap is not None or self.sinks is not None
-        window = self.window if self.window is not None and self.window < m else None
-        size = min(window or n, _EAGER_BLOCK if eager else n)
-        if size >= n:
-            return self._block(query, key, value, window, eager).transpose(1, 2)
-        # Blocks of queries with the keys they can see: memory linear in n under a window, and one
-        # block of scores at a time where scores are materialised (the rest recomputed in backward).
-        outputs = []
-        for a in range(0, n, size):
-            b = min(a + size, n)
-            first = 0 if window is None else max(0, m - n + a - window + 1)
-            keys = slice(first, m - n + b)
-            inputs = (query[:, :, a:b], key[:, :, keys], value[:, :, keys], window, eager)
-            if eager and torch.is_grad_enabled():
-                block = checkpoint(
-                    self._block, *inputs, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                block = self._block(*inputs)
-            outputs.append(block.transpose(1, 2))  # pyright: ignore[reportOptionalMemberAccess]
-        return torch.cat(outputs, dim=1)
-
-    def _block(
-        self, query: Tensor, key: Tensor, value: Tensor, window: int | None, eager: bool
-    ) -> Tensor:
-        n, m = query.shape[2], key.shape[2]
-        if eager:
-            mask = self.row.mask(n, m, window, query.device)
-            return _eager(query, key, value, mask, self.scaling, self.softcap, self.sinks)
-        mask, causal = None, False
-        if window is None and n == m:
-            causal = True
-        elif window is None and query.is_cuda:
-            # Reaches the flash kernel, whose causal rule is bottom-right, without a mask in memory.
-            mask = causal_lower_right(n, m)
-        else:
-            mask = self.row.mask(n, m, window, query.device)
-        groups = query.shape[1] // key.shape[1]
-        native = groups == 1 or _groups_heads(query, key, value, masked=type(mask) is Tensor)
-        if not native:
-            key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=causal,
-            scale=self.scaling,
-            enable_gqa=native and groups > 1,
+    def choose() -> str:
+        per_token = key.shape[1] * (width + value_width) * key.element_size()
+        name, reason = choose_attention(
+            row.backend,
+            device=query.device,
+            dtype=query.dtype,
+            width=width,
+            value_width=value_width,
+            copied_bytes=row.copied_tokens(rule.window) * per_token,
+            **odd,
         )
+        _announce(name, reason)
+        return name
 
-
-def _groups_heads(query: Tensor, key: Tensor, value: Tensor, masked: bool) -> bool:
-    """Does a fused kernel take fewer key than query heads? Else SDPA would materialise scores.
-
-    CPU: always. CUDA: the flash kernel only, so half precision, no mask, equal head widths <= 256.
-    """
-    if query.device.type == "cpu":
-        return True
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    return half and not masked and key.shape[-1] == value.shape[-1] <= 256
-
-
-def _eager(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,  # [n, m]
-    scaling: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Attention with materialised scores in fp32 (fp64 for fp64), for what SDPA cannot do."""
-    heads, n, width = query.shape[1:]
-    kv_heads = key.shape[1]
-    exact = torch.promote_types(query.dtype, torch.float32)
-    grouped = query.reshape(1, kv_heads, heads // kv_heads, n, width)
-    scores = grouped.to(exact) @ key.to(exact).transpose(2, 3).unsqueeze(2)
-    scores = scores * (width**-0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~mask, float("-inf"))
-    if sinks is None:
-        weights = scores.softmax(dim=-1)
-    else:
-        sink = sinks.to(exact).reshape(1, kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
-        weights = torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
-    return (weights.to(value.dtype) @ value.unsqueeze(2)).reshape(1, heads, n, value.shape[-1])
+    shape = (query.device, query.dtype, key.shape[1], width, value_width)
+    return row.once(("backend", rule.window, *odd.values(), *shape), choose)
 
 
 AttentionInterface.register(NAME, shared_prompt_attention)

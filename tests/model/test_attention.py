@@ -10,54 +10,16 @@ import torch
 from torch import Tensor
 
 from fastpo.data.packing import GroupSpan, Layout
-from fastpo.model import attention
-from fastpo.model.attention import SharedRow, SharingError, shared_prompt_attention
+from fastpo.model import attention_segments
+from fastpo.model.attention import shared_prompt_attention
+from fastpo.model.shared_row import SharedRow, SharingError
+from tests.model.attention_cases import LAYOUT, WINDOWS, dense, inputs
 from tests.numerics import assert_three_way
 
-# Two groups: three responses, one of them empty; and a prompt of one token with one response.
-LAYOUT = Layout(
-    (GroupSpan((0, 9), ((9, 16), (16, 16), (16, 20))), GroupSpan((20, 21), ((21, 26),))), 26
-)
-HEADS, KV_HEADS, WIDTH, VALUE_WIDTH = 4, 2, 8, 6
 MODULE: Any = SimpleNamespace(is_causal=True)
 
 
-def dense(
-    query: Tensor, key: Tensor, value: Tensor, *, window=None, softcap=None, s_aux=None, scaling=0.3
-) -> Tensor:
-    """The rule token by token: [1, T, H, Dv]."""
-    distance = torch.full((LAYOUT.length, LAYOUT.length), -1)
-    for group in LAYOUT.groups:
-        prompt = list(range(*group.prompt))
-        for span in ((0, 0), *group.responses):
-            sequence = prompt + list(range(*span))
-            for i, q in enumerate(sequence):
-                for j, k in enumerate(sequence[: i + 1]):
-                    distance[q, k] = i - j
-    seen = (distance >= 0) & (distance < (window or LAYOUT.length))
-    key, value = (t.repeat_interleave(HEADS // KV_HEADS, dim=1) for t in (key, value))
-    scores = query @ key.transpose(2, 3) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~seen, float("-inf"))
-    if s_aux is not None:
-        sink = s_aux.view(1, -1, 1, 1).expand(1, HEADS, LAYOUT.length, 1)
-        scores = torch.cat([scores, sink], dim=-1)
-    return (scores.softmax(-1)[..., : LAYOUT.length] @ value).transpose(1, 2)
-
-
-def inputs(dtype: torch.dtype) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((HEADS, WIDTH), (KV_HEADS, WIDTH), (KV_HEADS, VALUE_WIDTH))
-    tensors = [
-        2 * torch.randn(1, h, LAYOUT.length, d, generator=generator, dtype=torch.float64)
-        for h, d in shapes
-    ]
-    sinks = torch.randn(HEADS, generator=generator, dtype=torch.float64)
-    return [t.to(dtype).requires_grad_() for t in (*tensors, sinks)]
-
-
-@pytest.mark.parametrize("window", [None, 1, 3, 9, 12, 100])
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize(
     ("extra", "block"),  # blocks are for materialised scores
     [("plain", 512), ("softcap", 512), ("softcap", 2), ("sinks", 512), ("sinks", 2), ("both", 2)],
@@ -65,7 +27,7 @@ def inputs(dtype: torch.dtype) -> list[Tensor]:
 def test_equals_the_dense_rule(
     window: int | None, extra: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_EAGER_BLOCK", block)
+    monkeypatch.setattr(attention_segments, "_EAGER_BLOCK", block)
 
     def results(function: str, dtype: torch.dtype) -> list[Tensor]:
         q, k, v, sinks = inputs(dtype)
@@ -91,6 +53,10 @@ def test_equals_the_dense_rule(
         assert_three_way(*three, what=name)
 
 
+def masks(row: SharedRow) -> list[Tensor]:
+    return [made for key, made in row.made.items() if key[0] == "mask"]
+
+
 def test_no_mask_is_quadratic_in_the_row() -> None:
     length, window = 400, 7
     layout = Layout((GroupSpan((0, 300), ((300, 350), (350, length))),), length)
@@ -98,8 +64,8 @@ def test_no_mask_is_quadratic_in_the_row() -> None:
     full, banded = SharedRow(layout), SharedRow(layout)
     shared_prompt_attention(MODULE, q, k, v, None, fastpo_layout=full)
     shared_prompt_attention(MODULE, q, k, v, None, sliding_window=window, fastpo_layout=banded)
-    assert [tuple(mask.shape) for mask in full.masks.values()] == [(50, 350)]
-    assert max(mask.numel() for mask in banded.masks.values()) <= window * 2 * window
+    assert [tuple(mask.shape) for mask in masks(full)] == [(50, 350)]
+    assert max(mask.numel() for mask in masks(banded)) <= window * 2 * window
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,233 @@
+"""Every back end against the rule token by token, on a CPU: kernels stand in, tables are ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastpo.data.packing import GroupSpan, Layout
+from fastpo.model import attention, attention_varlen
+from fastpo.model.attention import choose_attention
+from fastpo.model.attention_flex import block_mask, flex_rule_attention
+from fastpo.model.attention_merge import Band, MergedAttention, Plain, merged_attention
+from fastpo.model.attention_segments import segment_attention
+from fastpo.model.attention_varlen import varlen_attention
+from fastpo.model.check import self_check
+from fastpo.model.facts import read_head
+from fastpo.model.hidden import attach
+from fastpo.model.shared_row import Part, Rule, SharedRow
+from tests.model.attention_cases import LAYOUT, WINDOWS, dense, inputs, plain_varlen
+from tests.model.test_check import leak
+from tests.model.tiny import PAD, family, groups
+from tests.numerics import assert_three_way
+
+
+@pytest.fixture(autouse=True)
+def kernels_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_varlen, "flash_varlen", plain_varlen)
+
+
+def results(attend: Any, dtype: torch.dtype, window: int | None) -> list[Tensor]:
+    """[out, dq, dk, dv]."""
+    q, k, v, _ = inputs(dtype)
+    if attend is dense:
+        out = dense(q, k, v, window=window)
+    else:
+        out = attend(SharedRow(LAYOUT), q, k, v, Rule(0.3, window))
+    out.square().sum().backward()
+    return [out, *(t.grad for t in (q, k, v))]  # pyright: ignore[reportReturnType]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("attend", [varlen_attention, merged_attention])
+def test_equals_the_dense_rule(attend: Any, window: int | None) -> None:
+    truth = results(dense, torch.float64, window)
+    plain = results(dense, torch.float32, window)
+    # ds = p (do.v - do.o): two terms that are one where a query sees a single key.
+    rows = truth[0].square().sum(-1).abs().max() * 2
+    terms = 0.3 * rows.item() * max(t.abs().max().item() for t in inputs(torch.float64)[:2])
+    for name, *three in zip(
+        ("out", "dq", "dk", "dv"), results(attend, torch.float32, window), plain, truth, strict=True
+    ):
+        assert_three_way(*three, what=name, terms=terms if name in ("dq", "dk") else 0.0)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("extra", ["plain", "softcap", "sinks"])
+def test_flex_equals_the_dense_rule(window: int | None, extra: str) -> None:
+    """Its backward is PyTorch's, on CUDA only."""
+
+    def out(dtype: torch.dtype, ours: bool) -> Tensor:
+        q, k, v, sinks = (t.detach() for t in inputs(dtype))
+        softcap, sinks = 1.5 if extra == "softcap" else None, sinks if extra == "sinks" else None
+        if not ours:
+            return dense(q, k, v, window=window, softcap=softcap, s_aux=sinks)
+        rule = Rule(0.3, window, softcap, sinks)
+        return flex_rule_attention(SharedRow(LAYOUT), q, k, v, rule)
+
+    truth = out(torch.float64, False)
+    assert_three_way(out(torch.float32, True), out(torch.float32, False), truth)
+
+
+LONG = Layout(
+    (
+        GroupSpan((0, 300), ((300, 420), (420, 700), (700, 710))),
+        GroupSpan((710, 1000), ((1000, 1001), (1001, 1190))),
+    ),
+    1190,
+)
+
+
+@pytest.mark.parametrize("window", [None, 1, 40, 200, 400])
+def test_flex_skips_exactly_the_blocks_without_a_pair(window: int | None) -> None:
+    mask = block_mask(SharedRow(LONG), window, torch.device("cpu"))
+    place = torch.arange(LONG.length)
+    pairs = mask.mask_mod(0, 0, place[:, None], place)  # pyright: ignore[reportArgumentType]
+    padded = torch.zeros(1280, 1280, dtype=torch.bool)
+    padded[:1190, :1190] = pairs
+    expected = padded.unflatten(0, (10, 128)).unflatten(2, (10, 128)).any(3).any(1)
+    assert torch.equal(mask.to_dense()[0, 0].bool(), expected)
+    assert not expected.all()
+
+
+def test_merge_passes_gradcheck() -> None:
+    row = SharedRow(LAYOUT)
+    q, k, v, _ = inputs(torch.float64)
+    for window in (None, 5):
+        rule = Rule(0.3, window)
+        assert torch.autograd.gradcheck(
+            lambda *qkv, rule=rule: merged_attention(row, *qkv, rule), (q, k, v), fast_mode=True
+        )
+
+
+class _DropsItsLse(torch.autograd.Function):
+    """A kernel for autograd as `torch.nn.attention.varlen` registers it: its backward takes the
+    gradient of the output and ignores that of the log-sum-exp."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, band):
+        out, lse = Plain.forward(q, k, v, 0.3, band)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.band = band
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad, grad_lse):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return *Plain.backward(grad, *ctx.saved_tensors, 0.3, ctx.band), None
+
+
+def test_the_naive_merge_is_wrong_and_ours_exact() -> None:
+    """One response against [prompt] and [own]: in float64 whatever is left is not rounding."""
+    torch.manual_seed(0)
+    prompt, own = 12, 7
+    leaves = [
+        torch.randn(n, h, 8, dtype=torch.float64, requires_grad=True)
+        for n, h in ((own, 4), (prompt + own, 2), (prompt + own, 2))
+    ]
+    over_prompt, causal = Band(False, -1), Band(True, -1)
+
+    def grads(out: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(out.square().sum(), leaves))
+
+    q, k, v = leaves
+    truth = grads(Plain.forward(q, k, v, 0.3, causal)[0])
+
+    a, lse_a = _DropsItsLse.apply(q, k[:prompt], v[:prompt], over_prompt)  # pyright: ignore
+    b, lse_b = _DropsItsLse.apply(q, k[prompt:], v[prompt:], causal)  # pyright: ignore
+    total = torch.logaddexp(lse_a, lse_b)
+    naive = a * (lse_a - total).exp().T[..., None] + b * (lse_b - total).exp().T[..., None]
+    parts = [
+        (Part((0, own), (0, prompt), 0), over_prompt),
+        (Part((0, own), (prompt, prompt + own), 0), causal),
+    ]
+    merged = MergedAttention.apply(q, k, v, parts, 0.3, Plain)
+    torch.testing.assert_close(naive, merged, rtol=1e-14, atol=1e-14)  # forward: both are right
+
+    def relative(found: list[Tensor]) -> float:
+        return max((((f - t).norm() / t.norm()).item()) for f, t in zip(found, truth, strict=True))
+
+    assert relative(grads(naive)) > 0.1
+    assert relative(grads(merged)) < 1e-14
+
+
+def test_merge_copies_nothing_and_copies_are_counted() -> None:
+    row = SharedRow(LONG)
+    # The second and third response of the first group, the second of the second one.
+    assert row.copied_tokens(None) == 300 + 300 + 290
+    assert row.copied_tokens(40) == 3 * 39
+    assert row.copied_tokens(1) == 0
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+BIG = {"device": CUDA, "dtype": torch.bfloat16, "width": 128}
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "word"),
+    [
+        ({"device": CPU, "dtype": torch.float32, "width": 64}, "segments", "cpu has no flash"),
+        (BIG, "varlen", "torch"),
+        ({**BIG, "copied_bytes": 2**30}, "merge", "pass 512 MiB"),
+        ({**BIG, "softcap": True}, "flex", "soft-capped"),
+        ({**BIG, "sinks": True}, "flex", "sinks"),
+        ({**BIG, "dtype": torch.float32}, "segments", "float32"),
+        ({**BIG, "value_width": 64}, "segments", "width 128 and 64"),
+        ({**BIG, "width": 100}, "segments", "width 100"),
+        ({**BIG, "wanted": "segments"}, "segments", "by name"),
+        ({**BIG, "wanted": "flex"}, "flex", "by name"),
+    ],
+)
+def test_choice(case: dict[str, Any], name: str, word: str) -> None:
+    found, reason = choose_attention(**case)
+    assert found == name
+    assert word in reason
+
+
+def test_choice_without_torchs_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "flash_source", lambda: "flash-attn")
+    assert choose_attention(**BIG, copied_bytes=2**30) == (
+        "varlen",
+        "flash attention from flash-attn",
+    )
+    with pytest.raises(ValueError, match="'merge': the log-sum-exp merge needs"):
+        choose_attention("merge", **BIG)
+    monkeypatch.setattr(attention, "flash_source", lambda: None)
+    assert choose_attention(**BIG)[0] == "segments"
+
+
+def test_a_named_back_end_never_falls_back() -> None:
+    for name in ("varlen", "merge", "flex"):
+        model = attach(family("llama"), attention_backend=name)
+        with pytest.raises(ValueError, match=f"attention_backend='{name}': .*; use 'auto'"):
+            self_check(model, read_head(model), groups(), PAD)
+    with pytest.raises(ValueError, match="choose one of auto, segments, varlen, merge, flex"):
+        choose_attention("flash", **BIG)
+    assert attach(model, attention_backend="segments") is model
+    assert self_check(model, read_head(model), groups(), PAD).share_prompt
+
+
+BACKENDS = {
+    "segments": segment_attention,
+    "varlen": varlen_attention,
+    "merge": merged_attention,
+    "flex": flex_rule_attention,
+}
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_self_check_judges_every_back_end(
+    backend: str, name: str, wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The right rule passes; a group's responses as one do not."""
+    monkeypatch.setattr(attention, "choose_attention", lambda *_, **__: (backend, "test"))
+    if wrong:
+        monkeypatch.setitem(attention.AttentionInterface._global_mapping, attention.NAME, leak)
+    model = family(name)
+    found = self_check(model, read_head(model), groups(), PAD)
+    assert found.share_prompt is not wrong, found
+    assert (found.sharing_error <= found.sharing_bound) is not wrong
