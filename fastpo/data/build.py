@@ -18,19 +18,26 @@ import torch.utils.data
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from fastpo.data.formats import (
+    CONTEXTS,
+    BadField,
+    Example,
+    check_distinct,
+    message_text,
+    read_row,
+)
 from fastpo.data.formats import EXTRAS as COLUMNS
-from fastpo.data.formats import BadField, Example, check_distinct, message_text, read_row
 from fastpo.data.groups import Group, Response
 from fastpo.data.rows import FILE, ROW
-from fastpo.data.templates import Encoder
-from fastpo.data.token_weights import check_schemes, span_weights, weighted
+from fastpo.data.templates import Encoded, Encoder
+from fastpo.data.token_weights import check_schemes, span_weights, take_column, weighted
 
 logger = logging.getLogger(__name__)
 
-Truncation = Literal["keep_end", "keep_start", "error"]
+Truncation = Literal["keep_end", "keep_start", "cut_middle", "error"]
 OnBadRow = Literal["error", "skip"]
 ListToPairs = Literal["best_worst", "best_rest"]
-EXTRAS = ("mismatched", *COLUMNS)
+EXTRAS = ("mismatched", *COLUMNS, *CONTEXTS)
 
 
 @dataclass(frozen=True)
@@ -43,13 +50,16 @@ class DataOptions:
         max_response_length: most tokens of a response, EOS included.
         truncation: what happens to a prompt that exceeds its budget, the lesser of
             `max_prompt_length` and what `max_length` leaves beside the longest response:
-            "keep_end" and "keep_start" cut it (BOS stays), "error" makes the row a bad row. A
-            response is never cut: too long a response always makes a bad row.
+            "keep_end" and "keep_start" cut it (BOS stays), "cut_middle" keeps as much of its start
+            as of its end, "error" makes the row a bad row. A response is never cut: too long a
+            response always makes a bad row.
         on_bad_row: "error" stops at the first bad row, "skip" leaves bad rows out and lists them.
         chat_template_kwargs: passed to every `apply_chat_template`.
         list_to_pairs: None keeps ranked lists, "best_worst" makes one pair of each, "best_rest"
             pairs the best response with every lower ranked one.
         assistant_only: in a response of several messages score the assistant's alone.
+        reference_prompt: column with the prompt after which the reference scores the responses,
+            `prompt` itself or one whose name ends with `_prompt`.
         token_weights: schemes that weigh single tokens, such as {"ld": 0.5}; the table is in
             `fastpo.data.token_weights`.
         weight_seed: of the random scheme among them.
@@ -63,6 +73,7 @@ class DataOptions:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     list_to_pairs: ListToPairs | None = None
     assistant_only: bool = True
+    reference_prompt: str = "prompt"
     token_weights: Mapping[str, Any] = field(default_factory=dict)
     weight_seed: int = 0
 
@@ -76,6 +87,11 @@ class DataOptions:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name}={value!r}: choose one of {choices}")
+        if self.reference_prompt != "prompt" and not self.reference_prompt.endswith("_prompt"):
+            raise ValueError(
+                f"reference_prompt={self.reference_prompt!r}: name a column that ends with "
+                "'_prompt'"
+            )
         for name in ("max_length", "max_prompt_length", "max_response_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -132,7 +148,50 @@ def _fit(
         )
     if options.truncation == "keep_start":
         return prompt[:budget]
-    return np.concatenate([prompt[:leading], prompt[len(prompt) - budget + leading :]])
+    start = max(leading, budget // 2) if options.truncation == "cut_middle" else leading
+    return np.concatenate([prompt[:start], prompt[len(prompt) - budget + start :]])
+
+
+def _other_prompt(
+    name: str, example: Example, encoded: Encoded, encoder: Encoder, options: DataOptions
+) -> np.ndarray:
+    """The tokens of a further prompt of the row, which the same response tokens must follow."""
+    moved = encoder.num_moved
+    try:
+        other = encoder.encode(replace(example, prompt=example.prompts[name], spans=None))
+        names = [*example.names, *example.extras]
+        lengths = [len(ids) for ids, _ in other.responses]
+        prompt = _fit(other.prompt, lengths, names, other.leading, options)
+    except BadField as bad:
+        raise BadField(name if bad.field == "prompt" else bad.field, bad.reason, bad.value) from bad
+    encoder.num_moved = moved  # counts rows
+    for response, here, there in zip(names, encoded.responses, other.responses, strict=True):
+        if not all(map(np.array_equal, here, there)):
+            raise BadField(
+                name,
+                f"after it {response} is divided into other tokens than after the prompt: end both "
+                "prompts alike, best without a blank",
+            )
+    return prompt
+
+
+def _with_prompts(
+    group: Group,
+    prompts: Mapping[str, np.ndarray],
+    extras: Sequence[str],
+    reference_prompt: str,
+) -> Group:
+    """The group with those of its candidates that are scored again after other prompts."""
+    again = {
+        role: replace(group.responses[CONTEXTS[role][1]], prompt_ids=prompts[CONTEXTS[role][0]])
+        for role in extras
+        if role in CONTEXTS
+    }
+    return replace(
+        group,
+        extras={**group.extras, **again},
+        short_prompt_ids=prompts.get(reference_prompt),
+    )
 
 
 def _to_groups(
@@ -146,7 +205,10 @@ def _to_groups(
     if isinstance(row, Mapping) and row.get(FILE) is not None:
         source, index = row[FILE], row[ROW]
     try:
-        example = read_row(row, extras)
+        columns = dict.fromkeys(CONTEXTS[role][0] for role in extras if role in CONTEXTS)
+        if options.reference_prompt != "prompt":
+            columns[options.reference_prompt] = None
+        example = read_row(row, extras, tuple(columns))
         encoded = encoder.encode(example)
         candidates = encoded.responses[: len(example.names)]
         contents = [ids.tobytes() for ids, _ in candidates]
@@ -166,6 +228,9 @@ def _to_groups(
             responses[k].token_weights = span_weights(
                 encoded.offsets[k], spans, len(text), example.names[k]
             )
+        for column, arrays in example.per_token.items():
+            for response, values, name in zip(responses, arrays, example.names, strict=True):
+                take_column(response, column, values, name)
         group = Group(
             prompt,
             responses,
@@ -186,7 +251,14 @@ def _to_groups(
             groups = _pairs_of(group, example, options.list_to_pairs)
         if options.token_weights:
             groups = [weighted(g, options.token_weights, options.weight_seed) for g in groups]
-        return groups
+        if not columns:
+            return groups
+        prompts = {
+            name: _other_prompt(name, example, encoded, encoder, options) for name in columns
+        }
+        wanted = extras, options.reference_prompt
+        # Last, so that a response scored again has its candidate's token weights.
+        return [_with_prompts(group, prompts, *wanted) for group in groups]
     except BadField as bad:
         raise BadRow(source, index, bad.field, bad.reason, bad.value) from bad
 
@@ -263,23 +335,17 @@ class TokenCounts:
     groups: int
     prompt: Spread  # tokens of a prompt
     response: Spread  # tokens of a response
-    shared: int  # with one prompt copy per group
+    shared: int  # with one copy of each prompt
     unshared: int  # with one prompt copy per response
 
     @classmethod
     def of(cls, groups: Sequence[Group]) -> TokenCounts:
-        prompts = [len(g.prompt_ids) for g in groups]
-        every = [[*g.responses, *g.extras.values()] for g in groups]
         return cls(
             groups=len(groups),
-            prompt=Spread.of(prompts),
-            response=Spread.of([len(r.input_ids) for group in every for r in group]),
+            prompt=Spread.of([len(g.prompt_ids) for g in groups]),
+            response=Spread.of([len(r.input_ids) for g in groups for r in g.every]),
             shared=sum(len(g) for g in groups),
-            unshared=sum(
-                len(r.input_ids) + prompt
-                for prompt, group in zip(prompts, every, strict=True)
-                for r in group
-            ),
+            unshared=sum(g.unshared_tokens for g in groups),
         )
 
     def __str__(self) -> str:
@@ -372,7 +438,8 @@ def build_groups(
         tokenizer: the model's; its chat template is used for conversations.
         options: see DataOptions.
         extras: roles of further responses; "mismatched" (KTO) gives each group the first response
-            of the next group with another prompt, "gold" and "ref_response" come from columns.
+            of the next group with another prompt, "gold" and "ref_response" come from columns,
+            "context_chosen" and its kind are candidates after the prompt of another column.
         source: name of the data for messages.
         progress: show a progress bar on a terminal.
 

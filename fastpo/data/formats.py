@@ -25,6 +25,17 @@ BESIDE_CONTENT = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 EXTRAS = ("gold", "ref_response")
 """Columns with a further response that is no candidate."""
 
+CONTEXTS = {
+    "context_chosen": ("context_prompt", 0),
+    "context_rejected": ("context_prompt", -1),
+    "bare_chosen": ("bare_prompt", 0),
+    "bare_rejected": ("bare_prompt", -1),
+}
+"""Role -> the column with the other prompt, and the candidate that is scored after it."""
+
+PER_TOKEN = ("token_weights", "token_rewards")
+"""Columns with a list a response of one number a token."""
+
 
 class Span(NamedTuple):
     """Characters [start, stop) of a response's text, and the weight of tokens that touch them."""
@@ -57,7 +68,10 @@ class Example:
     margin: float | None = None
     cohort: int | None = None
     extras: dict[str, Content] = field(default_factory=dict)  # role -> a response, no candidate
+    prompts: dict[str, Content] = field(default_factory=dict)  # column -> another prompt
     spans: list[list[Span]] | None = None  # of each response
+    per_token: dict[str, list[np.ndarray]] = field(default_factory=dict)  # column -> [R] each
+    order: list[int] = field(default_factory=list)  # a list's responses as the row has them
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -158,14 +172,40 @@ def _spans_of(name: str, value: Any) -> list[Span]:
     return spans
 
 
-def _spans(row: Mapping[str, Any], name: str, count: int) -> list[list[Span]] | None:
+def _one_each(row: Mapping[str, Any], name: str, count: int, what: str) -> Sequence[Any] | None:
+    """A column with one item a response, or None where the row has none."""
     values = _parsed(name, row.get(name))
     if values is None:
         return None
     if not _is_sequence(values) or len(values) != count:
         found = len(values) if _is_sequence(values) else 1
-        raise BadField(name, f"{found} lists of spans for {count} responses", values)
+        raise BadField(name, f"{found} {what} for {count} responses", values)
+    return values
+
+
+def _spans(row: Mapping[str, Any], name: str, count: int) -> list[list[Span]] | None:
+    values = _one_each(row, name, count, "lists of spans")
+    if values is None:
+        return None
     return [_spans_of(f"{name}[{i}]", value) for i, value in enumerate(values)]
+
+
+def _numbers(row: Mapping[str, Any], name: str, order: Sequence[int]) -> list[np.ndarray]:
+    """Finite numbers, an array a response, best first."""
+    values = _one_each(row, name, len(order), "lists of numbers") or ()
+    arrays = []
+    for i in order:
+        where = f"{name}[{i}]"
+        if not _is_sequence(values[i]):
+            raise BadField(where, "not a list of numbers", values[i])
+        try:
+            array = np.asarray(values[i], dtype=np.float32)
+        except (TypeError, ValueError) as error:
+            raise BadField(where, f"not a list of numbers: {error}") from error
+        if array.ndim != 1 or not np.isfinite(array).all():
+            raise BadField(where, "not a list of finite numbers", values[i])
+        arrays.append(array)
+    return arrays
 
 
 def _cohort(value: Any) -> int:
@@ -178,12 +218,9 @@ def _cohort(value: Any) -> int:
 
 
 def _grades(row: Mapping[str, Any], name: str, count: int) -> list[Any] | None:
-    values = _parsed(name, row.get(name))
+    values = _one_each(row, name, count, name)
     if values is None:
         return None
-    if not _is_sequence(values) or len(values) != count:
-        found = len(values) if _is_sequence(values) else 1
-        raise BadField(name, f"{found} {name} for {count} responses", values)
     return [_number(f"{name}[{i}]", value) for i, value in enumerate(values)]
 
 
@@ -217,6 +254,7 @@ def _ranked_list(row: Mapping[str, Any]) -> Example:
         scores=[None if scores is None else scores[i] for i in order],
         ranked=True,
         spans=None if spans is None else [spans[i] for i in order],
+        order=order.tolist(),
     )
 
 
@@ -285,19 +323,14 @@ def _check(example: Example) -> None:
         if _is_empty(response):
             raise BadField(name, "empty response", response)
     check_distinct(example.names, example.ranks, example.responses)
+    for name, other in example.prompts.items():
+        if example.prompt is None:
+            raise BadField(name, "stands in for a `prompt` column, which is missing", other)
+        _check_prompt(name, other, example.conversational)
     prompt = example.prompt
     if prompt is None:
         return
-    if isinstance(prompt, str) == example.conversational:
-        reason = (
-            "text, but the responses are messages: write it as messages, or drop the column if the "
-            "responses begin with it"
-            if isinstance(prompt, str)
-            else "messages, but the responses are text"
-        )
-        raise BadField("prompt", reason, prompt)
-    if example.conversational and not prompt:
-        raise BadField("prompt", "no messages", prompt)
+    _check_prompt("prompt", prompt, example.conversational)
     repeated = [r[: len(prompt)] == prompt for r in example.responses]
     if example.conversational and all(repeated):
         raise BadField(
@@ -305,6 +338,19 @@ def _check(example: Example) -> None:
             "repeats the prompt's messages: keep only the answer, or drop the prompt column",
             example.responses[0],
         )
+
+
+def _check_prompt(name: str, prompt: Content, conversational: bool) -> None:
+    if isinstance(prompt, str) == conversational:
+        reason = (
+            "text, but the responses are messages: write it as messages, or drop the column if the "
+            "responses begin with it"
+            if isinstance(prompt, str)
+            else "messages, but the responses are text"
+        )
+        raise BadField(name, reason, prompt)
+    if conversational and not prompt:
+        raise BadField(name, "no messages", prompt)
 
 
 def check_distinct(names: Sequence[str], ranks: Sequence[int], contents: Sequence[Any]) -> None:
@@ -323,10 +369,11 @@ FORMATS = {
 }
 
 
-def read_row(row: Any, extras: Sequence[str] = ()) -> Example:
+def read_row(row: Any, extras: Sequence[str] = (), prompts: Sequence[str] = ()) -> Example:
     """A row of any format as an Example; unknown columns and None values are ignored.
 
-    `extras` names those columns of `EXTRAS` that are wanted; a row must then have them.
+    `extras` names those columns of `EXTRAS` that are wanted, `prompts` columns with other prompts;
+    a row must then have them.
 
     Raises:
         BadField: naming the field, the reason and the value.
@@ -354,9 +401,15 @@ def read_row(row: Any, extras: Sequence[str] = ()) -> Example:
         example.margin = _number("margin", present["margin"])
     if "group" in present:
         example.cohort = _cohort(present["group"])
+    for name in PER_TOKEN:
+        if name in present:
+            order = example.order or range(len(example.responses))
+            example.per_token[name] = _numbers(present, name, order)
     for role in extras:
         if role in EXTRAS:
             example.extras[role] = _content(role, present.get(role))
+    for name in prompts:
+        example.prompts[name] = _content(name, present.get(name))
     example.template_kwargs = _template_kwargs(present)
     _check(example)
     return example

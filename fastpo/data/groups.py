@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,7 +14,9 @@ class Response:
 
     `input_ids` holds the tokens that follow the prompt, end-of-sequence included; `loss_mask` is
     False on tokens that are context and not scored (user turns inside a response, a template's
-    tokens after the end of the answer); `token_weights` has one weight a token or is None.
+    tokens after the end of the answer); `token_weights` and the signed `token_rewards` have one
+    number a token or are None.
+    `prompt_ids` is the prompt that it follows where that is not the group's.
     """
 
     input_ids: np.ndarray  # [R] int32
@@ -22,6 +25,15 @@ class Response:
     score: float | None = None  # the row's own grade
     rank: int | None = None  # 0 is best
     token_weights: np.ndarray | None = None  # [R] float32
+    token_rewards: np.ndarray | None = None  # [R] float32
+    prompt_ids: np.ndarray | None = None  # [P'] int32, P' >= 1
+
+
+class Context(NamedTuple):
+    """A prompt, and the responses that share one copy of it."""
+
+    prompt_ids: np.ndarray  # [P] int32
+    responses: list[Response]
 
 
 @dataclass
@@ -36,8 +48,48 @@ class Group:
     cohort: int | None = None  # the population the row comes from
     extras: dict[str, Response] = field(default_factory=dict)
     source: str = ""  # file or dataset name, for messages
+    short_prompt_ids: np.ndarray | None = None  # [P''] int32, what the reference sees as prompt
 
     def __len__(self) -> int:
-        """Tokens of the group with one prompt copy."""
-        every = [*self.responses, *self.extras.values()]
-        return len(self.prompt_ids) + sum(len(r.input_ids) for r in every)
+        """Tokens of the group with one copy of each prompt."""
+        return sum(
+            len(prompt) + sum(len(r.input_ids) for r in responses)
+            for prompt, responses in self.contexts
+        )
+
+    @property
+    def unshared_tokens(self) -> int:
+        """Tokens of the group with one prompt copy per response."""
+        return sum(
+            len(prompt) + len(response.input_ids)
+            for prompt, responses in self.contexts
+            for response in responses
+        )
+
+    @property
+    def roles(self) -> list[str]:
+        """Roles of the extras in their order: by name, those that follow another prompt last."""
+        return sorted(self.extras, key=lambda r: (self.extras[r].prompt_ids is not None, r))
+
+    @property
+    def every(self) -> list[Response]:
+        """Candidates in order, then extras by role: the numbering used everywhere."""
+        return [*self.responses, *(self.extras[role] for role in self.roles)]
+
+    @property
+    def contexts(self) -> list[Context]:
+        """The group's prompt and any others, with the responses of `every` that follow each."""
+        found = [Context(self.prompt_ids, [])]
+        for response in self.every:
+            prompt = response.prompt_ids
+            if prompt is not None and not np.array_equal(prompt, found[-1].prompt_ids):
+                found.append(Context(prompt, []))
+            found[-1].responses.append(response)
+        return found
+
+    @property
+    def for_reference(self) -> Group:
+        """The same responses after the prompt that the reference sees; label tokens stay alike."""
+        if self.short_prompt_ids is None:
+            return self
+        return replace(self, prompt_ids=self.short_prompt_ids, short_prompt_ids=None)

@@ -1,8 +1,9 @@
-"""Groups to one packed batch: one row, one prompt copy per group, and the tables that go with it.
+"""Groups to one packed batch: one row, one copy of each prompt, and the tables that go with it.
 
 The padded form, one row per response with its own prompt copy, comes from the same tables: label
 tokens, responses and groups are numbered alike, so the two can be compared value by value. In both
-a response's first token is predicted by the hidden state of the prompt's last token.
+a response's first token is predicted by the hidden state of the prompt's last token. A response
+that follows another prompt than its group's is packed behind that prompt, as if in a further group.
 
 Shapes: G groups, K candidates, R responses (candidates and extras), N label tokens, T positions.
 """
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fastpo.data.groups import Group, Response
+from fastpo.data.groups import Context, Group, Response
 from fastpo.scores import Segments
 
 COUNTS = (
@@ -26,6 +27,7 @@ COUNTS = (
     "undesirable",
     "chosen_tokens",
     "response_tokens",
+    "gold_tokens",
     "tokens",
     "label_tokens",
     "unshared_tokens",
@@ -33,7 +35,7 @@ COUNTS = (
 
 
 class GroupSpan(NamedTuple):
-    """Where a group lies in the packed row: half-open intervals of positions."""
+    """Where a prompt and its responses lie in the packed row: half-open intervals of positions."""
 
     prompt: tuple[int, int]
     responses: tuple[tuple[int, int], ...]
@@ -42,16 +44,11 @@ class GroupSpan(NamedTuple):
 class Layout(NamedTuple):
     """The segment table of a packed row, plain Python integers so that attention never syncs.
 
-    Each token of a response attends to its group's prompt and to its own response, causally.
+    Each token of a response attends to the prompt before it and to its own response, causally.
     """
 
     groups: tuple[GroupSpan, ...]
     length: int
-
-
-def _responses(group: Group) -> list[Response]:
-    """Candidates in order, then extras by role: the numbering used everywhere."""
-    return [*group.responses, *(group.extras[role] for role in sorted(group.extras))]
 
 
 def _labels(group: Group) -> list[bool]:
@@ -66,13 +63,15 @@ def _ramp(lengths: np.ndarray) -> np.ndarray:
 
 
 def group_key(group: Group) -> str:
-    """A hash of what log-probs depend on: token ids and loss masks, in order, extras by role."""
+    """A hash of what reference log-probs depend on: prompts, token ids and loss masks, in order."""
     digest = hashlib.sha256()
-    parts = [group.prompt_ids.astype("<i4")]
-    for response in _responses(group):
-        parts += [response.input_ids.astype("<i4"), response.loss_mask.astype("u1")]
-    roles = ",".join(sorted(group.extras))
-    digest.update(f"{len(group.responses)};{roles};{[len(part) for part in parts]};".encode())
+    parts, sizes = [], []
+    for prompt, responses in group.for_reference.contexts:
+        parts.append(prompt.astype("<i4"))
+        for response in responses:
+            parts += [response.input_ids.astype("<i4"), response.loss_mask.astype("u1")]
+        sizes.append([len(prompt), *(len(response.input_ids) for response in responses)])
+    digest.update(f"{len(group.responses)};{','.join(group.roles)};{sizes};".encode())
     for part in parts:
         digest.update(part.tobytes())
     return digest.hexdigest()
@@ -94,14 +93,14 @@ def counts_of(groups: Sequence[Group]) -> dict[str, int]:
     """What losses are divided by, and tokens, without packing.
 
     `groups`, `responses` (candidates), `desirable`, `undesirable`; `response_tokens`: scored tokens
-    of the candidates, less those of weight zero, `chosen_tokens`: of the desirable ones; `tokens`:
-    T with one prompt copy per group, `unshared_tokens` with one per response; `label_tokens`: N.
+    of the candidates, less those of weight zero, `chosen_tokens`: of the desirable ones,
+    `gold_tokens`: of the extra response `gold`; `tokens`: T with one copy of each prompt,
+    `unshared_tokens` with one per response; `label_tokens`: N.
     """
     counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
     for group in groups:
-        every, labels = _responses(group), _labels(group)
+        labels = _labels(group)
         desirable = sum(labels)
-        lengths = sum(len(r.input_ids) for r in every)
         counts["groups"] += 1
         counts["responses"] += len(group.responses)
         counts["desirable"] += desirable
@@ -109,9 +108,11 @@ def counts_of(groups: Sequence[Group]) -> dict[str, int]:
         weighted = [_num_weighted(r) for r in group.responses]
         counts["chosen_tokens"] += sum(n for n, good in zip(weighted, labels, strict=True) if good)
         counts["response_tokens"] += sum(weighted)
-        counts["tokens"] += len(group.prompt_ids) + lengths
-        counts["label_tokens"] += sum(int(r.loss_mask.sum()) for r in every)
-        counts["unshared_tokens"] += len(every) * len(group.prompt_ids) + lengths
+        if "gold" in group.extras:
+            counts["gold_tokens"] += _num_weighted(group.extras["gold"])
+        counts["tokens"] += len(group)
+        counts["label_tokens"] += sum(int(r.loss_mask.sum()) for r in group.every)
+        counts["unshared_tokens"] += group.unshared_tokens
     return counts
 
 
@@ -121,15 +122,17 @@ def collate(
     share_prompt: bool = True,
     pad_token_id: int,
     ref_logps: Sequence[np.ndarray] | None = None,
+    ref2_logps: Sequence[np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """Packs groups into a batch.
 
     Args:
         groups: G >= 1 groups with the same extra roles.
-        share_prompt: one packed row with one prompt copy per group; False: a padded row a response.
+        share_prompt: one packed row with one copy of each prompt; False: a padded row a response.
         pad_token_id: fills the padded form.
         ref_logps: reference log-probs of every group's label tokens (candidates in order, then
             extras by role), one array a group.
+        ref2_logps: the same of a second reference.
 
     Returns:
         `input_ids`, `position_ids` [1, T] int64 (responses restart at their prompt's length) and
@@ -140,24 +143,23 @@ def collate(
         - `targets` [N] int64: the label tokens, those with `loss_mask`;
         - `segments`: Segments of them; rank falls back to the slot, score is NaN where only some
           responses have one, weight is None where all are 1;
-        - `token_weights` [N] float32, or None where no response has any;
-        - `ref_logps` [N] float32 or None; `rows`: `Group.row` of each; `counts`: see `counts_of`.
+        - `token_weights`, `token_rewards` [N] float32, or None where no response has any; a
+          response without them has ones, or zeros;
+        - `ref_logps`, `ref2_logps` [N] float32 or None;
+        - `rows`: `Group.row` of each; `counts`: see `counts_of`.
 
     Raises:
         ValueError: no groups, groups with different extra roles, or arrays of the wrong length.
     """
     _check(groups)
-    every = [_responses(group) for group in groups]
-    responses = [r for group in every for r in group]
-    num = np.array([len(group) for group in every])  # [G]
-    group_of = np.repeat(np.arange(len(groups)), num)  # [R]
-    prompt_length = np.array([len(g.prompt_ids) for g in groups])  # [G]
+    contexts = [context for group in groups for context in group.contexts]
+    responses = [r for context in contexts for r in context.responses]
     length = np.array([len(r.input_ids) for r in responses])  # [R]
 
     if share_prompt:
-        inputs, first, before = _packed(groups, every, prompt_length, length)
+        inputs, first, before = _packed(contexts, length)
     else:
-        inputs, first, before = _padded(groups, responses, group_of, length, pad_token_id)
+        inputs, first, before = _padded(contexts, length, pad_token_id)
 
     # Token t of a response follows token t - 1, its first one the last token of the prompt.
     response_of = np.repeat(np.arange(len(responses)), length)  # [all response tokens]
@@ -169,9 +171,11 @@ def collate(
         **inputs,
         "token_index": torch.from_numpy(predictor[scored]),
         "targets": torch.from_numpy(tokens[scored].astype(np.int64)),
-        "segments": _segments(groups, num, response_of[scored]),
-        "token_weights": _token_weights(responses, scored),
-        "ref_logps": _ref_logps(groups, every, ref_logps),
+        "segments": _segments(groups, response_of[scored]),
+        "token_weights": _per_token([r.token_weights for r in responses], scored, length, 1.0),
+        "token_rewards": _per_token([r.token_rewards for r in responses], scored, length, 0.0),
+        "ref_logps": _ref_logps(groups, ref_logps, "ref_logps"),
+        "ref2_logps": _ref_logps(groups, ref2_logps, "ref2_logps"),
         "rows": [group.row for group in groups],
         "counts": counts_of(groups),
     }
@@ -182,15 +186,12 @@ def _check(groups: Sequence[Group]) -> None:
         raise ValueError("cannot pack a batch of no groups")
     for group in groups:
         where = f"{group.source or 'rows'}, row {group.row}"
-        if group.extras.keys() != groups[0].extras.keys():
-            raise ValueError(
-                f"{where}: extras {sorted(group.extras)} where the batch has "
-                f"{sorted(groups[0].extras)}"
-            )
-        if not len(group.prompt_ids):
+        if group.roles != groups[0].roles:
+            raise ValueError(f"{where}: extras {group.roles} where the batch has {groups[0].roles}")
+        if not all(len(context.prompt_ids) for context in group.contexts):
             raise ValueError(f"{where}: the prompt has no tokens")
-        for response in _responses(group):
-            for name in ("loss_mask", "token_weights"):
+        for response in group.every:
+            for name in ("loss_mask", "token_weights", "token_rewards"):
                 value = getattr(response, name)
                 if value is not None and len(value) != len(response.input_ids):
                     raise ValueError(
@@ -200,20 +201,18 @@ def _check(groups: Sequence[Group]) -> None:
 
 
 def _packed(
-    groups: list[Group],
-    every: list[list[Response]],
-    prompt_length: np.ndarray,
-    length: np.ndarray,
+    contexts: list[Context], length: np.ndarray
 ) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     """The packed row, and [R] positions: of each response's first token, of its prompt's last."""
     blocks = [
         block
-        for group, responses in zip(groups, every, strict=True)
-        for block in (group.prompt_ids, *(r.input_ids for r in responses))
+        for prompt, responses in contexts
+        for block in (prompt, *(r.input_ids for r in responses))
     ]
     sizes = np.array([len(block) for block in blocks])  # prompts and responses in turn
-    num = np.array([len(responses) for responses in every])
-    prompt_block = np.cumsum(num + 1) - (num + 1)  # [G]
+    num = np.array([len(responses) for _, responses in contexts])
+    prompt_length = np.array([len(prompt) for prompt, _ in contexts])
+    prompt_block = np.cumsum(num + 1) - (num + 1)  # of each context
     is_response = np.ones(len(blocks), dtype=bool)
     is_response[prompt_block] = False
     start = np.cumsum(sizes) - sizes
@@ -241,24 +240,19 @@ def _packed(
 
 
 def _padded(
-    groups: list[Group],
-    responses: list[Response],
-    group_of: np.ndarray,
-    length: np.ndarray,
-    pad_token_id: int,
+    contexts: list[Context], length: np.ndarray, pad_token_id: int
 ) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     """The padded rows, and [R] flat positions as in `_packed`."""
-    prompt_length = np.array([len(groups[g].prompt_ids) for g in group_of])  # [R]
+    pairs = [(prompt, r.input_ids) for prompt, responses in contexts for r in responses]
+    prompt_length = np.array([len(prompt) for prompt, _ in pairs])  # [R]
     width = int((prompt_length + length).max())
-    input_ids = np.full((len(responses), width), pad_token_id, dtype=np.int64)
-    for row, response, g, p, n in zip(
-        input_ids, responses, group_of, prompt_length, length, strict=True
-    ):
-        row[:p], row[p : p + n] = groups[g].prompt_ids, response.input_ids
+    input_ids = np.full((len(pairs), width), pad_token_id, dtype=np.int64)
+    for row, (prompt, response), p, n in zip(input_ids, pairs, prompt_length, length, strict=True):
+        row[:p], row[p : p + n] = prompt, response
     column = np.arange(width)
     # Pad by length and never by token: pad may be EOS, which is a token like any other.
     attended = column < (prompt_length + length)[:, None]
-    first = np.arange(len(responses)) * width + prompt_length
+    first = np.arange(len(pairs)) * width + prompt_length
     inputs = {
         "input_ids": torch.from_numpy(input_ids),
         "attention_mask": torch.from_numpy(attended.astype(np.int64)),
@@ -267,8 +261,9 @@ def _padded(
     return inputs, first, first - 1
 
 
-def _segments(groups: list[Group], num: np.ndarray, response: np.ndarray) -> Segments:
+def _segments(groups: list[Group], response: np.ndarray) -> Segments:
     """Segments of the label tokens, `response` [N] being the response each belongs to."""
+    num = np.array([len(group.every) for group in groups])  # [G]
     base = np.cumsum(num) - num  # [G], the number of each group's first response
     candidates = np.array([len(group.responses) for group in groups])
     k = int(candidates.max())
@@ -284,7 +279,7 @@ def _segments(groups: list[Group], num: np.ndarray, response: np.ndarray) -> Seg
     scores = [[np.nan if r.score is None else r.score for r in g.responses] for g in groups]
     ranks = [[i if r.rank is None else r.rank for i, r in enumerate(g.responses)] for g in groups]
     weights = [group.weight for group in groups]
-    roles = sorted(groups[0].extras)
+    roles = groups[0].roles
     return Segments(
         response=torch.from_numpy(response),
         grid=torch.from_numpy(np.where(filled, base[:, None] + slot, -1)),
@@ -312,27 +307,31 @@ def _column(values: list, name: str, groups: list[Group]) -> torch.Tensor | None
     return torch.tensor(values)
 
 
-def _token_weights(responses: list[Response], scored: np.ndarray) -> torch.Tensor | None:
-    if all(r.token_weights is None for r in responses):
+def _per_token(
+    values: list[np.ndarray | None], scored: np.ndarray, length: np.ndarray, absent: float
+) -> torch.Tensor | None:
+    """[N], or None where no response has any."""
+    if all(value is None for value in values):
         return None
-    weights = [
-        np.ones(len(r.input_ids)) if r.token_weights is None else r.token_weights for r in responses
+    filled = [
+        np.full(n, absent) if value is None else value
+        for value, n in zip(values, length, strict=True)
     ]
-    return torch.from_numpy(np.concatenate(weights)[scored].astype(np.float32))
+    return torch.from_numpy(np.concatenate(filled)[scored].astype(np.float32))
 
 
 def _ref_logps(
-    groups: list[Group], every: list[list[Response]], ref_logps: Sequence[np.ndarray] | None
+    groups: list[Group], logps: Sequence[np.ndarray] | None, name: str
 ) -> torch.Tensor | None:
-    if ref_logps is None:
+    if logps is None:
         return None
-    if len(ref_logps) != len(groups):
-        raise ValueError(f"ref_logps of {len(ref_logps)} groups for a batch of {len(groups)}")
-    for group, responses, values in zip(groups, every, ref_logps, strict=True):
-        expected = sum(int(r.loss_mask.sum()) for r in responses)
+    if len(logps) != len(groups):
+        raise ValueError(f"{name} of {len(logps)} groups for a batch of {len(groups)}")
+    for group, values in zip(groups, logps, strict=True):
+        expected = sum(int(r.loss_mask.sum()) for r in group.every)
         if np.shape(values) != (expected,):
             raise ValueError(
-                f"{group.source or 'rows'}, row {group.row}: ref_logps of shape "
+                f"{group.source or 'rows'}, row {group.row}: {name} of shape "
                 f"{np.shape(values)} for {expected} label tokens"
             )
-    return torch.from_numpy(np.concatenate(ref_logps).astype(np.float32))
+    return torch.from_numpy(np.concatenate(logps).astype(np.float32))

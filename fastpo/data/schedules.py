@@ -1,7 +1,7 @@
 """From scored lists to pairs: which answers are kept, which are compared, and in which order.
 
 Functions of rows (dicts with `prompt`, `responses`, `scores`), to be written to a file before
-training: what a run then sees is on disk and can be looked at.
+training, as `fastpo data` does: what a run then sees is on disk and can be looked at.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def rejection_sample(
     return accepted
 
 
-def sampled(row: Mapping[str, Any], count: int, *, beta: float = 0.5, seed: int = 0) -> dict:
+def sampled(
+    row: Mapping[str, Any], count: int, *, beta: float = 0.5, seed: int | Sequence[int] = 0
+) -> dict[str, Any]:
     """The row with `count` of its responses, chosen by `rejection_sample`."""
     kept = rejection_sample(row["scores"], count, beta=beta, seed=seed)
     return {

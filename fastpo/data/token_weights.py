@@ -1,7 +1,8 @@
 r"""Weights of single tokens: what a sequence score sums, $S_a = \sum_t a_t \log\pi(y_t)$.
 
-Spans come with the rows; a scheme derives weights from a group alone. Both are used on policy and
-reference alike, and multiply. Tokens that are not scored keep weight 1, which nothing reads.
+Spans and `token_weights` come with the rows; a scheme derives weights from a group alone. All are
+used on policy and reference alike, and multiply. Tokens that are not scored keep weight 1, which
+nothing reads.
 
 | scheme | weights | paper |
 |---|---|---|
@@ -54,6 +55,23 @@ def span_weights(
             )
         weights[(offsets[:, 0] < span.stop) & (offsets[:, 1] > span.start)] = span.weight
     return weights
+
+
+def take_column(response: Response, column: str, values: np.ndarray, name: str) -> None:
+    """Put a row's numbers, one a token, into the response; weights multiply those it has.
+
+    Raises:
+        BadField: not as many numbers as tokens.
+    """
+    if len(values) != len(response.input_ids):
+        raise BadField(
+            column,
+            f"{len(values)} numbers for the {len(response.input_ids)} tokens of {name}, end of "
+            "sequence included: compute them with this tokenizer and chat template",
+        )
+    if column == "token_weights":
+        values = _product(response.token_weights, values)
+    setattr(response, column, values)
 
 
 def _shortest(group: Group) -> int:

@@ -86,22 +86,33 @@ class PaddedGroups(torch.utils.data.Dataset):
 
 @dataclass
 class Collator:
-    """Groups to a packed batch, with what error messages and the reference need beside it."""
+    """Groups to a packed batch, with what error messages and the reference need beside it.
+
+    A live reference with a prompt of its own finds its batch under "reference".
+    """
 
     pad_token_id: int
     share_prompt: bool = True
     store: ReferenceStore | None = None
+    store2: ReferenceStore | None = None
 
     def __call__(self, items: Sequence[Group | Filler]) -> dict[str, Any]:
         groups = [item for item in items if isinstance(item, Group)]
         filler = [item.group for item in items[:1] if isinstance(item, Filler)]
         packed = groups or filler
-        batch = collate(
-            packed,
-            share_prompt=self.share_prompt,
-            pad_token_id=self.pad_token_id,
-            ref_logps=None if self.store is None else [self.store[g] for g in packed],
-        )
+        logps = {
+            name: [store[group] for group in packed]
+            for name, store in (("ref_logps", self.store), ("ref2_logps", self.store2))
+            if store is not None
+        }
+
+        def pack(groups: list[Group], **logps: Any) -> dict[str, Any]:
+            form = {"share_prompt": self.share_prompt, "pad_token_id": self.pad_token_id}
+            return collate(groups, **form, **logps)
+
+        batch = pack(packed, **logps)
+        if not logps and any(group.short_prompt_ids is not None for group in packed):
+            batch["reference"] = pack([group.for_reference for group in packed])
         batch["sources"] = [g.source for g in packed]
         batch["counted"] = bool(groups)
         return batch

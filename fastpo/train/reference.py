@@ -1,7 +1,8 @@
 """Where the reference comes from: the model with its adapter off, a frozen copy, disk, or nowhere.
 
 A reference is called with the (possibly wrapped) policy and a batch, and returns what
-`PreferenceLoss` takes: `ref_hidden` with the head's tensors, `ref_logps`, or nothing.
+`PreferenceLoss` takes: `ref_hidden` with the head's tensors, `ref_logps`, or nothing. Where it sees
+another prompt than the policy, its own batch lies in the batch under "reference".
 """
 
 from __future__ import annotations
@@ -36,6 +37,13 @@ class Reference(Protocol):
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor | None]: ...
 
 
+class LiveReference(Reference, Protocol):
+    """One that runs a model: returns `ref_hidden` with the head's tensors."""
+
+    model: Any
+    head: Head
+
+
 def adapter_parameters(model: nn.Module) -> Callable[[str], bool]:
     """A test of parameter names: is it one that `disable_adapter` takes out of the model?"""
     layers = {n for m in model.modules() if isinstance(m, BaseTunerLayer) for n in _names_of(m)}
@@ -48,9 +56,37 @@ def _names_of(layer: BaseTunerLayer) -> tuple[str, ...]:
 
 
 def head_tensors(head: Head) -> dict[str, Tensor | None]:
-    """The head as `PreferenceLoss` takes it, read now: an adapter may have switched it."""
+    """The head as `PreferenceLoss` takes it, read now: an adapter may have switched it.
+
+    Raises:
+        ValueError: a low-rank delta is active on it.
+    """
+    if head.lora is not None:
+        raise ValueError(
+            "the reference's head has an active LoRA adapter: merge it into the reference, or use "
+            "reference='store' with log-probs of that model"
+        )
     bias = head.bias
     return {"ref_weight": head.weight.detach(), "ref_bias": None if bias is None else bias.detach()}
+
+
+def _hidden(model: nn.Module, batch: Batch) -> Tensor:
+    """[N, D] of the prompt that the reference sees; label tokens are numbered as the policy's."""
+    return label_hidden(model, batch.get("reference", batch))
+
+
+def _logps(
+    found: dict[str, Tensor | None], targets: Tensor, head: Head, options: dict[str, Any]
+) -> Tensor:
+    """[N] log-probs of the targets from what a live reference returned."""
+    return linear_logps(
+        found["ref_hidden"],  # pyright: ignore[reportArgumentType]
+        found["ref_weight"],  # pyright: ignore[reportArgumentType]
+        targets,
+        bias=found["ref_bias"],
+        **head.facts(),
+        **options,
+    )
 
 
 class NoReference:
@@ -85,7 +121,7 @@ class AdapterReference:
     @torch.no_grad()
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor | None]:
         with self.model.disable_adapter():
-            return {"ref_hidden": label_hidden(model, batch), **head_tensors(self.head)}
+            return {"ref_hidden": _hidden(model, batch), **head_tensors(self.head)}
 
 
 class ModelReference:
@@ -108,17 +144,30 @@ class ModelReference:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor | None]:
-        return {"ref_hidden": label_hidden(self.model, batch), **head_tensors(self.head)}
+        return {"ref_hidden": _hidden(self.model, batch), **head_tensors(self.head)}
+
+
+class SecondReference:
+    """A reference, and the log-probs of a second one: any frozen model with the same tokens."""
+
+    def __init__(self, first: Reference, second: ModelReference, options: dict[str, Any]) -> None:
+        self.first, self.second, self.options = first, second, options
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor | None]:
+        found = self.second(model, batch)
+        logps = _logps(found, batch["targets"], self.second.head, self.options)
+        return {**self.first(model, batch), "ref2_logps": logps}
 
 
 class StoredReference:
-    """Log-probs that the collator read from a `ReferenceStore`."""
+    """Log-probs that the collator read from a `ReferenceStore`, or from two."""
 
     def __init__(self, store: ReferenceStore) -> None:
         self.store = store
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor | None]:
-        return {"ref_logps": batch["ref_logps"]}
+        return {name: batch[name] for name in ("ref_logps", "ref2_logps")}
 
 
 def live_reference(
@@ -168,6 +217,18 @@ def resolve_kind(
     return "adapter" if is_peft and not has_ref_model else "copy"
 
 
+def stored_reference(
+    policy: PreTrainedModel | PeftModel,
+    head: Head,
+    ref_model: PreTrainedModel | PeftModel | None = None,
+) -> LiveReference:
+    """What a store is filled from: a given model, or the policy, its adapter off, at the start."""
+    if ref_model is not None:
+        return ModelReference.frozen(ref_model)
+    kind = AdapterReference if isinstance(policy, PeftModel) else ModelReference
+    return kind(policy, head)
+
+
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     training = model.training
@@ -180,35 +241,33 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def label_tokens(group: Group) -> int:
     """How many log-probs a group has: scored tokens of its candidates and extras."""
-    return sum(int(r.loss_mask.sum()) for r in [*group.responses, *group.extras.values()])
+    return sum(int(r.loss_mask.sum()) for r in group.every)
 
 
 def fill_store(
     store: ReferenceStore,
     groups: Sequence[Group],
-    model: PreTrainedModel | PeftModel,
+    source: LiveReference,
     collate: Callable[[list[Group]], Batch],
     *,
-    head: Head,
-    ref_model: PreTrainedModel | PeftModel | None = None,
     batch_size: int = 8,
     options: dict[str, Any] | None = None,
     rank: int = 0,
     world_size: int = 1,
+    what: str = "reference log-probs",
     progress: bool = True,
 ) -> int:
-    """Compute the reference log-probs of the groups that the store does not hold yet.
+    """Compute the log-probs of the groups that the store does not hold yet.
 
     Args:
         store: where they go, shard by shard; a killed run goes on where it stopped.
         groups: all groups of the run.
-        model: the policy before its first step; a PEFT model runs with its adapter off.
+        source: whose log-probs.
         collate: groups to a batch on the model's device.
-        head: the policy's head.
-        ref_model: the reference where it is another model.
         batch_size: groups a batch.
         options: `backend` and `workspace_mib` of the head.
         rank, world_size: this process takes every world_size-th group.
+        what: the progress bar's title.
 
     Returns:
         how many groups this process computed.
@@ -216,31 +275,15 @@ def fill_store(
     todo = store.missing(groups)[rank::world_size]
     if not todo:
         return 0
-    if ref_model is not None:
-        source = ModelReference.frozen(ref_model)
-    elif isinstance(model, PeftModel):
-        source = AdapterReference(model, head)
-    else:
-        source = ModelReference(model, head)
-    facts = source.head.facts()
     writer = ShardWriter(store)
-    bar = tqdm(
-        total=len(todo), desc="reference log-probs", unit="group", disable=not progress or rank > 0
-    )
-    with bar, _evaluating(model):
+    bar = tqdm(total=len(todo), desc=what, unit="group", disable=not progress or rank > 0)
+    with bar, _evaluating(source.model):
         for start in range(0, len(todo), batch_size):
             part = [groups[i] for i in todo[start : start + batch_size]]
             batch = collate(part)
-            found = source(model, batch)
+            found = source(source.model, batch)
             with torch.no_grad():
-                logps = linear_logps(
-                    found["ref_hidden"],  # pyright: ignore[reportArgumentType]
-                    found["ref_weight"],  # pyright: ignore[reportArgumentType]
-                    batch["targets"],
-                    bias=found["ref_bias"],
-                    **facts,
-                    **(options or {}),
-                )
+                logps = _logps(found, batch["targets"], source.head, options or {})
             sizes = [label_tokens(g) for g in part]
             writer.add(part, [v.numpy() for v in logps.float().cpu().split(sizes)])
             bar.update(len(part))

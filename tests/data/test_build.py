@@ -23,7 +23,7 @@ LONG = row("The sky is blue and the sea is blue", " as well.", " green at night,
 
 
 @pytest.mark.parametrize("adds", ["$A", "<s> $A"])
-@pytest.mark.parametrize("truncation", ["keep_end", "keep_start"])
+@pytest.mark.parametrize("truncation", ["keep_end", "keep_start", "cut_middle"])
 @pytest.mark.parametrize("limit", ["max_length", "max_prompt_length"])
 def test_prompt_is_cut_and_responses_are_not(tokenizers, adds, truncation, limit):
     tokenizer = tokenizers(adds=adds)
@@ -34,7 +34,8 @@ def test_prompt_is_cut_and_responses_are_not(tokenizers, adds, truncation, limit
     cut = one(LONG, tokenizer, truncation=truncation, **options)
     bos = int(adds != "$A")
     ids = whole.prompt_ids.tolist()
-    expected = ids[:kept] if truncation == "keep_start" else ids[:bos] + ids[bos - kept :]
+    start = {"keep_end": bos, "keep_start": kept, "cut_middle": kept // 2}[truncation]
+    expected = ids[:start] + ids[len(ids) - kept + start :]
     assert cut.prompt_ids.tolist() == expected
     assert len(expected) == kept
     for a, b in zip(cut.responses, whole.responses, strict=True):
@@ -46,7 +47,7 @@ def test_exact_fit_is_left_alone(tokenizers):
     whole = one(LONG, tokenizer)
     longest = max(len(r.input_ids) for r in whole.responses)
     p = len(whole.prompt_ids)
-    for truncation in ("keep_end", "keep_start", "error"):
+    for truncation in ("keep_end", "keep_start", "cut_middle", "error"):
         fits = one(
             LONG,
             tokenizer,

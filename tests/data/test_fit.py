@@ -10,7 +10,7 @@ from fastpo.data.fit import check_fit
 from fastpo.loss import PreferenceLoss
 from tests.train import tiny
 
-EXTRAS = ("mismatched", "gold", "ref_response")
+EXTRAS = ("mismatched", "gold", "ref_response", "context_chosen")
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,7 @@ EXTRAS = ("mismatched", "gold", "ref_response")
         ("modpo", 2, {"margin": None}, "row 2: modpo needs a `margin` column"),
         ("maxmin", 2, {"cohort": None}, "row 2: maxmin needs a `group` column"),
         ("kto", 1, {"extras": {}}, "row 2: kto needs a 'mismatched' response"),
+        ("mdpo", 2, {"extras": {}}, "row 2: mdpo needs .* row, from a `context_prompt` column"),
         ({"dpo": 1.0, "lipo": 1.0}, 2, {"score": None}, r"row 2: dpo \+ lipo needs a grade"),
     ],
 )

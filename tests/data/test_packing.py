@@ -190,7 +190,7 @@ def test_counts():
     b = Response(np.arange(4, dtype=np.int32), np.ones(4, dtype=bool), label=False)
     extra = Response(np.arange(2, dtype=np.int32), np.ones(2, dtype=bool))
     group = replace(
-        group, prompt_ids=np.arange(5, dtype=np.int32), responses=[a, b, b], extras={"x": extra}
+        group, prompt_ids=np.arange(5, dtype=np.int32), responses=[a, b, b], extras={"gold": extra}
     )
     expected = {
         "groups": 1,
@@ -199,6 +199,7 @@ def test_counts():
         "undesirable": 2,
         "chosen_tokens": 2,
         "response_tokens": 2 + 4 + 4,
+        "gold_tokens": 2,
         "tokens": 5 + 3 + 4 + 4 + 2,
         "label_tokens": 2 + 4 + 4 + 2,
         "unshared_tokens": 4 * 5 + 3 + 4 + 4 + 2,

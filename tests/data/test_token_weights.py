@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from fastpo.data.build import BadRow, DataOptions, build_groups, row_to_group
 from fastpo.data.formats import BadField
 from fastpo.data.groups import Group, Response
+from fastpo.data.packing import collate
 from fastpo.data.token_weights import check_schemes, weighted
 
 
@@ -64,6 +67,67 @@ def test_spans_of_lists_follow_their_response(tokenizers) -> None:
     (group,) = row_to_group(row, tokenizer)
     assert texts(tokenizer, group, 0)[3.0].strip() == "best"
     assert group.responses[1].token_weights is None
+
+
+LIST = {"prompt": "p ", "responses": ["worst one", "best one"], "scores": [0.0, 1.0]}
+
+
+def test_columns_follow_their_response(tokenizers) -> None:
+    """One number a token, end of sequence included; weights multiply with spans, rewards do not."""
+    (plain,) = row_to_group(LIST, tokenizers())
+    best, worst = (len(r.input_ids) for r in plain.responses)
+    weights = [np.linspace(1, 2, n).tolist() for n in (worst, best)]
+    rewards = [np.linspace(-1, 1, n).tolist() for n in (worst, best)]
+    spans = {"spans": [[], [[0, 8, 3.0]]]}
+    row = {**LIST, "token_weights": weights, "token_rewards": rewards, **spans}
+    (group,) = row_to_group(row, tokenizers())
+    for k, i in enumerate((1, 0)):
+        assert group.responses[k].token_rewards.tolist() == np.float32(rewards[i]).tolist()
+    assert group.responses[1].token_weights.tolist() == np.float32(weights[0]).tolist()
+    inside = np.array([3.0] * (best - 1) + [1.0])
+    expected = np.float32(weights[1]) * inside
+    assert group.responses[0].token_weights.tolist() == expected.astype(np.float32).tolist()
+    as_text = {**row, "token_weights": json.dumps(weights)}  # a cell of a CSV file
+    assert np.array_equal(
+        row_to_group(as_text, tokenizers())[0].responses[1].token_weights,
+        group.responses[1].token_weights,
+    )
+
+
+def test_columns_reach_the_batch(tokenizers) -> None:
+    (plain,) = row_to_group(LIST, tokenizers())
+    sizes = [len(r.input_ids) for r in plain.responses][::-1]
+    columns = {
+        "token_weights": [[2.0] * n for n in sizes],
+        "token_rewards": [[-1] * n for n in sizes],
+    }
+    groups = [*row_to_group({**LIST, **columns}, tokenizers()), plain]
+    batch = collate(groups, pad_token_id=0)
+    n = sum(sizes)
+    assert batch["token_weights"].tolist() == [2.0] * n + [1.0] * n
+    assert batch["token_rewards"].tolist() == [-1.0] * n + [0.0] * n
+    assert collate([plain], pad_token_id=0)["token_rewards"] is None
+
+
+@pytest.mark.parametrize("column", ["token_weights", "token_rewards"])
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        ([[1.0], [1.0, 1.0]], "1 numbers for the {best} tokens of responses[1]"),
+        ([[1.0]], "1 lists of numbers for 2 responses"),
+        ([[1.0], 2.0], "not a list of numbers; got 2.0"),
+        ([[1.0], [[1.0]]], "not a list of finite numbers"),
+        ([[1.0], ["x"]], "not a list of numbers: could not convert"),
+        ([[1.0], [float("inf")]], "not a list of finite numbers"),
+    ],
+)
+def test_a_wrong_column_names_the_row(tokenizers, column: str, values, part: str) -> None:
+    (plain,) = row_to_group(LIST, tokenizers())
+    part = part.format(best=len(plain.responses[0].input_ids))
+    if part.startswith("1 numbers"):
+        values = values[::-1]  # the best response stands second
+    with pytest.raises(BadRow, match=rf"row 7, field '{column}.*{re.escape(part)}"):
+        row_to_group({**LIST, column: values}, tokenizers(), index=7)
 
 
 @pytest.mark.parametrize(
@@ -161,8 +225,6 @@ def test_wrong_schemes_are_named(schemes, message: str) -> None:
 
 
 def test_columns_reach_the_segments(tokenizers) -> None:
-    from fastpo.data.packing import collate
-
     rows = [
         {
             "prompt": f"p{i} ",

@@ -1,0 +1,91 @@
+"""`fastpo weigh`: weights or rewards of single tokens, from two scorers, as a column of rows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from fastpo.cli.models import json_lines, open_model, open_tokenizer, show_log
+from fastpo.data.rows import load_rows
+from fastpo.data.scored_weights import get_rule
+from fastpo.model.device import default_device
+from fastpo.train.reference import AdapterReference, LiveReference, ModelReference
+from fastpo.train.weigh import weigh as weighed
+
+
+def _arguments_of(text: str) -> dict[str, Any]:
+    try:
+        args = json.loads(text)
+    except json.JSONDecodeError:
+        args = None
+    if not isinstance(args, dict):
+        raise ValueError(f'--rule-args {text!r} is no JSON such as {{"mu": 0.5}}')
+    return args
+
+
+def weigh(arguments: argparse.Namespace) -> int:
+    """Score every token of a data set twice and write the rows with what the rule makes of it."""
+    show_log(logging.WARNING)
+    if Path(arguments.out).resolve() == Path(arguments.dataset).resolve():
+        raise ValueError(f"--out {arguments.out} is the data set itself: name another file")
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch-size {arguments.batch_size} must be at least 1")
+    rule = get_rule(arguments.rule, _arguments_of(arguments.rule_args))
+    negative = arguments.negative or arguments.positive
+    prompts = (arguments.positive_prompt, arguments.negative_prompt)
+    if negative == arguments.positive and prompts[0] == prompts[1]:
+        raise ValueError(
+            "both scorers are the same model after the same prompt: give --negative, or "
+            "--positive-prompt and --negative-prompt"
+        )
+    rows: Any = load_rows(
+        arguments.dataset, split=arguments.split, name=arguments.dataset_name, origin=True
+    )
+    if arguments.max_rows is not None:
+        rows = rows.take(arguments.max_rows)
+    source = {"trust_remote_code": arguments.trust_remote_code}
+    tokenizer = open_tokenizer(
+        arguments.positive, arguments.tokenizer, arguments.chat_template, **source
+    )
+
+    def opened(name: str) -> LiveReference:
+        model: Any = open_model(name, dtype=arguments.dtype, device=default_device(), **source)
+        return ModelReference.frozen(model)
+
+    def base(positive: LiveReference) -> LiveReference:
+        if not isinstance(positive.model, PeftModel):
+            raise ValueError(
+                f"--negative base: {arguments.positive} has no adapter to switch off; name a model"
+            )
+        return AdapterReference(positive.model, positive.head)
+
+    # A model that plays both parts is read once; of two, each leaves when its part is done.
+    if negative in ("base", arguments.positive):
+        first = cache(lambda: opened(arguments.positive))
+        second = (lambda: base(first())) if negative == "base" else first
+    else:
+        first, second = (lambda: opened(arguments.positive)), (lambda: opened(negative))
+    weighted = weighed(
+        rows,
+        tokenizer,
+        rule,
+        first,
+        second,
+        f"{arguments.out}.scores",
+        prompts=prompts,
+        max_length=arguments.max_length,
+        batch_size=arguments.batch_size,
+        source=arguments.dataset,
+    )
+    with json_lines(arguments.out) as write:
+        for row in weighted:
+            write(row)
+    sys.stderr.write(f"{len(rows)} rows with `{rule.column}` in {arguments.out}\n")
+    return 0

@@ -1,0 +1,180 @@
+"""Rows to rows with a column of numbers for single tokens, from two scorers.
+
+Both scorers run packed, as references do, and their log-probs go to a `ReferenceStore`: a run that
+was killed goes on, and other arguments of a rule cost no forward pass. The rules themselves are
+pure functions in `fastpo.data.scored_weights`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from fastpo.data.build import DataOptions, build_groups
+from fastpo.data.formats import read_row
+from fastpo.data.groups import Group
+from fastpo.data.packing import collate
+from fastpo.data.rows import FILE, ROW
+from fastpo.data.scored_weights import Rule
+from fastpo.model.check import self_check
+from fastpo.train.reference import (
+    AdapterReference,
+    Batch,
+    LiveReference,
+    adapter_parameters,
+    fill_store,
+)
+from fastpo.train.store import ReferenceStore, store_key
+
+
+class Contrast:
+    r"""Two scorers as one of twice the width: logits $2 z^+ - z^-$ are a head on $(2h^+, -h^-)$.
+
+    Raises:
+        ValueError: heads of other facts or vocabularies, or a soft-cap, which is not linear.
+    """
+
+    def __init__(self, positive: LiveReference, negative: LiveReference) -> None:
+        self.positive, self.negative = positive, negative
+        self.model, self.head = positive.model, positive.head
+        facts = self.head.facts()
+        if facts != negative.head.facts() or facts.get("softcap"):
+            raise ValueError(
+                "the contrast of two scorers needs heads alike and without a soft-cap, not "
+                f"{facts} and {negative.head.facts()}: use the rule 'tis'"
+            )
+        vocabularies = len(positive.head.weight), len(negative.head.weight)
+        if vocabularies[0] != vocabularies[1]:
+            raise ValueError(f"two scorers with vocabularies of {vocabularies} have no contrast")
+
+    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor | None]:
+        better, worse = self.positive(model, batch), self.negative(model, batch)
+        biases = better["ref_bias"], worse["ref_bias"]
+        return {
+            "ref_hidden": torch.cat([2 * better["ref_hidden"], -worse["ref_hidden"]], -1),  # pyright: ignore
+            "ref_weight": torch.cat([better["ref_weight"], worse["ref_weight"]], -1),  # pyright: ignore
+            "ref_bias": None if None in biases else 2 * biases[0] - biases[1],  # pyright: ignore
+        }
+
+
+def _filled(
+    folder: Path,
+    groups: Sequence[Group],
+    scorers: Sequence[LiveReference],
+    tokenizer: PreTrainedTokenizerBase,
+    options: DataOptions,
+    batch_size: int,
+    progress: bool,
+) -> ReferenceStore:
+    """The log-probs of all groups under one scorer, or under the contrast of two."""
+    pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
+    shares = all(self_check(s.model, s.head, groups[:8], pad).share_prompt for s in scorers)
+    device = scorers[0].head.weight.device
+
+    def key_of(scorer: LiveReference) -> dict[str, str]:
+        base = isinstance(scorer, AdapterReference)  # runs without what the adapter adds
+        return store_key(
+            scorer.model,
+            tokenizer,
+            precision=str(scorer.model.dtype),
+            truncation={"max_length": options.max_length},
+            chat_template_kwargs=options.chat_template_kwargs,
+            share_prompt=shares,
+            **({"skip": adapter_parameters(scorer.model)} if base else {}),
+        )
+
+    key = key_of(scorers[0])
+    if len(scorers) == 2:
+        key["contrasted model"] = key_of(scorers[1])["model"]
+
+    def packed(part: list[Group]) -> Batch:
+        seen = [group.for_reference for group in part]
+        batch = collate(seen, share_prompt=shares, pad_token_id=pad)
+        return {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
+
+    store = ReferenceStore(folder, key)
+    source = scorers[0] if len(scorers) == 1 else Contrast(*scorers)
+    what = f"log-probs, {folder.name}"
+    fill_store(store, groups, source, packed, batch_size=batch_size, what=what, progress=progress)
+    return store
+
+
+def weigh(
+    rows: Iterable[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    rule: Rule,
+    positive: Callable[[], LiveReference],
+    negative: Callable[[], LiveReference],
+    folder: str | Path,
+    *,
+    prompts: tuple[str, str] = ("prompt", "prompt"),
+    max_length: int | None = None,
+    batch_size: int = 4,
+    source: str = "rows",
+    progress: bool = True,
+) -> Iterator[dict[str, Any]]:
+    """The rows, each with a list of numbers a response in the rule's column; all is scored first.
+
+    Args:
+        rows: of any format; read more than once, so no generator.
+        tokenizer: of the model that will be trained: there is a number for each of its tokens.
+        rule: from `get_rule`.
+        positive, negative: open a scorer (`ModelReference.frozen(model)`); one is in memory at a
+            time, unless the rule contrasts them or both are the same object.
+        folder: where log-probs are kept, for a run that goes on or another rule.
+        prompts: the column that each scorer reads as its prompt.
+        max_length: most tokens of the prompt and a response; prompts are cut to it.
+        batch_size: groups a batch.
+        source: name of the data for messages.
+        progress: whether to show bars.
+
+    Raises:
+        BadRow: the first bad row.
+        ValueError: a row that has the column, or two scorers that the rule cannot combine.
+    """
+    first = next(iter(rows), None)
+    if first is not None and first.get(rule.column) is not None:
+        raise ValueError(f"{source}: the rows have a column {rule.column!r} already: drop it first")
+    if rule.contrasts and len(set(prompts)) > 1:
+        raise ValueError(f"prompts={prompts}: this rule contrasts two models after one prompt")
+    options = {p: DataOptions(max_length=max_length, reference_prompt=p) for p in set(prompts)}
+    groups = {
+        p: build_groups(rows, tokenizer, o, source=source, progress=progress).groups
+        for p, o in options.items()
+    }
+
+    def filled(name: str, prompt: str, *scorers: LiveReference) -> ReferenceStore:
+        at = Path(folder) / name
+        data = groups[prompt], scorers, tokenizer, options[prompt]
+        return _filled(at, *data, batch_size, progress)
+
+    if rule.contrasts:
+        stores = [(filled("contrast", prompts[0], positive(), negative()), prompts[0])]
+    else:
+        stores = [
+            (filled("positive", prompts[0], positive()), prompts[0]),
+            (filled("negative", prompts[1], negative()), prompts[1]),
+        ]
+
+    def columns() -> Iterator[dict[str, Any]]:
+        for i, row in enumerate(rows):
+            responses = groups[prompts[0]][i].responses
+            ends = np.cumsum([r.loss_mask.sum() for r in responses])[:-1]
+            scores = [np.split(store[groups[prompt][i]], ends) for store, prompt in stores]
+            order = read_row(row).order or range(len(responses))  # best first, as responses are
+            column: list[list[float]] = [[]] * len(responses)
+            for place, response, *given in zip(order, responses, *scores, strict=True):
+                numbers = np.full(len(response.input_ids), rule.absent)
+                found = rule.fn(*(each.astype(np.float64) for each in given), response.label)
+                numbers[response.loss_mask] = found
+                column[place] = numbers.round(6).tolist()
+            kept = {name: value for name, value in row.items() if name not in (FILE, ROW)}
+            yield {**kept, rule.column: column}
+
+    return columns()
