@@ -2,6 +2,7 @@
 # make test      the test suite
 # make lint      ruff, basedpyright, import-linter
 # make listwise  K-way lists on long prompts, one prompt copy each
+# make families  one objective of every family on a real model; writes docs/real-runs.md
 # make bench     the benchmarks behind the README's figures
 # make clean     remove what these made, except .venv
 #
@@ -16,7 +17,7 @@ TORCH := 2.13.0
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq  # errors only
 
-.PHONY: demo test lint listwise bench clean
+.PHONY: demo test lint listwise families bench clean
 .DEFAULT_GOAL := demo
 
 demo: $(MADE)/train $(MADE)/smollm2
@@ -35,12 +36,17 @@ listwise: $(MADE)/train $(MADE)/smollm2 $(MADE)/inspect-evals
 	@$(BIN)/python examples/listwise_proposals.py
 	@$(BIN)/fastpo train examples/listwise_proposals.yaml
 
+families: $(MADE)/train $(MADE)/bench $(MADE)/smollm2
+	@$(BIN)/python examples/families.py
+
 bench: $(MADE)/dev $(MADE)/bench
 	@$(BIN)/python -m bench.head --fresh --page docs/benchmarks.md
 	@$(BIN)/python -m bench.plot
+	@$(BIN)/python -m bench.losses --fresh --page docs/benchmarks.md
+	@$(BIN)/python -m bench.plot losses
 
 clean:
-	rm -rf runs/json_person runs/listwise_proposals .cache build dist *.egg-info
+	rm -rf runs/json_person runs/listwise_proposals runs/families .cache build dist *.egg-info
 	rm -rf .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 

@@ -29,6 +29,7 @@ dev = [
     "basedpyright==1.40.2",
     "import-linter>=2.5",
     "kernels>=0.10",
+    "bitsandbytes>=0.48",
 ]
 
 setup(

@@ -1,4 +1,8 @@
-"""Bars of one shape of a record: `python -m bench.plot [bench/results/cpu-2-cores/head.json]`."""
+"""The figure of a record: `python -m bench.plot [bench/results/cpu-2-cores/head.json]`.
+
+Bars of one shape of `head.json`; lines over the number of groups of `losses.json`; measured and
+planned memory of the cases of `long_context.json`.
+"""
 
 from __future__ import annotations
 
@@ -85,19 +89,100 @@ def draw(data: dict, shape: list[int] | None = None) -> plt.Figure:
     return figure
 
 
+def draw_losses(data: dict) -> plt.Figure:
+    """Microseconds over the number of groups, a panel for every objective and K with two or more.
+
+    A record with a single number of groups everywhere gets points.
+    """
+    panels: dict[str, list[dict]] = {}
+    for case in data["cases"]:
+        title = f"{case['key']['objective']}, K = {case['key']['candidates']}"
+        panels.setdefault(title, []).append(case)
+    longer = {title: cases for title, cases in panels.items() if len(cases) > 1}
+    panels = longer or panels
+    colours = {"fused": BLUE, "eager": GREY, "torch.compile": INK}
+    plt.rcParams["svg.fonttype"] = "none"
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    size = (2.9 * columns, 2.3 * rows + 0.6)
+    figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.axis("off")
+    for axes, (title, cases) in zip(grid.flat, panels.items(), strict=False):
+        for who, colour in colours.items():
+            timed = [
+                (case["key"]["groups"], 1e6 * case["contenders"][who]["seconds"]["median"])
+                for case in cases
+                if "seconds" in case["contenders"].get(who, {})
+            ]
+            if timed:
+                axes.loglog(*zip(*sorted(timed), strict=True), "o-", color=colour, lw=1.5, ms=3)
+                axes.annotate(who, max(timed), (4, 0), textcoords="offset points", size=8)
+        axes.set_title(title, size=9, loc="left", color=INK)
+        axes.margins(x=0.35)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    stamp = data["environment"]
+    figure.supylabel("microseconds, loss and gradient", size=8)
+    figure.supxlabel(
+        f"groups; {stamp['device']}, {stamp['threads']} threads; torch {stamp['torch']}; "
+        f"{data['cases'][0]['date']}; median of {data['method']['rounds']} interleaved rounds",
+        size=7.5,
+        color=INK,
+    )
+    return figure
+
+
+def draw_contexts(data: dict) -> plt.Figure:
+    """Peak of a step, measured and planned, a pair of bars for every case that fits."""
+    cases = [case for case in data["cases"] if case["fits"]]
+    names = []
+    for case in cases:
+        key = case["key"]
+        levers = [name for name in ("mlp_tile", "offload") if key.get(name)]
+        what = f"{key['context'] // 1024}K, K = {key['candidates']}, {key['method']}"
+        names.append(f"{what}\n{' + '.join(levers) or 'no lever'}")
+    figure, axes = plt.subplots(figsize=(7.2, 0.5 * len(cases) + 1.1), layout="constrained")
+    parts = (("measured", "peak_extra_bytes", BLUE), ("planned", "predicted_extra_bytes", GREY))
+    for offset, (label, part, colour) in zip((-0.2, 0.2), parts, strict=True):
+        places = [row + offset for row in range(len(cases))]
+        sizes = [case[part] / 2**30 for case in cases]
+        axes.barh(places, sizes, 0.38, color=colour, label=label)
+    axes.set_yticks(range(len(cases)), names, size=8)
+    axes.invert_yaxis()
+    axes.legend(frameon=False, fontsize=8)
+    axes.tick_params(labelsize=8, length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    stamp = data["environment"]
+    axes.set_xlabel(
+        f"peak of a step in GiB; {stamp['device']}, {stamp['threads']} threads; torch "
+        f"{stamp['torch']}; {cases[0]['date']}",
+        size=7.5,
+        color=INK,
+    )
+    return figure
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Draw the record's figure."""
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__)
-    parser.add_argument("record", type=Path, nargs="?", help="this device's by default")
+    parser.add_argument("record", type=Path, nargs="?", help="a file, or `losses`: this device's")
     parser.add_argument("--shape", metavar="N,D,V", help="the record's first by default")
-    parser.add_argument("--out", type=Path, help="docs/figures/head-DEVICE.png by default")
+    parser.add_argument("--out", type=Path, help="docs/figures/RECORD-DEVICE.png by default")
     options = parser.parse_args(arguments)
     shape = [int(size) for size in options.shape.split(",")] if options.shape else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    record = options.record or RESULTS / device_slug(device) / "head.json"
+    record = options.record or Path("head")
+    if not record.suffix:
+        record = RESULTS / device_slug(device) / f"{record}.json"
     data = json.loads(record.read_text(encoding="utf-8"))
-    out = options.out or Path("docs/figures") / f"head-{data['environment']['slug']}.png"
-    figure = draw(data, shape)
+    out = options.out or Path("docs/figures") / f"{record.stem}-{data['environment']['slug']}.png"
+    if "context" in data["cases"][0]["key"]:
+        figure = draw_contexts(data)
+    elif "objective" in data["cases"][0]["key"]:
+        figure = draw_losses(data)
+    else:
+        figure = draw(data, shape)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=200)
     plt.close(figure)

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastpo.head import Backend, Head, TokenStats, linear_stats
+from fastpo.head import Backend, Head, Lora, TokenStats, choose_backend, linear_stats
 from fastpo.objectives import get_objective
 from fastpo.objectives.base import Objective, Outcome, Statistic
 from fastpo.objectives.lipo import tie_keys
 from fastpo.objectives.regularisers import REGULARISERS
 from fastpo.scores import STATISTIC_OF, Segments, score_responses
+from fastpo.triton_tiles import TritonTiles
 
 # How to obtain a score that an objective needs and the caller did not supply.
 _REMEDY = {
@@ -29,8 +30,9 @@ _REMEDY = {
     "rank": "rank the responses: a `ranks` or `scores` column, or Segments(rank=...)",
     "margin": "say how much better the chosen response is: a `margin` column, or Segments(margin=)",
     "cohort": "name each row's population: a `group` column, or Segments(cohort=...)",
+    "ratio2": "pass ref2_logps (per label token), of the second reference",
     "old_logps": "pass old_logps (per label token), of the policy that drew the responses",
-    "token_rewards": "pass token_rewards (per label token)",
+    "token_rewards": "pass token_rewards (per label token): a `token_rewards` column",
     "error": "denoising errors are no scores of a language model: call the objective's function",
 }
 _DIVERGENCES = ("kl", "kl_reverse")
@@ -170,6 +172,11 @@ class PreferenceLoss(nn.Module):
         return self.needs_kl or not self._bare_needs.isdisjoint(("ratio", "ref_logps"))
 
     @property
+    def needs_second_reference(self) -> bool:
+        """Whether log-probs of a second reference are needed too."""
+        return "ratio2" in self._bare_needs
+
+    @property
     def _bare_needs(self) -> set[str]:
         """`needs` without the roles and forms in front of a score's name."""
         prefixes = (*(f"{role}_" for role in self.extras), *_PREFIXES)
@@ -213,9 +220,11 @@ class PreferenceLoss(nn.Module):
         ref_weight: Tensor | None = None,
         ref_bias: Tensor | None = None,
         ref_logps: Tensor | None = None,
+        ref2_logps: Tensor | None = None,
         old_logps: Tensor | None = None,
         token_weights: Tensor | None = None,
         token_rewards: Tensor | None = None,
+        kl_weights: Tensor | None = None,
         totals: Mapping[str, float] | None = None,
         ignore_index: int = -100,
         backend: Backend = "auto",
@@ -232,12 +241,14 @@ class PreferenceLoss(nn.Module):
             ref_hidden: the reference's hidden states, same shape as `hidden`; with `ref_weight`
                 (and `ref_bias`) where the policy's head is trained.
             ref_logps: per-token reference log-probs, same shape as `labels`.
+            ref2_logps: those of a second reference, likewise.
             old_logps: per-token log-probs of the policy that drew the responses, likewise.
             token_weights: per-token weights, same shape as `labels`.
             token_rewards: signed rewards of single tokens, same shape as `labels`.
+            kl_weights: per-token weights of the divergences, by default `token_weights`.
             totals: counts of the whole optimiser step over all ranks (`groups`, `responses`,
-                `desirable`, `undesirable`, `chosen_tokens`, `response_tokens`) that sums are
-                divided by; None for this batch's own.
+                `desirable`, `undesirable`, `chosen_tokens`, `response_tokens`, `gold_tokens`) that
+                sums are divided by; None for this batch's own.
 
         Raises:
             ValueError: a score that an objective needs is missing (says how to get it), or the
@@ -251,16 +262,19 @@ class PreferenceLoss(nn.Module):
                 )
             pairs, length = hidden.shape[0] // 2, hidden.shape[1]
             segments = Segments.pairs(pairs, length, device=labels.device)
+        lora = None
         if weight is None:
             if self.head is None:
                 raise ValueError("no head: pass weight=, or head= to PreferenceLoss")
-            weight, bias = self.head.weight, self.head.bias
+            weight, bias, lora = self.head.weight, self.head.bias, self.head.lora
 
         per_token = {
             "ref_logps": ref_logps,
+            "ref2_logps": ref2_logps,
             "old_logps": old_logps,
             "token_weights": token_weights,
             "token_rewards": token_rewards,
+            "kl_weights": kl_weights,
         }
         _check_shapes(hidden, labels, segments, ref_hidden, per_token)
         # Everything per token is cut down to the scored tokens once, here.
@@ -269,23 +283,18 @@ class PreferenceLoss(nn.Module):
         hidden, labels = hidden.flatten(0, -2)[scored], labels.flatten()[scored]
         if ref_hidden is not None:
             ref_hidden = ref_hidden.flatten(0, -2)[scored]
-        ref_logps, old_logps, token_weights, token_rewards = (
-            None if values is None else values.flatten()[scored] for values in per_token.values()
-        )
+        per_token = {k: None if v is None else v.flatten()[scored] for k, v in per_token.items()}
         self._check_groups(segments)
 
         options: dict[str, Any] = {"backend": backend, "workspace_mib": workspace_mib}
         options |= self.head.facts() if self.head is not None else {}
         reference = ref_hidden, ref_weight, ref_bias
-        stats = self._token_stats(hidden, weight, bias, labels, reference, options)
-        ref_logps = stats.pop("ref_logps", ref_logps)
+        stats = self._token_stats(hidden, weight, bias, labels, lora, reference, options)
+        per_token["ref_logps"] = stats.pop("ref_logps", per_token["ref_logps"])
         scores = score_responses(
             stats,
             segments,
-            ref_logps=ref_logps,
-            old_logps=old_logps,
-            token_weights=token_weights,
-            token_rewards=token_rewards,
+            **per_token,
             per_token=any(name.startswith("token_") for name in self.needs),
         )
         if "tie_key" in self.needs:
@@ -294,7 +303,7 @@ class PreferenceLoss(nn.Module):
                 number = torch.arange(segments.grid.shape[0], device=segments.grid.device)
             candidates = segments.grid.shape[1]
             scores["tie_key"] = tie_keys(number, candidates, seed=self.seed, step=self.step or 0)
-        return self._reduce(scores, segments, totals)
+        return self._reduce(scores, segments, totals, backend)
 
     def _token_stats(
         self,
@@ -302,6 +311,7 @@ class PreferenceLoss(nn.Module):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
+        lora: Lora | None,
         reference: tuple[Tensor | None, Tensor | None, Tensor | None],
         options: dict[str, Any],
     ) -> TokenStats:
@@ -322,13 +332,14 @@ class PreferenceLoss(nn.Module):
                 labels,
                 stats=(*names, "ref_logps"),
                 bias=bias,
+                lora=lora,
                 ref_hidden=ref_hidden,
                 ref_weight=ref_weight,
                 ref_bias=ref_bias,
                 **options,
             )
         names = tuple(name for name in names if wanted.get(name) not in _DIVERGENCES)
-        stats = linear_stats(hidden, weight, labels, stats=names, bias=bias, **options)
+        stats = linear_stats(hidden, weight, labels, stats=names, bias=bias, lora=lora, **options)
         if ref_hidden is not None and ref_weight is not None:
             with torch.no_grad():
                 of_reference = linear_stats(
@@ -363,7 +374,11 @@ class PreferenceLoss(nn.Module):
         return " + ".join(c.objective.name for c in self.components)
 
     def _reduce(
-        self, scores: dict[str, Tensor], segments: Segments, totals: Mapping[str, float] | None
+        self,
+        scores: dict[str, Tensor],
+        segments: Segments,
+        totals: Mapping[str, float] | None,
+        backend: Backend,
     ) -> LossOutput:
         """Objectives on scores, summed and divided; the only place where either happens."""
         own = batch_counts(scores)
@@ -377,7 +392,7 @@ class PreferenceLoss(nn.Module):
             name = component.objective.name
             self._check_scores(component.objective, scores)
             statistics = self._statistics(component, scores)
-            outcome = self._evaluate(component, {**scores, **statistics})
+            outcome = self._evaluate(component, {**scores, **statistics}, backend)
             rewards[name] = outcome.rewards
             for term in outcome.terms:
                 scale = component.weight * term.weight
@@ -398,13 +413,20 @@ class PreferenceLoss(nn.Module):
     def _check_scores(objective: Objective, scores: Mapping[str, Tensor]) -> None:
         for name in objective.needs:
             if name not in scores and name not in objective.statistics:
-                base = next((n for n in _REMEDY if name.endswith(n)), None)
+                base = next((n for n in _REMEDY if f"_{name}".endswith(f"_{n}")), None)
                 remedy = _REMEDY[base] if base else "see the objective's documentation"
                 raise ValueError(f"{objective.name} needs {name!r}: {remedy}")
 
     @staticmethod
-    def _evaluate(component: Component, named: Mapping[str, Tensor]) -> Outcome:
+    def _evaluate(component: Component, named: Mapping[str, Tensor], backend: Backend) -> Outcome:
+        """By the objective's kernel where kernels run and it has one, else by its function."""
         objective = component.objective
+        if isinstance(choose_backend(backend, named["logps"].device)[0], TritonTiles):
+            from fastpo.objectives import fused
+
+            outcome = fused.evaluate(objective, component.hyper, named)
+            if outcome is not None:
+                return outcome
         return objective.fn(*(named[name] for name in objective.needs), **component.hyper)
 
     def _statistics(self, component: Component, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -518,6 +540,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 def batch_counts(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What the terms of a loss are divided by, counted over one batch."""
     mask, label = scores["mask"], scores["label"]
+    gold_length = scores.get("gold_length", scores["length"].new_zeros(()))
     return {
         "groups": mask.any(dim=1).sum(),
         "responses": mask.sum(),
@@ -525,6 +548,7 @@ def batch_counts(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "undesirable": (mask & ~label).sum(),
         "chosen_tokens": (scores["length"] * label).sum(),
         "response_tokens": (scores["length"] * mask).sum(),
+        "gold_tokens": gold_length.sum(),
     }
 
 
@@ -552,6 +576,11 @@ def _reward_metrics(
         return torch.where(where, values, 0).sum(), where.sum()
 
     logps = scores["logps"].detach()
+    from_reference: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, score in (("drift", "ratio"), ("kl", "kl_estimate")):
+        if score in scores:
+            from_reference[f"{name}/chosen"] = over(scores[score].detach(), good)
+            from_reference[f"{name}/rejected"] = over(scores[score].detach(), bad)
     return {
         "rewards/chosen": over(rewards, good),
         "rewards/rejected": over(rewards, bad),
@@ -559,4 +588,5 @@ def _reward_metrics(
         "rewards/accuracies": mean_over_groups((margin > 0).to(rewards.dtype)),
         "logps/chosen": over(logps, good),
         "logps/rejected": over(logps, bad),
+        **from_reference,
     }

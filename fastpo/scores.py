@@ -34,7 +34,8 @@ class Segments:
         index: [G] int64, the number of each group in its data set, or None for 0, 1, ...: what
             seeded draws are keyed by, so that they do not depend on how a step is cut.
         extras: role -> [G] int64, a further response of each group that is no candidate:
-            `mismatched` (KTO: the answer to another prompt), `gold`, `ref_response`.
+            `mismatched` (KTO: the answer to another prompt), `gold`, `ref_response`,
+            `context_chosen` and its kind (a candidate again, after another prompt).
     """
 
     response: Tensor
@@ -100,9 +101,11 @@ def score_responses(
     segments: Segments,
     *,
     ref_logps: Tensor | None = None,
+    ref2_logps: Tensor | None = None,
     old_logps: Tensor | None = None,
     token_weights: Tensor | None = None,
     token_rewards: Tensor | None = None,
+    kl_weights: Tensor | None = None,
     per_token: bool = False,
 ) -> dict[str, Tensor]:
     r"""Named sequence scores, the vocabulary that objectives are written in.
@@ -117,6 +120,8 @@ def score_responses(
     | `ref_logps` | $\sum_t a_t \log\pi_{ref}(y_t)$ |
     | `ratio` | `logps - ref_logps` |
     | `mean_ratio` | `ratio` / L |
+    | `kl_estimate` | $\sum_t [a_t \ne 0] (\log\pi(y_t) - \log\pi_{ref}(y_t))^2 / 2$, detached |
+    | `ref2_logps`, `ratio2` | the same of a second reference |
     | `kl` | $\sum_t a_t KL(\pi_{ref} \| \pi)_t$ |
     | `kl_reverse` | $\sum_t a_t KL(\pi \| \pi_{ref})_t$ |
     | `log_p2`, `mean_log_p2` | $\sum_t a_t \log\sum_v \pi(v)^2$, and that / L |
@@ -130,17 +135,20 @@ def score_responses(
 
     With `per_token` also the tokens themselves, [G, K, T] in order and padded with zeros, not
     multiplied by their weights: `token_mask` (bool, where weights are not 0), `token_weights`,
-    `token_logps`, and as far as given `token_ref_logps`, `token_old_logps`, `token_rewards`,
-    `token_kl`, `token_kl_reverse`, `token_entropy`.
+    `token_kl_weights`, `token_logps`, and as far as given `token_ref_logps`, `token_old_logps`,
+    `token_rewards`, `token_kl`, `token_kl_reverse`, `token_entropy`.
 
     Args:
         stats: token statistics; `logps` [N], and `kl_ref_policy`, `kl_policy_ref`, `log_p2`,
             `entropy` if present.
         segments: the token -> response -> group table.
         ref_logps: [N] reference log-probs of the same tokens, or None.
+        ref2_logps: [N] those of a second reference, or None.
         old_logps: [N] log-probs under the policy that drew the responses, or None.
         token_weights: [N] weights, with or without gradient, or None for ones.
         token_rewards: [N] signed rewards of single tokens, or None.
+        kl_weights: [N] weights of `kl` and `kl_reverse`, with or without gradient, or None for
+            `token_weights`, as everything else has.
         per_token: whether to return the `token_` scores; costs a device sync.
 
     Returns:
@@ -151,10 +159,18 @@ def score_responses(
     """
     n = segments.response.numel()
     given = {name: stats[stat] for name, stat in STATISTIC_OF.items() if stat in stats}
-    for name, value in (("ref_logps", ref_logps), ("old_logps", old_logps)):
+    for name, value in (
+        ("ref_logps", ref_logps),
+        ("ref2_logps", ref2_logps),
+        ("old_logps", old_logps),
+    ):
         if value is not None:
             given[name] = value
-    beside = {"token_weights": token_weights, "token_rewards": token_rewards}
+    beside = {
+        "token_weights": token_weights,
+        "token_rewards": token_rewards,
+        "token_kl_weights": token_weights if kl_weights is None else kl_weights,
+    }
     for name, value in {**given, **beside}.items():
         if value is not None and value.shape != (n,):
             raise ValueError(
@@ -166,10 +182,17 @@ def score_responses(
     if token_weights is not None:
         weighted = {name: value * token_weights for name, value in given.items()}
         counted = (token_weights != 0).to(given["logps"].dtype)
+    if kl_weights is not None:
+        divergences = {"kl", "kl_reverse"} & given.keys()
+        weighted = {**weighted, **{name: given[name] * kl_weights for name in divergences}}
     per_response = {name: sum_by_response(value, segments) for name, value in weighted.items()}
     per_response["length"] = sum_by_response(counted, segments)
     if ref_logps is not None:
         per_response["ratio"] = per_response["logps"] - per_response["ref_logps"]
+        squares = (given["logps"] - ref_logps).detach().square() / 2
+        per_response["kl_estimate"] = sum_by_response(counted * squares, segments)
+    if ref2_logps is not None:
+        per_response["ratio2"] = per_response["logps"] - per_response["ref2_logps"]
     # An empty response has score 0 and length 0: dividing by 1 keeps its mean and gradient at 0.
     divisor = per_response["length"].clamp(min=1)
     for name in ("logps", "ratio", "log_p2", "entropy"):
@@ -195,7 +218,8 @@ def score_responses(
         tokens = {f"token_{name}": value for name, value in given.items()}
         tokens |= {name: value for name, value in beside.items() if value is not None}
         tokens.setdefault("token_weights", counted)
-        tokens["token_mask"] = counted.bool()
+        tokens.setdefault("token_kl_weights", counted)
+        tokens["token_mask"] = (tokens["token_weights"] != 0) | (tokens["token_kl_weights"] != 0)
         scores |= _pad_tokens(tokens, segments)
     return scores
 

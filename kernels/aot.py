@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,12 +25,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import linear_coefficients, linear_stats, logits_epilogue
+from . import (
+    divergence,
+    linear_coefficients,
+    linear_stats,
+    listwise,
+    logits_epilogue,
+    pairwise,
+    segment_reduce,
+)
+from .divergence import divergence_coefficients_kernel, divergence_kernel
 from .linear_coefficients import coefficients_kernel
 from .linear_stats import merge_kernel, split_kernel
 from .logits_epilogue import epilogue_kernel
 from .online import ACCUMULATED, STATISTICS, flags
-from .tile import INTERPRETED, Config, pick, precision, transform_constants
+from .tile import INTERPRETED, Config, pick, precision, transform_arguments
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -72,6 +81,7 @@ class _Case:
     config: Config
     constants: dict
     input_dtype: torch.dtype
+    options: dict = field(default_factory=dict)
 
     @property
     def has_dot(self) -> bool:
@@ -83,13 +93,16 @@ def _cases(chip: str, dtype: torch.dtype, rich: bool) -> Iterator[_Case]:
 
     An 8B model's shapes, so that offsets are 16-byte aligned as they are in real runs.
     """
-    stats, coefficients, epilogue = (
+    stats, coefficients, epilogue, both = (
         pick(module.CONFIGS, chip, dtype, rich)
-        for module in (linear_stats, linear_coefficients, logits_epilogue)
+        for module in (linear_stats, linear_coefficients, logits_epilogue, divergence)
     )
     want = STATISTICS if rich else ("lse", "lse_rest", "logps")
     kinds = precision(dtype)
-    transform = transform_constants(30.0 if rich else None, logit_scale=1.0, temperature=0.7)
+    transform = transform_arguments(30.0 if rich else None, logit_scale=1.0, temperature=0.7)
+    del transform["temperature_ptr"]
+    transform["HAS_TEMPERATURE"] = rich
+    rank = dict(R=16 if rich else 0)
 
     def blocks(config: Config, *names: str) -> dict[str, int]:
         return {name: getattr(config, name) for name in names}
@@ -98,7 +111,7 @@ def _cases(chip: str, dtype: torch.dtype, rich: bool) -> Iterator[_Case]:
         split_kernel,
         stats,
         dict(D=4096, BLOCKS=32, HAS_BIAS=True, GROUP=stats.group)
-        | (transform | kinds | flags(want, ACCUMULATED) | blocks(stats, "BN", "BV", "BD")),
+        | (transform | kinds | flags(want, ACCUMULATED) | blocks(stats, "BN", "BV", "BD") | rank),
         dtype,
     )
     merge = dict(BN=64, BS=16, ACC=kinds["ACC"])
@@ -108,7 +121,7 @@ def _cases(chip: str, dtype: torch.dtype, rich: bool) -> Iterator[_Case]:
         coefficients,
         dict(D=4096, GROUP=coefficients.group, HAS_BIAS=True, HAS_REST=True, HAS_LOGPS=True)
         | dict(HAS_LSE=rich, HAS_MEAN=rich, HAS_ENTROPY=rich)
-        | (transform | kinds | blocks(coefficients, "BN", "BV", "BD")),
+        | (transform | kinds | blocks(coefficients, "BN", "BV", "BD") | rank),
         dtype,
     )
     yield _Case(
@@ -119,18 +132,63 @@ def _cases(chip: str, dtype: torch.dtype, rich: bool) -> Iterator[_Case]:
         | (transform | flags(want) | dict(ACC=kinds["ACC"]) | blocks(epilogue, "BN", "BV")),
         dtype,
     )
+    mixture = dict(HAS_BIAS=True, HAS_REF_BIAS=True, BETA=0.5, ACC=kinds["ACC"])
+    yield _Case(
+        divergence_kernel,
+        both,
+        dict(BLOCKS=triton.cdiv(128256, both.BV), WANT_JSD=rich)
+        | (transform | flags(want) | mixture | blocks(both, "BN", "BV")),
+        dtype,
+    )
+    yield _Case(
+        divergence_coefficients_kernel,
+        both,
+        dict(HAS_LOGPS=rich, HAS_LSE=rich, HAS_MEAN=rich, HAS_ENTROPY=rich)
+        | dict(HAS_KL_REF_POLICY=True, HAS_KL_POLICY_REF=rich, HAS_JSD=rich)
+        | (transform | mixture | blocks(both, "BN", "BV")),
+        dtype,
+    )
+
+
+def _loss_cases(chip: str) -> Iterator[_Case]:
+    """The loss kernels in the forms that need most registers; scores are fp32."""
+    fp32 = torch.float32
+    pair = pick(pairwise.CONFIGS, chip, fp32)
+    forms = (
+        pairwise.PairForm("logistic", rate=0.1, sides="squares", given="wins"),
+        pairwise.PairForm("modulated", transform="twice sigmoid", penalty=1.0),
+        pairwise.PairForm("kl", transform="power", power=-0.5, clamp=80.0, rate=0.1),
+        pairwise.PairForm("logistic", transform="log odds", given="log ratio", given_scale=1.0),
+    )
+    for form in forms:
+        constants = form.constants(fp32) | dict(HAS_REWARD_OF=True, BN=pair.BN)
+        yield _Case(pairwise.pair_kernel, pair, constants, fp32)
+    for name, candidates in (("below", 8), ("exo", 64), ("smooth rank", 64), ("logistic", 1024)):
+        lambdas = name == "logistic"
+        form = listwise.ListForm(name, 0.1, lambda_weights=lambdas, normalise=name != "below")
+        sizes, options = listwise.blocks(candidates), listwise.launch_options(chip)
+        config = Config(BN=sizes["BI"], BV=sizes["BK"], warps=options.pop("num_warps"))
+        constants = form.constants() | sizes | dict(ACC=precision(fp32)["ACC"])
+        yield _Case(listwise.list_kernel, config, constants, fp32, options)
+    tokens = pick(segment_reduce.CONFIGS, chip, fp32)
+    constants = dict(REDUCTION="normalised", HAS_WEIGHTS=True, BN=tokens.BN)
+    yield _Case(segment_reduce.reduce_kernel, tokens, constants, fp32)
+    constants |= dict(ACC=precision(fp32)["ACC"])
+    yield _Case(segment_reduce.spread_kernel, tokens, constants, fp32)
 
 
 def _signature(case: _Case) -> dict[str, str]:
     """Argument name -> triton type."""
     named = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-    inputs = ("hidden_ptr", "weight_ptr", "bias_ptr", "out_ptr")
+    inputs = ("hidden_ptr", "weight_ptr", "lora_ptr", "bias_ptr", "ref_bias_ptr", "out_ptr")
 
     def kind(name: str) -> str:
         if name in case.constants:
             return "constexpr"
-        if name == "labels_ptr":
+        if name in ("labels_ptr", "key_ptr", "starts_ptr"):
             return "*i64"
+        if name == "mask_ptr":
+            return "*i1"
         if name in inputs:
             return named[case.input_dtype]
         return "*fp32" if name.endswith("_ptr") else "i32"
@@ -168,7 +226,7 @@ def _amdgcn_resources(assembly: str) -> tuple[int, int]:
 
 def _compile(case: _Case, target: str, dtype: str, rich: bool) -> Report:
     source = ASTSource(case.kernel, _signature(case), case.constants, _aligned(case))
-    options = {"num_warps": case.config.warps, "num_stages": case.config.stages}
+    options = {"num_warps": case.config.warps, "num_stages": case.config.stages, **case.options}
     binary = triton.compile(source, target=TARGETS[target], options=options)
     if target.startswith("gfx"):
         text = binary.asm["amdgcn"]
@@ -192,7 +250,7 @@ def _compile(case: _Case, target: str, dtype: str, rich: bool) -> Report:
 
 
 def compile_all(target: str, dtypes: Iterable[str] = tuple(DTYPES)) -> list[Report]:
-    """Compile every kernel in the configurations its table gives `target` for `dtypes`.
+    """Compile every kernel of the head in the configurations its table gives `target` for `dtypes`.
 
     Args:
         target: sm_80, sm_90, sm_100 or gfx942.
@@ -202,16 +260,26 @@ def compile_all(target: str, dtypes: Iterable[str] = tuple(DTYPES)) -> list[Repo
         ValueError: an unknown target.
         RuntimeError: TRITON_INTERPRET was set, so there is nothing to compile.
     """
-    if target not in TARGETS:
-        raise ValueError(f"unknown target {target!r}; choose from {', '.join(TARGETS)}")
-    if INTERPRETED:
-        raise RuntimeError("TRITON_INTERPRET is set: unset it to compile kernels")
+    _check(target)
     return [
         _compile(case, target, dtype, rich)
         for dtype in dtypes
         for rich in (False, True)
         for case in _cases(target, DTYPES[dtype], rich)
     ]
+
+
+def compile_losses(target: str) -> list[Report]:
+    """Compile the kernels of losses and reductions in their widest forms; raises the same."""
+    _check(target)
+    return [_compile(case, target, "fp32", True) for case in _loss_cases(target)]
+
+
+def _check(target: str) -> None:
+    if target not in TARGETS:
+        raise ValueError(f"unknown target {target!r}; choose from {', '.join(TARGETS)}")
+    if INTERPRETED:
+        raise RuntimeError("TRITON_INTERPRET is set: unset it to compile kernels")
 
 
 def _table(reports: Iterable[Report]) -> str:
@@ -229,4 +297,4 @@ def _table(reports: Iterable[Report]) -> str:
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or TARGETS:
-        print(name, _table(compile_all(name)), sep="\n", end="\n\n")
+        print(name, _table(compile_all(name) + compile_losses(name)), sep="\n", end="\n\n")

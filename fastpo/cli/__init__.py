@@ -1,4 +1,4 @@
-"""The command line: `fastpo train | score | sample | merge | objectives | doctor | report`.
+"""The command line: `fastpo train | plan | score | sample | data | weigh | merge | ...`.
 
 This file parses and dispatches; nothing heavy is imported before a command needs it.
 """
@@ -110,11 +110,34 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         "--ref-model",
         help="reference of the rewards; 'base' is the model with its adapter switched off",
     )
+    score.add_argument(
+        "--reference-prompt",
+        choices=("prompt", "short_prompt"),
+        default="prompt",
+        help="column with the prompt that the reference reads (prompt)",
+    )
     score.add_argument("--beta", type=float, default=0.1, help="scale of the rewards (0.1)")
     score.add_argument("--max-length", type=int, help="longest prompt and response in tokens")
     score.add_argument("--max-rows", type=int, help="score the first so many rows")
     score.add_argument("--skip-bad-rows", action="store_true", help="leave malformed rows out")
     score.add_argument("--batch-size", type=int, default=4, help="groups at a time (4)")
+    score.add_argument(
+        "--token-rewards",
+        metavar="FILE.jsonl",
+        help="the reward of every token, and beside it as a page (.html); needs --ref-model",
+    )
+    score.add_argument("--ches", action="store_true", help="CHES scores of pairs")
+    score.add_argument(
+        "--entanglement", action="store_true", help="how the gradients of pairs meet at the head"
+    )
+    score.add_argument(
+        "--follow-up",
+        nargs="?",
+        const="",
+        metavar="FILE.json",
+        help="likelihood of praise over complaint as the next turn; FILE: "
+        '{"positive": [...], "negative": [...]}',
+    )
 
     sample = command(
         "sample",
@@ -130,6 +153,54 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     sample.add_argument("--top-p", type=float, default=1.0, help="nucleus (1.0)")
     sample.add_argument("--batch-size", type=int, default=8, help="prompts at a time (8)")
     sample.add_argument("--seed", type=int, default=0, help="of the sampler (0)")
+
+    data = command(
+        "data",
+        "samples or stages of pairs from scored lists",
+        "From rows with `responses` and `scores`: `rso` keeps the answers that statistical "
+        "rejection sampling accepts, `curriculum` writes stages of pairs from wide to narrow gaps "
+        "of score, stage-1.jsonl and so on.",
+    )
+    data.add_argument("action", choices=("rso", "curriculum"))
+    data.add_argument("dataset", help="file, folder or name on the hub")
+    data.add_argument("out", help="JSONL file to write; of a curriculum the folder")
+    data.add_argument("--dataset-name", help="configuration of a hub data set")
+    data.add_argument("--split", default="train", help="default: train")
+    data.add_argument("--count", type=int, default=8, help="rso: answers kept a prompt (8)")
+    data.add_argument("--beta", type=float, default=0.5, help="rso: 0 keeps the best (0.5)")
+    data.add_argument("--seed", type=int, default=0, help="rso: of the draws (0)")
+
+    weighing = command(
+        "weigh",
+        "weights or rewards of single tokens, from two scorers, as a column of the data",
+        "Score every token twice, by two models or after two prompts, and write the rows with what "
+        "the rule makes of the difference: `token_weights` (tis, critical) or `token_rewards` "
+        "(treg). A run that was stopped goes on.",
+    )
+    weighing.add_argument("--dataset", required=True, help="file, folder or name on the hub")
+    weighing.add_argument("--rule", required=True, help="tis, critical or treg")
+    weighing.add_argument("--positive", required=True, help="the better scorer: a model")
+    weighing.add_argument(
+        "--negative",
+        help="the worse one (the same model); 'base' is the better one, its adapter switched off",
+    )
+    for side in ("positive", "negative"):
+        weighing.add_argument(
+            f"--{side}-prompt", default="prompt", help=f"column the {side} scorer reads (prompt)"
+        )
+    weighing.add_argument("--out", required=True, help="JSONL file to write")
+    weighing.add_argument("--rule-args", default="{}", help="arguments of the rule, in JSON")
+    weighing.add_argument("--dataset-name", help="configuration of a hub data set")
+    weighing.add_argument("--split", default="train", help="default: train")
+    weighing.add_argument("--max-length", type=int, help="longest prompt and response in tokens")
+    weighing.add_argument("--max-rows", type=int, help="weigh the first so many rows")
+    weighing.add_argument("--batch-size", type=int, default=4, help="groups at a time (4)")
+    weighing.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32")
+    weighing.add_argument("--tokenizer", help="of the model to be trained (the better scorer's)")
+    weighing.add_argument("--chat-template", help="a .jinja file or the template itself")
+    weighing.add_argument(
+        "--trust-remote-code", action="store_true", help="run code of the checkpoint"
+    )
 
     for parser in (score, sample):
         gguf_flag(parser)
@@ -178,6 +249,35 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     )
     doctor.add_argument("--tokens", type=int, default=4096, help="label tokens a batch (4096)")
     doctor.add_argument("--workspace-mib", type=int, default=256, help="as in recipes (256)")
+
+    planned = command(
+        "plan",
+        "memory and time of a training step on a card, and what makes it fit",
+        "Add up GPU and host memory by part and the time of a step, from the model's shape alone: "
+        "no weights, no GPU. Where the step does not fit, the cheapest switch that helps is named.",
+    )
+    planned.add_argument(
+        "--model", help="llama-3-8b and other presets, a config.json, a folder, a name on the hub"
+    )
+    planned.add_argument("--recipe", help="take everything from a recipe; other flags win over it")
+    planned.add_argument("--context", type=int, help="longest prompt + response in tokens")
+    planned.add_argument("--response", type=int, help="of them, the response (512)")
+    planned.add_argument("--objective", help="name of an objective (dpo)")
+    planned.add_argument("--k", type=int, dest="candidates", help="responses a prompt")
+    planned.add_argument("--groups", type=int, help="prompts a micro-batch (1)")
+    planned.add_argument("--gpu", default="h100", help="h100, a100, rtx4090, ... (h100)")
+    planned.add_argument("--host-gib", type=float, help="host memory there is; default: any")
+    planned.add_argument("--method", choices=("full", "lora", "qlora"), help="default: lora")
+    planned.add_argument("--rank", type=int, help="of the adapter (16)")
+    planned.add_argument("--weights", choices=("bfloat16", "float32"), help="default: bfloat16")
+    planned.add_argument("--optim", help="name of the Trainer's (adamw_torch)")
+    planned.add_argument("--reference", choices=("adapter", "copy", "store", "none"))
+    planned.add_argument("--mlp-tile", help="tokens, or auto")
+    planned.add_argument("--offload-activations", action="store_true", default=None, dest="offload")
+    planned.add_argument(
+        "--no-share-prompt", action="store_false", default=None, dest="share_prompt"
+    )
+    planned.add_argument("--json", action="store_true", help="for programs")
 
     report = command(
         "report",
@@ -249,6 +349,14 @@ def _run(words: Sequence[str]) -> int:
         from fastpo.cli.sample import sample
 
         return sample(arguments)
+    if arguments.command == "data":
+        from fastpo.cli.data import data
+
+        return data(arguments)
+    if arguments.command == "weigh":
+        from fastpo.cli.weigh import weigh
+
+        return weigh(arguments)
     if arguments.command == "merge":
         from fastpo.cli.merge import merge
 
@@ -257,6 +365,10 @@ def _run(words: Sequence[str]) -> int:
         from fastpo.cli.objectives import objectives
 
         return objectives(arguments)
+    if arguments.command == "plan":
+        from fastpo.cli.plan import plan_step
+
+        return plan_step(arguments)
     if arguments.command == "doctor":
         from fastpo.cli.doctor import doctor
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fastpo.model.load import check_place, load_model, load_tokenizer, trained_adapter
+from fastpo.model.random_init import byte_tokenizer, model_config
 
 
 def show_log(level: int) -> None:
@@ -44,13 +45,20 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) 
 def open_tokenizer(
     name: str, tokenizer: str | None, template: str | None, **source: Any
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, or the one that is named instead."""
+    """The tokenizer of a model, or the one that is named instead.
+
+    Random weights know no tokens: without a tokenizer's name, one token is one byte.
+    """
     check_place(tokenizer or name)
+    random_init = source.pop("random_init", False)
     if tokenizer is not None:
         source = {"trust_remote_code": source.get("trust_remote_code", False)}
     elif trained_adapter(name) is not None:  # has its own; these say where the base model lies
         source = {**source, "revision": None, "gguf_file": None}
-    opened = load_tokenizer(tokenizer or name, **source)
+    if random_init and tokenizer is None:
+        opened = byte_tokenizer(model_config(name, **source))
+    else:
+        opened = load_tokenizer(tokenizer or name, **source)
     set_chat_template(opened, template)
     return opened
 

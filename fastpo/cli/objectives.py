@@ -8,6 +8,7 @@ import json
 import shutil
 import textwrap
 
+from fastpo.data.formats import CONTEXTS
 from fastpo.loss import PreferenceLoss
 from fastpo.objectives import OBJECTIVES, SECTIONS, get_objective
 from fastpo.objectives.base import Objective
@@ -19,7 +20,8 @@ FAMILIES = {
 }
 NOTATION = (
     "u = log pi(y|x) - log pi_ref(y|x), S = log pi(y|x), s = S / L, L tokens, F = summed "
-    "KL(ref || pi); w chosen, l rejected; q the row's grade"
+    "KL(ref || pi); w chosen, l rejected; q the row's grade; u' after the context_prompt, u0 after "
+    "the bare_prompt; R- and R+ two references' log-probs"
 )
 
 
@@ -43,8 +45,11 @@ def needs(objective: Objective) -> str:
         words.append("reference distribution")
     elif loss.needs_reference:
         words.append("reference")
+    if loss.needs_second_reference:
+        words.append("second reference")
     words += [_IN_WORDS.get(n, n) for n in objective.needs if n in _IN_WORDS or n in _COLUMNS]
-    words += [f"{role} responses" for role in objective.extras]
+    words += [f"{role} responses" for role in objective.extras if role not in CONTEXTS]
+    words += dict.fromkeys(CONTEXTS[role][0] for role in objective.extras if role in CONTEXTS)
     words += [
         f"{name} {_MEMORY[statistic.memory]}" for name, statistic in objective.statistics.items()
     ]

@@ -7,8 +7,10 @@ import logging
 import math
 import sys
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,16 +19,21 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fastpo.cli.models import json_lines, open_model, open_tokenizer, show_log, table
+from fastpo.cli.token_view import SHOWN, token_rows, write_page
 from fastpo.data.build import DataOptions, build_groups
-from fastpo.data.groups import Group
+from fastpo.data.follow_ups import followed_up, next_turns, read_follow_ups
+from fastpo.data.groups import Group, Response
 from fastpo.data.packing import collate
 from fastpo.data.rows import load_rows
 from fastpo.head import Head, linear_logps
 from fastpo.model.check import self_check
 from fastpo.model.device import default_device
+from fastpo.model.diagnostics import ches, entanglement
 from fastpo.model.facts import read_head
 from fastpo.model.hidden import label_hidden
 from fastpo.scores import score_responses
+
+_SCORES = ("logps", "mean_logps", "reward", "follow_up")
 
 
 class Scorer:
@@ -37,12 +44,27 @@ class Scorer:
         self.head: Head = read_head(model)
         self.shares = self_check(model, self.head, groups[:8], pad_token_id).share_prompt
 
-    @torch.inference_mode()
-    def __call__(self, batch: dict[str, Any]) -> Tensor:
+    @torch.no_grad()
+    def hidden(self, batch: dict[str, Any]) -> Tensor:
+        """[N, D] states that predict the batch's label tokens."""
+        return label_hidden(self.model, batch).to(self.head.weight.dtype)
+
+    @torch.no_grad()
+    def logps(self, hidden: Tensor, batch: dict[str, Any]) -> Tensor:
         """[N] log-probabilities of the batch's label tokens."""
         head = self.head
-        hidden = label_hidden(self.model, batch).to(head.weight.dtype)
-        return linear_logps(hidden, head.weight, batch["targets"], bias=head.bias, **head.facts())
+        return linear_logps(
+            hidden,
+            head.weight,
+            batch["targets"],
+            bias=head.bias,
+            lora=head.lora,
+            **head.facts(),
+        )
+
+    def __call__(self, batch: dict[str, Any]) -> Tensor:
+        """[N] log-probabilities of the batch's label tokens."""
+        return self.logps(self.hidden(batch), batch)
 
 
 def _rows_of(batch: list[Group], scores: dict[str, Tensor], beta: float) -> list[dict[str, Any]]:
@@ -66,6 +88,23 @@ def _rows_of(batch: list[Group], scores: dict[str, Tensor], beta: float) -> list
     return rows
 
 
+def _follow_up_rewards(
+    groups: Sequence[Group],
+    turns: tuple[list[Response], list[Response]],
+    eos: int | None,
+    pack: Callable[[list[Group]], dict[str, Any]],
+    policy: Scorer,
+) -> list[float]:
+    """Of every response in order; see `fastpo.data.follow_ups`."""
+    positive, negative = turns
+    every = [each for group in groups for each in followed_up(group, [*positive, *negative], eos)]
+    batch = pack(every)
+    scores = score_responses({"logps": policy(batch)}, batch["segments"])
+    likelihood = scores["mean_logps"]  # [responses, follow-ups]
+    praise, complaint = likelihood.split([len(positive), len(negative)], dim=1)
+    return (praise.mean(1) - complaint.mean(1)).tolist()
+
+
 def _worse(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Whether b, which stands after a, is worse by the data's own judgement."""
     if "rank" in a and "rank" in b:
@@ -79,18 +118,21 @@ class Summary:
     def __init__(self) -> None:
         self.values: dict[tuple[str, str], list[float]] = defaultdict(list)
         self.right: dict[str, list[float]] = defaultdict(list)
+        self.of_pairs: dict[str, list[float]] = defaultdict(list)
 
     def add(self, row: dict[str, Any]) -> None:
         """Count one output row."""
         responses = row["responses"]
+        for name, value in row.get("pair", {}).items():
+            self.of_pairs[name].append(float(value))
         for i, response in enumerate(responses):
             good = response.get("label", i == 0)
-            for name in ("logps", "mean_logps", "reward", "tokens"):
+            for name in (*_SCORES, "tokens"):
                 if name in response:
                     self.values[name, "chosen" if good else "rejected"].append(response[name])
         for a, b in combinations(responses, 2):
             if _worse(a, b):
-                for name in ("logps", "mean_logps", "reward"):
+                for name in _SCORES:
                     if name in a:
                         self.right[name].append(float(a[name] > b[name]))
 
@@ -101,11 +143,21 @@ class Summary:
         rows = [("", "chosen", "rejected", "pairs right")]
         rows += [
             (name, *(mean(self.values[name, kind]) for kind in ("chosen", "rejected")), mean(right))
-            for name in ("logps", "mean_logps", "reward", "tokens")
+            for name in (*_SCORES, "tokens")
             if self.values[name, "chosen"] or self.values[name, "rejected"]
             for right in [self.right[name]]
         ]
-        return table(rows)
+        of_pairs = [(name, mean(values)) for name, values in self.of_pairs.items()]
+        return "\n\n".join(table(each) for each in (rows, of_pairs) if each)
+
+
+def _require_pairs(groups: Sequence[Group]) -> None:
+    for group in groups:
+        if len(group.responses) < 2:
+            raise ValueError(
+                "--ches and --entanglement compare a chosen with a rejected response, but "
+                f"{group.source}, row {group.row} has one response: drop the flag"
+            )
 
 
 def score(arguments: argparse.Namespace) -> int:
@@ -113,6 +165,8 @@ def score(arguments: argparse.Namespace) -> int:
     show_log(logging.WARNING)
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size {arguments.batch_size} must be at least 1")
+    if arguments.token_rewards is not None and arguments.ref_model is None:
+        raise ValueError("--token-rewards compares with a reference: name one with --ref-model")
     source = {
         "revision": arguments.revision,
         "trust_remote_code": arguments.trust_remote_code,
@@ -129,12 +183,20 @@ def score(arguments: argparse.Namespace) -> int:
     options = DataOptions(
         max_length=arguments.max_length,
         on_bad_row="skip" if arguments.skip_bad_rows else "error",
+        reference_prompt=arguments.reference_prompt,
     )
     data = build_groups(rows, tokenizer, options, source=arguments.dataset)
+    if arguments.ches or arguments.entanglement:
+        _require_pairs(data.groups)
+    turns: tuple[list[Response], list[Response]] | None = None
+    if arguments.follow_up is not None:
+        positive, negative = read_follow_ups(arguments.follow_up)
+        turns = next_turns(tokenizer, positive), next_turns(tokenizer, negative)
 
     where = default_device()
     model = open_model(arguments.model, dtype=arguments.dtype, device=where, **source)
     pad: Any = tokenizer.pad_token_id
+    eos: Any = tokenizer.eos_token_id
     policy = Scorer(model, data.groups, pad)
     reference: Scorer | None = None
     if arguments.ref_model == "base":
@@ -155,24 +217,53 @@ def score(arguments: argparse.Namespace) -> int:
             pad,
         )
     shares = policy.shares and (reference is None or reference.shares)
-    summary = Summary()
+
+    def packed(groups: list[Group]) -> dict[str, Any]:
+        batch = collate(groups, share_prompt=shares, pad_token_id=pad)
+        return {k: v.to(where) if hasattr(v, "to") else v for k, v in batch.items()}
+
+    summary, on_page = Summary(), []
+    token_file = Path(arguments.token_rewards) if arguments.token_rewards else None
+    tokens = json_lines(str(token_file)) if token_file else nullcontext()
     bar = tqdm(total=len(data), desc="scoring", unit="group", disable=None)
-    with json_lines(arguments.out) as write, bar:
+    with json_lines(arguments.out) as write, tokens as write_tokens, bar:
         for start in range(0, len(data), arguments.batch_size):
             groups = data.groups[start : start + arguments.batch_size]
-            batch = collate(groups, share_prompt=shares, pad_token_id=pad)
-            batch = {k: v.to(where) if hasattr(v, "to") else v for k, v in batch.items()}
-            logps = policy(batch)
-            ref_logps = None
+            batch = packed(groups)
+            hidden = policy.hidden(batch)
+            logps, ref_logps = policy.logps(hidden, batch), None
             if reference is not None:
                 off = model.disable_adapter() if reference is policy else nullcontext()  # type: ignore[operator]
                 with off:
-                    ref_logps = reference(batch)
-            scores = score_responses({"logps": logps}, batch["segments"], ref_logps=ref_logps)
-            for row in _rows_of(groups, scores, arguments.beta):
+                    ref_logps = reference(packed([group.for_reference for group in groups]))
+            segments = batch["segments"]
+            scores = score_responses(
+                {"logps": logps}, segments, ref_logps=ref_logps, per_token=token_file is not None
+            )
+            rows_out = _rows_of(groups, scores, arguments.beta)
+            of_pairs = ches(hidden, segments) if arguments.ches else {}
+            if arguments.entanglement:
+                of_pairs |= entanglement(hidden, policy.head, batch["targets"], segments)
+            for name, values in of_pairs.items():
+                for row, value in zip(rows_out, values.tolist(), strict=True):
+                    row.setdefault("pair", {})[name] = value
+            if turns is not None:
+                rewards = _follow_up_rewards(groups, turns, eos, packed, policy)
+                every = [response for row in rows_out for response in row["responses"]]
+                for response, reward in zip(every, rewards, strict=True):
+                    response["follow_up"] = reward
+            for row in rows_out:
                 summary.add(row)
                 write(row)
+            if write_tokens is not None:
+                for row in token_rows(groups, scores, arguments.beta, tokenizer):
+                    write_tokens(row)
+                    if start < SHOWN:
+                        on_page.append(row)
             bar.update(len(groups))
+    if token_file is not None:
+        write_page(token_file.with_suffix(".html"), on_page, len(data))
+        sys.stderr.write(f"{token_file.with_suffix('.html')} shows the rewards of tokens\n")
     skipped = f", {len(data.skipped)} rows skipped" if data.skipped else ""
     sys.stderr.write(f"{len(data)} groups of {arguments.dataset}{skipped}\n{summary}\n")
     return 0

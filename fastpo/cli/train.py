@@ -25,6 +25,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from fastpo.cli.models import open_model, open_tokenizer, show_log, table
+from fastpo.cli.plan import host_needs
 from fastpo.data.build import GroupDataset, GroupStream, build_groups
 from fastpo.data.packing import counts_of
 from fastpo.data.rows import load_rows
@@ -69,9 +70,13 @@ MAY_CHANGE = {
     "load_best_model_at_end",
     "metric_for_best_model",
     "early_stopping_patience",
+    "kl_budget",
     "self_check",
     "backend",
     "workspace_mib",
+    "offload_activations",
+    "mlp_tile",
+    "layer_kernels",
     "share_prompt",
     "dataloader_num_workers",
     "reference_store",
@@ -280,7 +285,9 @@ def schedule_words(trainer: PreferenceTrainer, label_tokens: float) -> str:
         dtype=head.weight.dtype,
         stats=("logps", "kl_ref_policy") if kl else ("logps",),
         num_grad_stats=2 if kl else 1,
-        needs_head=head.weight.requires_grad or (bias is not None and bias.requires_grad),
+        needs_head=head.weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or head.lora is not None,
         needs_weight=head.weight.requires_grad,
         with_reference=kl,
         backend=trainer.args.backend,
@@ -460,13 +467,20 @@ def train(words: Sequence[str]) -> int:
                 "output_dir, or start over with --overwrite"
             )
 
+    if main and (needs := host_needs(recipe)) is not None:
+        print(f"{'needs':<11}{needs}", flush=True)
     source = {
         "revision": recipe.model.revision,
         "trust_remote_code": recipe.model.trust_remote_code,
     }
     gguf = {"gguf_file": recipe.model.gguf_file}
     tokenizer = open_tokenizer(
-        recipe.model.model, recipe.model.tokenizer, recipe.model.chat_template, **source, **gguf
+        recipe.model.model,
+        recipe.model.tokenizer,
+        recipe.model.chat_template,
+        random_init=recipe.model.random_init,
+        **source,
+        **gguf,
     )
     groups, held_out = prepare_data(recipe, config, tokenizer)
     lora = recipe.model.lora
@@ -476,24 +490,26 @@ def train(words: Sequence[str]) -> int:
         recipe.model.model,
         dtype=recipe.model.dtype,
         quantization=recipe.model.quantization,
+        random_init=recipe.model.random_init,
         attn_implementation=recipe.model.attn_implementation,
         lora={} if lora is True else (lora or None),
         trainable=True,
         **source,
         **gguf,
     )
-    ref_model = None
-    if recipe.model.ref_model is not None:
-        open_reference = partial(
-            open_model,
-            dtype=recipe.model.dtype,
-            attn_implementation=recipe.model.attn_implementation,
-            trust_remote_code=recipe.model.trust_remote_code,
-        )
-        named = recipe.model.ref_model
-        ref_model = (
-            open_reference(named) if isinstance(named, str) else blend(named, open_reference)
-        )
+    open_reference = partial(
+        open_model,
+        dtype=recipe.model.dtype,
+        attn_implementation=recipe.model.attn_implementation,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+
+    def opened(named: str | dict[str, float] | None) -> Any:
+        if named is None:
+            return None
+        return open_reference(named) if isinstance(named, str) else blend(named, open_reference)
+
+    ref_model, ref_model2 = map(opened, (recipe.model.ref_model, recipe.model.ref_model2))
     stop = StopCleanly()
     trainer = PreferenceTrainer(
         model,  # type: ignore[arg-type]
@@ -502,6 +518,7 @@ def train(words: Sequence[str]) -> int:
         eval_dataset=held_out,
         processing_class=tokenizer,
         ref_model=ref_model,  # type: ignore[arg-type]
+        ref_model2=ref_model2,  # type: ignore[arg-type]
         callbacks=[stop],
     )
     trainer.check()  # before anything is said about how prompts are packed
@@ -510,6 +527,8 @@ def train(words: Sequence[str]) -> int:
     reference = REFERENCES[trainer.reference_kind]
     if ref_model is not None and trainer.reference_kind != "none":
         reference = str(recipe.model.ref_model)
+    if ref_model2 is not None:
+        reference += f", and {recipe.model.ref_model2}"
     facts: dict[str, Any] = {
         "status": "running",
         "command": shlex.join(["fastpo", "train", *words]),

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from fastpo.data.groups import Group, Response
 from fastpo.data.packing import collate
 from fastpo.head import Head, linear_logps, logps_from_logits
-from fastpo.model.attention import SharingError
 from fastpo.model.hidden import attach, causal_lm, decoder_of, label_hidden
+from fastpo.model.shared_row import SharingError
 
 logger = logging.getLogger(__name__)
 
@@ -153,9 +153,15 @@ def self_check(
 
 def _shortened(group: Group) -> Group:
     def cut(response: Response) -> Response:
-        ids = response.input_ids[:_RESPONSE_TOKENS]
-        scored = np.ones(len(ids), dtype=bool)
-        return replace(response, input_ids=ids, loss_mask=scored, token_weights=None)
+        ids, prompt = response.input_ids[:_RESPONSE_TOKENS], response.prompt_ids
+        return replace(
+            response,
+            input_ids=ids,
+            loss_mask=np.ones(len(ids), dtype=bool),
+            token_weights=None,
+            token_rewards=None,
+            prompt_ids=None if prompt is None else prompt[-_PROMPT_TOKENS:],
+        )
 
     return replace(
         group,
@@ -183,7 +189,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _fused(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
     weight = head.weight
     return linear_logps(
-        hidden.to(weight.dtype), weight, targets, bias=head.bias, **head.facts()
+        hidden.to(weight.dtype), weight, targets, bias=head.bias, lora=head.lora, **head.facts()
     ).double()
 
 
@@ -222,6 +228,7 @@ def _compare_head(model: nn.Module, head: Head, batch: dict[str, Any]) -> tuple[
     # Without position_ids, which not every family takes: a padded row counts from 0 by itself.
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     logits = causal_lm(model)(**inputs, use_cache=False).logits.flatten(0, 1)[index]
+    logits = logits[:, : head.vocab_size]
     own = logps_from_logits(logits, targets, temperature=head.temperature).double()
     if bool(own.isnan().any()):
         name = type(causal_lm(model)).__name__

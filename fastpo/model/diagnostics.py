@@ -86,6 +86,7 @@ def entanglement(
             head.weight.detach(),
             labels,
             bias=bias,
+            lora=head.lora,
             backend=backend,
             workspace_mib=workspace_mib,
             **head.facts(),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fastpo.data.packing import Layout
-from fastpo.model.attention import NAME, SharedRow
+from fastpo.model.attention import NAME
+from fastpo.model.shared_row import SharedRow
+
+logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -33,6 +37,7 @@ class _Attached:
 
     forward: Callable | None
     hooks: list = field(default_factory=list)
+    attention_backend: str = "auto"
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -74,13 +79,19 @@ def decoder_of(model: nn.Module) -> PreTrainedModel:
     return decoder
 
 
-def attach(model: M) -> M:
+def attach(model: M, *, attention_backend: str | None = None) -> M:
     """Let the causal language model inside `model` return hidden states; returns `model` itself.
 
     Afterwards `model(..., fastpo_hidden=True)` runs the decoder only and returns its last hidden
     state [B, T, D], final norm included, without a cache; with `fastpo_layout=Layout` the one row
     of input shares its prompts. Any other call is the original forward. Survives `copy.deepcopy`;
-    attaching twice changes nothing. Works before or after peft and accelerate wrap the model.
+    attaching twice changes the back end at most. Works before or after peft and accelerate wrap the
+    model.
+
+    Args:
+        model: a causal language model, perhaps wrapped.
+        attention_backend: of packed rows: a name of `fastpo.model.attention.BACKENDS`, which never
+            falls back, or "auto"; None: as it was, "auto" at first.
 
     Raises:
         TypeError, ValueError: as `causal_lm` and `decoder_of`; a prompt-learning adapter; a model
@@ -94,12 +105,21 @@ def attach(model: M) -> M:
             "positions: use LoRA or another adapter of weights"
         )
     if "_fastpo" in inner.__dict__:
+        if attention_backend is not None:
+            inner.__dict__["_fastpo"].attention_backend = attention_backend
         return model
     decoder = decoder_of(inner)
     if decoder.config._attn_implementation == NAME:
         raise ValueError(
             f"attn_implementation={NAME!r}: load the model with its own ('sdpa', "
             "'flash_attention_2', ...); calls with a layout switch by themselves"
+        )
+    if getattr(decoder.config, "output_router_logits", False):
+        # Over which tokens, with one copy of a prompt or K, would be a choice: none is made.
+        logger.warning(
+            "%s asks for output_router_logits, but no load-balance loss is added: its routers "
+            "learn from the preference loss alone",
+            type(inner).__name__,
         )
     hooks = []
     for module in decoder.modules():
@@ -109,7 +129,9 @@ def attach(model: M) -> M:
             hooks.append(
                 module.register_forward_hook(_leave_attention, with_kwargs=True, always_call=True)
             )
-    inner.__dict__["_fastpo"] = _Attached(inner.__dict__.get("forward"), hooks)
+    inner.__dict__["_fastpo"] = _Attached(
+        inner.__dict__.get("forward"), hooks, attention_backend or "auto"
+    )
     inner.forward = MethodType(_forward_like(type(inner).forward), inner)
     return model
 
@@ -184,7 +206,7 @@ def _hidden(
         raise ValueError("a packed row takes no attention_mask: its layout is its mask")
     if given.get("position_ids") is None:
         raise ValueError("a packed row needs position_ids: every response restarts at the prompt")
-    row = SharedRow(layout)
+    row = SharedRow(layout, model.__dict__["_fastpo"].attention_backend)
     with _implementation(decoder.config, NAME):  # the decoder builds its masks under this name
         hidden = decoder(*args, **given, fastpo_layout=row).last_hidden_state
     row.verify(decoder.config)

@@ -26,6 +26,7 @@ from transformers import (
 
 from fastpo.model.attention import NAME
 from fastpo.model.device import default_device, native_bf16
+from fastpo.model.random_init import model_config, random_model
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ def load_model(
     attn_implementation: str | None = None,
     lora: dict[str, Any] | None = None,
     device: str | torch.device | None = None,
+    random_init: bool = False,
 ) -> nn.Module:
     """A causal language model, with a fresh LoRA adapter if asked for.
 
@@ -103,6 +105,9 @@ def load_model(
         lora: keyword arguments of peft.LoraConfig; `target_modules` is "all-linear" by default,
             which leaves the head out.
         device: where to put the model, by default where transformers does.
+        random_init: draw the weights instead of reading them, to measure memory and speed;
+            `name_or_path` may then be a preset or a config.json too, and `device` is the
+            accelerator by default.
 
     Raises:
         ValueError: an encoder-decoder or other model that is no causal language model, an unknown
@@ -116,10 +121,28 @@ def load_model(
             f"attn_implementation={NAME!r}: name the model's own attention; shared prompts switch "
             "by themselves"
         )
-    _check_causal(AutoConfig.from_pretrained(name_or_path, **source), name_or_path)
+    config = (
+        model_config(name_or_path, **source)
+        if random_init
+        else AutoConfig.from_pretrained(name_or_path, **source)
+    )
+    _check_causal(config, name_or_path)
     options: dict[str, Any] = {"dtype": _resolve_dtype(dtype, device)}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
+    if random_init:
+        if gguf_file is not None:
+            raise ValueError(f"random_init reads no weights: drop gguf_file={gguf_file!r}")
+        logger.warning("%s has random weights: for memory and speed alone", name_or_path)
+        packed = None if quantization is None else _quantization(quantization, options["dtype"])
+        model = random_model(
+            config,
+            dtype=torch.bfloat16 if options["dtype"] == "auto" else options["dtype"],
+            quantization=packed,
+            attn_implementation=attn_implementation,
+            device=default_device() if device is None else torch.device(device),
+        )
+        return model if lora is None else add_lora(model, lora)
     if gguf_file is not None:
         if quantization is not None:
             raise ValueError(f"gguf_file={gguf_file!r} is dequantised on load: no quantization")

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 
 from .base import Objective
 from .batchwise import BATCHWISE
+from .contexts import CONTEXTS
 from .diffusion import DIFFUSION
 from .lipo import LIPO
 from .listwise import LISTWISE
@@ -22,6 +23,7 @@ SECTIONS: dict[str, dict[str, Objective]] = {
     "Pairs without a reference": REFERENCE_FREE,
     "Regressions of margins and rewards": REGRESSION,
     "Pairs that see the whole batch": BATCHWISE,
+    "Other prompts, other references": CONTEXTS,
     "Single responses": POINTWISE,
     "Lists": LIPO | LISTWISE,
     "Token statistics": TOKEN,

@@ -18,12 +18,20 @@ from torch import Tensor
 Family = Literal["pair", "point", "list"]
 """pair: exactly two candidates. point: each candidate alone. list: two or more, ragged."""
 
-Per = Literal["groups", "responses", "desirable", "undesirable", "chosen_tokens", "response_tokens"]
+Per = Literal[
+    "groups",
+    "responses",
+    "desirable",
+    "undesirable",
+    "chosen_tokens",
+    "response_tokens",
+    "gold_tokens",
+]
 """What a term's sum is divided by, counted over the whole optimiser step and every rank.
 
 `desirable` and `undesirable` count responses by label, `response_tokens` the scored tokens of all
-responses, `chosen_tokens` those of the desirable ones. A count of zero leaves a sum of zero:
-divide by max(count, 1).
+responses, `chosen_tokens` those of the desirable ones, `gold_tokens` those of the extra `gold`. A
+count of zero leaves a sum of zero: divide by max(count, 1).
 """
 
 

@@ -40,8 +40,8 @@ def kto(
     $z_0 = \max(0, \mathrm{mean}\,u(x, y'))$ estimates KL(policy || reference) from responses $y'$
     to other prompts, averaged over every rank, without gradient. Keep $\lambda_D n_D / \lambda_U
     n_U$ between 1 and 4/3. `kto_pair` takes $z_0$ from the other sides of the pairs,
-    `apo_zero_unpaired` has none. HALOs' `humanline`, which clamps every token's log-ratio, is not
-    offered. Reward $\beta u$. Paper: https://arxiv.org/abs/2402.01306
+    `apo_zero_unpaired` has none; `kto_humanline` clamps every token's log-ratio. Reward $\beta u$.
+    Paper: https://arxiv.org/abs/2402.01306
 
     >>> import torch
     >>> u, live = torch.tensor([[3.0], [3.0]]), torch.tensor([[True], [True]])
@@ -54,6 +54,60 @@ def kto(
         label, desirable_weight * torch.sigmoid(-gain), undesirable_weight * torch.sigmoid(gain)
     )
     return _outcome(losses, beta * ratio, mask)
+
+
+def kto_humanline(
+    token_logps: Tensor,  # [G, K, T]
+    token_ref_logps: Tensor,  # [G, K, T]
+    token_weights: Tensor,  # [G, K, T]
+    token_mask: Tensor,  # [G, K, T] bool
+    z0: Tensor,  # []
+    label: Tensor,  # [G, K] bool
+    mask: Tensor,  # [G, K] bool
+    *,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    log_epsilon_p: float = -1.5,
+    log_epsilon_r: float = 1.5,
+) -> Outcome:
+    r"""KTO under HALOs' `humanline=true`: `kto` with the log-ratio of every token clamped.
+
+    $$u = \sum_t a_t\,\mathrm{clip}\big(\log\pi(y_t) - \log\pi_{ref}(y_t),\
+    \epsilon_P,\ \epsilon_R\big)$$
+
+    A token outside the bounds has no gradient. HALOs' launch scripts take `log_epsilon_P` and
+    `log_epsilon_R` from outside; these defaults are ours. Its earlier form rejected tokens at
+    random instead of clamping. $z_0$ is that of `kto`, while HALOs clamps its tokens too. Reward
+    $\beta u$. Paper: https://arxiv.org/abs/2509.24207
+
+    Raises:
+        ValueError: bounds that do not enclose 0, the log-ratio that training starts from.
+
+    >>> import torch
+    >>> logps, one = torch.tensor([[[-1.0, -9.0]]]), torch.ones(1, 1, 2)
+    >>> kto_humanline(  # u = 1 - 1.5
+    ...     logps, -2 * one, one, one.bool(), torch.tensor(0.0), *2 * [one[..., 0].bool()]
+    ... ).rewards
+    tensor([[-0.0500]])
+    """
+    if not log_epsilon_p < 0 < log_epsilon_r:
+        raise ValueError(
+            f"log_epsilon_p={log_epsilon_p} and log_epsilon_r={log_epsilon_r} of kto_humanline "
+            "must lie on either side of 0"
+        )
+    tokens = token_mask & mask[..., None]
+    log_ratio = live(token_logps - token_ref_logps, tokens).clamp(log_epsilon_p, log_epsilon_r)
+    ratio = (live(token_weights, tokens) * log_ratio).sum(-1)
+    return kto(
+        ratio,
+        z0,
+        label,
+        mask,
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+    )
 
 
 def _mismatched(scores: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -298,6 +352,15 @@ POINTWISE: dict[str, Objective] = {
         "point",
         "2402.01306",
         "lam_D sig(-beta (u - z0)) if desirable else lam_U sig(beta (u - z0))",
+        {"z0": Statistic(_mismatched)},
+        extras=("mismatched",),
+    ),
+    "kto_humanline": Objective(
+        "kto_humanline",
+        kto_humanline,
+        "point",
+        "2509.24207",
+        "kto, u = sum_t clip(logp_t - ref_t, eP, eR)",
         {"z0": Statistic(_mismatched)},
         extras=("mismatched",),
     ),

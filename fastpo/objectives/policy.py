@@ -265,8 +265,8 @@ def dapo(
     1+\epsilon_{high})\,A\big)$$
 
     divided by the number of tokens of the whole optimiser step. Dynamic sampling and the overlong
-    punishment are matters of data and of $q$. Not Direct Advantage Policy Optimization
-    (https://arxiv.org/abs/2412.18279). Paper: https://arxiv.org/abs/2503.14476
+    punishment are matters of data and of $q$. Not Direct Advantage Policy Optimization, which is
+    `step_dapo`. Paper: https://arxiv.org/abs/2503.14476
 
     >>> import torch
     >>> logps, one = torch.log(torch.tensor([[[0.9], [0.5]]])), torch.ones(1, 2, 1)
@@ -707,6 +707,32 @@ def dro(
     return _outcome(-gain * live(token_weights, tokens) / divisor, per, score, mask)
 
 
+def step_dapo(
+    ratio: Tensor,  # [G, K]
+    score: Tensor,  # [G, K]
+    mask: Tensor,  # [G, K] bool
+    *,
+    beta: float = 0.1,
+) -> Outcome:
+    r"""Direct Advantage Policy Optimization: regression of a step's log-ratio on its advantage.
+
+    $$\frac{1}{2}\Big(u - \frac{A}{\beta}\Big)^2, \quad u = S - R$$
+
+    averaged over responses. A group is a state: its prompt is the question with the steps so far,
+    its responses are next steps that the reference drew, and the grade of each is the advantage
+    $A = V(s') - V(s)$ of a critic that was trained beforehand. Not the DAPO of ByteDance, which is
+    `dapo`. The default of $\beta$ is DPO's: the paper's is not known to us. Not verified against
+    official code. Reward $\beta u$. Paper: https://arxiv.org/abs/2412.18279
+
+    >>> import torch
+    >>> both = torch.ones(1, 2).bool()
+    >>> step_dapo(torch.tensor([[4.0, 1.0]]), torch.tensor([[0.2, -0.3]]), both).terms[0].values
+    tensor([10.])
+    """
+    gap = live(ratio - live(score, mask).to(ratio.dtype) / beta, mask)
+    return _outcome(gap.square() / 2, "responses", beta * ratio, mask)
+
+
 def kl_penalty(
     token_logps: Tensor,  # [G, K, T]
     token_ref_logps: Tensor,  # [G, K, T]
@@ -802,6 +828,9 @@ POLICY: dict[str, Objective] = {
         "list",
         "2405.19107",
         "sum_t -(A logp_t - (beta/2) (logp_t - old_t)^2) / all tokens",
+    ),
+    "step_dapo": Objective(
+        "step_dapo", step_dapo, "point", "2412.18279", "(1/2) (u - A / beta)^2, A of the step"
     ),
     "kl_penalty": Objective(
         "kl_penalty",

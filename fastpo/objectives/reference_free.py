@@ -10,7 +10,7 @@ from torch import Tensor
 from .base import Objective, Outcome
 from .links import Link, live, log_odds, logistic, sigmoid_or_hinge, smoothed_logistic
 from .pairwise import divergence_margin, margin_of, pair_outcome
-from .regularisers import Reduction, nll
+from .regularisers import Reduction, gold_nll, nll
 
 
 def simpo(
@@ -249,6 +249,7 @@ def repo(
 def tpo(
     logps: Tensor,  # [G, 2]
     mean_logps: Tensor,  # [G, 2]
+    gold_logps: Tensor,  # [G]
     gold_mean_logps: Tensor,  # [G]
     mask: Tensor,  # [G, 2] bool
     *,
@@ -257,22 +258,25 @@ def tpo(
     gamma: float = 0.5,
     label_smoothing: float = 0.0,
     loss_type: Literal["sigmoid", "hinge", "ipo", "tpo_l"] = "sigmoid",
+    nll_reduction: Reduction = "token_mean",
 ) -> Outcome:
     r"""Triple preference optimisation: CPO with the NLL on a third, gold response.
 
-    $$-(1-\epsilon)\log\sigma(z) - \epsilon\log\sigma(-z) - \alpha\,s_{gold}, \quad
-    z = \beta(S_w - S_l)$$
+    $$-(1-\epsilon)\log\sigma(z) - \epsilon\log\sigma(-z) + \alpha\,\mathrm{NLL}(y_{gold}),
+    \quad z = \beta(S_w - S_l)$$
 
     `loss_type`: `tpo_l` is the paper's length-normalised TPO-L, $z = \beta(s_w - s_l) - \gamma$;
-    `hinge` and `ipo` are as in `cpo`. The gold response is the extra `gold`. Its NLL is the mean
-    over groups of per-token means; TRL and the official code average over the tokens of all gold
-    responses of a micro-batch, the same where those are of one length. Reward $\beta S$, or
-    $\beta s$ where means are compared. Paper: https://arxiv.org/abs/2405.16681
+    `hinge` and `ipo` are as in `cpo`. The gold response is the extra `gold`; its NLL is reduced as
+    in `sft`, by default over the gold tokens of the whole optimiser step (TRL and the official
+    code: of a micro-batch). Reward $\beta S$, or $\beta s$ where means are compared.
+    Paper: https://arxiv.org/abs/2405.16681
 
     >>> import torch
     >>> logps, both = torch.tensor([[-10.0, -10.0]]), torch.tensor([[True, True]])
-    >>> tpo(logps, logps / 5, torch.tensor([-2.0]), both).terms[0].values  # log 2 + 2
-    tensor([2.6931])
+    >>> gold = torch.tensor([-6.0])
+    >>> preference, likelihood = tpo(logps, logps / 5, gold, gold / 3, both).terms
+    >>> preference.values, likelihood
+    (tensor([0.6931]), Term(values=tensor([6.]), per='gold_tokens', weight=1.0))
     """
     if loss_type == "tpo_l":
         preference = smoothed_logistic(beta * margin_of(mean_logps, mask) - gamma, label_smoothing)
@@ -283,7 +287,9 @@ def tpo(
             f"unknown loss_type {loss_type!r} of tpo; use 'sigmoid', 'hinge', 'ipo' or 'tpo_l'"
         )
     compared = mean_logps if loss_type in ("ipo", "tpo_l") else logps
-    return pair_outcome(preference - tpo_alpha * gold_mean_logps, beta * compared, mask)
+    ranking = pair_outcome(preference, beta * compared, mask)
+    likelihood = gold_nll(gold_logps, gold_mean_logps, mask, nll_reduction, tpo_alpha)
+    return Outcome((*ranking.terms, likelihood), ranking.rewards)
 
 
 REFERENCE_FREE: dict[str, Objective] = {
@@ -309,7 +315,7 @@ REFERENCE_FREE: dict[str, Objective] = {
         tpo,
         "pair",
         "2405.16681",
-        "-logsig(beta (S_w - S_l)) - alpha s_gold",
+        "-logsig(beta (S_w - S_l)) + alpha NLL_gold",
         extras=("gold",),
     ),
 }

@@ -5,7 +5,7 @@ They are made to be mixed in, `{"dpo": 1.0, "sft": 0.1}`, and are objectives lik
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -84,35 +84,49 @@ def sft(
     return Outcome((term,), live(logps, mask).detach())
 
 
+def gold_nll(
+    gold_logps: Tensor,  # [G]
+    gold_mean_logps: Tensor,  # [G]
+    mask: Tensor,  # [G, K] bool
+    reduction: Reduction,
+    weight: float = 1.0,
+) -> Term:
+    """Negative log-likelihood of the extra response `gold` as one term of a loss.
+
+    Raises:
+        ValueError: an unknown `reduction`.
+    """
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"unknown reduction {reduction!r}; use one of {get_args(Reduction)}")
+    scores = gold_mean_logps if reduction == "sequence_mean" else gold_logps
+    per = "gold_tokens" if reduction == "token_mean" else "groups"
+    return Term(live(-scores, mask.any(-1)), per, weight)
+
+
 def gold_sft(
     gold_logps: Tensor,  # [G]
     gold_mean_logps: Tensor,  # [G]
     mask: Tensor,  # [G, K] bool
     *,
-    reduction: Literal["sequence_mean", "sum"] = "sequence_mean",
+    reduction: Reduction = "token_mean",
 ) -> Outcome:
     r"""Supervised fine-tuning on the extra response `gold`, which is none of the candidates.
 
-    $$-s_{gold} \quad\text{or}\quad -S_{gold}$$
+    $$-\sum_t \log\pi(y^{gold}_t)$$
 
-    averaged over groups: `sequence_mean` divides by the length, `sum` does not. `tpo` has the
-    former built in. It gives candidates no reward: 0 is logged.
+    reduced as in `sft`, with groups in place of desirable responses. `tpo` has it built in. It
+    gives candidates no reward: 0 is logged.
 
     Raises:
         ValueError: an unknown `reduction`.
 
     >>> import torch
     >>> logps = torch.tensor([-6.0])
-    >>> gold_sft(logps, logps / 3, torch.tensor([[True, True]])).terms[0].values
-    tensor([2.])
+    >>> gold_sft(logps, logps / 3, torch.tensor([[True, True]])).terms[0]
+    Term(values=tensor([6.]), per='gold_tokens', weight=1.0)
     """
-    if reduction not in ("sequence_mean", "sum"):
-        raise ValueError(
-            f"unknown reduction {reduction!r} of gold_sft; use 'sequence_mean' or 'sum'"
-        )
-    score = gold_logps if reduction == "sum" else gold_mean_logps
     rewards = torch.zeros_like(mask, dtype=gold_logps.dtype)
-    return Outcome((Term(live(-score, mask.any(-1))),), rewards)
+    return Outcome((gold_nll(gold_logps, gold_mean_logps, mask, reduction),), rewards)
 
 
 def kl_retain(
@@ -182,7 +196,12 @@ def entropy(
 REGULARISERS: dict[str, Objective] = {
     "sft": Objective("sft", sft, "point", "maximum likelihood", "-S_w, averaged over tokens"),
     "gold_sft": Objective(
-        "gold_sft", gold_sft, "point", "maximum likelihood", "-s_gold", extras=("gold",)
+        "gold_sft",
+        gold_sft,
+        "point",
+        "maximum likelihood",
+        "-S_gold, averaged over tokens",
+        extras=("gold",),
     ),
     "kl_retain": Objective(
         "kl_retain", kl_retain, "point", "2404.05868", "sum_t KL(ref || policy)_t, desirable only"

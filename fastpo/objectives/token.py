@@ -68,31 +68,36 @@ def sparse_po(
     ratio: Tensor,  # [G, 2]
     kl: Tensor,  # [G, 2]
     token_weights: Tensor,  # [G, 2, T]
+    token_kl_weights: Tensor,  # [G, 2, T]
     token_mask: Tensor,  # [G, 2, T] bool
     mask: Tensor,  # [G, 2] bool
     *,
     beta: float = 0.1,
     l1_weight: float = 1e-3,
+    kl_l1_weight: float = 0.0,
 ) -> Outcome:
-    r"""SparsePO with common masks: `tdpo1` under token weights, and a price on the weights.
+    r"""SparsePO: `tdpo1` under masks of tokens, and a price on the masks.
 
     $$-\log\sigma\Big(\beta\big[(u_w - u_l) - (F_l - F_w)\big]\Big) +
-    \lambda\sum_t (|a_{w,t}| + |a_{l,t}|)$$
+    \lambda_u\sum_t (|a_{w,t}| + |a_{l,t}|) + \lambda_d\sum_t (|d_{w,t}| + |d_{l,t}|)$$
 
-    The masks $a_t \ge 0$ are the token weights, which $u$ and $F$ contain: learned ones get
-    gradient through all three, fixed ones (the paper's MaPO, made from the reference's
-    activations) go with `l1_weight=0`. The price is a sum over tokens, not a mean. The paper also
-    has separate masks for $u$ and $F$. Defaults of the helpful-and-harmless runs; 0.8 and 0 on
+    The masks are token weights that $u = \sum_t a_t \log(\pi/\pi_{ref})$ and $F = \sum_t d_t
+    KL_t$ contain: learned ones (`fastpo.model.masks`) get gradient through both and through their
+    price. Common masks are $a = d$, priced by `l1_weight` alone; fixed ones (the paper's MaPO, made
+    from the reference's activations) go with `l1_weight=0`. The price is a sum over tokens, not a
+    mean. Defaults of the helpful-and-harmless runs with common masks; `beta` 0.8 and prices of 0 on
     IMDB and TL;DR. Reward $\beta(u + F)$. Paper: https://arxiv.org/abs/2410.05102
 
     >>> import torch
     >>> u, f, both = torch.tensor([[4.0, -2.0]]), torch.tensor([[1.0, 7.0]]), torch.ones(1, 2) > 0
-    >>> sparse_po(u, f, torch.ones(1, 2, 3), torch.ones(1, 2, 3) > 0, both).terms[0].values
+    >>> ones = torch.ones(1, 2, 3)
+    >>> sparse_po(u, f, ones, ones, ones > 0, both).terms[0].values
     tensor([0.6991])
     """
     preference = tdpo1(ratio, kl, mask, beta=beta)
-    weights = live(token_weights, token_mask & mask[..., None])
-    price = l1_weight * weights.abs().sum((-2, -1))
+    tokens = token_mask & mask[..., None]
+    price = l1_weight * live(token_weights, tokens).abs()
+    price = (price + kl_l1_weight * live(token_kl_weights, tokens).abs()).sum((-2, -1))
     return pair_outcome(preference.terms[0].values + price, preference.rewards, mask)
 
 
@@ -248,7 +253,7 @@ TOKEN: dict[str, Objective] = {
         sparse_po,
         "pair",
         "2410.05102",
-        "-logsig(beta (u_w - u_l - (F_l - F_w))) + l1 sum_t |a_t|, a inside u and F",
+        "-logsig(beta (u_w - u_l - (F_l - F_w))) + l1 sum_t |a_t| (+ |d_t|), a in u, d in F",
     ),
     "tis_dpo": Objective(
         "tis_dpo", tis_dpo, "pair", "2410.04350", "-logsig(beta (u_w - u_l - alpha (G_w - G_l)))"

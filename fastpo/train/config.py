@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 # Scores that only a loop of one's own can supply: of samples drawn during training, or of images.
-_OWN_LOOP = ("old_logps", "token_rewards", "error")
+_OWN_LOOP = {"old_logps", "token_old_logps", "error", "ref_error"}
 
 
 def _nearest(value: object, names: Iterable[str]) -> str:
@@ -84,7 +84,7 @@ class PreferenceConfig(TrainingArguments):
     max_response_length: int | None = field(
         default=None, metadata={"help": "Longest response in tokens."}
     )
-    truncation: Literal["keep_end", "keep_start", "error"] = field(
+    truncation: Literal["keep_end", "keep_start", "cut_middle", "error"] = field(
         default="keep_end", metadata={"help": "Which part of a too long prompt is kept."}
     )
     on_bad_row: Literal["error", "skip"] = field(
@@ -104,16 +104,46 @@ class PreferenceConfig(TrainingArguments):
         metadata={"help": "Schemes that weigh tokens: {ld: 0.5}, decay, sampo, diff."},
     )
 
+    token_masks: Literal["none", "common", "independent", "activation"] = field(
+        default="none",
+        metadata={
+            "help": "Token weights from the reference's hidden states (SparsePO): learned, common "
+            "or one for divergences too, or fixed (activation)."
+        },
+    )
+
     # How the model is run.
     share_prompt: bool | str = field(
         default="auto",
         metadata={"help": "One prompt copy per group: auto (when the model can), true or false."},
+    )
+    max_tokens_per_row: int | None = field(
+        default=None,
+        metadata={
+            "help": "A device's batch runs in rows of at most so many tokens, one after the other; "
+            "the step stays the same. None: one row."
+        },
+    )
+    attention_backend: Literal["auto", "segments", "varlen", "merge", "flex"] = field(
+        default="auto", metadata={"help": "Implementation of attention with shared prompts."}
     )
     backend: Literal["auto", "torch", "triton"] = field(
         default="auto", metadata={"help": "Implementation of the head."}
     )
     workspace_mib: int = field(
         default=256, metadata={"help": "Memory for logits in MiB, whatever the vocabulary is."}
+    )
+    offload_activations: bool = field(
+        default=False,
+        metadata={"help": "Inputs of checkpointed layers wait in pinned host memory."},
+    )
+    mlp_tile: int | str | None = field(
+        default=None,
+        metadata={"help": "MLPs run in tiles of so many tokens; auto: the hidden size."},
+    )
+    layer_kernels: Literal["none", "auto", "liger"] = field(
+        default="none",
+        metadata={"help": "liger-kernel's norms, RoPE and activations; auto: where they can."},
     )
     batch_statistics: Literal["local", "exact"] = field(
         default="local",
@@ -139,6 +169,10 @@ class PreferenceConfig(TrainingArguments):
         default=None, metadata={"help": "Folder of the store; None: <output_dir>/reference."}
     )
 
+    reference_prompt: Literal["prompt", "short_prompt"] = field(
+        default="prompt",
+        metadata={"help": "Column with the prompt that the reference sees (LongPO: short_prompt)."},
+    )
     reference_update: dict | str | None = field(
         default=None,
         metadata={
@@ -150,6 +184,10 @@ class PreferenceConfig(TrainingArguments):
     # What is watched.
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after this many evaluations without improvement."}
+    )
+    kl_budget: float | None = field(
+        default=None,
+        metadata={"help": "Stop when kl/chosen or kl/rejected, nats a response, exceeds this."},
     )
     num_samples: int = field(
         default=0, metadata={"help": "Generate for this many prompts before and after training."}
@@ -222,14 +260,30 @@ class PreferenceConfig(TrainingArguments):
             "max_length",
             "max_prompt_length",
             "max_response_length",
+            "max_tokens_per_row",
             "workspace_mib",
             "sample_tokens",
+            "mlp_tile",
         ):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        if self.kl_budget is not None and not self.kl_budget > 0:
+            raise ValueError(f"kl_budget={self.kl_budget} must be a positive number of nats")
         if self.num_samples < 0:
             raise ValueError(f"num_samples={self.num_samples} must be 0 (none) or more")
+        if isinstance(self.mlp_tile, str) and self.mlp_tile != "auto":
+            raise ValueError(f"mlp_tile={self.mlp_tile!r} is neither a number of tokens nor 'auto'")
+        if self.offload_activations and not self.activation_checkpointing:
+            raise ValueError(
+                "offload_activations=True moves the inputs of checkpointed layers: it needs "
+                "activation_checkpointing=True"
+            )
+        if self.use_liger_kernel:
+            raise ValueError(
+                "use_liger_kernel=True would patch the policy after its reference was taken, and "
+                "replace its head: use layer_kernels='liger'"
+            )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop the groups: leave it False")
         if self.label_smoothing_factor:
@@ -259,6 +313,7 @@ class PreferenceConfig(TrainingArguments):
                 f"{self.reference!r}: set reference to 'store' or drop the folder"
             )
         loss = self.build_loss()
+        self._check_masks(loss)
         rule = self.update_rule
         if rule is not None and (
             not loss.needs_reference or self.reference not in ("auto", "copy")
@@ -267,7 +322,7 @@ class PreferenceConfig(TrainingArguments):
                 f"reference_update={self.reference_update} needs a reference that can move: "
                 "reference='copy', and an objective that compares with one"
             )
-        own_loop = sorted(name for name in loss.needs if name.endswith(_OWN_LOOP))
+        own_loop = sorted(_OWN_LOOP & loss.needs)
         if own_loop:
             raise ValueError(
                 f"objective={self.objective!r} needs {own_loop[0]!r}, which no data set has: call "
@@ -278,11 +333,36 @@ class PreferenceConfig(TrainingArguments):
                 f"reference='none', but objective={self.objective!r} compares with a reference: "
                 "use 'auto', or a reference-free objective such as 'simpo', 'cpo' or 'orpo'"
             )
+        if self.reference_prompt != "prompt" and not loss.needs_reference:
+            raise ValueError(
+                f"reference_prompt={self.reference_prompt!r}, but objective={self.objective!r} "
+                "compares with no reference: drop it, or use one that does, such as 'dpo'"
+            )
+        if self.kl_budget is not None and not loss.needs_reference:
+            raise ValueError(
+                f"kl_budget={self.kl_budget}, but objective={self.objective!r} compares with no "
+                "reference: drop it, or use one that does, such as 'dpo'"
+            )
         if loss.needs_kl and self.reference == "store":
             raise ValueError(
                 f"reference='store' keeps log-probabilities of the labels only, but "
                 f"objective={self.objective!r} needs the reference's whole distribution: use "
                 "reference='adapter' or 'copy'"
+            )
+
+    def _check_masks(self, loss: PreferenceLoss) -> None:
+        if self.token_masks == "none":
+            return
+        stored = self.reference == "store" or self.reference_store is not None
+        if not loss.needs_reference or stored:
+            raise ValueError(
+                f"token_masks={self.token_masks!r} reads the hidden states of a reference that "
+                "runs: use reference='adapter' or 'copy', and an objective that compares with one"
+            )
+        if self.token_masks == "independent" and not loss.needs_kl:
+            raise ValueError(
+                f"token_masks='independent' has a mask for divergences, but objective="
+                f"{self.objective!r} has none: use 'common', or sparse_po"
             )
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import resource
@@ -21,6 +22,8 @@ from transformers import ProgressCallback as HFProgressCallback
 from transformers import TrainerCallback
 
 METRICS_FILE = "metrics.jsonl"
+
+log = logging.getLogger(__name__)
 
 
 class MetricWindow:
@@ -125,6 +128,30 @@ class JsonlCallback(TrainerCallback):
                 record[name] = None
         with (Path(str(args.output_dir)) / METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+
+class KLBudget(TrainerCallback):
+    """Ends training once the policy is further than `budget` nats a response from its reference.
+
+    Over-optimisation is a function of that distance (https://arxiv.org/abs/2406.02900), so runs
+    that end at the same one compare. It is read off the responses of the data, the larger of
+    `kl/chosen` and `kl/rejected` in a logging window: sums over tokens of half the squared
+    log-ratio, which to second order is either divergence where the reference drew the responses.
+    """
+
+    def __init__(self, budget: float) -> None:
+        self.budget = budget
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        spent = max((logs or {}).get(f"kl/{side}", 0.0) for side in ("chosen", "rejected"))
+        if spent > self.budget:
+            log.warning(
+                "step %d: %.3g nats a response from the reference, kl_budget is %g: training ends",
+                state.global_step,
+                spent,
+                self.budget,
+            )
+            control.should_training_stop = True
 
 
 class ProgressCallback(HFProgressCallback):

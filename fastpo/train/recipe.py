@@ -34,6 +34,9 @@ class ModelSection:
         dtype: dtype that the weights are loaded in; `auto` keeps the checkpoint's.
         trust_remote_code: run Python code that comes with the checkpoint.
         quantization: quantised base weights for LoRA; see `fastpo.model.load.load_model`.
+        random_init: draw the weights instead of reading them, to measure memory and speed; `model`
+            may be a preset of `fastpo plan` or a config.json, and without `tokenizer` one token is
+            one byte.
         attn_implementation: attention of the unshared path; the default is transformers' choice.
         lora: `true`, or arguments of `peft.LoraConfig` such as `{r: 16, lora_alpha: 32}`.
         tokenizer: name or folder; `model` by default.
@@ -41,6 +44,7 @@ class ModelSection:
         ref_model: another model as the reference; by default the model as it is at the start. A
             mapping of models to shares that add up to 1 is their soup, or with a negative share
             an extrapolation.
+        ref_model2: the second reference, of objectives that compare with two; likewise.
     """
 
     model: str
@@ -49,11 +53,13 @@ class ModelSection:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     trust_remote_code: bool = False
     quantization: str | dict[str, Any] | None = None
+    random_init: bool = False
     attn_implementation: str | None = None
     lora: bool | dict[str, Any] | None = None
     tokenizer: str | None = None
     chat_template: str | None = None
     ref_model: str | dict[str, float] | None = None
+    ref_model2: str | dict[str, float] | None = None
 
 
 @dataclass
@@ -447,17 +453,19 @@ def _complete_model(recipe: Recipe, values: Mapping[str, Entry]) -> None:
     from fastpo.model.load import check_place, trained_adapter
 
     model, given = recipe.model, recipe.given
-    references = model.ref_model or ()
-    for key, names in (
-        ("model", [model.model]),
-        ("ref_model", [references] if isinstance(references, str) else references),
-    ):
-        for name in names:
+    for key in ("model", "ref_model", "ref_model2"):
+        named = getattr(model, key) or ()
+        for name in [named] if isinstance(named, str) else named:
             try:
                 check_place(name)
             except ValueError as error:
                 raise RecipeError(f"{values[key].where}: {key}: {error}") from error
     adapter = trained_adapter(model.model)
+    if adapter is not None and model.random_init:
+        raise RecipeError(
+            f"{values['random_init'].where}: random_init = true, but {model.model} is an adapter: "
+            "name a model, and add lora"
+        )
     if adapter is None:
         needs = {
             "quantization": model.quantization is not None,

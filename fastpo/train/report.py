@@ -51,6 +51,11 @@ PANELS = (
         (("logps/chosen", "chosen", "good"), ("logps/rejected", "rejected", "bad")),
         "nats a response; both sinking is a warning",
     ),
+    Panel(
+        "Distance from the reference",
+        (("kl/chosen", "chosen", "good"), ("kl/rejected", "rejected", "bad")),
+        "nats a response; kl_budget ends a run here",
+    ),
     Panel("Gradient norm", (("grad_norm", "norm", "a"),), "spikes point at single rows"),
     Panel("Learning rate", (("learning_rate", "rate", "a"),), "as scheduled"),
 )

@@ -46,11 +46,15 @@ from fastpo.data.build import GroupStream
 from fastpo.data.fit import check_fit
 from fastpo.data.groups import Group
 from fastpo.data.packing import counts_of
+from fastpo.data.token_budget import check_budget, token_rows
 from fastpo.loss import LossOutput
 from fastpo.model.check import can_share_prompt, self_check
 from fastpo.model.facts import read_head
 from fastpo.model.hidden import attach, generation, label_hidden
+from fastpo.model.layer_kernels import use_layer_kernels
 from fastpo.model.load import disable_dropout
+from fastpo.model.offload import LayerInputOffload
+from fastpo.model.tiled_mlp import tile_mlps
 from fastpo.train.batches import Collator, EpochSampler, PaddedGroups, Passes, as_groups
 from fastpo.train.checkpoint import (
     LOSS_STATE,
@@ -61,22 +65,27 @@ from fastpo.train.checkpoint import (
     staging_dir,
 )
 from fastpo.train.config import PreferenceConfig
+from fastpo.train.masking import MaskTraining
 from fastpo.train.metrics import (
     JsonlCallback,
+    KLBudget,
     MetricWindow,
     ProgressCallback,
     Stopwatch,
     peak_memory_gib,
 )
 from fastpo.train.reference import (
+    AdapterReference,
     ModelReference,
     NoReference,
     Reference,
+    SecondReference,
     StoredReference,
     adapter_parameters,
     fill_store,
     live_reference,
     resolve_kind,
+    stored_reference,
 )
 from fastpo.train.report import write_model_card
 from fastpo.train.store import ReferenceStore, store_key
@@ -87,6 +96,7 @@ log = logging.getLogger(__name__)
 SAMPLES_FILE = "samples.jsonl"
 _CHECKED = 8  # groups of a stream, or of a self-check, that are looked at before the first step
 CONFIG_FILE = "preference_config.yaml"
+MASK_DROPOUT = 0.01  # SparsePO's
 # Groups that a stream's next one is drawn from: a second of tokenising, and a few MB.
 STREAM_BUFFER = 1000
 
@@ -104,6 +114,7 @@ class PreferenceTrainer(Trainer):
         eval_dataset: the same, or a dict of them by name.
         processing_class: the tokenizer.
         ref_model: the reference, where it is not the model as it is now.
+        ref_model2: the second reference, of objectives that compare with two (D2O).
         callbacks: further callbacks.
         optimizers: (optimizer, scheduler) that replace those of `args`.
 
@@ -126,15 +137,31 @@ class PreferenceTrainer(Trainer):
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase,
         ref_model: PreTrainedModel | PeftModel | None = None,
+        ref_model2: PreTrainedModel | PeftModel | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         if args.disable_dropout:
-            for each in (model, ref_model):
+            for each in (model, ref_model, ref_model2):
                 if each is not None:
                     disable_dropout(each)
+        for each in (model, ref_model, ref_model2):
+            if each is not None:
+                use_layer_kernels(each, args.layer_kernels, args.device)
+                if args.mlp_tile is not None:
+                    tile_mlps(each, args.mlp_tile)
         head = read_head(model)
         loss = args.build_loss(head)
+        if loss.needs_second_reference and ref_model2 is None:
+            raise ValueError(
+                f"objective={args.objective!r} compares with two references: give the second one "
+                "as ref_model2"
+            )
+        if ref_model2 is not None and not loss.needs_second_reference:
+            raise ValueError(
+                f"ref_model2 is given, but objective={args.objective!r} does not compare with two "
+                "references: drop it"
+            )
         kind = resolve_kind(
             args.reference,
             needs_reference=loss.needs_reference,
@@ -145,7 +172,7 @@ class PreferenceTrainer(Trainer):
         )
         # A copy is taken before `attach` binds a forward to the policy.
         live = None if kind in ("none", "store") else live_reference(kind, model, head, ref_model)
-        attach(model)
+        attach(model, attention_backend=args.attention_backend)
         shares, self.sharing_reason = self._shares_prompts(model, args)
         self._checked = False
 
@@ -155,7 +182,9 @@ class PreferenceTrainer(Trainer):
             groups = as_groups(data, processing_class, args, extras=loss.extras, source=source)
             # Of a stream the beginning; what is wrong later stops the step that meets it.
             looked_at: Any = groups if isinstance(groups, Sized) else groups.head(_CHECKED)
-            check_fit(loss, looked_at)
+            check_fit(loss, looked_at, reference_prompt=args.reference_prompt)
+            if args.max_tokens_per_row is not None:
+                check_budget(looked_at, args.max_tokens_per_row, share_prompt=shares)
             return groups
 
         train_dataset = groups_of(train_dataset, "train data")
@@ -192,23 +221,43 @@ class PreferenceTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self._refuse_unsupported(kind)
+        # A second reference that is not stored is a whole model too.
+        self._refuse_unsupported("copy" if ref_model2 is not None and kind != "store" else kind)
         self._warn_of_lost_steps()
         self.loss = loss.to(self.args.device)
         self.reference_kind = kind
         self.reference: Reference = NoReference()
         if kind == "store":
-            self.reference = self._stored_reference(ref_model)
+            self.reference = self._stored_reference(ref_model, ref_model2)
         elif live is not None:
             self.reference = live
-            if isinstance(live, ModelReference) and self.place_model_on_device:
-                self._move_model_to_device(live.model, self.args.device)
+            frozen = [live.model] if isinstance(live, ModelReference) else []
+            if ref_model2 is not None:
+                second = ModelReference.frozen(ref_model2)
+                self.reference = SecondReference(live, second, self._head_options)
+                frozen.append(second.model)
+            if self.place_model_on_device:
+                for each in frozen:
+                    self._move_model_to_device(each, self.args.device)
         self._update: ReferenceUpdate | None = None
         if args.update_rule is not None:
             assert isinstance(live, ModelReference)
             self._update = ReferenceUpdate(args.update_rule, model, live.model)
             self.add_callback(self._update)
 
+        self._masking: MaskTraining | None = None
+        if args.token_masks != "none":
+            assert isinstance(live, AdapterReference | ModelReference)
+            self._masking = MaskTraining(
+                args.token_masks,
+                live.model,
+                seed=args.seed,
+                dropout=0.0 if args.disable_dropout else MASK_DROPOUT,
+                max_grad_norm=args.max_grad_norm,
+            )
+            self.add_callback(self._masking)
+
+        self._offload = LayerInputOffload() if args.offload_activations else nullcontext()
         self._window = MetricWindow()
         self._watch: Stopwatch | None = None
         self._window_tokens = 0.0
@@ -219,6 +268,8 @@ class PreferenceTrainer(Trainer):
         self.add_callback(JsonlCallback())
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+        if args.kl_budget is not None:
+            self.add_callback(KLBudget(args.kl_budget))
 
     # ---- Setting up ----
 
@@ -269,15 +320,39 @@ class PreferenceTrainer(Trainer):
                 f"cp_size={self.get_cp_size()}, sp_size={self.get_sp_size()}: packed rows are not "
                 "split over ranks; use data parallelism (FSDP, ZeRO) and share_prompt"
             )
+        if self.args.max_tokens_per_row is not None and self.is_deepspeed_enabled:
+            raise ValueError(
+                f"max_tokens_per_row={self.args.max_tokens_per_row}: DeepSpeed takes a step with "
+                "every backward; use per_device_train_batch_size and gradient_accumulation_steps"
+            )
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if kind == "copy" and sharded:
             raise ValueError(
                 "reference='copy' would put a whole model on every rank of a sharded run: use "
                 "reference='store' (computed once, on one process), or an adapter"
             )
+        if self.args.token_masks != "none" and sharded:
+            raise ValueError(
+                f"token_masks={self.args.token_masks!r} in a sharded run, whose optimiser takes no "
+                "other parameters: use data parallelism without sharding"
+            )
 
-    def _stored_reference(self, ref_model: PreTrainedModel | PeftModel | None) -> StoredReference:
+    def _stored_reference(
+        self,
+        ref_model: PreTrainedModel | PeftModel | None,
+        ref_model2: PreTrainedModel | PeftModel | None,
+    ) -> StoredReference:
         self.check()  # before a number is written: what it finds decides how batches are packed
+        store, store2 = self._filled_store(ref_model, self.args.store_dir), None
+        if ref_model2 is not None:
+            store2 = self._filled_store(ref_model2, f"{self.args.store_dir}-2")
+        # Set last: a collator with a store leaves out what a live reference runs on.
+        self.collator.store, self.collator.store2 = store, store2
+        return StoredReference(store)
+
+    def _filled_store(
+        self, ref_model: PreTrainedModel | PeftModel | None, folder: str
+    ) -> ReferenceStore:
         source: Any = ref_model if ref_model is not None else self.model
         home = source.device
         if ref_model is not None and self.place_model_on_device:
@@ -301,9 +376,7 @@ class PreferenceTrainer(Trainer):
         }
         # The folder and its key first, by one process; then everybody opens it.
         with self.args.main_process_first(local=False):
-            store = ReferenceStore(
-                self.args.store_dir, key, info=info, writer=self.args.process_index
-            )
+            store = ReferenceStore(folder, key, info=info, writer=self.args.process_index)
         evals = self.eval_dataset
         datasets = [self.train_dataset, *(evals.values() if isinstance(evals, dict) else [evals])]
         for dataset in datasets:
@@ -318,10 +391,8 @@ class PreferenceTrainer(Trainer):
                 fill_store(
                     store,
                     dataset,  # pyright: ignore[reportArgumentType]
-                    self.model,  # pyright: ignore[reportArgumentType]
+                    stored_reference(self.model, self.loss.head, ref_model),  # pyright: ignore
                     lambda groups: self._prepare_inputs(self.collator(groups)),
-                    head=self.loss.head,  # pyright: ignore[reportArgumentType]
-                    ref_model=ref_model,
                     batch_size=self.args.per_device_eval_batch_size,
                     options=self._head_options,
                     rank=self.args.process_index,
@@ -332,8 +403,7 @@ class PreferenceTrainer(Trainer):
             store.refresh()
         if ref_model is not None and source.device != home:
             ref_model.to(home)  # its work is done; the policy needs the memory  # pyright: ignore
-        self.collator.store = store
-        return StoredReference(store)
+        return store
 
     @property
     def collator(self) -> Collator:
@@ -383,16 +453,37 @@ class PreferenceTrainer(Trainer):
     ) -> LossOutput:
         self.loss.train(model.training)
         self.loss.seed, self.loss.step = self.args.seed, self.state.global_step
-        reference = self.reference(model, inputs)  # first: no activations are alive yet
+        # The reference first: no activations are alive yet.
+        if self._masking is None:
+            beside = {"token_weights": inputs["token_weights"], **self.reference(model, inputs)}
+        else:
+            beside = self._masking(self.reference, model, inputs)
+        with self._offload:
+            hidden = label_hidden(model, inputs)
         return self.loss(
-            label_hidden(model, inputs),
+            hidden,
             inputs["targets"],
             inputs["segments"],
-            token_weights=inputs["token_weights"],
+            token_rewards=inputs["token_rewards"],
             totals=totals,
-            **reference,
+            **beside,
             **self._head_options,
         )
+
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Forward and backward of each row of a batch; ranks exchange gradients with the last."""
+        *early, last = inputs
+        loss = 0.0
+        for row in early:
+            with self.accelerator.no_sync(model):
+                loss = loss + super().training_step(model, row, num_items_in_batch)
+        return loss + super().training_step(model, last, num_items_in_batch)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Of every row of a batch."""
+        return sum(super(PreferenceTrainer, self).floating_point_ops(row) for row in inputs)
 
     @torch.no_grad()
     def _observe(self, batches: Iterable[dict[str, Any]]) -> None:
@@ -426,7 +517,17 @@ class PreferenceTrainer(Trainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Tensors and segments to the device; the layout stays plain integers."""
         device = self.args.device
-        return {k: v.to(device) if hasattr(v, "to") else v for k, v in inputs.items()}
+        batch = {k: v.to(device) if hasattr(v, "to") else v for k, v in inputs.items()}
+        if "reference" in batch:
+            batch["reference"] = self._prepare_inputs(batch["reference"])
+        return batch
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's, with the token masks as one more group."""
+        optimizer = super().create_optimizer(model)
+        if self._masking is not None:
+            self._masking.add_to(optimizer, self.args.weight_decay)
+        return optimizer
 
     # ---- Counting ----
 
@@ -436,17 +537,42 @@ class PreferenceTrainer(Trainer):
         """The micro-batches of one optimiser step, and its counts over all ranks."""
         if self._watch is None:
             self._watch = Stopwatch()
-        batches = list(islice(epoch_iterator, num_batches))
-        totals = self._over_ranks(self._sum_counts(b["counts"] for b in batches))
+        batches = [self._rows(batch) for batch in islice(epoch_iterator, num_batches)]
+        rows = [row for batch in batches for row in batch]
+        totals = self._over_ranks(self._sum_counts(row["counts"] for row in rows))
         self.state.num_input_tokens_seen += round(totals["tokens"])
         self._window_tokens += totals["tokens"]
         if totals["tokens"]:
-            shared = all("layout" in batch for batch in batches)  # as they were packed
+            shared = all("layout" in row for row in rows)  # as they were packed
             sharing = totals["unshared_tokens"] / totals["tokens"] if shared else 1.0
             self._window.add({"sharing": sharing}, {"sharing": totals["tokens"]})
+            if shared and (most := self.args.max_tokens_per_row) is not None:
+                fill = [row["counts"]["tokens"] / most for row in rows]
+                self._window.add({"row_fill": sum(fill) / len(fill)}, {"row_fill": len(fill)})
         if batches and self.args.batch_statistics == "exact" and self.loss.has_statistics:
-            self._observe(batches)
+            self._observe(rows)
         return batches, totals
+
+    def _get_collator_with_removed_columns(
+        self, data_collator: Any, description: str | None = None
+    ) -> Any:
+        """Under a token budget loaders give groups, since ranks agree on the number of rows."""
+        return data_collator if self.args.max_tokens_per_row is None else list
+
+    def _rows(self, batch: Any) -> list[dict[str, Any]]:
+        """A batch of a loader as packed rows: one, or as many as the token budget asks for."""
+        most = self.args.max_tokens_per_row
+        if most is None:
+            return [batch]
+        shared = self.collator.share_prompt
+        groups = [item if isinstance(item, Group) else item.group for item in batch]
+        rows = token_rows(groups, most, share_prompt=shared)
+        if self.accelerator.num_processes > 1:
+            # Statistics over ranks and sharded weights meet in every forward.
+            num = torch.tensor([len(rows)], device=self.args.device)
+            at_least = int(self.accelerator.gather(num).max())  # pyright: ignore
+            rows = token_rows(groups, most, share_prompt=shared, at_least=at_least)
+        return [self.collator([batch[i] for i in row]) for row in rows]
 
     @staticmethod
     def _sum_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, float]:
@@ -538,18 +664,20 @@ class PreferenceTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         """The loss of one batch of an evaluation."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, output = self.compute_loss(
-                model, inputs, return_outputs=True, num_items_in_batch=self._eval_totals
-            )
-        if inputs["counted"]:
-            groups = inputs["counts"]["groups"]
-            # A sum over batches, written as a mean: every batch's share is already divided.
-            share = 1.0 if self._eval_totals is None else self._eval_totals["groups"] / groups
-            self._eval_window.add({"loss": loss * share}, {"loss": groups})
-            self._eval_window.add(output.metrics, output.counts)
-        return loss, None, None
+        total = torch.zeros((), device=self.args.device)
+        for row in map(self._prepare_inputs, self._rows(inputs)):
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss, output = self.compute_loss(
+                    model, row, return_outputs=True, num_items_in_batch=self._eval_totals
+                )
+            if row["counted"]:
+                groups = row["counts"]["groups"]
+                # A sum over rows, written as a mean: every row's share is already divided.
+                share = 1.0 if self._eval_totals is None else self._eval_totals["groups"] / groups
+                self._eval_window.add({"loss": loss * share}, {"loss": groups})
+                self._eval_window.add(output.metrics, output.counts)
+            total = total + loss
+        return total, None, None
 
     # ---- The run ----
 
@@ -749,19 +877,21 @@ class PreferenceTrainer(Trainer):
         self.state.save_to_json(str(path))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Also what is carried from step to step: BCO's shift, a reference that moves."""
+        """Also what is carried from step to step: BCO's shift, a moving reference, token masks."""
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             torch.save(self.loss.state_dict(), Path(output_dir) / LOSS_STATE)
-            if self._update is not None:
-                self._update.save(Path(output_dir))
+            for each in (self._update, self._masking):
+                if each is not None:
+                    each.save(Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (path := Path(checkpoint) / LOSS_STATE).is_file():
             self.loss.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        if checkpoint is not None and self._update is not None:
-            self._update.load(Path(checkpoint))
+        for each in (self._update, self._masking):
+            if checkpoint is not None and each is not None:
+                each.load(Path(checkpoint))
 
     def save_merged(self, path: str | Path) -> None:
         """Write the model without adapters, safetensors and tokenizer, ready for `from_pretrained`.

@@ -8,12 +8,27 @@ from concurrent.futures import Future, ProcessPoolExecutor
 
 import pytest
 
-from fastpo.kernels.aot import DTYPES, SHARED_LIMIT, TARGETS, Report, compile_all
+from fastpo.kernels.aot import (
+    DTYPES,
+    SHARED_LIMIT,
+    TARGETS,
+    Report,
+    compile_all,
+    compile_losses,
+)
 from fastpo.kernels.tile import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET is set: nothing compiles")
 
-KERNELS = {"split_kernel", "merge_kernel", "coefficients_kernel", "epilogue_kernel"}
+KERNELS = {
+    "split_kernel",
+    "merge_kernel",
+    "coefficients_kernel",
+    "epilogue_kernel",
+    "divergence_kernel",
+    "divergence_coefficients_kernel",
+}
+LOSS_KERNELS = {"pair_kernel", "list_kernel", "reduce_kernel", "spread_kernel"}
 MATRIX_INSTRUCTION = {
     "sm_80": "mma.sync.aligned.m16n8k16.row.col.f32.",
     "sm_90": "wgmma.mma_async.sync.aligned.m64n",
@@ -57,6 +72,17 @@ def test_every_kernel_fits_its_chip(reports):
     """No register spills, and a block's shared memory exists. Once plain, once all switched on."""
     for rich in (False, True):
         assert {r.kernel for r in reports if r.rich == rich} == KERNELS
+    assert_fit(reports)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_loss_kernels_fit_their_chip(target):
+    reports = compile_losses(target)
+    assert {r.kernel for r in reports} == LOSS_KERNELS
+    assert_fit(reports)
+
+
+def assert_fit(reports: list[Report]) -> None:
     for r in reports:
         assert r.spill_bytes == 0, r
         assert 0 < r.registers <= (512 if r.target == "gfx942" else 255), r

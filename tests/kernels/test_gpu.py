@@ -11,9 +11,16 @@ import fastpo
 from fastpo.head import plan_head
 from fastpo.kernels.linear_coefficients import linear_coefficients
 from fastpo.kernels.linear_stats import linear_stats
+from fastpo.kernels.listwise import MAX_CANDIDATES
 from fastpo.kernels.logits_epilogue import DIFFERENTIABLE, logits_epilogue
 from fastpo.kernels.online import STATISTICS, statistics_reference
+from fastpo.kernels.segment_reduce import (
+    REDUCTIONS,
+    segment_reduce,
+    segment_reduce_reference,
+)
 from fastpo.kernels.tile import transform_reference
+from fastpo.objectives import fused
 from tests.kernels.cases import (
     FACTS,
     P_LABEL,
@@ -25,6 +32,13 @@ from tests.kernels.cases import (
     linear_logits,
     make,
 )
+from tests.kernels.interpreted.test_fused import (
+    COVERED,
+    LISTS,
+    assert_is_the_pure_function,
+    by_kernel,
+    scores_of,
+)
 from tests.kernels.interpreted.test_jit_functions import (
     applied,
     binade,
@@ -33,6 +47,7 @@ from tests.kernels.interpreted.test_jit_functions import (
     tanh_kernel,
 )
 from tests.numerics import assert_three_way
+from tests.objectives.battery import Case, cast
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
 
@@ -251,3 +266,54 @@ def test_policy_and_reference_agree_to_the_bit(mib):
     for leaves in (("hidden",), ("hidden", "weight")):
         stats, _ = head(x, leaves, ("logps",), "triton", mib)
         assert torch.equal(stats["logps"], forward["logps"]), leaves
+
+
+def on_device(scores: Results) -> Results:
+    return {name: value.to(DEVICE) for name, value in scores.items()}
+
+
+@pytest.mark.parametrize("case", COVERED, ids=repr)
+def test_objectives_three_way(case):
+    """Thousands of groups, with the device's exp and log; see `interpreted.test_fused`."""
+    sizes = {"pair": [2], "point": [1, 4, 3], "list": [8, 2, 5]}[case.objective.family]
+    for extreme in (False, True):
+        scores = scores_of(case, sizes * 700, extreme=extreme)
+        assert_is_the_pure_function(case, on_device(scores))
+
+
+@pytest.mark.parametrize("case", LISTS, ids=repr)
+@pytest.mark.parametrize("size", [64, MAX_CANDIDATES])
+def test_long_lists_three_way(case, size):
+    assert_is_the_pure_function(case, on_device(scores_of(case, [size, 2, size - 1])))
+
+
+@pytest.mark.parametrize("name", ["dpo", "lipo"])
+def test_objective_is_one_launch(name):
+    case = Case(name, fastpo.OBJECTIVES[name].hyper)
+    scores = cast(on_device(scores_of(case)), torch.float32)
+    by_kernel(case, scores)  # compiles
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        fused.evaluate(case.objective, case.hyper, scores)
+        torch.cuda.synchronize()
+    launched = [event.name for event in profile.events() if "kernel" in event.name]
+    assert len(launched) == 1, launched
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_segment_reduce_of_long_responses(reduction):
+    starts = torch.tensor([0, 100_000, 100_000, 100_001, 250_000], device=DEVICE)
+    g = torch.Generator(DEVICE).manual_seed(0)
+    leaves = [-torch.rand(250_000, generator=g, device=DEVICE) for _ in range(2)]
+    cotangents = torch.randn(4, generator=g, device=DEVICE)
+
+    def run(reduce, dtype: torch.dtype) -> list[Tensor]:
+        x, a = (leaf.to(dtype).requires_grad_() for leaf in leaves)
+        out = reduce(x, starts, a, reduction)
+        return [out.detach(), *torch.autograd.grad(out, (x, a), cotangents.to(dtype))]
+
+    ours, again = (run(segment_reduce, torch.float32) for _ in range(2))
+    plain = run(segment_reduce_reference, torch.float32)
+    truth = run(segment_reduce_reference, torch.float64)
+    for value, twice, same, true in zip(ours, again, plain, truth, strict=True):
+        assert torch.equal(value, twice)
+        assert_three_way(value, same, true)

@@ -15,8 +15,10 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from fastpo.kernels import divergence as divergence_module
 from fastpo.kernels import linear_coefficients as coefficients_module
 from fastpo.kernels import linear_stats as stats_module
+from fastpo.kernels import listwise, pairwise, segment_reduce
 from fastpo.kernels import logits_epilogue as epilogue_module
 from fastpo.kernels.aot import TARGETS
 from fastpo.kernels.logits_epilogue import DIFFERENTIABLE
@@ -53,7 +55,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[CompiledKernel]:
 
     monkeypatch.setattr(driver, "_active", Driver())
     monkeypatch.setattr(JITFunction, "run", compile_only)
-    for module in (stats_module, coefficients_module, epilogue_module):
+    modules = (stats_module, coefficients_module, epilogue_module, divergence_module)
+    for module in (*modules, listwise, pairwise, segment_reduce):
         monkeypatch.setattr(module, "chip_of", lambda device: CHIP)
     return kernels
 
@@ -76,6 +79,26 @@ def launch_epilogue(x, **arguments) -> None:
     epilogue_module.logits_epilogue(products, x.labels, x.bias, **arguments)
 
 
+def launch_divergence(x, names: tuple[str, ...] = ("kl_ref_policy",), **facts) -> None:
+    products = torch.zeros(len(x.labels), len(x.weight), dtype=acc_dtype(x.hidden.dtype))
+    slabs = products, products.clone(), x.labels, x.bias, x.bias
+    every = (*STATISTICS, *divergence_module.OF_BOTH, *divergence_module.OF_REFERENCE)
+    stats = divergence_module.divergence(*slabs, want=every, **facts)
+    cotangents = {name: stats["lse"] for name in names}
+    divergence_module.divergence_coefficients(
+        *slabs, stats=stats, cotangents=cotangents, out_dtype=x.hidden.dtype, **facts
+    )
+
+
+def launch_low_rank(x, launch: Callable[..., None], name: str, **facts) -> None:
+    """`x` with a delta of rank 5 and a temperature a row."""
+    n, v = len(x.labels), len(x.weight)
+    hidden = torch.cat([x.hidden, x.hidden.new_zeros(n, 5)], dim=1)
+    rows = torch.ones(n, dtype=acc_dtype(x.hidden.dtype))
+    delta = {name: x.hidden.new_zeros(v, 5)}
+    launch(x._replace(hidden=hidden), **delta, temperature=rows, **facts)
+
+
 LAUNCHES: dict[str, tuple[Callable[..., None], tuple[int, int, int], bool, dict]] = {
     # name: (launch, (N, D, V), bias, arguments). One row and one split are constants to triton.
     "stats of one row": (launch_stats, (1, 64, 512), False, {}),
@@ -93,6 +116,18 @@ LAUNCHES: dict[str, tuple[Callable[..., None], tuple[int, int, int], bool, dict]
         launch_epilogue, (63, 64, 507), True,
         {"want": STATISTICS, "coefficient_of": "entropy", "softcap": 5.0},
     ),
+    "divergences of one row": (launch_divergence, (1, 64, 512), False, {}),
+    "divergences of odd sizes": (
+        launch_divergence, (63, 64, 507), True,
+        {"names": divergence_module.DIVERGENCES, "softcap": 5.0},
+    ),
+    "stats of a low-rank delta": (
+        launch_low_rank, (63, 64, 507), True, {"launch": launch_stats, "name": "lora"},
+    ),
+    "coefficients of a low-rank delta": (
+        launch_low_rank, (63, 64, 507), True,
+        {"launch": launch_coefficients, "name": "lora_slice"},
+    ),
     "epilogue for coefficients only": (
         launch_epilogue, (16, 64, 512), False, {"want": (), "coefficient_of": "lse"},
     ),
@@ -109,6 +144,53 @@ CASES = [
 def test_launch_compiles(name, dtype, compiled):
     launch, shape, bias, arguments = LAUNCHES[name]
     launch(make(*shape, dtype, bias=bias), **arguments)
-    assert len(compiled) == (2 if launch is launch_stats else 1)
+    two = launch in (launch_stats, launch_divergence) or arguments.get("launch") is launch_stats
+    assert len(compiled) == (2 if two else 1)
+    for kernel in compiled:
+        assert kernel.asm["cubin"], kernel.name
+
+
+def launch_pairs(dtype: torch.dtype, groups: int) -> None:
+    x, mask = torch.zeros(groups, 2, dtype=dtype), torch.ones(groups, 2, dtype=torch.bool)
+    form = pairwise.PairForm("modulated", given="margin", given_scale=0.5)
+    pairwise.pair_losses(form, x, mask, reward_of=x, given=torch.zeros(groups))
+
+
+def launch_lists(dtype: torch.dtype, groups: int, candidates: int, form: str, **options) -> None:
+    x = torch.zeros(groups, candidates, dtype=dtype)
+    key = torch.zeros(groups, candidates, dtype=torch.int64)
+    grade = None if form == "first" else key if "ascending" in options else x
+    form = listwise.ListForm(form, **options)
+    listwise.list_losses(form, x, x == 0, grade=grade, tie_key=key)
+
+
+def launch_reduction(dtype: torch.dtype, responses: int, reduction: str) -> None:
+    values = torch.zeros(2 * responses, dtype=dtype, requires_grad=True)
+    weights = torch.ones(2 * responses, dtype=dtype)
+    starts = 2 * torch.arange(responses + 1)
+    segment_reduce.segment_reduce(values, starts, weights, reduction).sum().backward()
+
+
+LOSSES: dict[str, tuple[Callable[..., None], dict]] = {
+    "one pair": (launch_pairs, {"groups": 1}),
+    "pairs": (launch_pairs, {"groups": 77}),
+    "lists by rank": (
+        launch_lists, {"groups": 5, "candidates": 3, "form": "below", "ascending": True},
+    ),
+    "lists with keys": (
+        launch_lists, {"groups": 1, "candidates": 100, "form": "logistic", "lambda_weights": True},
+    ),
+    "lists without grades": (launch_lists, {"groups": 5, "candidates": 8, "form": "first"}),
+    "one response": (launch_reduction, {"responses": 1, "reduction": "mean"}),
+    "responses": (launch_reduction, {"responses": 5, "reduction": "normalised"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_launch_compiles(name, dtype, compiled):
+    launch, arguments = LOSSES[name]
+    launch(dtype, **arguments)
+    assert len(compiled) == (2 if launch is launch_reduction else 1)
     for kernel in compiled:
         assert kernel.asm["cubin"], kernel.name

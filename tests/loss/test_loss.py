@@ -367,6 +367,10 @@ def test_every_objective_trains_a_step(padded, head, name):
         drawn_by = torch.randn(len(tokens["hidden"]), D, generator=torch.Generator().manual_seed(5))
         logps = linear_logps(tokens["hidden"] + 0.3 * drawn_by, head.weight, tokens["labels"])
         arguments["old_logps"] = logps.detach()
+    if loss.needs_second_reference:
+        with pytest.raises(ValueError, match="needs 'ratio2': pass ref2_logps"):
+            loss(hidden, tokens["labels"], table, **arguments)
+        arguments["ref2_logps"] = torch.linspace(-3, -2, len(tokens["labels"]))
     if "token_rewards" in loss.needs:
         arguments["token_rewards"] = torch.linspace(-0.5, 0.5, len(tokens["labels"]))
     if any("error" in need for need in loss.needs):

@@ -11,10 +11,11 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from fastpo.data.packing import GroupSpan, Layout
 from fastpo.head import Head
-from fastpo.model.attention import NAME, SharedRow, shared_prompt_attention
+from fastpo.model.attention import NAME, shared_prompt_attention
 from fastpo.model.check import SelfCheckError, can_share_prompt, self_check
 from fastpo.model.facts import read_head
 from fastpo.model.load import add_lora
+from fastpo.model.shared_row import SharedRow
 from tests.model.tiny import FAMILIES, PAD, UNSHARED, family, group, groups, tiny
 
 

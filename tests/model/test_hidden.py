@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,30 @@ def test_recomputation_keeps_the_attention_of_its_forward() -> None:
     assert model.config._attn_implementation == "sdpa"
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, expected[name]), name
+
+
+def test_compiled() -> None:
+    """Layouts are plain Python, so that graphs may break around attention; numbers stay."""
+    torch._dynamo.reset()
+    model = attach(family("llama"))
+    expected = run(model, batch(shared=True))
+    model.compile(backend="aot_eager")
+    found = run(model, batch(shared=True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    exact = run(attach(family("llama").double()), batch(shared=False))
+    ours, plain, truth = (every(results, exact) for results in (found, expected, exact))
+    assert_three_way(ours.float(), plain.float(), truth, what="compiled")
+
+
+def test_no_load_balance_loss_is_added(caplog: pytest.LogCaptureFixture) -> None:
+    """Neither its value nor its gradient depends on how prompts are packed: there is none."""
+    with caplog.at_level(logging.WARNING, logger="fastpo.model.hidden"):
+        asked = attach(family("mixtral", output_router_logits=True))
+    assert "no load-balance loss is added" in caplog.text
+    assert_shared_is_padded(asked)
+    plain = run(attach(family("mixtral")), batch(shared=True))
+    for key, value in run(asked, batch(shared=True)).items():
+        assert torch.equal(value, plain[key]), key
 
 
 def test_hidden_is_the_input_of_the_head() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fastpo.data.formats import CONTEXTS
 from fastpo.objectives import OBJECTIVES
 from fastpo.objectives.base import Objective, Outcome
 
@@ -76,6 +77,7 @@ SIGNS = {
     "mean_entropy": 1,
     "error": 1,
     "ref_error": 1,
+    "ratio2": 0,
 }
 TOKENS = {
     "token_logps": -1,
@@ -85,9 +87,10 @@ TOKENS = {
     "token_kl_reverse": 1,
     "token_entropy": 1,
     "token_weights": 1,
+    "token_kl_weights": 1,
     "token_rewards": 0,
 }
-ROLES = ("mismatched", "gold", "ref_response")
+ROLES = ("mismatched", "gold", "ref_response", *CONTEXTS)
 BARE = {f"{role}_{name}": sign for role in ROLES for name, sign in SIGNS.items()}
 RECIPES = {**SIGNS, **TOKENS, **BARE}
 """Scores that carry gradient in training, or could."""
@@ -185,8 +188,11 @@ def gradients(case: Case, scores: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def by_divisor(outcome: Outcome) -> dict[str, Tensor]:
     """Weighted values [G] of each `per`."""
-    assert len({t.per for t in outcome.terms}) == len(outcome.terms)
-    return {t.per: t.weight * t.values for t in outcome.terms}
+    sums: dict[str, Tensor] = {}
+    for t in outcome.terms:
+        values = t.weight * t.values
+        sums[t.per] = sums[t.per] + values if t.per in sums else values
+    return sums
 
 
 def slice_groups(

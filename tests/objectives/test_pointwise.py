@@ -17,6 +17,7 @@ from fastpo.objectives.pointwise import (
     apo_zero_unpaired,
     ga,
     kto,
+    kto_humanline,
     kto_pair,
     kto_unlearn,
     npo,
@@ -63,6 +64,39 @@ def test_apo_zero_unpaired_weights() -> None:
     options = {"desirable_weight": 2.0, "undesirable_weight": 3.0}
     ours, by_hand = value(apo_zero_unpaired(U, CHOSEN, BOTH, **options)), 2 * chosen + 3 * rejected
     assert_three_way(ours, by_hand, by_hand)
+
+
+def humanline(log_ratio: Tensor, **bounds: float) -> Outcome:
+    """On six responses of four tokens, the last of which is padding."""
+    tokens = torch.arange(4).expand(B, 1, 4) < 3
+    one, label = BOTH[:, :1], CHOSEN.roll(1, 0)[:, :1]
+    weights = torch.full((B, 1, 4), 0.5).double()
+    reference = log_ratio.detach().clamp(max=0) - 1
+    policy = reference + log_ratio
+    return kto_humanline(
+        policy, reference, weights, tokens, torch.tensor(0.25).double(), label, one, **bounds
+    )
+
+
+def test_humanline_within_its_bounds_is_kto() -> None:
+    x = randn(B, 1, 4, seed=5)
+    ratio = 0.5 * x[..., :3].sum(-1)
+    plain = value(kto(ratio, torch.tensor(0.25).double(), CHOSEN.roll(1, 0)[:, :1], BOTH[:, :1]))
+    ours = value(humanline(x, log_epsilon_p=-9.0, log_epsilon_r=9.0))
+    assert_three_way(ours, plain, plain, terms=9.0)
+
+
+def test_humanline_stops_the_gradient_of_tokens_outside() -> None:
+    x = (3 * randn(B, 1, 4, seed=6)).requires_grad_()
+    (grad,) = torch.autograd.grad(value(humanline(x)).sum(), x)
+    inside = (x.abs() < 1.5) & (torch.arange(4) < 3)
+    assert 0 < inside.sum() < 3 * B
+    assert torch.equal(grad != 0, inside)
+
+
+def test_humanline_bounds_enclose_zero() -> None:
+    with pytest.raises(ValueError, match=r"log_epsilon_p=0.5 and log_epsilon_r=1.5"):
+        humanline(randn(B, 1, 4), log_epsilon_p=0.5)
 
 
 def test_kto_pair_takes_the_other_side() -> None:
@@ -156,7 +190,7 @@ def test_kto_unlearn_logsigmoid_is_shifted_npo() -> None:
 UNKNOWN = [
     (lambda: ga(S, S, CHOSEN, BOTH, reduction="mean"), "'mean' of ga; use 'sum' or"),  # pyright: ignore
     (lambda: kto_unlearn(U, U[0, 0], CHOSEN, BOTH, link="log"), "'log' of kto_unlearn; use 'sig"),  # pyright: ignore
-    (lambda: gold_sft(S[:, 0], S[:, 0], BOTH, reduction="mean"), "'mean' of gold_sft; use 'seq"),  # pyright: ignore
+    (lambda: gold_sft(S[:, 0], S[:, 0], BOTH, reduction="mean"), "'mean'; use one of ..token_mean"),  # pyright: ignore
     (lambda: entropy(S, S, BOTH, reduction="sum"), "'sum' of entropy; use 'token_mean' or"),  # pyright: ignore
     (lambda: kl_retain(S, S, CHOSEN, BOTH, reduction="mean"), "'mean'; use 'token_mean', 'seq"),  # pyright: ignore
 ]
@@ -168,13 +202,18 @@ def test_unknown_options_are_named(call, message: str) -> None:
         call()
 
 
-def test_gold_sft_is_what_tpo_adds() -> None:
-    gold = S[:, 0]
-    preference = value(tpo(S, S / 2, 0 * gold, BOTH))
-    both = value(tpo(S, S / 2, gold, BOTH, tpo_alpha=0.5))
-    ours = preference + 0.5 * value(gold_sft(4 * gold, gold, BOTH))
-    assert_three_way(ours, both, both)
-    assert torch.equal(value(gold_sft(4 * gold, gold, BOTH, reduction="sum")), -4 * gold)
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "sum"])
+def test_gold_sft_is_what_tpo_adds(reduction) -> None:
+    gold, mean = 4 * S[:, 0], S[:, 0]
+    ranking, likelihood = tpo(
+        S, S / 2, gold, mean, BOTH, tpo_alpha=0.5, nll_reduction=reduction
+    ).terms
+    assert torch.equal(ranking.values, value(tpo(S, S / 2, 0 * gold, 0 * mean, BOTH)))
+    (ours,) = gold_sft(gold, mean, BOTH, reduction=reduction).terms
+    assert torch.equal(likelihood.values, ours.values)
+    assert likelihood.per == ours.per
+    assert likelihood.weight == 0.5 * ours.weight
+    assert torch.equal(ours.values, -mean if reduction == "sequence_mean" else -gold)
 
 
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "sum"])

@@ -225,3 +225,16 @@ def test_unknown_options_are_named() -> None:
             named = {key: x[:, :2] for key, x in named.items()}
         with pytest.raises(ValueError, match=message):
             run(name, named, **hyper)
+
+
+def test_step_dapo_is_at_rest_where_the_policy_is_the_optimum() -> None:
+    """pi = pi_ref exp(A / beta): log-ratios at A / beta, where neither value nor gradient is left;
+    at pi = pi_ref the gradient is that of REINFORCE with A / beta, the reference its sampler."""
+    u = (Q / 0.5).requires_grad_()
+    outcome = OBJECTIVES["step_dapo"].fn(u, Q, ALL, beta=0.5)
+    assert torch.equal(value(outcome), torch.zeros(G).double())
+    assert torch.equal(torch.autograd.grad(value(outcome).sum(), u)[0], torch.zeros(G, K).double())
+    start = torch.zeros(G, K).double().requires_grad_()
+    losses = value(OBJECTIVES["step_dapo"].fn(start, Q, ALL, beta=0.5))
+    (grad,) = torch.autograd.grad(losses.sum(), start)
+    assert_three_way(grad, -Q / 0.5, -Q / 0.5)

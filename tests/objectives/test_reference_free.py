@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastpo.loss import PreferenceLoss
-from fastpo.objectives.pairwise import dpo, hinge, ipo
+from fastpo.objectives.pairwise import hinge, ipo
 from fastpo.objectives.reference_free import alpha_po, cpo, repo, simper, simpo, slic, tpo
 from fastpo.scores import Segments
 from tests.numerics import assert_three_way
@@ -108,24 +108,28 @@ def test_repo_is_the_limit_of_simpo() -> None:
 def test_tpo_is_cpo_with_the_likelihood_of_another_response() -> None:
     logps, gold = 7 * S, rand(B, seed=1)
     for loss_type in ("sigmoid", "hinge", "ipo"):
-        ours = value(tpo(logps, S, gold, BOTH, beta=0.1, tpo_alpha=0.5, loss_type=loss_type))
-        plain = value(cpo(logps, S, CHOSEN, BOTH, loss_type=loss_type)) - 0.5 * gold
-        assert torch.equal(ours, plain)
-    assert torch.equal(
-        value(tpo(logps, S, gold, BOTH, tpo_alpha=0.0)), value(dpo(logps, BOTH, beta=0.01))
-    )
+        ours = tpo(logps, S, 9 * gold, gold, BOTH, beta=0.1, tpo_alpha=0.5, loss_type=loss_type)
+        assert torch.equal(value(ours), value(cpo(logps, S, CHOSEN, BOTH, loss_type=loss_type)))
+        assert (ours.terms[1].per, ours.terms[1].weight) == ("gold_tokens", 0.5)
+        assert torch.equal(value(ours, 1), -9 * gold)
+    for reduction, score in (("sequence_mean", gold), ("sum", 9 * gold)):
+        likelihood = tpo(logps, S, 9 * gold, gold, BOTH, nll_reduction=reduction).terms[1]
+        assert likelihood.per == "groups"
+        assert torch.equal(likelihood.values, -score)
+    with pytest.raises(ValueError, match="unknown reduction 'mean'; use one of"):
+        tpo(logps, S, gold, gold, BOTH, nll_reduction="mean")  # pyright: ignore
 
 
 def test_tpo_l_is_simpo_with_the_likelihood_of_another_response() -> None:
     gold = rand(B, seed=1)
-    ours = value(tpo(7 * S, S, gold, BOTH, beta=2.0, gamma=0.5, loss_type="tpo_l"))
-    plain = value(simpo(S, BOTH)) - gold
-    assert_three_way(ours, plain, plain, "loss")
+    ours = tpo(7 * S, S, 9 * gold, gold, BOTH, beta=2.0, gamma=0.5, loss_type="tpo_l")
+    assert_three_way(value(ours), value(simpo(S, BOTH)), value(simpo(S, BOTH)), "loss")
+    assert torch.equal(value(ours, 1), -9 * gold)
 
 
 def test_tpo_loss_type_is_checked() -> None:
     with pytest.raises(ValueError, match="'tpo-l' of tpo; use 'sigmoid', 'hinge', 'ipo' or"):
-        tpo(S, S, S[:, 0], BOTH, loss_type="tpo-l")  # pyright: ignore[reportArgumentType]
+        tpo(S, S, S[:, 0], S[:, 0], BOTH, loss_type="tpo-l")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="'simpo'; use 'sigmoid', 'hinge' or 'ipo'"):
         cpo(S, S, CHOSEN, BOTH, loss_type="simpo")  # pyright: ignore[reportArgumentType]
 

@@ -20,11 +20,12 @@ U = (LOGPS - REF).sum(-1)
 
 def test_sparse_po_with_unit_masks_is_tdpo1_and_a_count() -> None:
     kl, one = randn(B, 2).abs(), torch.ones(B, 2, T).double()
-    free = sparse_po(U, kl, one, TOKENS, BOTH, l1_weight=0.0)
+    free = sparse_po(U, kl, one, one, TOKENS, BOTH, l1_weight=0.0)
     assert torch.equal(value(free), value(tdpo1(U, kl, BOTH)))
-    priced = value(sparse_po(U, kl, one, TOKENS, BOTH, l1_weight=1.0))
     exact = value(free) + TOKENS.sum((-2, -1))
-    assert_three_way(priced, exact, exact, "l1")
+    for prices in ({"l1_weight": 1.0}, {"l1_weight": 0.0, "kl_l1_weight": 1.0}):
+        priced = value(sparse_po(U, kl, one, one, TOKENS, BOTH, **prices))
+        assert_three_way(priced, exact, exact, "l1")
 
 
 def test_sparse_po_gives_gradient_to_learned_masks() -> None:
@@ -33,7 +34,7 @@ def test_sparse_po_gives_gradient_to_learned_masks() -> None:
     token_kl = randn(B, 2, T, seed=4).abs() * TOKENS
     ratio = (weights * (LOGPS - REF)).sum(-1)
     kl = (weights * token_kl).sum(-1)
-    loss = value(sparse_po(ratio, kl, weights, TOKENS, BOTH, beta=0.5, l1_weight=0.25))
+    loss = value(sparse_po(ratio, kl, weights, weights, TOKENS, BOTH, beta=0.5, l1_weight=0.25))
     (grad,) = torch.autograd.grad(loss.sum(), weights)
     score = (ratio + kl).detach()
     slope = -0.5 * torch.sigmoid(-0.5 * (score[:, 0] - score[:, 1]))

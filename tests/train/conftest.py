@@ -41,7 +41,8 @@ def trainer(config: Callable[..., PreferenceConfig]) -> Callable[..., Preference
     """A trainer on tiny data: keyword arguments of the trainer, or else of the configuration."""
 
     def make(**options: Any) -> PreferenceTrainer:
-        own = ("model", "train_dataset", "eval_dataset", "ref_model", "callbacks", "optimizers")
+        own = ("model", "train_dataset", "eval_dataset", "callbacks", "optimizers")
+        own = (*own, "ref_model", "ref_model2")
         given = {name: options.pop(name) for name in own if name in options}
         given.setdefault("model", tiny.model())
         given.setdefault("train_dataset", tiny.pairs(16))

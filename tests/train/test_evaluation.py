@@ -72,7 +72,7 @@ def test_a_set_is_filled_up_for_several_ranks() -> None:
     assert [isinstance(padded[i], Filler) for i in range(8)] == [False] * 5 + [True] * 3
 
 
-def two_ranks(rank: int, port: int, folder: str, statistics: str) -> None:
+def two_ranks(rank: int, port: int, folder: str, options: dict[str, Any]) -> None:
     """One of two processes that train and evaluate together."""
     os.environ |= {
         "RANK": str(rank),
@@ -81,7 +81,7 @@ def two_ranks(rank: int, port: int, folder: str, statistics: str) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    made = distributed_run(folder, batch=2, ddp_backend="gloo", batch_statistics=statistics)
+    made = distributed_run(folder, batch=2, ddp_backend="gloo", **options)
     if rank == 0:
         torch.save([p.detach() for p in made.model.parameters()], f"{folder}/weights.pt")
     torch.distributed.destroy_process_group()
@@ -118,12 +118,17 @@ def distributed_run(
     return made
 
 
-@pytest.mark.parametrize(("statistics", "batch", "cut"), [("local", 4, 2), ("exact", 8, 1)])
-def test_two_ranks_are_one(statistics: str, batch: int, cut: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("statistics", "batch", "cut", "row"), [("local", 4, 2, None), ("exact", 8, 1, 45)]
+)
+def test_two_ranks_are_one(
+    statistics: str, batch: int, cut: int, row: int | None, tmp_path: Path
+) -> None:
     """2 ranks x 2 groups x 2 micro-batches: losses, weights, evaluation, metrics.
 
     With local statistics as 1 x 4 x 2, whose micro-batches hold the same groups over all ranks;
-    with exact ones as 1 x 8 x 1: they do not see the cut.
+    with exact ones as 1 x 8 x 1: they do not see the cut, nor that into rows of 45 tokens, where
+    one rank's two groups fit one row and the other's do not.
     """
     import socket
 
@@ -131,7 +136,8 @@ def test_two_ranks_are_one(statistics: str, batch: int, cut: int, tmp_path: Path
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     two = str(tmp_path / "two")
-    ranks = [child.start(two_ranks, rank, port, two, statistics) for rank in (0, 1)]
+    budget = {"batch_statistics": statistics, "max_tokens_per_row": row}
+    ranks = [child.start(two_ranks, rank, port, two, budget) for rank in (0, 1)]
     options = {"gradient_accumulation_steps": cut, "batch_statistics": statistics}
     one = distributed_run(str(tmp_path / "one"), batch, **options)
     truth = distributed_run(str(tmp_path / "truth"), batch, torch.float64, **options)

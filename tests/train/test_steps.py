@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 import fastpo.loss
 from fastpo.data.packing import counts_of
+from fastpo.loss import PreferenceLoss
 from fastpo.train.trainer import Collator, PreferenceTrainer
 from tests.numerics import assert_three_way
 from tests.train import tiny
@@ -40,7 +41,7 @@ def first_step(
     objective = options.get("objective", "dpo")
     # Not the policy itself, so that ratios are not all zero.
     reference = options.pop("ref_model", None) or tiny.model(seed=1)
-    extras = ("mismatched",) if objective == "kto" else ()
+    extras = PreferenceLoss(objective).extras
     data = options.pop("train_dataset", None)
     gradients = Gradients()
     trainer = PreferenceTrainer(
@@ -65,7 +66,7 @@ def first_step(
     return loss, gradients.flat, norm
 
 
-@pytest.mark.parametrize("objective", ["dpo", {"dpo": 1.0, "sft": 0.5}, "simpo"], ids=str)
+@pytest.mark.parametrize("objective", ["dpo", {"dpo": 1.0, "sft": 0.5}, "tpo", "treg"], ids=str)
 @pytest.mark.parametrize(("batch", "accumulation"), [(1, 8), (2, 4), (8, 1), (3, 3)])
 def test_cut_into_micro_batches(
     objective: Any, batch: int, accumulation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

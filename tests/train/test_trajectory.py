@@ -32,11 +32,14 @@ def run(
     family = max((OBJECTIVES[name].family for name in names), key=CANDIDATES.__getitem__)
     extras = tuple({role for name in names for role in OBJECTIVES[name].extras})
     model = tiny.model().to(dtype)
+    two = PreferenceLoss(objective).needs_second_reference
+    short = options.get("reference_prompt") == "short_prompt"
     trainer = PreferenceTrainer(
         model,
         tiny.config(folder, objective=objective, max_steps=steps, optim="sgd", **options),
-        train_dataset=tiny.groups(8, CANDIDATES[family], extras=extras),
+        train_dataset=tiny.groups(8, CANDIDATES[family], extras=extras, short_prompt=short),
         ref_model=None if names[0] not in AT_REST else tiny.model(seed=1).to(dtype),
+        ref_model2=tiny.model(seed=2).to(dtype) if two else None,
         processing_class=tiny.tokenizer(),
     )
     trainer.train()
@@ -61,7 +64,7 @@ def assert_same_trajectory(
 @pytest.mark.parametrize("objective", sorted(OBJECTIVES))
 def test_twenty_steps(objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needs = PreferenceLoss(objective).needs
-    if any(name.endswith(("old_logps", "token_rewards", "error")) for name in needs):
+    if not needs.isdisjoint(("old_logps", "token_old_logps", "error", "ref_error")):
         with pytest.raises(ValueError, match="from your own loop"):
             tiny.config(tmp_path, objective=objective)
         return
@@ -80,10 +83,23 @@ def test_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_shared_and_padded_rows(tmp_path: Path) -> None:
-    """One prompt copy or one a response: the same losses and weights."""
-    shared = run(tmp_path / "shared", "dpo", 3)
-    padded = run(tmp_path / "padded", "dpo", 3, share_prompt="false")
-    truth = run(tmp_path / "truth", "dpo", 3, torch.float64, share_prompt="false")
+SHORT = {"reference_prompt": "short_prompt"}
+
+
+@pytest.mark.parametrize("objective", ["dpo", "tdpo2"])
+def test_short_prompt(objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference after another prompt, by log-probs and by its whole distribution."""
+    assert_same_trajectory(tmp_path, objective, 20, monkeypatch, **SHORT)
+
+
+@pytest.mark.parametrize(
+    ("objective", "options"), [("dpo", {}), ("svco", {}), ("dpo", SHORT)], ids=str
+)
+def test_shared_and_padded_rows(objective: str, options: dict, tmp_path: Path) -> None:
+    """One copy of each prompt or one a response: the same losses and weights."""
+    shared = run(tmp_path / "shared", objective, 3, **options)
+    options = {**options, "share_prompt": "false"}
+    padded = run(tmp_path / "padded", objective, 3, **options)
+    truth = run(tmp_path / "truth", objective, 3, torch.float64, **options)
     for what, a, b, c in zip(("losses", "weights"), shared, padded, truth, strict=True):
         assert_three_way(a, b, c, what)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fastpo.data.formats import CONTEXTS
 from fastpo.data.groups import Group, Response
 from fastpo.train.config import PreferenceConfig
 
@@ -51,14 +53,24 @@ def model(seed: int = 0, **options: Any) -> LlamaForCausalLM:
 def _response(rng: np.random.Generator, length: int, **facts: Any) -> Response:
     ids = rng.integers(4, VOCAB, length).astype(np.int32)
     ids[-1] = 2
-    return Response(ids, np.ones(length, bool), **facts)
+    rewards = (ids % 5 - 2).astype(np.float32)  # no draw, so that older data stays as it is
+    return Response(ids, np.ones(length, bool), token_rewards=rewards, **facts)
 
 
 def groups(
-    count: int, candidates: int = 2, *, extras: tuple[str, ...] = (), seed: int = 0
+    count: int,
+    candidates: int = 2,
+    *,
+    extras: tuple[str, ...] = (),
+    seed: int = 0,
+    short_prompt: bool = False,
 ) -> list[Group]:
     """Ragged groups: prompts of 3-9 tokens, responses of 2-12, graded and ranked."""
     rng = np.random.default_rng(seed)
+
+    def prompt_ids() -> np.ndarray:
+        return rng.integers(4, VOCAB, int(rng.integers(3, 10))).astype(np.int32)
+
     made = []
     for row in range(count):
         responses = [
@@ -71,8 +83,18 @@ def groups(
             )
             for slot in range(candidates)
         ]
-        prompt = rng.integers(4, VOCAB, int(rng.integers(3, 10))).astype(np.int32)
-        roles = {role: _response(rng, int(rng.integers(2, 13)), label=False) for role in extras}
+        prompt = prompt_ids()
+        roles = {
+            role: _response(rng, int(rng.integers(2, 13)), label=False)
+            for role in extras
+            if role not in CONTEXTS
+        }
+        others: dict[str, np.ndarray] = {}
+        for role in extras:
+            if role in CONTEXTS:
+                column, slot = CONTEXTS[role]
+                other = others.setdefault(column, prompt_ids())
+                roles[role] = replace(responses[slot], prompt_ids=other)
         made.append(
             Group(
                 prompt,
@@ -82,6 +104,7 @@ def groups(
                 cohort=row % 2,
                 extras=roles,
                 source="tiny.jsonl",
+                short_prompt_ids=prompt_ids() if short_prompt else None,
             )
         )
     return made

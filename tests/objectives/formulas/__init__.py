@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from . import (
     batchwise,
+    contexts,
     diffusion,
     lipo,
     listwise,
@@ -27,6 +28,7 @@ FAMILIES = (
     reference_free,
     regression,
     batchwise,
+    contexts,
     pointwise,
     lipo,
     listwise,

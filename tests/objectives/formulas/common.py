@@ -51,6 +51,11 @@ def nll(g, reduction):
     return per, -sum(x for x, good in zip(score, g.label, strict=True) if good)
 
 
+def gold_nll(g, reduction):
+    per = "gold_tokens" if reduction == "token_mean" else "groups"
+    return per, -(g.gold_mean_logps if reduction == "sequence_mean" else g.gold_logps)
+
+
 def hyper_numbers(hyper: dict) -> SimpleNamespace:
     """Hyper-parameters as the doubles that they are, so that 0.1 is what Python multiplies by."""
     return SimpleNamespace(**{k: mpf(v) if type(v) is float else v for k, v in hyper.items()})

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 from mpmath import mpf
 
 from .common import nlsig, sigmoid, times
+from .policy import responses
 
 
 def kto(g, h):
@@ -15,6 +18,15 @@ def kto(g, h):
         else:
             total += h.undesirable_weight * (1 - sigmoid(h.beta * (z0 - u)))
     return {"responses": total}, times(h.beta, g.u)
+
+
+def kto_humanline(g, h):
+    def clipped(x):
+        return min(max(x, h.log_epsilon_p), h.log_epsilon_r)
+
+    rows = responses(g, "token_logps", "token_ref_logps", "token_weights")
+    u = [sum(a * clipped(x - y) for x, y, a in zip(*row, strict=True)) for row in rows]
+    return kto(SimpleNamespace(u=u, label=g.label, z0=g.z0), h)
 
 
 def bco(g, h):
@@ -70,5 +82,6 @@ def kto_unlearn(g, h):
 
 
 FORMULAS = {
-    f.__name__: f for f in (kto, bco, npo, kto_pair, apo_zero_unpaired, simnpo, ga, kto_unlearn)
+    f.__name__: f
+    for f in (kto, kto_humanline, bco, npo, kto_pair, apo_zero_unpaired, simnpo, ga, kto_unlearn)
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mpmath import exp, log, mpf, sqrt
 
-from .common import sigmoid
+from .common import sigmoid, times
 
 STD_EPSILON = mpf(1e-4)  # the double that is added in code
 
@@ -183,6 +183,11 @@ def dro(g, h):
     return aggregate(losses, h.aggregation), g.q
 
 
+def step_dapo(g, h):
+    losses = [(u - a / h.beta) ** 2 / 2 for u, a in zip(g.u, g.q, strict=True)]
+    return {"responses": sum(losses)}, times(h.beta, g.u)
+
+
 def kl_penalty(g, h):
     losses = []
     for new, ref in responses(g, "token_logps", "token_ref_logps"):
@@ -207,6 +212,7 @@ FORMULAS = {
         p3o,
         nash_md,
         dro,
+        step_dapo,
         kl_penalty,
     )
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mpmath import exp, expm1, log, mpf
 
-from .common import nll, nlsig, smoothed, times
+from .common import gold_nll, nll, nlsig, smoothed, times
 
 
 def preference(z, h):
@@ -60,7 +60,11 @@ def tpo(g, h):
     else:
         loss = cpo_preference(g, h)
     compared = g.s if h.loss_type in ("ipo", "tpo_l") else g.S
-    return {"groups": loss - h.tpo_alpha * g.gold_mean_logps}, times(h.beta, compared)
+    per, likelihood = gold_nll(g, h.nll_reduction)
+    terms = {"groups": loss, per: h.tpo_alpha * likelihood}
+    if per == "groups":
+        terms[per] = loss + h.tpo_alpha * likelihood
+    return terms, times(h.beta, compared)
 
 
 FORMULAS = {f.__name__: f for f in (simpo, cpo, orpo, alpha_po, simper, slic, repo, tpo)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mpmath import mpf
 
-from .common import nll
+from .common import gold_nll, nll
 
 
 def sft(g, h):
@@ -13,8 +13,8 @@ def sft(g, h):
 
 
 def gold_sft(g, h):
-    score = g.gold_logps if h.reduction == "sum" else g.gold_mean_logps
-    return {"groups": -score if any(g.mask) else mpf(0)}, [mpf(0) for _ in g.mask]
+    per, likelihood = gold_nll(g, h.reduction)
+    return {per: likelihood if any(g.mask) else mpf(0)}, [mpf(0) for _ in g.mask]
 
 
 def kl_retain(g, h):

@@ -26,8 +26,12 @@ def tokens(g, *names):
 
 def sparse_po(g, h):
     terms, rewards = tdpo1(g, h)
-    norm = sum(abs(a) for row in tokens(g, "token_weights") for (a,) in row)
-    return {"groups": terms["groups"] + h.l1_weight * norm}, rewards
+    norm, kl_norm = (
+        sum(abs(a) for row in tokens(g, name) for (a,) in row)
+        for name in ("token_weights", "token_kl_weights")
+    )
+    price = h.l1_weight * norm + h.kl_l1_weight * kl_norm
+    return {"groups": terms["groups"] + price}, rewards
 
 
 def tis_dpo(g, h):

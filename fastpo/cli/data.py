@@ -1,0 +1,55 @@
+"""`fastpo data`: pairs and samples from scored lists, written to files before training."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from fastpo.cli.models import json_lines
+from fastpo.data.rows import load_rows
+from fastpo.data.schedules import curriculum, sampled
+
+
+def _scored_lists(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    rows = load_rows(arguments.dataset, split=arguments.split, name=arguments.dataset_name)
+    for i, row in enumerate(tqdm(rows, desc="lists", unit="row", disable=None)):
+        responses, scores = row.get("responses"), row.get("scores")
+        if not responses or not scores or len(responses) != len(scores):
+            raise ValueError(
+                f"{arguments.dataset}, row {i}: `responses` and `scores` must be lists of one "
+                "length; grade the answers of `fastpo sample` first"
+            )
+        yield {name: value for name, value in row.items() if value is not None}
+
+
+def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with json_lines(str(path)) as write:
+        for row in rows:
+            write(dict(row))
+    sys.stderr.write(f"{path}: {len(rows)} rows\n")
+
+
+def data(arguments: argparse.Namespace) -> int:
+    """Rejection sampling (`rso`) or stages of pairs (`curriculum`) from scored lists."""
+    out = Path(arguments.out)
+    if arguments.action == "curriculum":
+        stages = curriculum(_scored_lists(arguments))
+        if not stages:
+            raise ValueError(f"{arguments.dataset}: no list has two answers of different score")
+        for number, rows in enumerate(stages, 1):
+            _write(out / f"stage-{number}.jsonl", rows)
+        return 0
+    if arguments.count < 2:
+        raise ValueError(f"--count {arguments.count} must be at least 2, or no pair is left")
+    # A seed a row: with one for all, every list would meet the same draws.
+    kept = [
+        sampled(row, arguments.count, beta=arguments.beta, seed=[arguments.seed, i])
+        for i, row in enumerate(_scored_lists(arguments))
+    ]
+    _write(out, kept)
+    return 0

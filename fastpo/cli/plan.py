@@ -1,0 +1,177 @@
+"""`fastpo plan`: memory and time of a training step, and the cheapest switch that makes it fit."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from typing import Any
+
+from fastpo.cli.models import table
+from fastpo.loss import PreferenceLoss
+from fastpo.model.load import check_place, trained_adapter
+from fastpo.model.random_init import model_config
+from fastpo.plan import CARDS, EFFICIENCY, GIB, Advice, Card, Job, Plan, Shape, advise, plan
+from fastpo.train.recipe import Recipe, load_recipe
+
+# Responses of a group where neither a flag nor the objective says: lists as LOGO has them.
+_CANDIDATES = {"point": 1, "pair": 2, "list": 3}
+
+
+def job_of(recipe: Recipe, **given: Any) -> Job:
+    """The training step that a recipe describes, on a GPU.
+
+    Args:
+        recipe: a checked recipe.
+        given: fields of `Job` that win over it.
+
+    Raises:
+        ValueError: no length of the rows in the recipe or in `given`.
+    """
+    config, model = recipe.config(), recipe.model
+    loss = config.build_loss()
+    adapter = trained_adapter(model.model)
+    name = model.model if adapter is None else adapter.base
+    context = given.pop("context", None) or config.max_length
+    if context is None:
+        raise ValueError("how long is a row? set max_length in the recipe, or give --context")
+    lora = {} if model.lora is True or model.lora is None else (model.lora or {})
+    targets = lora.get("target_modules", "all-linear")
+    method = "lora" if model.lora or adapter is not None else "full"
+    fields: dict[str, Any] = {
+        "response": config.max_response_length,
+        "candidates": _candidates(loss),
+        "groups": config.per_device_train_batch_size,
+        "method": "qlora" if model.quantization is not None else method,
+        "weights": "float32" if model.dtype == "float32" else "bfloat16",
+        "rank": lora.get("r"),
+        "targets": None if targets == "all-linear" else tuple(targets),
+        "optim": str(getattr(config.optim, "value", config.optim)),
+        "reference": _reference(loss, config.reference, method, config.reference_store),
+        "share_prompt": config.share_prompt != "false",
+        "offload": config.offload_activations,
+        "mlp_tile": config.mlp_tile,
+        "workspace_mib": config.workspace_mib,
+    }
+    fields = {k: v for k, v in {**fields, **given}.items() if v is not None}
+    return _job(name, loss, context=context, **fields)
+
+
+def _job(name: str, loss: PreferenceLoss, **fields: Any) -> Job:
+    check_place(name)
+    return Job(
+        Shape.of(model_config(name)),
+        references=1 + loss.needs_second_reference,
+        divergence=loss.needs_kl,
+        **fields,
+    )
+
+
+def _candidates(loss: PreferenceLoss) -> int:
+    families = [c.objective.family for c in loss.components]
+    return max(_CANDIDATES[family] for family in families) + len(loss.extras)
+
+
+def _reference(loss: PreferenceLoss, asked: str, method: str, store: str | None) -> str:
+    if not loss.needs_reference:
+        return "none"
+    if asked != "auto":
+        return asked
+    if store is not None:
+        return "store"
+    return "copy" if method == "full" else "adapter"
+
+
+def describe(job: Job, planned: Plan, card: Card, name: str) -> str:
+    """The parts as a table, and the time of a step."""
+    shape = job.shape
+    head = (
+        f"{shape.parameters / 1e9:.2f} B parameters, {job.method}, {job.weights}; {job.groups} x "
+        f"(prompt {job.prompt} + {job.candidates} responses of {job.response}): {job.tokens:,} "
+        f"tokens\n"
+    )
+    rows: list[tuple[str, ...]] = [("GiB", name, "host")]
+    for part in dict.fromkeys((*planned.device, *planned.host)):
+        sizes = (planned.device.get(part, 0), planned.host.get(part, 0))
+        if any(sizes) or part == "logits":
+            shown = [f"{size / GIB:.2f}" if size else "" for size in sizes]
+            rows.append((part, *(shown if part != "logits" else ("never", ""))))
+    rows.append(("peak", f"{planned.peak / GIB:.2f}", f"{planned.host_peak / GIB:.2f}"))
+    rows.append(("there is", f"{card.memory:.2f}", ""))
+    seconds = planned.seconds(card)
+    return (
+        f"{head}\n{table(rows)}\n\nThe head's buffers and a layer's working set are never alive "
+        f"together: the larger counts.\n{planned.flop / 1e15:.2f} PFLOP a micro-batch: about "
+        f"{seconds:.3g} s, {job.tokens / seconds:,.0f} tokens/s, at an assumed {EFFICIENCY:.0%} of "
+        f"{card.tflops:g} TFLOP/s"
+    )
+
+
+def verdict(advice: Advice) -> str:
+    """What fits, and with which switches."""
+    longest = f"the largest context is {advice.longest:,} tokens"
+    if advice.switches is None:
+        return f"does not fit with every switch set; with them {longest}"
+    if not advice.switches:
+        return f"fits; {longest}"
+    planned = plan(advice.job)
+    lines = ["does not fit; the cheapest that makes it fit:", *(f"  {s}" for s in advice.switches)]
+    peaks = f"{planned.peak / GIB:.2f} GiB, {planned.host_peak / GIB:.2f} GiB on the host"
+    return "\n".join([*lines, f"with a peak of {peaks}; {longest}"])
+
+
+def plan_step(arguments: argparse.Namespace) -> int:
+    """Print what a step takes."""
+    names = [f.name for f in dataclasses.fields(Job)]
+    given = {k: v for k, v in vars(arguments).items() if k in names and v is not None}
+    if isinstance(tile := given.get("mlp_tile"), str) and tile != "auto":
+        given["mlp_tile"] = int(tile) if tile.isdecimal() else 0
+        if given["mlp_tile"] < 1:
+            raise ValueError(f"--mlp-tile {tile} is neither a number of tokens nor auto")
+    if arguments.recipe is not None:
+        if arguments.model is not None or arguments.objective is not None:
+            raise ValueError("--recipe names the model and the objective: drop the other flag")
+        job = job_of(load_recipe(arguments.recipe), **given)
+    else:
+        if arguments.model is None or arguments.context is None:
+            raise ValueError("--model and --context are needed, or --recipe")
+        loss = PreferenceLoss(arguments.objective or "dpo")
+        method = given.setdefault("method", "lora")
+        given.setdefault("candidates", _candidates(loss))
+        given["reference"] = _reference(loss, given.get("reference", "auto"), method, None)
+        job = _job(arguments.model, loss, **given)
+    card = CARDS.get(arguments.gpu)
+    if card is None:
+        raise ValueError(f"--gpu {arguments.gpu} is not one of {', '.join(CARDS)}")
+    planned = plan(job)
+    host = float("inf") if arguments.host_gib is None else arguments.host_gib * GIB
+    advice = advise(job, card.memory * GIB, host)
+    if arguments.json:
+        facts = {
+            "job": {k: getattr(job, k) for k in names if k != "shape"},
+            "device_bytes": planned.device,
+            "host_bytes": planned.host,
+            "peak_bytes": planned.peak,
+            "host_peak_bytes": planned.host_peak,
+            "flop": planned.flop,
+            "seconds": planned.seconds(card),
+            "fits": advice.switches == (),
+            "switches": advice.switches,
+            "longest_context": advice.longest,
+        }
+        print(json.dumps(facts, indent=1))
+        return 0
+    print(f"{describe(job, planned, card, arguments.gpu)}\n\n{verdict(advice)}")
+    return 0
+
+
+def host_needs(recipe: Recipe) -> str | None:
+    """One line on the host memory of a run that moves layer inputs there, before it begins."""
+    config = recipe.config()
+    if not config.offload_activations or config.max_length is None:
+        return None
+    planned = plan(job_of(recipe))
+    return (
+        f"{planned.host_peak / GIB:.1f} GiB of host memory at max_length={config.max_length}, "
+        f"{planned.host['layer inputs'] / GIB:.1f} of them pinned for layer inputs"
+    )

@@ -1,0 +1,72 @@
+"""Scored lists to samples and stages on disk, and from there into training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastpo.cli import main
+from fastpo.data.schedules import rejection_sample
+
+SCORES = [[0.9, 0.4, 0.2, 0.7], [0.1, 0.9, 0.9, 0.3], [0.5, 0.2]]
+
+
+@pytest.fixture
+def lists(tmp_path: Path) -> Path:
+    path = tmp_path / "lists.jsonl"
+    rows = [
+        {"prompt": f"Q{i} ", "responses": [f"{i}{k}" for k in range(len(s))], "scores": s}
+        for i, s in enumerate(SCORES)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rso_keeps_what_the_sampler_accepts_with_a_seed_a_row(lists: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "kept.jsonl"
+    assert main(["data", "rso", str(lists), str(out), "--count", "2", "--seed", "5"]) == 0
+    for i, row in enumerate(read(out)):
+        kept = rejection_sample(SCORES[i], 2, seed=[5, i])
+        assert row["responses"] == [f"{i}{k}" for k in kept]
+    best = tmp_path / "best.jsonl"
+    assert main(["data", "rso", str(lists), str(best), "--count", "2", "--beta", "0"]) == 0
+    assert [row["responses"] for row in read(best)] == [["00", "03"], ["11", "12"], ["20", "21"]]
+
+
+def test_stages_go_to_a_folder(lists: Path, tmp_path: Path) -> None:
+    assert main(["data", "curriculum", str(lists), str(tmp_path / "stages")]) == 0
+    stages = [read(path) for path in sorted((tmp_path / "stages").iterdir())]
+    assert [[(r["chosen"], r["rejected"]) for r in stage] for stage in stages] == [
+        [("00", "02"), ("12", "10"), ("20", "21")],
+        [("00", "01"), ("12", "13")],
+        [("00", "03")],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "words", "message"),
+    [
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, ["rso"], "row 0: `responses` and `sc"),
+        (
+            {"prompt": "p", "responses": ["a", "b"], "scores": [1.0, 1.0]},
+            ["curriculum"],
+            "no list has two answers of different score",
+        ),
+        ({}, ["rso", "--count", "1"], "--count 1 must be at least 2"),
+    ],
+)
+def test_what_is_wrong_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], row: dict, words: list[str], message: str
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    action, *flags = words
+    out = tmp_path / "out"
+    assert main(["data", action, str(tmp_path / "rows.jsonl"), str(out), *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()

@@ -1,0 +1,137 @@
+"""`fastpo plan`, and the long-context recipes that its output goes with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from fastpo.cli import main
+from fastpo.cli.plan import job_of
+from fastpo.plan import GIB, plan
+from fastpo.train.recipe import load_recipe
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RECIPES = ["dpo_70b_one_gpu.yaml", "listwise_long.yaml"]
+SHAPES = {"dpo_70b_one_gpu.yaml": "llama-3-70b", "listwise_long.yaml": "llama-3-8b"}
+
+
+def test_a_step_that_does_not_fit_gets_advice(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--model", "llama-3-70b", "--context", "65536", "--method", "qlora"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "does not fit; the cheapest that makes it fit:\n  mlp_tile: auto\n  offload" in said
+    assert any(line.split() == ["logits", "never"] for line in said.splitlines())
+    assert main([*words, "--mlp-tile", "auto", "--offload-activations", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["fits"]
+    assert facts["switches"] == []
+    assert facts["peak_bytes"] < 78 * GIB < facts["host_peak_bytes"]
+    assert facts["job"]["reference"] == "adapter"
+
+
+def test_an_objective_says_how_many_responses_and_whether_a_reference(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = {}
+    for objective in ("dpo", "logo", "kto", "npo"):
+        words = ["--model", "llama-3-8b", "--context", "4096", "--objective", objective, "--json"]
+        assert main(["plan", *words, "--method", "full"]) == 0
+        job = json.loads(capsys.readouterr().out)["job"]
+        found[objective] = (job["candidates"], job["reference"])
+    # KTO brings a mismatched response.
+    want = {"dpo": (2, "copy"), "logo": (3, "none"), "kto": (2, "copy"), "npo": (1, "copy")}
+    assert found == want
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--model and --context are needed"),
+        (["--model", "llama-3-8b", "--context", "4096", "--gpu", "h10"], "h10 is not one of h100"),
+        (["--model", "llama-3-8b", "--context", "4096", "--mlp-tile", "x"], "--mlp-tile x is nei"),
+        (["--model", "llama-3-8b", "--context", "100"], "has no room for a response of 512"),
+        (["--model", "./nowhere", "--context", "4096"], "no folder './nowhere'"),
+        (["--model", "x", "--recipe", "y.yaml"], "drop the other flag"),
+    ],
+)
+def test_errors(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_documents_show_what_the_planner_says(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The blocks of docs/long-context.md are these commands' output, on the recipe's true shape."""
+    recipe = yaml.safe_load((EXAMPLES / name).read_text())
+    path = tmp_path / name
+    path.write_text(yaml.safe_dump({**recipe, "model": SHAPES[name]}))
+    words = ["--host-gib", "128"] if "70b" in name else ["--k", "8"]
+    assert main(["plan", "--recipe", str(path), *words]) == 0
+    said = capsys.readouterr().out
+    assert "\nfits; " in said
+    assert said in (EXAMPLES.parent / "docs" / "long-context.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_run_on_a_tiny_shape(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With random weights; the host memory is told before anything is loaded."""
+    config = {
+        "model_type": "llama",
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 65536,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    pair = {"prompt": "2 + 2 = ?" * 9, "chosen": " 4", "rejected": " 5"}
+    ranked = {"prompt": "2 + 2 = ?" * 9, "responses": [" 4", " 5", " 6"], "scores": [3, 2, 1]}
+    row = pair if "70b" in name else ranked
+    (tmp_path / "rows.jsonl").write_text(8 * (json.dumps(row) + "\n"))
+    flags = {
+        "model": tmp_path / "config.json",
+        "dataset": tmp_path / "rows.jsonl",
+        "output_dir": tmp_path / "run",
+        "dtype": "float32",
+        "num_samples": 0,
+        "disable_tqdm": "true",
+        "use_cpu": "true",
+        "report": "false",
+    }
+    words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
+    assert main(["train", str(EXAMPLES / name), *words, "--random-init"]) == 0
+    said = capsys.readouterr().out
+    if "70b" in name:
+        assert said.startswith("needs      3.1 GiB of host memory at max_length=65536")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert all(torch.tensor(json.loads(line).get("loss", 0.0)).isfinite() for line in lines)
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
+def test_a_recipe_becomes_a_job(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    text = (EXAMPLES / "dpo_70b_one_gpu.yaml").read_text()
+    path.write_text(text.replace("meta-llama/Llama-3.3-70B-Instruct", "llama-3-70b"))
+    flags = ["--lora.target_modules", "q_proj", "v_proj", "--objective", "tdpo1"]
+    job = job_of(load_recipe(path, [*flags, "--reference", "adapter"]))
+    assert (job.method, job.rank, job.targets) == ("qlora", 16, ("q_proj", "v_proj"))
+    assert (job.reference, job.divergence, job.offload) == ("adapter", True, True)
+    assert plan(job).host["optimiser"] > 0
+    path.write_text(
+        text.replace("max_length: 65536\n", "").replace(
+            "meta-llama/Llama-3.3-70B-I", "llama-3-70b #"
+        )
+    )
+    with pytest.raises(ValueError, match="how long is a row"):
+        job_of(load_recipe(path))

@@ -1,0 +1,273 @@
+"""Objectives by their kernels: what the pure functions say, in one launch."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastpo import PreferenceLoss, Segments
+from fastpo.kernels import listwise, pairwise
+from fastpo.kernels.listwise import MAX_CANDIDATES, blocks
+from fastpo.objectives import OBJECTIVES, fused
+from fastpo.objectives.base import Objective, Outcome, Term
+from fastpo.objectives.fused import FUSED
+from tests.numerics import assert_three_way
+from tests.objectives.battery import (
+    Case,
+    assert_rounded,
+    by_divisor,
+    cases,
+    cast,
+    condition,
+    evaluate,
+    gradients,
+    leaves,
+    make_scores,
+    poison,
+)
+
+SIZES = {"pair": [2] * 7 + [0, 2], "point": [3, 1, 4, 0, 2], "list": [4, 2, 0, 3, 2, 4]}
+
+
+def call_of(case: Case) -> fused.Fused | None:
+    build = FUSED.get(case.objective.fn)
+    return build and build(SimpleNamespace(**case.hyper))
+
+
+CLAMPED = [
+    Case("dpo", {**OBJECTIVES["dpo"].hyper, "f_divergence": f, "divergence_clamp": 2.0})
+    for f in ("forward_kl", "alpha")
+]
+COVERED = [case for case in (*cases(), *CLAMPED) if call_of(case)]
+LISTS = [case for case in COVERED if case.objective.family == "list"]
+
+
+def by_kernel(case: Case, scores: dict[str, Tensor]) -> tuple[Outcome, dict[str, Tensor]]:
+    """(outcome, gradient of the sum of all weighted terms) by the kernel."""
+    copy, roots = leaves(scores)
+    outcome = fused.evaluate(case.objective, case.hyper, copy)
+    assert outcome is not None
+    total = sum(t.weight * t.values.sum() for t in outcome.terms)
+    grads = torch.autograd.grad(total, list(roots.values()), allow_unused=True)
+    pairs = zip(roots.items(), grads, strict=True)
+    return outcome, {k: torch.zeros_like(r) if g is None else g for (k, r), g in pairs}
+
+
+def assert_is_the_pure_function(case: Case, scores: dict[str, Tensor]) -> None:
+    """Terms, rewards and gradients by the three-way rule in float32; NaN in every padded slot."""
+    single, double = cast(scores, torch.float32), cast(scores, torch.float64)
+    ours, grads = by_kernel(case, poison(single))
+    plain, truth = evaluate(case, single), evaluate(case, double)
+    assert [t[1:] for t in ours.terms] == [t[1:] for t in plain.terms]
+    for mine, same, true in zip(ours.terms, plain.terms, truth.terms, strict=True):
+        assert_three_way(mine.values, same.values, true.values, f"term per {mine.per}")
+    assert_three_way(ours.rewards, plain.rewards, truth.rewards, "rewards")
+    assert not ours.rewards.requires_grad
+    plain_grads, true_grads = gradients(case, single), gradients(case, double)
+    for name, grad in grads.items():
+        assert_three_way(grad, plain_grads[name], true_grads[name], f"d{name}")
+
+
+def scores_of(case: Case, sizes: list[int] | None = None, **options) -> dict[str, Tensor]:
+    sizes = sizes or SIZES[case.objective.family]
+    return make_scores(case.objective, sizes, hyper=case.hyper, **options)
+
+
+@pytest.mark.parametrize("case", COVERED, ids=repr)
+def test_three_way(case):
+    assert_is_the_pure_function(case, scores_of(case))
+    assert_is_the_pure_function(case, scores_of(case, extreme=True, seed=1))
+
+
+@pytest.mark.parametrize("case", COVERED, ids=repr)
+def test_float64_values_keep_every_digit(case):
+    scores = scores_of(case, seed=2)
+    ours, _ = by_kernel(case, scores)
+    bounds = condition(case, scores)
+    truth = by_divisor(evaluate(case, scores))
+    for per, values in by_divisor(ours).items():
+        assert_rounded(values, truth[per], bounds[per], per)
+
+
+@pytest.mark.parametrize("name", sorted({case.name for case in COVERED}))
+def test_gradcheck(name):
+    """In float64, against differences of the kernel's own losses."""
+    case = next(case for case in COVERED if case.name == name)
+    scores = {k: v[:1] for k, v in scores_of(case, seed=3).items()}
+    call = call_of(case)
+
+    def losses(score: Tensor) -> Tensor:
+        outcome = fused.evaluate(case.objective, case.hyper, {**scores, call.score: score})
+        return outcome.terms[0].values
+
+    assert torch.autograd.gradcheck(losses, scores[call.score].clone().requires_grad_())
+
+
+@pytest.mark.parametrize("case", LISTS, ids=repr)
+def test_ties(case):
+    """Grades and ranks that tie, by scores that do; a policy that equals its reference."""
+    scores = scores_of(case, seed=4)
+    for name in ("score", "rank"):
+        if name in scores:
+            scores[name] = (scores[name] * 2).round() / 2 if name == "score" else scores[name] // 2
+    assert_is_the_pure_function(case, scores)
+    scores = {k: torch.zeros_like(v) if k == "ratio" else v for k, v in scores.items()}
+    assert_is_the_pure_function(case, scores)
+
+
+@pytest.mark.parametrize("case", LISTS, ids=repr)
+def test_lists_of_several_blocks_of_rows(case, monkeypatch):
+    """Blocks of two rows, and of one, as 1024 candidates have them."""
+    for tile in (16, 8):
+        monkeypatch.setattr(listwise, "TILE", tile)
+        assert blocks(5) == {"BG": 1, "BI": tile // 8, "BK": 8}
+        assert_is_the_pure_function(case, scores_of(case, [5, 2]))
+
+
+def test_lists_beyond_the_kernel_are_the_functions_business():
+    case = Case("list_mle", OBJECTIVES["list_mle"].hyper)
+    assert blocks(MAX_CANDIDATES) == {"BG": 1, "BI": 1, "BK": MAX_CANDIDATES}
+    scores = cast(scores_of(case, [MAX_CANDIDATES + 1]), torch.float32)
+    assert fused.evaluate(case.objective, case.hyper, scores) is None
+
+
+def test_log_probability_of_zero_has_finite_odds():
+    """orpo: p = 1 to the last bit; the largest odds of the dtype, without gradient."""
+    case = Case("orpo", OBJECTIVES["orpo"].hyper)
+    for dtype in (torch.float32, torch.float64):
+        scores = cast(scores_of(case), dtype)
+        scores["mean_logps"][:3] = torch.tensor([[0.0, -1.0], [-1.0, 0.0], [-1e-9, 1e-9]])
+        ours, grads = by_kernel(case, scores)
+        plain, same = evaluate(case, scores), gradients(case, scores)
+        eps = torch.finfo(dtype).eps
+        for a, b in (
+            (ours.terms[0].values, plain.terms[0].values),
+            *zip(grads.values(), same.values(), strict=True),
+        ):
+            assert ((a - b).abs() <= 16 * eps * b.abs().clamp(min=1)).all()
+
+
+@pytest.mark.parametrize("name", ["dpo", "simpo", "lipo", "exo_rw", "pro"])
+def test_nan_stays_in_its_group(name):
+    case = Case(name, OBJECTIVES[name].hyper)
+    scores = cast(scores_of(case), torch.float32)
+    expected, _ = by_kernel(case, scores)
+    scores[call_of(case).score][0, 1] = float("nan")
+    ours, grads = by_kernel(case, scores)
+    assert ours.terms[0].values[0].isnan()
+    assert torch.equal(ours.terms[0].values[1:], expected.terms[0].values[1:])
+    assert not grads[call_of(case).score][1:].isnan().any()
+
+
+class Counted:
+    """A kernel, and how often it was launched."""
+
+    def __init__(self, kernel) -> None:
+        self.kernel, self.launches = kernel, 0
+
+    def __getitem__(self, grid):
+        self.launches += 1
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize("case", COVERED, ids=repr)
+def test_one_launch_forward_and_backward(case, monkeypatch):
+    counted = [Counted(pairwise.pair_kernel), Counted(listwise.list_kernel)]
+    monkeypatch.setattr(pairwise, "pair_kernel", counted[0])
+    monkeypatch.setattr(listwise, "list_kernel", counted[1])
+    by_kernel(case, cast(scores_of(case), torch.float32))
+    assert sum(kernel.launches for kernel in counted) == 1
+
+
+@pytest.mark.parametrize("name", ["dpo", "plackett_luce"])
+def test_same_bits_twice(name):
+    case = Case(name, OBJECTIVES[name].hyper)
+    scores = cast(scores_of(case), torch.float32)
+    (first, d), (second, e) = (by_kernel(case, scores) for _ in range(2))
+    assert torch.equal(first.terms[0].values, second.terms[0].values)
+    assert torch.equal(d["ratio"], e["ratio"])
+
+
+def test_no_groups():
+    for name in ("dpo", "lipo"):
+        case = Case(name, OBJECTIVES[name].hyper)
+        scores = {k: v[:0] for k, v in scores_of(case).items()}
+        outcome, _ = by_kernel(case, scores)
+        assert outcome.terms[0].values.shape == (0,)
+
+
+def test_bad_hyper_parameters_are_told_as_ever():
+    scores = scores_of(Case("dpo", {}))
+    with pytest.raises(ValueError, match=r"label_smoothing is 0\.7"):
+        fused.evaluate(OBJECTIVES["dpo"], {"label_smoothing": 0.7}, scores)
+    with pytest.raises(ValueError, match="unknown link 'cubic' of gpo"):
+        fused.evaluate(OBJECTIVES["gpo"], {"link": "cubic"}, scores)
+
+
+def test_an_objective_of_ones_own_is_never_taken_for_another():
+    def dpo(ratio, mask):
+        return Outcome((Term(ratio.sum(-1)),), ratio.detach())
+
+    mine = Objective("dpo", dpo, "pair", "own", "u_w + u_l")
+    assert fused.evaluate(mine, {}, scores_of(Case("dpo", {}))) is None
+
+
+V, D = 20, 8
+STEP = {
+    "pairs": ({"dpo": 0.8, "cpo": 0.2}, 2),
+    "lists": ({"lipo": 1.0, "sft": 0.5}, 3),
+}
+
+
+@pytest.mark.parametrize("kind", STEP)
+def test_loss_module_runs_it(kind, monkeypatch):
+    """Weighted groups, a mixture, metrics; twice through one graph; without gradient."""
+    mixture, size = STEP[kind]
+    g = torch.Generator().manual_seed(0)
+    tokens = 2 * size * 3
+    segments = Segments(
+        response=torch.arange(2 * size).repeat_interleave(3),
+        grid=torch.arange(2 * size).view(2, size),
+        label=(torch.arange(size) == 0).expand(2, size),
+        num_responses=2 * size,
+        score=torch.rand(2, size, generator=g),
+        weight=torch.tensor([0.25, 2.0]),
+    )
+    labels = torch.randint(V, (tokens,), generator=g)
+    head = nn.Linear(D, V, bias=False).requires_grad_(False)
+    loss = PreferenceLoss(mixture, head)
+    ref_logps = -torch.rand(tokens, generator=g)
+    hidden = torch.randn(tokens, D, generator=g)
+
+    def step(dtype: torch.dtype, backend: str):
+        head.to(dtype)
+        states = hidden.to(dtype).requires_grad_()
+        out = loss(states, labels, segments, ref_logps=ref_logps.to(dtype), backend=backend)
+        (first,) = torch.autograd.grad(out.loss, states, retain_graph=True)
+        (second,) = torch.autograd.grad(out.loss, states)
+        assert torch.equal(first, second)
+        return out, first
+
+    counted = {}
+    for module, name in ((pairwise, "pair_kernel"), (listwise, "list_kernel")):
+        counted[name] = Counted(getattr(module, name))
+        monkeypatch.setattr(module, name, counted[name])
+    ours, grad = step(torch.float32, "triton")
+    assert sum(kernel.launches for kernel in counted.values()) == (2 if kind == "pairs" else 1)
+    plain, same = step(torch.float32, "torch")
+    truth, true = step(torch.float64, "torch")
+    assert_three_way(ours.loss, plain.loss, truth.loss, "loss")
+    assert_three_way(ours.losses, plain.losses, truth.losses, "losses")
+    assert_three_way(ours.rewards, plain.rewards, truth.rewards, "rewards")
+    assert_three_way(grad, same, true, "dhidden")
+    assert ours.metrics.keys() == plain.metrics.keys()
+    for name, value in ours.metrics.items():
+        terms = truth.rewards.abs().max().item()  # margins are differences of rewards
+        assert_three_way(value, plain.metrics[name], truth.metrics[name], name, terms=terms)
+    head.to(torch.float32)
+    with torch.no_grad():
+        again = loss(hidden, labels, segments, ref_logps=ref_logps, backend="triton")
+    assert torch.equal(again.loss, ours.loss.detach())
