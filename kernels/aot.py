@@ -163,7 +163,8 @@ def _loss_cases(chip: str) -> Iterator[_Case]:
     for form in forms:
         constants = form.constants(fp32) | dict(HAS_REWARD_OF=True, BN=pair.BN)
         yield _Case(pairwise.pair_kernel, pair, constants, fp32)
-    for name, candidates in (("below", 8), ("exo", 64), ("smooth rank", 64), ("logistic", 1024)):
+    widest = ("below", 8), ("exo", 64), ("smooth rank", 64), ("logistic", 64), ("logistic", 1024)
+    for name, candidates in widest:
         lambdas = name == "logistic"
         form = listwise.ListForm(name, 0.1, lambda_weights=lambdas, normalise=name != "below")
         sizes, options = listwise.blocks(candidates), listwise.launch_options(chip)

@@ -368,16 +368,18 @@ class ListForm:
 
 MAX_CANDIDATES = 1024
 TILE = 1024
-"""Elements of a tile, 8 a thread. With 16 LiPO spills on gfx942 and `exo` on sm_90."""
+"""Elements of a tile, 8 a thread. With 16 `exo` at K = 64 spills on sm_90."""
 
 
 def launch_options(chip: str) -> dict[str, int]:
-    """Warps; and, named, the limit that a thread has anyway.
+    """Warps; and, named, the number of registers that a thread may have anyway.
 
-    Unnamed, ptxas spills LiPO's last 12 bytes to reach the next step of occupancy.
+    Unnamed, ptxas spills LiPO's last 12 bytes to reach the next step of occupancy. On gfx942 the
+    masks of LiPO's tile overflow the scalar registers of 4 wavefronts.
     """
-    named = {"maxnreg": 255} if chip.startswith("sm_") else {}
-    return {"num_warps": 4, **named}
+    if chip.startswith("gfx"):
+        return {"num_warps": 8}
+    return {"num_warps": 4, "maxnreg": 255} if chip.startswith("sm_") else {"num_warps": 4}
 
 
 def blocks(num_candidates: int) -> dict[str, int]:

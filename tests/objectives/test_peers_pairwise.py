@@ -292,7 +292,8 @@ def test_trl_tpo(loss_type: str, gold_lengths: str) -> None:
         golden = sums[2 * B :] / gold
         both = torch.ones(B, 2).bool()
         name = loss_type.replace("-", "_")
-        outcome = tpo(*pairs, golden, both, gamma=0.5, loss_type=name, **hyper)  # pyright: ignore
+        options = {"gamma": 0.5, "loss_type": name, "nll_reduction": "sequence_mean", **hyper}
+        outcome = tpo(*pairs, sums[2 * B :], golden, both, **options)  # pyright: ignore
         return total(outcome), golden.mean() - sums[2 * B :].sum() / gold.sum()
 
     (mine, _), (truth, apart) = run(torch.float32), run(torch.float64)
