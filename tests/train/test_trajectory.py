@@ -53,10 +53,12 @@ def assert_same_trajectory(
 ) -> None:
     ours = run(folder / "ours", objective, steps, **options)
     monkeypatch.setattr(fastpo.loss, "linear_stats", dense_stats)
-    plain = run(folder / "plain", objective, steps, **options)
+    # Packed and padded rows round differently: one of them alone may be lucky over 20 steps.
+    packed = run(folder / "packed", objective, steps, **options)
+    padded = run(folder / "padded", objective, steps, **{**options, "share_prompt": "false"})
     truth = run(folder / "truth", objective, steps, torch.float64, **options)
-    for what, a, b, c in zip(("losses", "weights"), ours, plain, truth, strict=True):
-        assert_three_way(a, b, c, f"{objective} {what}")
+    for what, a, b, c, d in zip(("losses", "weights"), ours, packed, padded, truth, strict=True):
+        assert_three_way(a, [b, c], d, f"{objective} {what}")
     before = torch.cat([p.detach().flatten() for p in tiny.model().parameters()])
     assert not torch.equal(ours[1], before), "nothing was trained"
 
