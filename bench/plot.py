@@ -16,6 +16,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import NullFormatter
 
 from bench.contenders import OURS
 from bench.harness import RESULTS, device_slug
@@ -116,12 +117,13 @@ def draw_losses(data: dict) -> plt.Figure:
                 if "seconds" in case["contenders"].get(who, {})
             ]
             if timed:
-                axes.loglog(*zip(*sorted(timed), strict=True), "o-", color=colour, lw=1.5, ms=3)
-                axes.annotate(who, max(timed), (4, 0), textcoords="offset points", size=8)
+                line = zip(*sorted(timed), strict=True)
+                axes.loglog(*line, "o-", color=colour, lw=1.5, ms=3, label=who)
         axes.set_title(title, size=9, loc="left", color=INK)
-        axes.margins(x=0.35)
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
+    grid[0, 0].legend(frameon=False, fontsize=8)
     stamp = data["environment"]
     figure.supylabel("microseconds, loss and gradient", size=8)
     figure.supxlabel(
