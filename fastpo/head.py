@@ -22,6 +22,7 @@ Shapes: N tokens, D width, V vocabulary. Memory: a fixed workspace, never a func
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 from dataclasses import dataclass
@@ -100,6 +101,13 @@ class Head:
             "vocab_size": self.vocab_size,
         }
 
+    def logps(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """[N] log-probs of the labels [N] from states [N, D], cast to the weight's dtype."""
+        weight = self.weight
+        return linear_logps(
+            hidden.to(weight.dtype), weight, labels, bias=self.bias, lora=self.lora, **self.facts()
+        )
+
 
 def choose_backend(backend: Backend, device: torch.device) -> tuple[Tiles, str]:
     """(tiles, why) for a named backend, or the best one for `auto`.
@@ -107,7 +115,7 @@ def choose_backend(backend: Backend, device: torch.device) -> tuple[Tiles, str]:
     Raises:
         ValueError: an unknown name, or a backend that cannot run here; named ones never fall back.
     """
-    has_triton = importlib.util.find_spec("triton") is not None
+    has_triton = _has_triton()
     if backend == "torch":
         return TorchTiles(), "torch was asked for"
     if backend == "triton":
@@ -126,6 +134,12 @@ def choose_backend(backend: Backend, device: torch.device) -> tuple[Tiles, str]:
     if device.type != "cuda":
         return TorchTiles(), f"torch: kernels do not run on {device.type}"
     return TorchTiles(), "torch: the triton package is missing"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    # Cached: every call of the head and of a loss asks, and looking it up reads folders.
+    return importlib.util.find_spec("triton") is not None
 
 
 def _interpreting() -> bool:

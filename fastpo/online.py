@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastpo.tiles import Heads, Kept, Link, accumulator, blocks
+from fastpo.tiles import Heads, Kept, Link, accumulator, blocks, concatenate
 
 # 16 MiB of float32 stay in a CPU's cache, and in blocks that its allocator reuses: at 32 MiB a
 # pass takes 15 % longer.
@@ -49,31 +49,31 @@ def online_statistics(
     parts = []
     for lo, hi in blocks(heads.labels.numel(), max(1, row_block)):
         some = heads.rows(lo, hi)
+        if not some.hidden.is_cuda:
+            # Upcast once for all products; a CPU's half-precision ones are far slower.
+            some = some._replace(hidden=some.hidden.to(acc))
         own, state = link.of(some), _State(some, want)
         for i, (first, last) in enumerate(blocks(heads.weight.shape[0], columns)):
             part = some.columns(first, last)
             if not part.hidden.is_cuda:
-                # Upcast once for both products; a CPU's half-precision ones are far slower.
                 lora_b = None if part.lora_b is None else part.lora_b.to(acc)
-                part = part._replace(
-                    hidden=part.hidden.to(acc), weight=part.weight.to(acc), lora_b=lora_b
-                )
+                part = part._replace(weight=part.weight.to(acc), lora_b=lora_b)
             z = own.apply_(part.products(), part.bias)
-            kept = None
+            # Without a soft-cap it is one number a row, which can wait for the end.
+            slope = own.derivative(z) if with_gradient and link.softcap is not None else None
+            out = None
             if keep is not None and last <= keep.logits.shape[1]:
                 kept = keep.logits[lo:hi, first:last]
                 if keep.shifts is None:
                     kept.copy_(z)
-            slope = own.derivative(z) if with_gradient else 1.0
-            exponentials = keep is not None and keep.shifts is not None
-            masses, fade = state.absorb_(z, first, out=kept if exponentials else None)
-            if kept is not None and keep is not None and keep.shifts is not None:
-                keep.shifts[i, lo:hi] = state.shift
+                else:
+                    out = kept
+            masses, fade, shift = state.absorb_(z, first, out)
+            if out is not None and keep is not None and keep.shifts is not None:
+                keep.shifts[i, lo:hi] = shift.squeeze(1)
             if gradient is not None:
                 gradient[lo:hi] *= fade
-                # One number for a row can wait for the end.
-                sloped = masses if link.softcap is None else masses.mul_(slope)
-                part.add_gradient_(gradient[lo:hi], sloped)
+                part.add_gradient_(gradient[lo:hi], masses if slope is None else masses.mul_(slope))
         stats, others = state.finish(heads.weight.shape[0])
         if gradient is not None:
             at_label = -stats["logps"][:, None].expm1() * own.derivative(state.label)
@@ -83,7 +83,7 @@ def online_statistics(
             others = others if link.softcap is not None else others * own.derivative(state.label)
             gradient[lo:hi].mul_(-others).addcmul_(at_label, label_rows)
         parts.append(stats)
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, gradient
+    return concatenate(parts), gradient
 
 
 class _State:
@@ -95,8 +95,15 @@ class _State:
         self.label = self.mass = self.slope = self.square = self.total = zero
         self.high = self.before = torch.full_like(zero, -torch.inf)
 
-    def absorb_(self, z: Tensor, first: int, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Takes in columns; z, or `out`, becomes exp(z - m), 0 at the label. Older sums fade by."""
+    def absorb_(
+        self, z: Tensor, first: int, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Takes in the columns from `first` on.
+
+        Returns:
+            exp(z - m), 0 at the label, in the memory of z or in `out`; what older sums are to be
+            multiplied by; m.
+        """
         index = (self.labels - first).clamp(0, z.shape[1] - 1)
         inside = (self.labels >= first) & (self.labels < first + z.shape[1])
         here = z.gather(1, index)
@@ -113,7 +120,6 @@ class _State:
         shift = high.masked_fill(high == -torch.inf, 0.0)
         fade = (self.high - shift).exp()
         z -= shift
-        self.shift = shift.squeeze(1)
         shifted = z.clone() if "entropy" in self.want else z
         z = torch.exp(z, out=z if out is None else out)
         if "entropy" in self.want:
@@ -125,7 +131,7 @@ class _State:
             self.square = self.square * fade.square() + torch.linalg.vecdot(z, z)[:, None]
         self.mass = self.mass * fade + z.sum(dim=1, keepdim=True)
         self.high = high
-        return z, fade
+        return z, fade, shift
 
     def finish(self, vocab_size: int) -> tuple[dict[str, Tensor], Tensor]:
         """[B] statistics, and (1 - p_y) / s [B, 1], the weight of the others' exponentials."""

@@ -125,7 +125,7 @@ class LinearStats(torch.autograd.Function):
         *tensors: Tensor | None,  # the fields of Heads
     ) -> tuple[Tensor, ...]:
         heads = Heads(*tensors)  # pyright: ignore[reportArgumentType]
-        hidden, weight, ref_hidden = heads.hidden, heads.weight, heads.ref_hidden
+        hidden, ref_hidden = heads.hidden, heads.ref_hidden
         ctx.plan = plan
         # Kept logits are already in memory: the plain backend reads them, whichever was chosen.
         tiles = TorchTiles() if plan.schedule.name == "kept" else plan.tiles
@@ -138,11 +138,9 @@ class LinearStats(torch.autograd.Function):
         ctx.needed, ctx.dtype = needed, hidden.dtype
         grads = plan.grads if plan.schedule.name == "frozen" else ()
         keep = _to_keep(plan, heads) if plan.schedule.kept else None
-        num_elements = plan.schedule.row_block * weight.shape[0]
+        shape = plan.schedule.row_block, plan.schedule.vocab_block
         with torch.autocast(hidden.device.type, enabled=False):
-            stats, buffers = tiles.forward(
-                heads, plan.link, needed, grads, num_elements, plan.schedule.vocab_block, keep
-            )
+            stats, buffers = tiles.forward(heads, plan.link, needed, grads, *shape, keep)
         if plan.schedule.name == "frozen":
             ctx.save_for_backward(*buffers)
         elif plan.schedule.name != "forward":

@@ -224,15 +224,15 @@ class Tiles(Protocol):
         link: Link,
         want: tuple[str, ...],
         grads: tuple[str, ...],
-        num_elements: int,
-        columns: int,
+        row_block: int,
+        vocab_block: int,
         keep: Kept | None = None,
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Statistics [N], and r = d stat / d hidden [N, D] in the accumulator for each of `grads`.
 
         Args:
-            num_elements: of a slab, at most.
-            columns: of a slice of the vocabulary, where the walk has slices.
+            row_block: whole rows of logits that a slab may hold, of any shape.
+            vocab_block: columns of a slice of the vocabulary, where the walk has slices.
             keep: to be filled.
         """
         ...
@@ -255,7 +255,7 @@ Step = Callable[[Heads, int, int], "tuple[dict[str, Tensor], list[Tensor]]"]
 
 
 def forward_by_rows(
-    step: Step, heads: Heads, grads: tuple[str, ...], num_elements: int
+    step: Step, heads: Heads, grads: tuple[str, ...], row_block: int
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """`Tiles.forward` over slabs of whole rows.
 
@@ -265,7 +265,6 @@ def forward_by_rows(
     """
     acc = accumulator(heads.hidden.dtype)
     buffers = [torch.zeros_like(heads.hidden, dtype=acc) for _ in grads]
-    row_block = max(1, num_elements // heads.weight.shape[0])
     parts = []
     for lo, hi in blocks(heads.labels.numel(), row_block):
         stats, coefficients = step(heads.rows(lo, hi), lo, hi)

@@ -33,8 +33,8 @@ class TorchTiles:
         link: Link,
         want: tuple[str, ...],
         grads: tuple[str, ...],
-        num_elements: int,
-        columns: int,
+        row_block: int,
+        vocab_block: int,
         keep: Kept | None = None,
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         if heads.ref_hidden is None and grads in ((), ("logps",)):
@@ -42,8 +42,8 @@ class TorchTiles:
                 heads,
                 link,
                 want,
-                row_block=min(num_elements, LARGEST_SLAB) // columns,
-                columns=columns,
+                row_block=min(row_block * heads.weight.shape[0], LARGEST_SLAB) // vocab_block,
+                columns=vocab_block,
                 with_gradient=bool(grads),
                 keep=keep,
             )
@@ -59,7 +59,7 @@ class TorchTiles:
                     keep.ref_logits[lo:hi] = z_ref
             return _from_logits(z, z_ref, part.labels, own, want, grads)
 
-        return forward_by_rows(step, heads, grads, num_elements)
+        return forward_by_rows(step, heads, grads, row_block)
 
     def coefficients(
         self,

@@ -41,13 +41,12 @@ class TritonTiles:
         link: Link,
         want: tuple[str, ...],
         grads: tuple[str, ...],
-        num_elements: int,
-        columns: int,
+        row_block: int,
+        vocab_block: int,
         keep: Kept | None = None,
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         assert keep is None, "kept logits are the plain backend's business"
-        rows = num_elements // heads.weight.shape[0]
-        thin = rows < min(_THIN_SLAB, heads.labels.numel())
+        thin = row_block < min(_THIN_SLAB, heads.labels.numel())
         if thin and not grads and heads.ref_hidden is None:
             from fastpo.kernels.linear_stats import linear_stats
 
@@ -65,7 +64,7 @@ class TritonTiles:
         def step(part: Heads, lo: int, hi: int) -> tuple[dict[str, Tensor], list[Tensor]]:
             return self._row_block(part, link, want, grads)
 
-        return forward_by_rows(step, heads, grads, num_elements)
+        return forward_by_rows(step, heads, grads, row_block)
 
     @staticmethod
     def _row_block(

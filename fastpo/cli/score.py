@@ -25,7 +25,7 @@ from fastpo.data.follow_ups import followed_up, next_turns, read_follow_ups
 from fastpo.data.groups import Group, Response
 from fastpo.data.packing import collate
 from fastpo.data.rows import load_rows
-from fastpo.head import Head, linear_logps
+from fastpo.head import Head
 from fastpo.model.check import self_check
 from fastpo.model.device import default_device
 from fastpo.model.diagnostics import ches, entanglement
@@ -52,15 +52,7 @@ class Scorer:
     @torch.no_grad()
     def logps(self, hidden: Tensor, batch: dict[str, Any]) -> Tensor:
         """[N] log-probabilities of the batch's label tokens."""
-        head = self.head
-        return linear_logps(
-            hidden,
-            head.weight,
-            batch["targets"],
-            bias=head.bias,
-            lora=head.lora,
-            **head.facts(),
-        )
+        return self.head.logps(hidden, batch["targets"])
 
     def __call__(self, batch: dict[str, Any]) -> Tensor:
         """[N] log-probabilities of the batch's label tokens."""

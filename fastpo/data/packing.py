@@ -12,26 +12,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 
 from fastpo.data.groups import Context, Group, Response
+from fastpo.objectives.base import Per
 from fastpo.scores import Segments
 
-COUNTS = (
-    "groups",
-    "responses",
-    "desirable",
-    "undesirable",
-    "chosen_tokens",
-    "response_tokens",
-    "gold_tokens",
-    "tokens",
-    "label_tokens",
-    "unshared_tokens",
-)
+# What losses are divided by, then what is only reported.
+COUNTS = (*get_args(Per), "tokens", "label_tokens", "unshared_tokens")
 
 
 class GroupSpan(NamedTuple):

@@ -111,30 +111,19 @@ def flash_varlen(
     window: int | None,
 ) -> Tensor:
     """[Tq, H, D]: causal attention of S sequences whose queries are the last of their keys."""
+    given = query, key, value, first_query, first_key, longest_query, longest_key
     if flash_source() == "torch":
         from torch.nn.attention.varlen import varlen_attn
 
         return varlen_attn(
-            query,
-            key,
-            value,
-            first_query,
-            first_key,
-            longest_query,
-            longest_key,
+            *given,
             scale=scaling,
             window_size=(-1 if window is None else window - 1, 0),
             enable_gqa=True,
         )  # pyright: ignore[reportReturnType]
     flash: Any = importlib.import_module("flash_attn")
     return flash.flash_attn_varlen_func(
-        query,
-        key,
-        value,
-        first_query,
-        first_key,
-        longest_query,
-        longest_key,
+        *given,
         softmax_scale=scaling,
         causal=True,
         window_size=(-1 if window is None else window - 1, -1 if window is None else 0),

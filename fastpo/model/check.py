@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastpo.data.groups import Group, Response
 from fastpo.data.packing import collate
-from fastpo.head import Head, linear_logps, logps_from_logits
+from fastpo.head import Head, logps_from_logits
 from fastpo.model.hidden import attach, causal_lm, decoder_of, label_hidden
 from fastpo.model.shared_row import SharingError
 
@@ -186,15 +186,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def _fused(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
-    weight = head.weight
-    return linear_logps(
-        hidden.to(weight.dtype), weight, targets, bias=head.bias, lora=head.lora, **head.facts()
-    ).double()
-
-
 def _logps(model: nn.Module, head: Head, batch: dict[str, Any]) -> Tensor:
-    return _fused(head, label_hidden(model, batch), batch["targets"])
+    return head.logps(label_hidden(model, batch), batch["targets"]).double()
 
 
 def _largest(difference: Tensor) -> float:
@@ -241,7 +234,7 @@ def _compare_head(model: nn.Module, head: Head, batch: dict[str, Any]) -> tuple[
             "dtype=float32"
         )
     hidden = label_hidden(model, batch)
-    error = _largest(_fused(head, hidden, targets) - own)
+    error = _largest(head.logps(hidden, targets).double() - own)
 
     weight = head.weight
     raw = (hidden.to(weight.dtype) @ weight.T).abs().max().item() * abs(head.logit_scale)
