@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.utils import is_bitsandbytes_available
 
 from fastpo import __version__
 from fastpo.cli import main
@@ -370,8 +371,12 @@ def test_errors_of_a_run_are_one_line(
     with pytest.raises(SelfCheckError):
         main([*map(str, command), "--debug"])
 
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    status, _, err = run(capsys, "train", recipe, "--overwrite", "--quantization", "nf4")
+    # transformers remembers what it finds, and the next test is to find bitsandbytes again.
+    is_bitsandbytes_available.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "bitsandbytes", None)
+        status, _, err = run(capsys, "train", recipe, "--overwrite", "--quantization", "nf4")
+    is_bitsandbytes_available.cache_clear()
     assert status == 2
     assert err.endswith(": pip install -U 'fastpo[quant]'\n")
     for name in [m for m in sys.modules if m.startswith("fastpo.cli.")]:
