@@ -26,12 +26,15 @@ import functools
 import importlib.util
 import logging
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastpo.schedules import LinearStats, Plan, Schedule, choose_schedule
+from fastpo.ops import LinearStats, Plan
+from fastpo.schedules import Schedule, choose_schedule
+from fastpo.sharding import Shard, cut, is_cut, whole
 from fastpo.tiles import (
     DIFFERENTIABLE,
     OF_REFERENCE,
@@ -109,8 +112,13 @@ class Head:
         )
 
 
-def choose_backend(backend: Backend, device: torch.device) -> tuple[Tiles, str]:
+def choose_backend(
+    backend: Backend, device: torch.device, plain_only: str = ""
+) -> tuple[Tiles, str]:
     """(tiles, why) for a named backend, or the best one for `auto`.
+
+    Args:
+        plain_only: what only plain PyTorch does and the call asks for, in words.
 
     Raises:
         ValueError: an unknown name, or a backend that cannot run here; named ones never fall back.
@@ -119,6 +127,8 @@ def choose_backend(backend: Backend, device: torch.device) -> tuple[Tiles, str]:
     if backend == "torch":
         return TorchTiles(), "torch was asked for"
     if backend == "triton":
+        if plain_only:
+            raise ValueError(f"backend='triton' has no {plain_only}: use 'torch' or 'auto'")
         if not has_triton:
             raise ValueError("backend='triton' needs the triton package: pip install triton")
         if device.type != "cuda" and not _interpreting():
@@ -129,6 +139,8 @@ def choose_backend(backend: Backend, device: torch.device) -> tuple[Tiles, str]:
         return TritonTiles(), "triton was asked for"
     if backend != "auto":
         raise ValueError(f"unknown backend {backend!r}: choose 'auto', 'torch' or 'triton'")
+    if plain_only:
+        return TorchTiles(), f"torch: {plain_only} was asked for"
     if device.type == "cuda" and has_triton:
         return TritonTiles(), "triton: a GPU and the triton package are here"
     if device.type != "cuda":
@@ -136,6 +148,7 @@ def choose_backend(backend: Backend, device: torch.device) -> tuple[Tiles, str]:
     return TorchTiles(), "torch: the triton package is missing"
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def _has_triton() -> bool:
     # Cached: every call of the head and of a loss asks, and looking it up reads folders.
@@ -172,9 +185,10 @@ def plan_head(
     backend: Backend = "auto",
     workspace_mib: float = 256,
     link: Link | None = None,
+    plain_only: str = "",
 ) -> tuple[Tiles, Schedule, str]:
     """(tiles, schedule, why this backend): the decision of one call, without making it."""
-    tiles, why = choose_backend(backend, torch.device(device))
+    tiles, why = choose_backend(backend, torch.device(device), plain_only)
     schedule = choose_schedule(
         num_tokens,
         vocab_size,
@@ -209,6 +223,10 @@ def linear_stats(
     vocab_size: int | None = None,
     lora: Lora | None = None,
     jsd_beta: float = 0.5,
+    group: dist.ProcessGroup | None = None,
+    same_tokens: bool | None = None,
+    skip_below: float = 0.0,
+    accumulate_grad: bool = False,
     backend: Backend = "auto",
     workspace_mib: float = 256,
 ) -> TokenStats:
@@ -232,6 +250,20 @@ def linear_stats(
         lora: a low-rank delta of `weight`, never merged into it; its gradients are exact.
         jsd_beta: the reference's share of the mixture of `jsd`, as in GKD (arXiv 2306.13649). In
             (0, 1): its limits 0 and 1 are `kl_ref_policy` and `kl_policy_ref`.
+        group: ranks that each hold some rows of the head, in the order of ranks: `weight`, `bias`,
+            `lora.b` and the reference's are then this rank's, labels and `vocab_size` the whole
+            head's. Every rank calls, and no weight travels. A DTensor cut by rows, as FSDP2 makes
+            them, brings its group with it.
+        same_tokens: with rows on several ranks, whether all of them have the same tokens (tensor
+            parallel, usual for `group`) or each its own (FSDP2, usual for a DTensor). In the latter
+            case the gradient of a DTensor is the mean of the ranks' losses, as FSDP2 reduces it.
+        skip_below: leave a slice of the vocabulary out of a token's gradient where the policy gives
+            it a smaller probability, and its products with it; 0 leaves nothing out. The
+            statistic `skipped` is all that was left out of a row, so that the error of row t of the
+            gradient is at most $|g_t| skipped_t \max_v \lVert c_v W_v \rVert$. For `logps` alone.
+        accumulate_grad: add the gradient of `weight`, a leaf, straight to its `grad` if there is
+            one: [V, D] less memory. Hooks on the weight, such as DDP's, do not see it. Without
+            effect under `torch.compile`.
         backend: `auto`, `torch` (plain PyTorch tiles) or `triton`; a named one never falls back.
         workspace_mib: budget of the slabs of logits that are alive at once.
 
@@ -241,6 +273,9 @@ def linear_stats(
     Raises:
         ValueError: shapes or dtypes that do not match, an unknown statistic or backend, a label
             outside [0, V), a statistic of the reference without `ref_hidden`.
+
+    Under `torch.compile` ignored rows are computed and dropped, since a graph's shapes cannot
+    depend on labels, and a label outside the vocabulary fails an assertion on the device.
 
     >>> h, w = torch.randn(4, 8), torch.randn(16, 8)
     >>> out = linear_stats(h, w, torch.tensor([3, -100, 0, 15]), stats=("logps", "entropy"))
@@ -252,16 +287,34 @@ def linear_stats(
     link = Link(softcap, logit_scale, temperature, jsd_beta)
     with_reference = any(name in OF_REFERENCE for name in stats)
     _check(hidden, weight, labels, stats, grad, link, bias, workspace_mib)
+    if not 0 <= skip_below < 1:
+        raise ValueError(f"skip_below must lie in [0, 1): got {skip_below}")
+    if skip_below and (grad != ("logps",) or with_reference):
+        raise ValueError(
+            f"skip_below is for the gradient of logps alone: got grad={grad} of stats={stats}"
+        )
+    if "skipped" in stats and not skip_below:
+        raise ValueError("nothing is skipped without skip_below")
     if lora is not None:
         _check_lora(lora, weight)
+    leaf = weight if accumulate_grad and not torch.compiler.is_compiling() else None
+    rows: dict[str, Tensor | None] = {"weight": weight, "bias": bias}
+    rows |= {"ref_weight": ref_weight, "ref_bias": ref_bias} if with_reference else {}
+    rows |= {} if lora is None else {"lora_b": lora.b}
+    shard = Shard(None, 0, (len(weight),))
+    if group is not None or is_cut(weight):
+        rows, shard, same_tokens = cut(rows, group, same_tokens)
+    if leaf is not None and (shard.group is not None or not leaf.is_leaf):
+        raise ValueError("accumulate_grad needs a weight that is whole and a leaf")
     if vocab_size is not None:
-        if not 0 < vocab_size <= weight.shape[0]:
-            raise ValueError(f"vocab_size {vocab_size} for a weight of {weight.shape[0]} rows")
-        real = slice(vocab_size)
-        weight, bias = weight[real], None if bias is None else bias[real]
-        ref_weight = None if ref_weight is None else ref_weight[real]
-        ref_bias = None if ref_bias is None else ref_bias[real]
-        lora = None if lora is None else lora._replace(b=lora.b[real])
+        if not 0 < vocab_size <= shard.vocab_size:
+            raise ValueError(f"vocab_size {vocab_size} for a weight of {shard.vocab_size} rows")
+        shard = shard.trimmed(vocab_size)
+        real = slice(shard.rows[shard.rank])
+        rows = {name: None if t is None else t[real] for name, t in rows.items()}
+    if not min(shard.rows):
+        raise ValueError(f"a rank holds no rows of the head: they hold {shard.rows}")
+    lora_b, weight = rows.pop("lora_b", None), cast(Tensor, rows["weight"])
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -270,9 +323,12 @@ def linear_stats(
             f"hidden is {hidden.dtype} and weight {weight.dtype}: cast one of them, or call under "
             "torch.autocast"
         )
+    bias = rows["bias"]
+    ref_weight = ref_bias = None
     if with_reference:
         if ref_hidden is None:
             raise ValueError(f"{stats} needs the reference's hidden states: pass ref_hidden")
+        ref_weight, ref_bias = rows["ref_weight"], rows["ref_bias"]
         if ref_weight is None:
             ref_weight, ref_bias = weight, bias
         if ref_hidden.shape[0] != hidden.shape[0] or ref_weight.shape[0] != weight.shape[0]:
@@ -283,39 +339,54 @@ def linear_stats(
         ref_hidden = ref_hidden.detach().to(hidden.dtype)
         ref_weight = ref_weight.detach().to(hidden.dtype)
         ref_bias = None if ref_bias is None else ref_bias.detach()
-    else:
-        ref_hidden = ref_weight = ref_bias = None
-
-    rows = None
+    temperatures = None
     if isinstance(temperature, Tensor):
-        rows = temperature.detach().to(accumulator(hidden.dtype))
-        link = link._replace(temperature=1.0)
+        temperatures = temperature.detach().to(accumulator(hidden.dtype))
+        temperature = 1.0
 
+    heads = Heads(
+        hidden,
+        weight,
+        bias,
+        labels.long(),
+        ref_hidden if with_reference else None,
+        ref_weight,
+        ref_bias,
+        temperatures,
+    )
     total = labels.numel()
-    valid = _valid_positions(labels, ignore_index, weight.shape[0])
-    if valid is not None:
-        hidden, labels = hidden[valid], labels[valid]
-        ref_hidden = None if ref_hidden is None else ref_hidden[valid]
-        rows = None if rows is None else rows[valid]
-    lora_b = None
-    if lora is not None:
+    ignored = valid = None
+    if torch.compiler.is_compiling():
+        # A graph's shapes cannot depend on labels: ignored rows are computed and dropped.
+        ignored, outside = _unscored(labels, ignore_index, shard.vocab_size)
+        torch._assert_async(~outside.any(), f"a label is outside [0, {shard.vocab_size})")
+        heads = heads._replace(labels=heads.labels.masked_fill(ignored, 0))
+    else:
+        valid = _valid_positions(labels, ignore_index, shard.vocab_size)
+        heads = heads if valid is None else heads.pick(valid)
+    if lora is not None and lora_b is not None:
         # The delta's factor rides beside the states, so that one backward serves both.
-        low = (hidden @ lora.a.to(hidden.dtype).T) * lora.scaling
-        hidden, lora_b = torch.cat([hidden, low], dim=1), lora.b.to(hidden.dtype)
-    if labels.numel() == 0:
+        low = (heads.hidden @ whole(lora.a).to(hidden.dtype).T) * lora.scaling
+        heads = heads._replace(
+            hidden=torch.cat([heads.hidden, low], dim=1), lora_b=lora_b.to(hidden.dtype)
+        )
+    if shard.group is not None and not same_tokens:
+        shard = shard.of_tokens(len(heads.labels), hidden.device)
+    num_tokens = sum(shard.tokens) or len(heads.labels)
+    if num_tokens == 0:
         # No row is left, but the graph is: leaves get zero gradients, not None.
-        leaves = (hidden, weight, bias, lora_b)
+        leaves = (heads.hidden, weight, bias, heads.lora_b)
         anchor = torch.stack([t[:0].sum() for t in leaves if t is not None]).sum()
         zeros = hidden.new_zeros(total, dtype=accumulator(hidden.dtype))
         return {n: zeros + anchor if n in grad else zeros.clone() for n in stats}
 
     needs = [
         torch.is_grad_enabled() and t is not None and t.requires_grad
-        for t in (hidden, weight, bias, lora_b)
+        for t in (heads.hidden, weight, bias, heads.lora_b)
     ]
     tiles, schedule, why = plan_head(
-        labels.numel(),
-        weight.shape[0],
+        num_tokens,
+        max(shard.rows),
         device=hidden.device,
         dtype=hidden.dtype,
         stats=stats,
@@ -327,14 +398,29 @@ def linear_stats(
         backend=backend,
         workspace_mib=workspace_mib,
         link=link,
+        plain_only="head cut over ranks" if shard.group else "skip_below" if skip_below else "",
     )
-    if backend == "auto":
+    if backend == "auto" and not torch.compiler.is_compiling():
         _say_once(f"head backend {why}")
-    plan = Plan(link, stats, grad, tiles, schedule)
-    reference = ref_hidden, ref_weight, ref_bias
-    heads = Heads(hidden, weight, bias, labels.long(), *reference, rows, lora_b)
-    values = LinearStats.apply(plan, *heads)
-    if valid is not None:
+    plan = Plan(
+        want=stats,
+        grads=grad,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        jsd_beta=jsd_beta,
+        skip_below=skip_below,
+        backend="triton" if isinstance(tiles, TritonTiles) else "torch",
+        schedule=schedule.name,
+        row_block=schedule.row_block,
+        vocab_block=schedule.vocab_block,
+        kept=schedule.kept,
+        **shard._asdict(),
+    )
+    values = LinearStats.apply(plan, leaf, *heads)
+    if ignored is not None:
+        values = [v.masked_fill(ignored, 0) for v in values]
+    elif valid is not None:
         values = [v.new_zeros(total).index_copy(0, valid, v) for v in values]
     return dict(zip(stats, values, strict=True))
 
@@ -395,10 +481,15 @@ def _check_lora(lora: Lora, weight: Tensor) -> None:
         )
 
 
+def _unscored(labels: Tensor, ignore_index: int, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Masks of the labels that are ignored, and of those that cannot be meant."""
+    ignored = labels == ignore_index
+    return ignored, ((labels < 0) | (labels >= vocab_size)) & ~ignored
+
+
 def _valid_positions(labels: Tensor, ignore_index: int, vocab_size: int) -> Tensor | None:
     """Positions whose label is not ignored, or None when that is all of them."""
-    ignored = labels == ignore_index
-    outside = ((labels < 0) | (labels >= vocab_size)) & ~ignored
+    ignored, outside = _unscored(labels, ignore_index, vocab_size)
     any_ignored, any_outside = torch.stack([ignored.any(), outside.any()]).tolist()
     if any_outside:
         position = int(outside.nonzero()[0])
@@ -421,6 +512,10 @@ def linear_logps(
     temperature: float | Tensor = 1.0,
     vocab_size: int | None = None,
     lora: Lora | None = None,
+    group: dist.ProcessGroup | None = None,
+    same_tokens: bool | None = None,
+    skip_below: float = 0.0,
+    accumulate_grad: bool = False,
     backend: Backend = "auto",
     workspace_mib: float = 256,
 ) -> Tensor:
@@ -447,6 +542,10 @@ def linear_logps(
         temperature=temperature,
         vocab_size=vocab_size,
         lora=lora,
+        group=group,
+        same_tokens=same_tokens,
+        skip_below=skip_below,
+        accumulate_grad=accumulate_grad,
         backend=backend,
         workspace_mib=workspace_mib,
     )["logps"]
@@ -467,6 +566,9 @@ def linear_cross_entropy(
     temperature: float | Tensor = 1.0,
     vocab_size: int | None = None,
     lora: Lora | None = None,
+    group: dist.ProcessGroup | None = None,
+    same_tokens: bool | None = None,
+    accumulate_grad: bool = False,
     backend: Backend = "auto",
     workspace_mib: float = 256,
 ) -> Tensor:
@@ -509,6 +611,9 @@ def linear_cross_entropy(
         temperature=temperature,
         vocab_size=vocab_size,
         lora=lora,
+        group=group,
+        same_tokens=same_tokens,
+        accumulate_grad=accumulate_grad,
         backend=backend,
         workspace_mib=workspace_mib,
     )

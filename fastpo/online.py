@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastpo.sharding import Shard
 from fastpo.tiles import Heads, Kept, Link, accumulator, blocks, concatenate
 
 # 16 MiB of float32 stay in a CPU's cache, and in blocks that its allocator reuses: at 32 MiB a
@@ -29,10 +30,12 @@ def online_statistics(
     link: Link,
     want: tuple[str, ...],
     *,
+    shard: Shard,
     row_block: int,
     columns: int,
     with_gradient: bool = False,
     keep: Kept | None = None,
+    skip_below: float = 0.0,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Statistics of every row; with a gradient also d logps / d hidden, [N, D] in the accumulator.
 
@@ -40,9 +43,11 @@ def online_statistics(
         heads: the policy's head and tokens; a reference is not looked at.
         link: the head's facts.
         want: names of single-head statistics; `lse`, `lse_rest` and `logps` always come.
+        shard: which rows of the head these are.
         row_block, columns: shape of a slab, at most.
         with_gradient: whether to form d logps / d hidden.
         keep: to be filled; K is a multiple of `columns`, or V.
+        skip_below: a slice of smaller probability is left out of a row's gradient.
     """
     acc = accumulator(heads.hidden.dtype)
     gradient = torch.zeros_like(heads.hidden, dtype=acc) if with_gradient else None
@@ -53,6 +58,7 @@ def online_statistics(
             # Upcast once for all products; a CPU's half-precision ones are far slower.
             some = some._replace(hidden=some.hidden.to(acc))
         own, state = link.of(some), _State(some, want)
+        skips = _Skips(some, own, shard, skip_below) if skip_below else None
         for i, (first, last) in enumerate(blocks(heads.weight.shape[0], columns)):
             part = some.columns(first, last)
             if not part.hidden.is_cuda:
@@ -68,22 +74,65 @@ def online_statistics(
                     kept.copy_(z)
                 else:
                     out = kept
-            masses, fade, shift = state.absorb_(z, first, out)
+            masses, fade, shift = state.absorb_(z, shard.first + first, out)
             if out is not None and keep is not None and keep.shifts is not None:
                 keep.shifts[i, lo:hi] = shift.squeeze(1)
+            rows = None if skips is None else skips.rows_above(masses, state)
             if gradient is not None:
                 gradient[lo:hi] *= fade
-                part.add_gradient_(gradient[lo:hi], masses if slope is None else masses.mul_(slope))
-        stats, others = state.finish(heads.weight.shape[0])
+                masses = masses if slope is None else masses.mul_(slope)
+                masses = masses if rows is None else masses[rows]
+                part.add_gradient_(gradient[lo:hi], masses, rows)
+        faded = state.merge(shard)
+        stats, others = state.finish(shard.vocab_size)
+        if skips is not None:
+            late = None if keep is None or keep.shares is None else keep.shares[:, lo:hi]
+            stats["skipped"] = shard.sum(skips.finish(state, others, late, columns))
         if gradient is not None:
             at_label = -stats["logps"][:, None].expm1() * own.derivative(state.label)
-            label_rows = heads.weight[some.labels].to(acc)
-            if heads.lora_b is not None:
-                label_rows = torch.cat([label_rows, heads.lora_b[some.labels].to(acc)], dim=1)
             others = others if link.softcap is not None else others * own.derivative(state.label)
-            gradient[lo:hi].mul_(-others).addcmul_(at_label, label_rows)
+            inside, label_rows, _ = some.of_labels(shard.first)
+            label_rows = label_rows.to(acc)
+            gradient[lo:hi].mul_(-others * faded).addcmul_(at_label * inside[:, None], label_rows)
         parts.append(stats)
     return concatenate(parts), gradient
+
+
+class _Skips:
+    """Slices of the vocabulary too improbable for a row's gradient; see `linear_stats`."""
+
+    def __init__(self, heads: Heads, link: Link, shard: Shard, skip_below: float) -> None:
+        self.skip_below, self.slices = skip_below, []
+        self.column = (heads.labels - shard.first)[:, None]
+        self.inside, rows, bias = heads.of_labels(shard.first)
+        # The label's logit before its turn: it decides how much the others can be.
+        z = link.apply_((heads.hidden * rows.to(heads.hidden.dtype)).sum(1, keepdim=True), bias)
+        self.label = shard.max(z.masked_fill(~self.inside[:, None], -torch.inf))
+
+    def rows_above(self, masses: Tensor, state: _State) -> Tensor:
+        """The rows of which this slice may be more than `skip_below`."""
+        mass, shift = masses.sum(dim=1, keepdim=True), state.shift
+        # What the sum has grown to so far, it will at least be in the end.
+        small = mass <= self.skip_below * (state.mass + (self.label - shift).exp())
+        self.slices.append((mass, shift, small))
+        return (~small).squeeze(1).nonzero().squeeze(1)
+
+    def finish(self, state: _State, others: Tensor, late: Tensor | None, columns: int) -> Tensor:
+        """[B] probability that is left out here, or by a backward pass that is told in `late`.
+
+        Args:
+            state, others: of all slices and ranks; see `_State.finish`.
+            late: [slices, B] to be filled with probabilities, infinite where the label is.
+            columns: of a slice.
+        """
+        mass, shift, small = (torch.cat(each, dim=1) for each in zip(*self.slices, strict=True))
+        shares = mass * (shift - state.shift).exp() * others
+        if late is not None:
+            of_label = self.column.div(columns, rounding_mode="floor").clamp(0, len(late) - 1)
+            here = shares.gather(1, of_label).masked_fill(self.inside[:, None], torch.inf)
+            late.copy_(shares.scatter(1, of_label, here).T)
+            small = self.skip_below >= late.T
+        return shares.masked_fill(~small, 0.0).sum(dim=1)
 
 
 class _State:
@@ -115,23 +164,44 @@ class _State:
             highest = z.masked_fill(right, -torch.inf).amax(dim=1, keepdim=True)
             self.before = torch.maximum(self.before, highest)
         z.scatter_(1, index, here.masked_fill(inside, -torch.inf))
-        high = torch.maximum(self.high, z.amax(dim=1, keepdim=True))
-        # All columns so far at -inf: subtract 0, since -inf - -inf is NaN.
-        shift = high.masked_fill(high == -torch.inf, 0.0)
-        fade = (self.high - shift).exp()
-        z -= shift
+        fade = self._move_to(torch.maximum(self.high, z.amax(dim=1, keepdim=True)))
+        z -= self.shift
         shifted = z.clone() if "entropy" in self.want else z
         z = torch.exp(z, out=z if out is None else out)
         if "entropy" in self.want:
-            moved = self.slope + self.mass * (self.high - shift)
-            self.slope = fade * moved.masked_fill(self.mass == 0, 0.0)
             shifted.masked_fill_(z == 0, 0.0)
             self.slope += torch.linalg.vecdot(z, shifted)[:, None]
         if "log_p2" in self.want:
-            self.square = self.square * fade.square() + torch.linalg.vecdot(z, z)[:, None]
-        self.mass = self.mass * fade + z.sum(dim=1, keepdim=True)
-        self.high = high
-        return z, fade, shift
+            self.square = self.square + torch.linalg.vecdot(z, z)[:, None]
+        self.mass = self.mass + z.sum(dim=1, keepdim=True)
+        return z, fade, self.shift
+
+    @property
+    def shift(self) -> Tensor:
+        """What is subtracted: m, or 0 while all columns are at -inf, since -inf - -inf is NaN."""
+        return self.high.masked_fill(self.high == -torch.inf, 0.0)
+
+    def _move_to(self, high: Tensor) -> Tensor:
+        """Sums as if `high` were subtracted; returns what they were multiplied by."""
+        before, self.high = self.high, high
+        fade = (before - self.shift).exp()
+        if "entropy" in self.want:
+            moved = self.slope + self.mass * (before - self.shift)
+            self.slope = fade * moved.masked_fill(self.mass == 0, 0.0)
+        if "log_p2" in self.want:
+            self.square = self.square * fade.square()
+        self.mass = self.mass * fade
+        return fade
+
+    def merge(self, shard: Shard) -> Tensor | float:
+        """Takes in the columns of all ranks; returns what this rank's were multiplied by."""
+        if shard.group is None:
+            return 1.0
+        fade = self._move_to(shard.max(self.high))
+        sums = torch.stack([self.mass, self.slope, self.square, self.total, self.label])
+        self.mass, self.slope, self.square, self.total, self.label = shard.sum(sums)
+        self.before = shard.max(self.before)
+        return fade
 
     def finish(self, vocab_size: int) -> tuple[dict[str, Tensor], Tensor]:
         """[B] statistics, and (1 - p_y) / s [B, 1], the weight of the others' exponentials."""

@@ -17,16 +17,7 @@ the logits of as many columns as the workspace holds and recomputes only the res
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
-
-from fastpo.tiles import Heads, Kept, Link, Tiles, accumulator, blocks, matmul
-from fastpo.torch_tiles import TorchTiles
+from typing import NamedTuple
 
 # Slices of the vocabulary start where rows of kernels' blocks do: ragged ones cost registers.
 _VOCAB_MULTIPLE = 128
@@ -99,124 +90,7 @@ def choose_schedule(
     return schedule(
         "recompute",
         ((2 * heads + outputs) * vocab_size - heads * kept) / vocab_size,
-        f"{kept / vocab_size:.0%} of {heads * column * vocab_size >> 20} MiB of logits fit the "
+        f"{100 * kept // vocab_size}% of {heads * column * vocab_size >> 20} MiB of logits fit the "
         f"workspace of {workspace_bytes >> 20} MiB",
         kept,
     )
-
-
-class Plan(NamedTuple):
-    """Everything about a pass that is not a tensor."""
-
-    link: Link
-    want: tuple[str, ...]  # statistics to return
-    grads: tuple[str, ...]  # those of them that carry a gradient
-    tiles: Tiles
-    schedule: Schedule
-
-
-class LinearStats(torch.autograd.Function):
-    """Token statistics of a head as one differentiable operation; see the module docstring."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        plan: Plan,
-        *tensors: Tensor | None,  # the fields of Heads
-    ) -> tuple[Tensor, ...]:
-        heads = Heads(*tensors)  # pyright: ignore[reportArgumentType]
-        hidden, ref_hidden = heads.hidden, heads.ref_hidden
-        ctx.plan = plan
-        # Kept logits are already in memory: the plain backend reads them, whichever was chosen.
-        tiles = TorchTiles() if plan.schedule.name == "kept" else plan.tiles
-        needed = tuple(dict.fromkeys((*plan.want, *tiles.keeps)))
-        if ref_hidden is not None:
-            needed += ("ref_lse", "ref_lse_rest")
-        if "jsd" in plan.grads:
-            needed += ("kl_policy_mix",)
-        ctx.tiles = tiles
-        ctx.needed, ctx.dtype = needed, hidden.dtype
-        grads = plan.grads if plan.schedule.name == "frozen" else ()
-        keep = _to_keep(plan, heads) if plan.schedule.kept else None
-        shape = plan.schedule.row_block, plan.schedule.vocab_block
-        with torch.autocast(hidden.device.type, enabled=False):
-            stats, buffers = tiles.forward(heads, plan.link, needed, grads, *shape, keep)
-        if plan.schedule.name == "frozen":
-            ctx.save_for_backward(*buffers)
-        elif plan.schedule.name != "forward":
-            ctx.save_for_backward(*heads, *(stats[name] for name in needed), *(keep or ()))
-        ctx.mark_non_differentiable(*(stats[n] for n in plan.want if n not in plan.grads))
-        return tuple(stats[name] for name in plan.want)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        plan: Plan = ctx.plan
-        given = dict(zip(plan.want, cotangents, strict=True))
-        given = {name: given[name] for name in plan.grads}
-        saved = ctx.saved_tensors
-        with torch.autocast(cotangents[0].device.type, enabled=False):
-            if plan.schedule.name == "frozen":
-                rows = (given[n][:, None] * r for n, r in zip(plan.grads, saved, strict=True))
-                grad_hidden = functools.reduce(torch.add, rows).to(ctx.dtype)
-                return (None, grad_hidden, *[None] * (len(Heads._fields) - 1))
-            count = len(Heads._fields)
-            stats = dict(zip(ctx.needed, saved[count:], strict=False))
-            kept = Kept(*saved[count + len(ctx.needed) :]) if plan.schedule.kept else None
-            grads = _backward_by_vocabulary(
-                Heads(*saved[:count]),
-                plan,
-                ctx.tiles,
-                stats,
-                given,
-                kept,
-                dict(zip(Heads._fields, ctx.needs_input_grad[1:], strict=True)),
-            )
-        return (None, *grads)
-
-
-def _to_keep(plan: Plan, heads: Heads) -> Kept:
-    """Room for what `plan.schedule` keeps."""
-    acc = accumulator(heads.hidden.dtype)
-    n, columns = heads.labels.numel(), plan.schedule.kept
-    ref = None if heads.ref_hidden is None else heads.hidden.new_empty(n, columns, dtype=acc)
-    shifts = None
-    if ref is None and plan.link.softcap is None and set(plan.grads) <= {"logps", "lse"}:
-        shifts = heads.hidden.new_empty(-(-columns // plan.schedule.vocab_block), n, dtype=acc)
-    return Kept(heads.hidden.new_empty(n, columns, dtype=acc), ref, shifts)
-
-
-def _backward_by_vocabulary(
-    heads: Heads,
-    plan: Plan,
-    tiles: Tiles,
-    stats: Mapping[str, Tensor],
-    cotangents: Mapping[str, Tensor],
-    kept: Kept | None,
-    needs: Mapping[str, bool],
-) -> Heads:
-    """The gradient of every field that `needs` one, one vocabulary slice after the other."""
-    acc, dtype = accumulator(heads.hidden.dtype), heads.hidden.dtype
-    vocab_size = heads.weight.shape[0]
-    of_columns = ("weight", "bias", "lora_b")
-    grads = {n: torch.empty_like(getattr(heads, n)) for n in of_columns if needs[n]}
-    grad_hidden = torch.zeros_like(heads.hidden, dtype=acc) if needs["hidden"] else None
-    for i, (lo, hi) in enumerate(blocks(vocab_size, plan.schedule.vocab_block)):
-        part = heads.columns(lo, hi)
-        mine = None if kept is None or hi > plan.schedule.kept else kept.slice(i, lo, hi)
-        c = tiles.coefficients(part, plan.link, stats, cotangents, lo, vocab_size, mine)
-        if grad_hidden is not None:
-            part.add_gradient_(grad_hidden, c)
-        for name, states in (("weight", heads.states), ("lora_b", heads.low)):
-            if name not in grads:
-                continue
-            if c.dtype == dtype:
-                torch.mm(c.T, states, out=grads[name][lo:hi])
-            else:
-                c_half = c.to(dtype) if c.is_cuda else c
-                grads[name][lo:hi] = matmul(c_half.T, states)
-        if "bias" in grads:
-            grads["bias"][lo:hi] = c.sum(dim=0, dtype=acc)
-    if grad_hidden is not None:
-        grads["hidden"] = grad_hidden.to(dtype)
-    return Heads(*(grads.get(name) for name in Heads._fields))  # pyright: ignore[reportArgumentType]

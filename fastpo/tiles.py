@@ -24,10 +24,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fastpo.sharding import Shard
+
 DIVERGENCES = ("kl_ref_policy", "kl_policy_ref", "jsd")
 DIFFERENTIABLE = ("logps", "lse", "entropy", "mean_logit", *DIVERGENCES)
 OF_REFERENCE = (*DIVERGENCES, "ref_logps")  # these need a second head
-STATISTICS = (*DIFFERENTIABLE, "log_p2", "top1", "ref_logps")
+STATISTICS = (*DIFFERENTIABLE, "log_p2", "top1", "skipped", "ref_logps")
 
 # Rows of a half-precision matrix that a CPU turns into float32 at a time: 16 MiB at D = 4096.
 UPCAST_ROWS = 1024
@@ -123,21 +125,38 @@ class Heads(NamedTuple):
 
     def rows(self, lo: int, hi: int) -> Heads:
         """The pass restricted to label tokens lo:hi."""
-        ref, temperature = (
-            None if x is None else x[lo:hi] for x in (self.ref_hidden, self.temperature)
-        )
-        return self._replace(
-            hidden=self.hidden[lo:hi],
-            labels=self.labels[lo:hi],
-            ref_hidden=ref,
-            temperature=temperature,
-        )
+        return self._of_tokens(lambda rows: rows[lo:hi])
+
+    def _of_tokens(self, take: Callable[[Tensor], Tensor]) -> Heads:
+        names = ("hidden", "labels", "ref_hidden", "temperature")
+        found = {name: getattr(self, name) for name in names}
+        return self._replace(**{n: None if p is None else take(p) for n, p in found.items()})
+
+    def pick(self, index: Tensor) -> Heads:
+        """The pass restricted to label tokens `index`."""
+        return self._of_tokens(lambda rows: rows[index])
+
+    def gathered(self, shard: Shard) -> Heads:
+        """The pass over the tokens of all ranks."""
+        return self._of_tokens(shard.gather)
 
     def columns(self, lo: int, hi: int) -> Heads:
         """The pass restricted to vocabulary columns lo:hi (labels keep their global numbers)."""
         names = ("weight", "bias", "ref_weight", "ref_bias", "lora_b")
         found = {name: getattr(self, name) for name in names}
         return self._replace(**{n: None if p is None else p[lo:hi] for n, p in found.items()})
+
+    def of_labels(self, first: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of a slice that starts at column `first`: [N] whether the labels lie inside, their rows
+        [N, D (+ r)], their biases [N, 1]; those of labels outside are any.
+        """
+        index = self.labels - first
+        inside = (index >= 0) & (index < len(self.weight))
+        index = index.clamp(0, len(self.weight) - 1)
+        rows = self.weight[index]
+        if self.lora_b is not None:
+            rows = torch.cat([rows, self.lora_b[index]], dim=1)
+        return inside, rows, None if self.bias is None else self.bias[index][:, None]
 
     def reference(self) -> Heads | None:
         """The reference as a pass of its own."""
@@ -170,8 +189,13 @@ class Heads(NamedTuple):
                 add_matmul_(products[:, lo:hi], self.low, self.lora_b[lo:hi].T)
         return products
 
-    def add_gradient_(self, out: Tensor, coefficients: Tensor) -> None:
-        """out [N, D (+ r)] += d loss / d hidden of these columns."""
+    def add_gradient_(self, out: Tensor, coefficients: Tensor, rows: Tensor | None = None) -> None:
+        """out [N, D (+ r)] += d loss / d hidden of these columns, for all rows or for some."""
+        if rows is not None:
+            some = out[rows]
+            self.add_gradient_(some, coefficients)
+            out[rows] = some
+            return
         width = self.weight.shape[1]
         add_matmul_(out[:, :width], coefficients, self.weight)
         if self.lora_b is not None:
@@ -187,6 +211,7 @@ class Kept(NamedTuple):
     logits: Tensor  # [N, K]; where there are shifts exp(z - shift), 0 at the label
     ref_logits: Tensor | None = None  # [N, K] of the reference
     shifts: Tensor | None = None  # [slices, N], of one slice [N]
+    shares: Tensor | None = None  # [all slices, N], sum of p; infinite where the label is
 
     def slice(self, index: int, lo: int, hi: int) -> Kept:
         """Of slice number `index`, columns lo:hi."""
@@ -197,17 +222,19 @@ class Kept(NamedTuple):
             None if shifts is None else shifts[index],
         )
 
+    def pick(self, index: Tensor) -> Kept:
+        """Of a slice, the rows `index`."""
+        return Kept(*(None if t is None else t[index] for t in self))  # pyright: ignore[reportArgumentType]
+
 
 class Tiles(Protocol):
     """The two walks that a backend supplies; schedules are the same for every backend.
 
     Attributes:
-        keeps: statistics that `coefficients` wants back.
         largest_slab: elements above which a slab only gets slower, or None. Where it is set, logits
             can be kept for a part of the vocabulary.
     """
 
-    keeps: tuple[str, ...]
     largest_slab: int | None
 
     def num_slabs(self, link: Link, want: tuple[str, ...], with_reference: bool) -> int:

@@ -9,18 +9,25 @@ import torch
 from torch import Tensor
 
 from fastpo.online import LARGEST_SLAB, online_statistics
+from fastpo.sharding import Shard
 from fastpo.tiles import UPCAST_ROWS, Heads, Kept, Link, accumulator, blocks, forward_by_rows
 
 
 class TorchTiles:
-    """Every walk in plain PyTorch: CPU, MPS, XPU, and the divergences everywhere.
+    """Every walk in plain PyTorch: CPU, MPS, XPU, and a head that is cut over ranks everywhere.
 
     A single head's statistics and the gradient of `logps` come from one pass over the vocabulary
     (`fastpo.online`); a reference, or the gradient of another statistic, needs slabs of whole rows.
+
+    Args:
+        shard: which rows of the head these are.
+        skip_below: see `fastpo.head.linear_stats`.
     """
 
-    keeps: tuple[str, ...] = ("lse", "lse_rest", "logps")
     largest_slab: int | None = LARGEST_SLAB
+
+    def __init__(self, shard: Shard | None = None, skip_below: float = 0.0) -> None:
+        self.shard, self.skip_below = shard or Shard(None, 0, ()), skip_below
 
     def num_slabs(self, link: Link, want: tuple[str, ...], with_reference: bool) -> int:
         # p and log p; the soft-cap's slope; the entropy's factor; the same again for a reference.
@@ -42,10 +49,13 @@ class TorchTiles:
                 heads,
                 link,
                 want,
-                row_block=min(row_block * heads.weight.shape[0], LARGEST_SLAB) // vocab_block,
+                # The same on every rank, since a row block is where they meet.
+                row_block=min(row_block * max(self.shard.rows), LARGEST_SLAB) // vocab_block,
                 columns=vocab_block,
                 with_gradient=bool(grads),
                 keep=keep,
+                shard=self.shard,
+                skip_below=self.skip_below,
             )
             return stats, [] if gradient is None else [gradient]
 
@@ -57,7 +67,7 @@ class TorchTiles:
                 keep.logits[lo:hi] = z
                 if keep.ref_logits is not None and z_ref is not None:
                     keep.ref_logits[lo:hi] = z_ref
-            return _from_logits(z, z_ref, part.labels, own, want, grads)
+            return self._from_logits(z, z_ref, part.labels, own, want, grads)
 
         return forward_by_rows(step, heads, grads, row_block)
 
@@ -94,6 +104,86 @@ class TorchTiles:
             p, log_p, ref, heads.labels, stats, cotangents, slope, first, vocab_size, link.jsd_beta
         )
 
+    def _from_logits(
+        self,
+        z: Tensor,
+        z_ref: Tensor | None,
+        labels: Tensor,
+        link: Link,
+        want: tuple[str, ...],
+        grads: tuple[str, ...],
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Statistics and unit-cotangent coefficients of a slab of logits, which it overwrites."""
+        slope = link.derivative(z) if grads else 1.0
+        stats, p, log_p = self._log_softmax_(z, labels, want)
+        ref = None
+        if z_ref is not None:
+            ref_stats, p_ref, log_ref = self._log_softmax_(z_ref, labels, ())
+            stats |= {f"ref_{name}": value for name, value in ref_stats.items()}
+            ref = p_ref, log_ref
+            difference = log_ref - log_p
+            stats["kl_ref_policy"] = self._dot(p_ref, difference)
+            stats["kl_policy_ref"] = -self._dot(p, difference)
+            if "jsd" in want:
+                beta, mixture = link.jsd_beta, log_mixture_(difference.clone(), link.jsd_beta)
+                stats["kl_policy_mix"] = -self._dot(p, mixture)
+                # In its own right: as a difference it would keep the rounding of log(pref / p).
+                mixture = log_mixture_(difference.neg_(), 1 - beta)
+                of_reference = -self._dot(p_ref, mixture)
+                stats["jsd"] = beta * of_reference + (1 - beta) * stats["kl_policy_mix"]
+        one = torch.ones_like(stats["logps"])
+        rest = slope, self.shard.first, self.shard.vocab_size, link.jsd_beta
+        coefficients = []
+        for name in grads:
+            mine = p if name == grads[-1] else p.clone()
+            coefficients.append(_coefficients_(mine, log_p, ref, labels, stats, {name: one}, *rest))
+        return stats, coefficients
+
+    def _dot(self, a: Tensor, b: Tensor) -> Tensor:
+        """[B] sums of a b over the whole vocabulary."""
+        return self.shard.sum(torch.linalg.vecdot(a, b))
+
+    def _log_softmax_(
+        self, z: Tensor, labels: Tensor, want: tuple[str, ...]
+    ) -> tuple[dict, Tensor, Tensor]:
+        """(statistics, p, log p) of a slab; z's memory becomes log p."""
+        shard, stats = self.shard, {}
+        if "mean_logit" in want:
+            stats["mean_logit"] = shard.sum(z.sum(dim=1)) / self.shard.vocab_size
+        own_top, place = z.max(dim=1)
+        top = shard.max(own_top)
+        column, inside = _label_columns(labels, shard.first, z.shape[1])
+        label_logit = shard.sum(z.gather(1, column).masked_fill(~inside, 0.0)).squeeze(1)
+        z -= top[:, None]
+        p = z.exp()
+        label_exp = p.gather(1, column)
+        # The other columns' sum on its own keeps every digit of 1 - p_y and of log p_y when the
+        # label is nearly certain: log(1 + 1e-5) in fp32 has lost 0.6 % of its value, log1p nothing.
+        others = p.scatter_(1, column, label_exp.masked_fill(inside, 0.0)).sum(dim=1)
+        p.scatter_(1, column, label_exp)
+        others = shard.sum(others)
+        total = others + (label_logit - top).exp()
+        log_total = total.log()
+        stats["lse"] = top + log_total
+        # What the rounding of lse lost: without it a recomputed row of probabilities sums to
+        # 1 + eps * |lse|, an error that all V columns of the gradient share.
+        stats["lse_rest"] = log_total - (stats["lse"] - top)
+        stats["logps"] = torch.where(
+            label_logit == top, -others.log1p(), (label_logit - top) - log_total
+        )
+        if "top1" in want:
+            # The first of the largest: of all ranks the lowest column.
+            far = torch.iinfo(place.dtype).max
+            first = -shard.max(-(place + shard.first).masked_fill(own_top < top, far))
+            stats["top1"] = (first == labels).to(z.dtype)
+        p /= total[:, None]
+        z -= log_total[:, None]
+        if "entropy" in want:
+            stats["entropy"] = -self._dot(p, z)
+        if "log_p2" in want:
+            stats["log_p2"] = self._dot(p, p).log()
+        return stats, p, z
+
 
 def logit_slab(heads: Heads, link: Link) -> Tensor:
     """[B, V] logits z in the accumulator dtype."""
@@ -107,41 +197,6 @@ def logit_slab(heads: Heads, link: Link) -> Tensor:
         for lo, hi in blocks(vocab_size, UPCAST_ROWS):
             products[:, lo:hi] = heads.columns(lo, hi).products()
     return link.apply_(products, heads.bias)
-
-
-def _log_softmax_(z: Tensor, labels: Tensor, want: tuple[str, ...]) -> tuple[dict, Tensor, Tensor]:
-    """(statistics, p, log p) of a slab; z's memory becomes log p."""
-    stats: dict[str, Tensor] = {}
-    if "mean_logit" in want:
-        stats["mean_logit"] = z.mean(dim=1)
-    top, first = z.max(dim=1)
-    column = labels[:, None]
-    label_logit = z.gather(1, column).squeeze(1)
-    z -= top[:, None]
-    p = z.exp()
-    label_exp = p.gather(1, column)
-    # The other columns' sum on its own keeps every digit of 1 - p_y and of log p_y when the label
-    # is nearly certain: log(1 + 1e-5) in fp32 has lost 0.6 % of its value, log1p(1e-5) nothing.
-    others = p.scatter_(1, column, 0).sum(dim=1)
-    p.scatter_(1, column, label_exp)
-    total = others + label_exp.squeeze(1)
-    log_total = total.log()
-    stats["lse"] = top + log_total
-    # What the rounding of lse lost: without it a recomputed row of probabilities sums to
-    # 1 + eps * |lse|, an error that all V columns of the gradient share.
-    stats["lse_rest"] = log_total - (stats["lse"] - top)
-    stats["logps"] = torch.where(
-        label_logit == top, -others.log1p(), (label_logit - top) - log_total
-    )
-    if "top1" in want:
-        stats["top1"] = (first == labels).to(z.dtype)
-    p /= total[:, None]
-    z -= log_total[:, None]
-    if "entropy" in want:
-        stats["entropy"] = -torch.linalg.vecdot(p, z)
-    if "log_p2" in want:
-        stats["log_p2"] = torch.linalg.vecdot(p, p).log()
-    return stats, p, z
 
 
 def _coefficients_(
@@ -175,7 +230,7 @@ def _coefficients_(
         excess = log_mixture_(ref[1] - log_p, jsd_beta).add_(stats["kl_policy_mix"][:, None])
         factor = excess.mul_(g["jsd"] * (jsd_beta - 1)).add_(factor)
     if "logps" in g:
-        index = (labels - first).clamp(0, p.shape[1] - 1)[:, None]
+        index, _ = _label_columns(labels, first, p.shape[1])
         # 1 - p_y from log p_y: the difference itself would lose every digit of a confident token.
         at_label = p.gather(1, index) * factor.expand_as(p).gather(1, index)
         at_label -= g["logps"] * stats["logps"][:, None].expm1()
@@ -193,50 +248,17 @@ def _coefficients_(
 
 def _at_label_(slab: Tensor, labels: Tensor, first: int, value: Tensor) -> None:
     """Write [N, 1] values into the labels' columns of a slice that starts at column `first`."""
-    index = (labels - first).clamp(0, slab.shape[1] - 1)[:, None]
-    inside = ((labels >= first) & (labels < first + slab.shape[1]))[:, None]
+    index, inside = _label_columns(labels, first, slab.shape[1])
     slab.scatter_(1, index, torch.where(inside, value, slab.gather(1, index)))
+
+
+def _label_columns(labels: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor]:
+    """[N, 1] labels' columns in a slice that starts at `first`, and whether they lie inside."""
+    column = (labels - first)[:, None]
+    return column.clamp(0, columns - 1), (column >= 0) & (column < columns)
 
 
 def log_mixture_(difference: Tensor, beta: float) -> Tensor:
     """log(m / p) from log(pref / p), which it overwrites; m = beta pref + (1 - beta) p."""
     own = difference.new_tensor(math.log1p(-beta))
     return torch.logaddexp(difference.add_(math.log(beta)), own, out=difference)
-
-
-def _from_logits(
-    z: Tensor,
-    z_ref: Tensor | None,
-    labels: Tensor,
-    link: Link,
-    want: tuple[str, ...],
-    grads: tuple[str, ...],
-) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Statistics and unit-cotangent coefficients of a slab of logits, which it overwrites."""
-    slope = link.derivative(z) if grads else 1.0
-    stats, p, log_p = _log_softmax_(z, labels, want)
-    ref = None
-    if z_ref is not None:
-        ref_stats, p_ref, log_ref = _log_softmax_(z_ref, labels, ())
-        stats |= {f"ref_{name}": value for name, value in ref_stats.items()}
-        ref = p_ref, log_ref
-        difference = log_ref - log_p
-        stats["kl_ref_policy"] = torch.linalg.vecdot(p_ref, difference)
-        stats["kl_policy_ref"] = -torch.linalg.vecdot(p, difference)
-        if "jsd" in want:
-            beta, mixture = link.jsd_beta, log_mixture_(difference.clone(), link.jsd_beta)
-            stats["kl_policy_mix"] = -torch.linalg.vecdot(p, mixture)
-            # In its own right: as a difference it would keep the rounding of log(pref / p).
-            mixture = log_mixture_(difference.neg_(), 1 - beta)
-            of_reference = -torch.linalg.vecdot(p_ref, mixture)
-            stats["jsd"] = beta * of_reference + (1 - beta) * stats["kl_policy_mix"]
-    one = torch.ones_like(stats["logps"])
-    coefficients = []
-    for name in grads:
-        mine = p if name == grads[-1] else p.clone()
-        coefficients.append(
-            _coefficients_(
-                mine, log_p, ref, labels, stats, {name: one}, slope, 0, p.shape[1], link.jsd_beta
-            )
-        )
-    return stats, coefficients

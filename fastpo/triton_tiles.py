@@ -28,7 +28,6 @@ def _facts(heads: Heads, link: Link) -> dict[str, Any]:
 class TritonTiles:
     """The same steps by the kernels of `fastpo.kernels`; products stay with the vendor's BLAS."""
 
-    keeps: tuple[str, ...] = ("lse", "lse_rest", "logps")
     largest_slab: int | None = None
 
     def num_slabs(self, link: Link, want: tuple[str, ...], with_reference: bool) -> int:

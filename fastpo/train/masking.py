@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from fastpo.loss import gather_rows
 from fastpo.model.hidden import decoder_of
 from fastpo.model.masks import MaskKind, TokenMasks, layer_states
+from fastpo.sharding import gather_rows
 from fastpo.train.reference import Batch, Reference
 
 FILE = "token_masks.safetensors"

@@ -1,0 +1,110 @@
+"""Slices of the vocabulary that are left out of gradients: fewer products, within the bound."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastpo import linear_logps, linear_stats
+from fastpo.torch_tiles import TorchTiles
+from tests.head.test_schedules import CountingMode
+
+N, D, V = 60, 64, 4090
+FACTS = [{}, {"softcap": 20.0, "logit_scale": 0.9, "temperature": 0.7}]
+# A trained head: logits kept, none kept.
+SCHEDULES = pytest.mark.parametrize(
+    ("trained", "workspace"), [(False, 256), (False, 0.1), (True, 4), (True, 0.1)]
+)
+
+
+@pytest.fixture(autouse=True)
+def several_slices(monkeypatch):
+    """Of 1024 columns: a row stays in the slice that has its label."""
+    monkeypatch.setattr(TorchTiles, "largest_slab", 1 << 16)
+
+
+def peaked(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """p_y from .5 to 1 - 1e-8: many tokens of a language model are nearly certain."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(V, D, generator=g) / D**0.5
+    labels = torch.randint(0, V, (N,), generator=g)
+    rows = weight[labels] / weight[labels].square().sum(1, keepdim=True)
+    hidden = rows * torch.linspace(9, 30, N)[:, None]
+    return hidden.to(dtype), weight.to(dtype), labels
+
+
+def run(skip_below: float, trained: bool, facts: dict, workspace: float, dtype=torch.float32):
+    hidden, weight, labels = peaked(dtype)
+    hidden.requires_grad_()
+    weight.requires_grad_(trained)
+    out = linear_stats(
+        hidden, weight, labels, stats=("logps", "skipped") if skip_below else ("logps",),
+        skip_below=skip_below, workspace_mib=workspace, **facts,
+    )  # fmt: skip
+    out["logps"].sum().backward()
+    return out["logps"].detach(), hidden.grad, weight.grad, out.get("skipped")
+
+
+@pytest.mark.parametrize("facts", FACTS, ids=["plain", "softcap"])
+@SCHEDULES
+def test_error_is_within_what_was_skipped(trained, workspace, facts):
+    logps, dh, dw, skipped = run(2**-12, trained, facts, workspace)
+    same, full_h, full_w, _ = run(0.0, trained, facts, workspace)
+    assert torch.equal(logps, same)
+    # Of 60 rows those that are nearly certain leave something out, the first ones nothing.
+    assert skipped[0] == 0
+    assert 5 < (skipped > 0).sum() < N
+    slope = facts.get("logit_scale", 1.0) / facts.get("temperature", 1.0)
+    hidden, weight, _ = peaked()
+    rounding = 1e-6 * full_h.abs().max()
+    bound = skipped * slope * weight.norm(dim=1).max() + rounding
+    error = (dh - full_h).norm(dim=1)
+    assert (error <= bound).all()
+    assert error.max() > rounding, "something was left out"
+    if trained:
+        bound = (skipped * slope * hidden.norm(dim=1)).sum()
+        assert 0 < (dw - full_w).norm(dim=1).max() <= bound
+
+
+@SCHEDULES
+def test_products_are_saved(trained, workspace):
+    def products(skip_below: float) -> float:
+        with CountingMode(N * D * V) as count:
+            run(skip_below, trained, {}, workspace)
+        return count.products
+
+    full, fewer = products(1e-12), products(2**-12)
+    # The forward's product stays; of the others at least a quarter goes.
+    assert fewer - 1 < 0.75 * (full - 1)
+
+
+@SCHEDULES
+def test_same_bits_twice(trained, workspace):
+    first, second = (run(2**-12, trained, {}, workspace, torch.bfloat16) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+
+def test_nan_stays_nan():
+    hidden, weight, labels = peaked()
+    hidden[40] = float("nan")
+    hidden.requires_grad_()
+    linear_logps(hidden, weight, labels, skip_below=2**-12).sum().backward()
+    assert hidden.grad[40].isnan().all()
+    assert not hidden.grad[:40].isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stats": ("entropy",)}, "for the gradient of logps alone"),
+        ({"backend": "triton"}, "has no skip_below"),
+        ({"skip_below": 0.0, "stats": ("logps", "skipped")}, "nothing is skipped without"),
+        ({"skip_below": -0.1}, r"skip_below must lie in \[0, 1\)"),
+    ],
+)
+def test_what_cannot_be_skipped(options, message):
+    hidden, weight, labels = peaked()
+    with pytest.raises(ValueError, match=message):
+        linear_stats(hidden, weight, labels, **{"skip_below": 2**-12, **options})
