@@ -54,6 +54,8 @@ def case_inputs(name: str, dtype: torch.dtype = torch.float32) -> dict[str, Tens
     if stats != ALL:
         del x["ref_hidden"]
     x["labels"] %= facts.get("vocab_size", V)
+    best = (x["hidden"] @ x["weight"].T + x["bias"])[:, : facts.get("vocab_size")].argmax(1)
+    x["labels"][::3] = best[::3]  # top1 is 1 somewhere
     return {k: t if k == "labels" else t.to(dtype) for k, t in x.items()}
 
 
