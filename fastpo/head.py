@@ -205,6 +205,23 @@ def plan_head(
     return tiles, schedule, why
 
 
+def most_kept_tokens(vocab_size: int, **options: Any) -> int:
+    """How many tokens' logits fit the workspace, so that a trained head costs 3 products.
+
+    Args:
+        vocab_size: V.
+        **options: of `plan_head`.
+    """
+    low, high = 0, 1
+    while plan_head(high, vocab_size, needs_head=True, **options)[1].name == "kept":
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        kept = plan_head(middle, vocab_size, needs_head=True, **options)[1].name == "kept"
+        low, high = (middle, high) if kept else (low, middle)
+    return low
+
+
 def linear_stats(
     hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
@@ -226,7 +243,7 @@ def linear_stats(
     group: dist.ProcessGroup | None = None,
     same_tokens: bool | None = None,
     skip_below: float = 0.0,
-    accumulate_grad: bool = False,
+    accumulate_grad: bool | Tensor = False,
     backend: Backend = "auto",
     workspace_mib: float = 256,
 ) -> TokenStats:
@@ -262,8 +279,8 @@ def linear_stats(
             statistic `skipped` is all that was left out of a row, so that the error of row t of the
             gradient is at most $|g_t| skipped_t \max_v \lVert c_v W_v \rVert$. For `logps` alone.
         accumulate_grad: add the gradient of `weight`, a leaf, straight to its `grad` if there is
-            one: [V, D] less memory. Hooks on the weight, such as DDP's, do not see it. Without
-            effect under `torch.compile`.
+            one, or to a [V, D] tensor, of any dtype, that is given: [V, D] less memory. Hooks on
+            the weight, such as DDP's, do not see it. Without effect under `torch.compile`.
         backend: `auto`, `torch` (plain PyTorch tiles) or `triton`; a named one never falls back.
         workspace_mib: budget of the slabs of logits that are alive at once.
 
@@ -297,7 +314,11 @@ def linear_stats(
         raise ValueError("nothing is skipped without skip_below")
     if lora is not None:
         _check_lora(lora, weight)
-    leaf = weight if accumulate_grad and not torch.compiler.is_compiling() else None
+    leaf = into = None
+    if isinstance(accumulate_grad, Tensor):
+        into = accumulate_grad
+    elif accumulate_grad and not torch.compiler.is_compiling():
+        leaf = weight
     rows: dict[str, Tensor | None] = {"weight": weight, "bias": bias}
     rows |= {"ref_weight": ref_weight, "ref_bias": ref_bias} if with_reference else {}
     rows |= {} if lora is None else {"lora_b": lora.b}
@@ -417,7 +438,7 @@ def linear_stats(
         kept=schedule.kept,
         **shard._asdict(),
     )
-    values = LinearStats.apply(plan, leaf, *heads)
+    values = LinearStats.apply(plan, leaf, into, *heads)
     if ignored is not None:
         values = [v.masked_fill(ignored, 0) for v in values]
     elif valid is not None:
@@ -515,7 +536,7 @@ def linear_logps(
     group: dist.ProcessGroup | None = None,
     same_tokens: bool | None = None,
     skip_below: float = 0.0,
-    accumulate_grad: bool = False,
+    accumulate_grad: bool | Tensor = False,
     backend: Backend = "auto",
     workspace_mib: float = 256,
 ) -> Tensor:
@@ -568,7 +589,7 @@ def linear_cross_entropy(
     lora: Lora | None = None,
     group: dist.ProcessGroup | None = None,
     same_tokens: bool | None = None,
-    accumulate_grad: bool = False,
+    accumulate_grad: bool | Tensor = False,
     backend: Backend = "auto",
     workspace_mib: float = 256,
 ) -> Tensor:

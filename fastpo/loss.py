@@ -11,12 +11,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastpo.head import Backend, Head, Lora, TokenStats, choose_backend, linear_stats
+from fastpo.by_groups import Tensors, by_groups, cut_groups
+from fastpo.head import (
+    Backend,
+    Head,
+    Lora,
+    TokenStats,
+    choose_backend,
+    linear_stats,
+    most_kept_tokens,
+)
 from fastpo.objectives import get_objective
 from fastpo.objectives.base import Objective, Outcome, Statistic
 from fastpo.objectives.lipo import tie_keys
 from fastpo.objectives.regularisers import REGULARISERS
 from fastpo.scores import STATISTIC_OF, Segments, score_responses
+from fastpo.sharding import gather_rows, is_cut
 from fastpo.triton_tiles import TritonTiles
 
 # How to obtain a score that an objective needs and the caller did not supply.
@@ -36,6 +46,14 @@ _REMEDY = {
     "error": "denoising errors are no scores of a language model: call the objective's function",
 }
 _DIVERGENCES = ("kl", "kl_reverse")
+_PER_TOKEN = (
+    "ref_logps",
+    "ref2_logps",
+    "old_logps",
+    "token_weights",
+    "token_rewards",
+    "kl_weights",
+)
 # What stands before or after a score's own name: mean_ratio, gold_logps, token_ref_logps.
 _PREFIXES = ("mean_", "token_")
 
@@ -67,10 +85,11 @@ def resolve(objective: str | Mapping[str, float], hyper: Mapping[str, Any]) -> l
     """Name or mixture, and its hyper-parameters, as components.
 
     A hyper-parameter goes to every component that has one of that name; `"dpo.beta"` goes to one.
+    A number may be two, [first, last], between which it moves linearly as training goes on.
 
     Raises:
-        ValueError: an unknown objective or hyper-parameter (with the nearest name), a weight that
-            is not a finite number, an empty mixture.
+        ValueError: an unknown objective or hyper-parameter (with the nearest name), a list that is
+            not two numbers, a weight that is not a finite number, an empty mixture.
     """
     mixture = {objective: 1.0} if isinstance(objective, str) else dict(objective)
     if not mixture:
@@ -91,8 +110,16 @@ def resolve(objective: str | Mapping[str, float], hyper: Mapping[str, Any]) -> l
         owner, _, name = key.rpartition(".")
         for component in components:
             if name in component.objective.hyper and owner in ("", component.objective.name):
-                component.hyper[name] = hyper[key]
+                component.hyper[name] = _checked_move(key, hyper[key])
     return components
+
+
+def _checked_move(key: str, value: Any) -> Any:
+    if not isinstance(value, list | tuple):
+        return value
+    if len(value) != 2 or not all(type(end) in (int, float) for end in value):
+        raise ValueError(f"{key}={value!r}: one number, or two that it moves between over training")
+    return tuple(value)
 
 
 class PreferenceLoss(nn.Module):
@@ -102,9 +129,11 @@ class PreferenceLoss(nn.Module):
         objective: a name of `fastpo.OBJECTIVES`, or a mixture `{"dpo": 0.8, "sft": 1.0}`.
         head: the language model's head (`Head`, or a plain `nn.Linear`); None if every call
             passes `weight`. It is not registered: its parameters stay the model's.
-        **hyper: hyper-parameters of the objective; see `fastpo objectives NAME`.
+        **hyper: hyper-parameters of the objective; see `fastpo objectives NAME`. One that is two
+            numbers, [first, last], moves linearly with `progress` (DPO-Shift's lambda).
 
     Attributes:
+        progress: the share of training that is done, in [0, 1]; a training loop sets it.
         seed, step: keys of the random order of tied candidates (LiPO); a training loop that wants
             a new draw each step sets `step`. Calls of one step also count as one for statistics
             with a memory (BCO's shift); while it is None every training call is a step.
@@ -134,6 +163,7 @@ class PreferenceLoss(nn.Module):
         self.components = resolve(objective, hyper)
         self.seed = 0
         self.step: int | None = None
+        self.progress = 0.0
         # In a tuple, so that nn.Module does not adopt the model's head as its own child.
         self._head = (Head(head) if isinstance(head, nn.Module) else head,)
         self._observing: dict[str, list[Tensor]] | None = None
@@ -286,66 +316,132 @@ class PreferenceLoss(nn.Module):
         per_token = {k: None if v is None else v.flatten()[scored] for k, v in per_token.items()}
         self._check_groups(segments)
 
+        tokens = {"hidden": hidden, "labels": labels, "ref_hidden": ref_hidden, **per_token}
+        head = {"weight": weight, "bias": bias}
+        head |= {} if lora is None else {"lora_a": lora.a, "lora_b": lora.b}
+        cuts = self._cuts(head, tokens, segments, backend, workspace_mib)
+        own = self._counts(tokens, segments) if len(cuts) > 1 else None
         options: dict[str, Any] = {"backend": backend, "workspace_mib": workspace_mib}
         options |= self.head.facts() if self.head is not None else {}
-        reference = ref_hidden, ref_weight, ref_bias
-        stats = self._token_stats(hidden, weight, bias, labels, lora, reference, options)
-        per_token["ref_logps"] = stats.pop("ref_logps", per_token["ref_logps"])
-        scores = score_responses(
-            stats,
-            segments,
-            **per_token,
-            per_token=any(name.startswith("token_") for name in self.needs),
+
+        def loss_of(
+            head: Tensors, tokens: Tensors, segments: Segments, into: Tensor | None = None
+        ) -> LossOutput:
+            low = None if lora is None else lora._replace(a=head["lora_a"], b=head["lora_b"])
+            reference = ref_weight, ref_bias
+            stats = self._token_stats(head, tokens, low, reference, into, options)
+            of_reference = stats.pop("ref_logps", tokens["ref_logps"])
+            per_token = {name: tokens[name] for name in _PER_TOKEN} | {"ref_logps": of_reference}
+            scores = score_responses(
+                stats,
+                segments,
+                **per_token,
+                per_token=any(name.startswith("token_") for name in self.needs),
+                backend=backend,
+            )
+            if "tie_key" in self.needs:
+                scores["tie_key"] = self._tie_keys(segments)
+            return self._reduce(scores, segments, own or batch_counts(scores), totals, backend)
+
+        if len(cuts) == 1:
+            out = loss_of(head, tokens, segments)
+        else:
+            out = _together(by_groups(loss_of, head, tokens, segments, cuts))
+        for name in ("token_weights", "kl_weights"):
+            for metric, (total, count) in _weight_metrics(name, per_token[name]).items():
+                out.metrics[metric], out.counts[metric] = total / count, count
+        return out
+
+    def _counts(self, tokens: Tensors, segments: Segments) -> dict[str, Tensor]:
+        """What the whole batch's sums are divided by."""
+        labels = tokens["labels"]
+        assert labels is not None
+        nothing = {"logps": torch.zeros(labels.shape, device=labels.device)}
+        return batch_counts(
+            score_responses(nothing, segments, token_weights=tokens["token_weights"])
         )
-        if "tie_key" in self.needs:
-            number = segments.index
-            if number is None:
-                number = torch.arange(segments.grid.shape[0], device=segments.grid.device)
-            candidates = segments.grid.shape[1]
-            scores["tie_key"] = tie_keys(number, candidates, seed=self.seed, step=self.step or 0)
-        return self._reduce(scores, segments, totals, backend)
+
+    def _cuts(
+        self,
+        head: Tensors,
+        tokens: Tensors,
+        segments: Segments,
+        backend: Backend,
+        workspace_mib: float,
+    ) -> list[tuple[int, int]]:
+        """Intervals of groups: several where that saves a trained head's second pass."""
+        whole = [(0, len(segments.grid))]
+        weight, labels = head["weight"], tokens["labels"]
+        assert weight is not None and labels is not None  # noqa: PT018
+        trained = any(t is not None and t.requires_grad for t in head.values())
+        if not trained or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return whole
+        # Those need all scores first; ranks that share a head have to meet equally often.
+        if self.has_statistics or is_cut(weight):
+            return whole
+        with_reference = self.needs_kl and tokens["ref_hidden"] is not None
+        most = most_kept_tokens(
+            len(weight),
+            device=weight.device,
+            dtype=weight.dtype,
+            stats=self._statistics_wanted(with_reference),
+            with_reference=with_reference,
+            backend=backend,
+            workspace_mib=workspace_mib,
+        )
+        return whole if len(labels) <= most else cut_groups(segments, most)
+
+    def _tie_keys(self, segments: Segments) -> Tensor:
+        number = segments.index
+        if number is None:
+            number = torch.arange(segments.grid.shape[0], device=segments.grid.device)
+        candidates = segments.grid.shape[1]
+        return tie_keys(number, candidates, seed=self.seed, step=self.step or 0)
+
+    def _statistics_wanted(self, with_reference: bool) -> tuple[str, ...]:
+        """Of the policy's head; with a reference's states in the same pass the divergences too."""
+        wanted = {s: name for name, s in STATISTIC_OF.items() if name in self._bare_needs}
+        if with_reference:
+            return tuple(dict.fromkeys(("logps", *wanted, "ref_logps")))
+        names = (name for name, score in wanted.items() if score not in _DIVERGENCES)
+        return tuple(dict.fromkeys(("logps", *names)))
 
     def _token_stats(
         self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
+        head: Tensors,
+        tokens: Tensors,
         lora: Lora | None,
-        reference: tuple[Tensor | None, Tensor | None, Tensor | None],
+        reference: tuple[Tensor | None, Tensor | None],
+        into: Tensor | None,
         options: dict[str, Any],
     ) -> TokenStats:
         """The statistics that the objectives need; `ref_logps` too if hidden states are given."""
-        ref_hidden, ref_weight, ref_bias = reference
+        hidden, labels, weight = tokens["hidden"], tokens["labels"], head["weight"]
+        assert hidden is not None and labels is not None and weight is not None  # noqa: PT018
+        ref_hidden, (ref_weight, ref_bias) = tokens["ref_hidden"], reference
         if ref_hidden is not None and ref_weight is None:
             if weight.requires_grad:
                 raise ValueError(
                     "the policy's head is trained, so it is not the reference's: pass ref_weight"
                 )
-            ref_weight, ref_bias = weight, bias
-        wanted = {s: name for name, s in STATISTIC_OF.items() if name in self._bare_needs}
-        names = tuple(dict.fromkeys(("logps", *wanted)))
-        if self.needs_kl and ref_hidden is not None:
-            return linear_stats(
-                hidden,
-                weight,
-                labels,
-                stats=(*names, "ref_logps"),
-                bias=bias,
-                lora=lora,
-                ref_hidden=ref_hidden,
-                ref_weight=ref_weight,
-                ref_bias=ref_bias,
-                **options,
-            )
-        names = tuple(name for name in names if wanted.get(name) not in _DIVERGENCES)
-        stats = linear_stats(hidden, weight, labels, stats=names, bias=bias, lora=lora, **options)
-        if ref_hidden is not None and ref_weight is not None:
+            ref_weight, ref_bias = weight, head["bias"]
+        both = self.needs_kl and ref_hidden is not None
+        of_reference: dict[str, Any] = {"ref_hidden": ref_hidden, "ref_weight": ref_weight}
+        stats = linear_stats(
+            hidden,
+            weight,
+            labels,
+            stats=self._statistics_wanted(both),
+            bias=head["bias"],
+            lora=lora,
+            accumulate_grad=False if into is None else into,
+            **({**of_reference, "ref_bias": ref_bias} if both else {}),
+            **options,
+        )
+        if not both and ref_hidden is not None and ref_weight is not None:
             with torch.no_grad():
-                of_reference = linear_stats(
-                    ref_hidden, ref_weight, labels, bias=ref_bias, **options
-                )
-            stats["ref_logps"] = of_reference["logps"]
+                found = linear_stats(ref_hidden, ref_weight, labels, bias=ref_bias, **options)
+            stats["ref_logps"] = found["logps"]
         return stats
 
     def _check_groups(self, segments: Segments) -> None:
@@ -377,28 +473,34 @@ class PreferenceLoss(nn.Module):
         self,
         scores: dict[str, Tensor],
         segments: Segments,
+        own: Mapping[str, Tensor],
         totals: Mapping[str, float] | None,
         backend: Backend,
     ) -> LossOutput:
-        """Objectives on scores, summed and divided; the only place where either happens."""
-        own = batch_counts(scores)
+        """Objectives on scores, summed and divided; the only place where either happens.
+
+        Args:
+            own: counts of the batch, of which these groups may be a part.
+        """
         divisors: Mapping[str, Any] = own if totals is None else totals
-        groups = segments.grid.shape[0]
-        losses = scores["logps"].new_zeros(groups)
+        losses = scores["logps"].new_zeros(segments.grid.shape[0])
         loss = losses.sum()
         rewards: dict[str, Tensor] = {}
         metrics, counts = {}, {}
-        for component in self.components:
+        for given in self.components:
+            component = self._now(given)
             name = component.objective.name
             self._check_scores(component.objective, scores)
             statistics = self._statistics(component, scores)
-            outcome = self._evaluate(component, {**scores, **statistics}, backend)
+            # A kernel is compiled for its constants: one that moves would do so at every step.
+            by = backend if component is given else "torch"
+            outcome = self._evaluate(component, {**scores, **statistics}, by)
             rewards[name] = outcome.rewards
             for term in outcome.terms:
                 scale = component.weight * term.weight
                 values = term.values if segments.weight is None else term.values * segments.weight
                 loss = loss + scale * values.sum() / _at_least_one(divisors[term.per])
-                losses += scale * values.detach() * (groups / _at_least_one(own[term.per]))
+                losses += scale * values.detach() * (len(losses) / _at_least_one(own[term.per]))
             for statistic, value in statistics.items():
                 if value.numel() == 1:
                     metrics[f"{name}/{statistic}"] = value.reshape(())
@@ -416,6 +518,15 @@ class PreferenceLoss(nn.Module):
                 base = next((n for n in _REMEDY if f"_{name}".endswith(f"_{n}")), None)
                 remedy = _REMEDY[base] if base else "see the objective's documentation"
                 raise ValueError(f"{objective.name} needs {name!r}: {remedy}")
+
+    def _now(self, component: Component) -> Component:
+        """The component with the hyper-parameters of this step."""
+        moved = {
+            name: value[0] + (value[1] - value[0]) * self.progress
+            for name, value in component.hyper.items()
+            if isinstance(value, tuple)
+        }
+        return component._replace(hyper=component.hyper | moved) if moved else component
 
     @staticmethod
     def _evaluate(component: Component, named: Mapping[str, Tensor], backend: Backend) -> Outcome:
@@ -494,6 +605,24 @@ class PreferenceLoss(nn.Module):
         return value if statistic.memory == "ema" else value[0]
 
 
+def _together(outputs: list[LossOutput]) -> LossOutput:
+    """Of several parts of a batch one output; the first one's loss is that of all of them."""
+    groups = sum(len(out.losses) for out in outputs)
+    counts = {n: sum((o.counts[n] for o in outputs), torch.zeros(())) for n in outputs[0].counts}
+    metrics = {
+        # A mean of nothing is NaN.
+        name: sum((o.metrics[name] * o.counts[name]).nan_to_num() for o in outputs) / count
+        for name, count in counts.items()
+    }
+    return LossOutput(
+        outputs[0].loss,
+        torch.cat([out.losses * (groups / len(out.losses)) for out in outputs]),
+        torch.cat([out.rewards for out in outputs]),
+        metrics,
+        counts,
+    )
+
+
 def _check_shapes(
     hidden: Tensor,
     labels: Tensor,
@@ -522,21 +651,6 @@ def _check_shapes(
         )
 
 
-def gather_rows(rows: Tensor) -> Tensor:
-    """[n, ...] -> the rows of all ranks, in the order of ranks; ranks may have different n."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return rows
-    ranks = torch.distributed.get_world_size()
-    sizes = [rows.new_zeros(1, dtype=torch.int64) for _ in range(ranks)]
-    torch.distributed.all_gather(sizes, rows.new_full((1,), len(rows), dtype=torch.int64))
-    most = int(torch.cat(sizes).max())
-    padded = rows.new_zeros(most, *rows.shape[1:])
-    padded[: len(rows)] = rows
-    every = [torch.empty_like(padded) for _ in range(ranks)]
-    torch.distributed.all_gather(every, padded)
-    return torch.cat([each[: int(size)] for each, size in zip(every, sizes, strict=True)])
-
-
 def batch_counts(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What the terms of a loss are divided by, counted over one batch."""
     mask, label = scores["mask"], scores["label"]
@@ -554,6 +668,16 @@ def batch_counts(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _at_least_one(count: Tensor | float) -> Tensor | float:
     return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+
+
+def _weight_metrics(name: str, weights: Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:
+    """The share of weights [N] that is 0 and the mean |weight|, as (sum, count); of None none."""
+    if weights is None:
+        return {}
+    weights = weights.detach().float()
+    count = weights.new_full((), weights.numel())
+    zeros, total = (weights == 0).sum(), weights.abs().sum()
+    return {f"{name}/zeros": (zeros, count), f"{name}/mean_abs": (total, count)}
 
 
 def _reward_metrics(

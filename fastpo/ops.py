@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from fastpo.sharding import Shard
-from fastpo.tiles import Heads, Kept, Link, Tiles, accumulator, blocks, matmul
+from fastpo.tiles import Heads, Kept, Link, Tiles, accumulator, add_matmul_, blocks, matmul
 from fastpo.torch_tiles import TorchTiles
 from fastpo.triton_tiles import TritonTiles
 
@@ -210,8 +210,8 @@ def _backward_by_vocabulary(
                 continue
             c_half = c.to(dtype) if c.is_cuda else c
             if name == "weight" and into is not None:
-                if c.dtype == into.dtype:
-                    into[lo:hi].addmm_(c.T, states)
+                if into.dtype == acc:
+                    add_matmul_(into[lo:hi], c.T, states)
                 else:
                     into[lo:hi] = matmul(c_half.T, states).add_(into[lo:hi])
             elif c.dtype == dtype:
@@ -256,11 +256,13 @@ class LinearStats(torch.autograd.Function):
     def forward(
         ctx: Any,
         plan: Plan,
-        leaf: Tensor | None,  # whose `grad` takes the weight's gradient in
+        leaf: Tensor | None,  # whose `grad` takes the weight's gradient in, if it has one
+        into: Tensor | None,  # or this does
         *tensors: Tensor | None,  # the fields of Heads
     ) -> tuple[Tensor, ...]:
         heads = Heads(*tensors)  # pyright: ignore[reportArgumentType]
-        ctx.plan, ctx.leaf, ctx.dtype = plan, leaf, heads.hidden.dtype
+        ctx.plan, ctx.dtype = plan, heads.hidden.dtype
+        ctx.leaf, ctx.into = leaf, into
         if plan.tokens:
             heads = heads.gathered(plan.shard)
         outputs = torch.ops.fastpo.linear_stats(*heads, *plan)
@@ -281,19 +283,19 @@ class LinearStats(torch.autograd.Function):
         g = [plan.shard.gather(given[name]) for name in plan.grads]
         saved, found = ctx.saved_tensors, {}
         if plan.late:
-            needed = ctx.needs_input_grad[2:]
+            needed = ctx.needs_input_grad[3:]
             arguments = (*saved[:_TENSORS], *plan, list(saved[_TENSORS:]), g, list(needed))
             names = [n for n, needs in zip(Heads._fields, needed, strict=True) if needs]
-            if ctx.leaf is None or ctx.leaf.grad is None:
+            into = ctx.into if ctx.leaf is None else ctx.leaf.grad
+            if into is None:
                 grads = torch.ops.fastpo.linear_stats_backward(*arguments)
             else:
-                into = ctx.leaf.grad[: sum(plan.rows)]
-                grads = linear_stats_backward(*arguments, into=into)
-                names.remove("weight")
+                grads = linear_stats_backward(*arguments, into=into[: sum(plan.rows)])
+                names = [n for n in names if n != "weight"]
             found = dict(zip(names, grads, strict=True))
         else:
             rows = [g_t[:, None] * r for g_t, r in zip(g, saved, strict=True)]
             found["hidden"] = functools.reduce(torch.add, rows)
         if "hidden" in found:
             found["hidden"] = plan.shard.sum_gradient(found["hidden"]).to(ctx.dtype)
-        return (None, None, *(found.get(name) for name in Heads._fields))
+        return (None, None, None, *(found.get(name) for name in Heads._fields))

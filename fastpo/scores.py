@@ -6,15 +6,14 @@ Candidates are numbered best first: slot 0 is the chosen response, the last slot
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fastpo.head import TokenStats
+from fastpo.head import Backend, TokenStats, choose_backend
+from fastpo.triton_tiles import TritonTiles
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,8 @@ class Segments:
     """Which response every label token belongs to, and which group every response belongs to.
 
     Args:
-        response: [N] int64, the response in [0, R) that each label token belongs to.
+        response: [N] int64, the response in [0, R) that each label token belongs to; never
+            decreasing, so that the tokens of a response follow each other.
         grid: [G, K] int64, the response in each slot of each group, -1 where a group is shorter.
         label: [G, K] bool, True for desirable responses (chosen, thumbs-up, best rank).
         num_responses: R, a Python integer so that no device sync is needed.
@@ -36,6 +36,10 @@ class Segments:
         extras: role -> [G] int64, a further response of each group that is no candidate:
             `mismatched` (KTO: the answer to another prompt), `gold`, `ref_response`,
             `context_chosen` and its kind (a candidate again, after another prompt).
+
+    Raises:
+        ValueError: `response` decreases. On a GPU the tokens are only looked at where sums rely on
+            it, by an assertion of the device, for which nobody waits.
     """
 
     response: Tensor
@@ -50,10 +54,53 @@ class Segments:
     index: Tensor | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.response.device.type != "cpu":
+            return
+        back = (self.response.diff() < 0).nonzero()
+        if len(back):
+            i = int(back[0])
+            raise ValueError(
+                f"segments.response falls from {int(self.response[i])} to "
+                f"{int(self.response[i + 1])} at token {i + 1}: sort the tokens by response "
+                "(order = response.argsort(stable=True))"
+            )
+
+    @property
+    def starts(self) -> Tensor:
+        """[R + 1] int64: response r has the label tokens from starts[r] up to starts[r + 1]."""
+        if self.response.is_cuda:
+            torch._assert_async((self.response.diff() >= 0).all(), "segments.response decreases")
+        every = torch.arange(self.num_responses + 1, device=self.response.device)
+        return torch.searchsorted(self.response, every)
+
     @property
     def mask(self) -> Tensor:
         """[G, K] bool, True where a group has a candidate."""
         return self.grid >= 0
+
+    def select(self, lo: int, hi: int) -> tuple[Segments, Tensor]:
+        """(the segments of groups lo:hi alone, [M] the indices of their tokens)."""
+        grid = self.grid[lo:hi]
+        extras = {role: index[lo:hi] for role, index in self.extras.items()}
+        taken = torch.zeros(self.num_responses, dtype=torch.bool, device=grid.device)
+        for index in (grid[grid >= 0], *extras.values()):
+            taken[index] = True
+        tokens = taken[self.response].nonzero().squeeze(1)
+        number = taken.cumsum(0) - 1
+        own = {n: getattr(self, n) for n in ("score", "rank", "weight", "margin", "cohort")}
+        part = Segments(
+            response=number[self.response[tokens]],
+            grid=torch.where(grid >= 0, number[grid.clamp(min=0)], -1),
+            label=self.label[lo:hi],
+            num_responses=int(taken.sum()),
+            index=torch.arange(lo, hi, device=grid.device)
+            if self.index is None
+            else self.index[lo:hi],
+            extras={role: number[index] for role, index in extras.items()},
+            **{name: None if value is None else value[lo:hi] for name, value in own.items()},
+        )
+        return part, tokens
 
     @classmethod
     def pairs(cls, num_pairs: int, length: int, *, device: torch.device | None = None) -> Segments:
@@ -96,6 +143,31 @@ def sum_by_response(values: Tensor, segments: Segments) -> Tensor:
     return sums.index_add(0, segments.response, values)
 
 
+def _sums_of(segments: Segments, backend: Backend) -> Callable[..., Tensor]:
+    """(values [N], weights [N] or None) -> [R] weighted sums: by the kernel where kernels run.
+
+    Adding by index races on a GPU: equal inputs would not give equal bits.
+    """
+    if not isinstance(choose_backend(backend, segments.response.device)[0], TritonTiles):
+
+        def plain(values: Tensor, weights: Tensor | None = None) -> Tensor:
+            return sum_by_response(values if weights is None else values * weights, segments)
+
+        return plain
+    from fastpo.kernels.segment_reduce import segment_reduce
+
+    starts = segments.starts
+
+    def fused(values: Tensor, weights: Tensor | None = None) -> Tensor:
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        if weights is not None:
+            dtype = torch.promote_types(dtype, weights.dtype)
+            weights = weights.to(dtype)
+        return segment_reduce(values.to(dtype), starts, weights)
+
+    return fused
+
+
 def score_responses(
     stats: TokenStats,
     segments: Segments,
@@ -107,6 +179,7 @@ def score_responses(
     token_rewards: Tensor | None = None,
     kl_weights: Tensor | None = None,
     per_token: bool = False,
+    backend: Backend = "auto",
 ) -> dict[str, Tensor]:
     r"""Named sequence scores, the vocabulary that objectives are written in.
 
@@ -150,6 +223,7 @@ def score_responses(
         kl_weights: [N] weights of `kl` and `kl_reverse`, with or without gradient, or None for
             `token_weights`, as everything else has.
         per_token: whether to return the `token_` scores; costs a device sync.
+        backend: who sums; as for `fastpo.head.linear_stats`.
 
     Returns:
         name -> tensor; `ratio` and its relatives only when `ref_logps` is given, and so on.
@@ -177,20 +251,18 @@ def score_responses(
                 f"{name} has shape {tuple(value.shape)}, but the segments describe {n} label tokens"
             )
 
-    weighted = given
     counted = torch.ones_like(given["logps"])
     if token_weights is not None:
-        weighted = {name: value * token_weights for name, value in given.items()}
         counted = (token_weights != 0).to(given["logps"].dtype)
-    if kl_weights is not None:
-        divergences = {"kl", "kl_reverse"} & given.keys()
-        weighted = {**weighted, **{name: given[name] * kl_weights for name in divergences}}
-    per_response = {name: sum_by_response(value, segments) for name, value in weighted.items()}
-    per_response["length"] = sum_by_response(counted, segments)
+    weights = dict.fromkeys(given, token_weights)
+    weights |= dict.fromkeys({"kl", "kl_reverse"} & given.keys(), beside["token_kl_weights"])
+    sums = _sums_of(segments, backend)
+    per_response = {name: sums(value, weights[name]) for name, value in given.items()}
+    per_response["length"] = sums(counted)
     if ref_logps is not None:
         per_response["ratio"] = per_response["logps"] - per_response["ref_logps"]
         squares = (given["logps"] - ref_logps).detach().square() / 2
-        per_response["kl_estimate"] = sum_by_response(counted * squares, segments)
+        per_response["kl_estimate"] = sums(squares, counted)
     if ref2_logps is not None:
         per_response["ratio2"] = per_response["logps"] - per_response["ref2_logps"]
     # An empty response has score 0 and length 0: dividing by 1 keeps its mean and gradient at 0.
@@ -226,17 +298,14 @@ def score_responses(
 
 def _pad_tokens(tokens: Mapping[str, Tensor], segments: Segments) -> dict[str, Tensor]:
     """[N] -> [G, K, T], zero (False) where there is no token."""
-    response, slots = segments.response, segments.grid.clamp(min=0)
-    # Where each response's tokens begin once they are sorted by response; they keep their order.
-    order = response.argsort(stable=True)
-    lengths = torch.bincount(response, minlength=segments.num_responses)  # [R]
-    column = torch.arange(max(1, int(lengths.max())) if len(lengths) else 1, device=response.device)
-    starts = (lengths.cumsum(0) - lengths)[slots][..., None]
+    n, slots, starts = segments.response.numel(), segments.grid.clamp(min=0), segments.starts
+    lengths = starts.diff()  # [R]
+    column = torch.arange(max(1, int(lengths.max())) if len(lengths) else 1, device=starts.device)
     inside = segments.mask[..., None] & (column < lengths[slots][..., None])  # [G, K, T]
-    index = order[(starts + column).clamp(max=max(0, len(order) - 1))] if len(order) else None
+    index = (starts[slots][..., None] + column).clamp(max=max(0, n - 1))
     return {
-        name: value.new_zeros(inside.shape)
-        if index is None
-        else torch.where(inside, value[index], value.new_zeros(()))
+        name: torch.where(inside, value[index], value.new_zeros(()))
+        if n
+        else value.new_zeros(inside.shape)
         for name, value in tokens.items()
     }

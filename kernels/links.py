@@ -38,3 +38,72 @@ def expm1(x):
     """e^x - 1. With t = tanh(x / 2) it is 2 t / (1 - t), which loses its digits for large x."""
     t = tanh(0.5 * x)
     return tl.where(x < 1.0, 2.0 * t / (1.0 - t), tl.exp(x) - 1.0)
+
+
+@triton.jit
+def product(a, b):
+    """a b, where 0 * inf counts as 0: a link that is flat where its margin overflows."""
+    r = a * b
+    return tl.where((r != r) & (a == a) & (b == b), 0.0, r)
+
+
+@triton.jit
+def at_most(x, LIMIT: tl.constexpr):
+    """min(x, LIMIT), NaN where x is. A bare number in `tl.where` would be rounded to fp32."""
+    return tl.where(x > LIMIT, tl.full(x.shape, LIMIT, x.dtype), x)
+
+
+@triton.jit
+def link(
+    z,
+    LINK: tl.constexpr,
+    RATE: tl.constexpr,
+    LOG_RATE: tl.constexpr,
+    LOG_REST: tl.constexpr,
+    TARGET: tl.constexpr,
+    TAU: tl.constexpr,
+):
+    """(f(z), f'(z)); the names are those of `pairwise.PairForm`."""
+    if LINK == "logistic":  # labels flipped at RATE
+        f = logistic(z)
+        slope = -sigmoid(-z)
+        if RATE != 0:
+            f = (1.0 - RATE) * f + RATE * logistic(-z)
+            slope = (1.0 - RATE) * slope + RATE * sigmoid(z)
+    elif LINK == "hinge":
+        f = relu(TARGET - z)
+        slope = tl.where(z >= TARGET, 0.0, -1.0).to(z.dtype)
+    elif LINK == "squared":
+        f = (z - TARGET) * (z - TARGET)
+        slope = 2.0 * (z - TARGET)
+    elif LINK == "truncated_quadratic":
+        d = relu(TARGET - z)
+        f, slope = d * d, -2.0 * d
+    elif LINK == "exponential":
+        f = tl.exp(-z)
+        slope = -f
+    elif LINK == "sigmoid":
+        f = sigmoid(-z)
+        slope = -f * sigmoid(z)
+    elif LINK == "savage":
+        q = sigmoid(-z)
+        f, slope = q * q, -2.0 * q * q * sigmoid(z)
+    elif LINK == "linear":
+        f, slope = -z, tl.full(z.shape, -1.0, z.dtype)
+    elif LINK == "kl":  # KL(Bernoulli(sigmoid(z)) || Bernoulli(1 - RATE))
+        z = tl.where(z > 1000.0, 1000.0, tl.where(z < -1000.0, -1000.0, z))
+        p, q = sigmoid(z), sigmoid(-z)
+        f = -p * (logistic(z) + LOG_REST) - q * (logistic(-z) + LOG_RATE)
+        slope = p * q * (z - (LOG_REST - LOG_RATE))
+    elif LINK == "modulated":  # (1 - g) logistic(z) + g e^-z, g = sigmoid(z / TAU)
+        # An infinite z would meet g's zero slope: the last, linear part has it instead.
+        inner = -at_most(-z, 1e30)
+        g, rest = sigmoid(inner / TAU), sigmoid(-inner / TAU)
+        m = tl.exp(-logistic(inner / TAU) - inner)
+        f = rest * logistic(inner) + m + relu(-1e30 - z)
+        slope = -g * rest / TAU * logistic(inner) - rest * sigmoid(-inner)
+        slope += product(m, rest / TAU - 1.0)
+    else:
+        tl.static_assert(LINK == "none", "unknown link")
+        f, slope = tl.zeros_like(z), tl.zeros_like(z)
+    return f, slope

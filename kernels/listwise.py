@@ -40,7 +40,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .links import LN2, expm1, logistic, relu, sigmoid
+from .links import LN2, expm1, link, logistic, sigmoid
 from .online import NEG_INF
 from .tile import chip_of, on_device_of, precision
 
@@ -59,7 +59,7 @@ def log1p_sum_exp(b_x, m_b):
     would carry the rounding of A into every element.
     """
     high = tl.max(tl.where(m_b, b_x, NEG_INF), axis=2)
-    high = tl.where(high == NEG_INF, 0.0, high)
+    high = tl.where(tl.abs(high) == -NEG_INF, 0.0, high)
     b_e = tl.where(m_b, tl.exp(b_x - high[:, :, None]), 0.0)
     mass = tl.sum(b_e, axis=2)
     lse = high + tl.log(mass)
@@ -125,18 +125,6 @@ def without_pairs(
         c_d = c_g - c_q
         loss, c_grad = live_sum(c_d * c_d, m_c), 2.0 * BETA * c_d
     return loss, c_grad
-
-
-@triton.jit
-def pair_function(b_z, FORM: tl.constexpr, DELTA: tl.constexpr):
-    """(f(z), f'(z)) of every pair."""
-    if FORM == "squared":
-        return b_z * b_z, 2.0 * b_z
-    elif FORM == "hinge":
-        return relu(DELTA - b_z), tl.where(b_z >= DELTA, 0.0, -1.0)
-    else:
-        tl.static_assert(FORM == "logistic", "unknown form")
-        return logistic(b_z), -sigmoid(-b_z)
 
 
 @triton.jit
@@ -281,7 +269,9 @@ def list_kernel(
                     r_t = -r_loss  # of d(p log p) the part dp sums to 0 over a list
                 else:
                     if TARGETS == "softmax":
-                        r_t = tl.exp(r_q / TEMPERATURE - top[:, None]) / total[:, None]
+                        # An empty row's 0 may be far above the grades, and 0 * inf NaN.
+                        r_t = tl.exp(tl.where(m_i, r_q / TEMPERATURE, NEG_INF) - top[:, None])
+                        r_t /= total[:, None]
                     else:  # shares of the grades, equal where all are 0
                         equal = (1.0 / tl.where(size == 0.0, 1.0, size))[:, None]
                         r_t = r_q / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -302,7 +292,7 @@ def list_kernel(
                 if FORM == "squared":  # each pair once, whatever its grades
                     m_f = m_b & (o_i[:, None] < o_j[None, :])[None, :, :]
                     b_z -= b_q
-                b_f, b_slope = pair_function(b_z, FORM, DELTA)
+                b_f, b_slope = link(b_z, FORM, 0.0, 0.0, 0.0, DELTA, 1.0)
                 if LAMBDA_WEIGHTS:
                     r_key = tl.load(key_ptr + at_i, mask=m_i, other=0)
                     b_tied = r_x[:, :, None] == c_x[:, None, :]

@@ -32,25 +32,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .links import LN2, expm1, logistic, relu, sigmoid
+from .links import LN2, at_most, expm1, link, logistic, product, relu, sigmoid
 from .online import log1p
 from .tile import Config, Table, chip_of, on_device_of, pick
 
 # 0.9 log of the largest float64: e^HALF squared is past it, and e^HALF is not.
 HALF: tl.constexpr = tl.constexpr(638.8)
-
-
-@triton.jit
-def product(a, b):
-    """a b, where 0 * inf counts as 0: a link that is flat where its margin overflows."""
-    r = a * b
-    return tl.where((r != r) & (a == a) & (b == b), 0.0, r)
-
-
-@triton.jit
-def at_most(x, LIMIT: tl.constexpr):
-    """min(x, LIMIT), NaN where x is. A bare number in `tl.where` would be rounded to fp32."""
-    return tl.where(x > LIMIT, tl.full(x.shape, LIMIT, x.dtype), x)
 
 
 @triton.jit
@@ -99,68 +86,14 @@ def power_margin(
 
 
 @triton.jit
-def link(
-    z,
-    LINK: tl.constexpr,
-    RATE: tl.constexpr,
-    LOG_RATE: tl.constexpr,
-    LOG_REST: tl.constexpr,
-    TARGET: tl.constexpr,
-    TAU: tl.constexpr,
-):
-    """(f(z), f'(z))."""
-    if LINK == "logistic":  # labels flipped at RATE
-        f = logistic(z)
-        slope = -sigmoid(-z)
-        if RATE != 0:
-            f = (1.0 - RATE) * f + RATE * logistic(-z)
-            slope = (1.0 - RATE) * slope + RATE * sigmoid(z)
-    elif LINK == "hinge":
-        f = relu(TARGET - z)
-        slope = tl.where(z >= TARGET, 0.0, -1.0)
-    elif LINK == "squared":
-        f = (z - TARGET) * (z - TARGET)
-        slope = 2.0 * (z - TARGET)
-    elif LINK == "truncated_quadratic":
-        d = relu(TARGET - z)
-        f, slope = d * d, -2.0 * d
-    elif LINK == "exponential":
-        f = tl.exp(-z)
-        slope = -f
-    elif LINK == "sigmoid":
-        f = sigmoid(-z)
-        slope = -f * sigmoid(z)
-    elif LINK == "savage":
-        q = sigmoid(-z)
-        f, slope = q * q, -2.0 * q * q * sigmoid(z)
-    elif LINK == "linear":
-        f, slope = -z, tl.full(z.shape, -1.0, tl.float64)
-    elif LINK == "kl":  # KL(Bernoulli(sigmoid(z)) || Bernoulli(1 - RATE))
-        z = tl.where(z > 1000.0, 1000.0, tl.where(z < -1000.0, -1000.0, z))
-        p, q = sigmoid(z), sigmoid(-z)
-        f = -p * (logistic(z) + LOG_REST) - q * (logistic(-z) + LOG_RATE)
-        slope = p * q * (z - (LOG_REST - LOG_RATE))
-    elif LINK == "modulated":  # (1 - g) logistic(z) + g e^-z, g = sigmoid(z / TAU)
-        # An infinite z would meet g's zero slope: the last, linear part has it instead.
-        inner = -at_most(-z, 1e30)
-        g, rest = sigmoid(inner / TAU), sigmoid(-inner / TAU)
-        m = tl.exp(-logistic(inner / TAU) - inner)
-        f = rest * logistic(inner) + m + relu(-1e30 - z)
-        slope = -g * rest / TAU * logistic(inner) - rest * sigmoid(-inner)
-        slope += product(m, rest / TAU - 1.0)
-    else:
-        tl.static_assert(LINK == "none", "unknown link")
-        f, slope = tl.zeros_like(z), tl.zeros_like(z)
-    return f, slope
-
-
-@triton.jit
 def sides(v_w, v_l, q_w, q_l, SIDES: tl.constexpr, MIX: tl.constexpr, TARGET: tl.constexpr):
     """(s, ds/dv_w, ds/dv_l) of the terms that see one side at a time."""
     if SIDES == "logistic":  # the share MIX of the rejected side's term falls on the chosen one
-        f = logistic(v_w) + MIX * logistic(-v_w) + (1.0 - MIX) * logistic(-v_l)
-        slope_w = MIX * sigmoid(v_w) - sigmoid(-v_w)
-        slope_l = (1.0 - MIX) * sigmoid(v_l)
+        f = logistic(v_w) + (1.0 - MIX) * logistic(-v_l)
+        slope_w, slope_l = -sigmoid(-v_w), (1.0 - MIX) * sigmoid(v_l)
+        if MIX != 0:  # 0 * logistic(-inf) would be NaN
+            f += MIX * logistic(-v_w)
+            slope_w += MIX * sigmoid(v_w)
     elif SIDES == "sigmoid":
         f = sigmoid(-v_w) + sigmoid(v_l)
         slope_w = -sigmoid(v_w) * sigmoid(-v_w)

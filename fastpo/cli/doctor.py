@@ -15,7 +15,14 @@ from torch import Tensor
 
 from fastpo import __version__
 from fastpo.cli import EXTRAS
-from fastpo.head import Backend, Head, choose_backend, linear_logps, plan_head
+from fastpo.head import (
+    Backend,
+    Head,
+    choose_backend,
+    linear_logps,
+    most_kept_tokens,
+    plan_head,
+)
 from fastpo.model.device import default_device, native_bf16
 
 VERSIONS = ("torch", "triton", "transformers", "accelerate", "peft", "datasets", "numpy")
@@ -193,6 +200,8 @@ def _head_costs(head: Head, device: torch.device, tokens: int, workspace_mib: in
             name,
             f"{schedule.products} x 2NDV, schedule {schedule.name}, {backend}: {schedule.reason}",
         )
+    most = most_kept_tokens(vocabulary, device=device, dtype=dtype, workspace_mib=workspace_mib)
+    _line("by groups", f"a loss on a trained head costs 3 x 2NDV for groups of up to {most} tokens")
     full = tokens * vocabulary * 4 / 2**20
     _line("logits", f"{full:,.0f} MiB in float32 if they were stored; {workspace_mib} MiB are used")
 

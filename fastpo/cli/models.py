@@ -91,6 +91,14 @@ def open_model(
     return PeftModel.from_pretrained(model, name, is_trainable=trainable)
 
 
+def check_adapter(model: nn.Module, flag: str, name: str) -> None:
+    """ValueError unless the model, called `name`, has an adapter that `base` could switch off."""
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"{flag} base: {name} has no adapter to switch off; name a model")
+
+
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Columns in plain text: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

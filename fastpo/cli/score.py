@@ -13,50 +13,28 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from fastpo.cli.models import json_lines, open_model, open_tokenizer, show_log, table
+from fastpo.cli.models import (
+    check_adapter,
+    json_lines,
+    open_model,
+    open_tokenizer,
+    show_log,
+    table,
+)
 from fastpo.cli.token_view import SHOWN, token_rows, write_page
 from fastpo.data.build import DataOptions, build_groups
 from fastpo.data.follow_ups import followed_up, next_turns, read_follow_ups
 from fastpo.data.groups import Group, Response
-from fastpo.data.packing import collate
 from fastpo.data.rows import load_rows
-from fastpo.head import Head
-from fastpo.model.check import self_check
 from fastpo.model.device import default_device
 from fastpo.model.diagnostics import ches, entanglement
-from fastpo.model.facts import read_head
-from fastpo.model.hidden import label_hidden
+from fastpo.model.scoring import Packer, Scorer
 from fastpo.scores import score_responses
 
 _SCORES = ("logps", "mean_logps", "reward", "follow_up")
-
-
-class Scorer:
-    """A model that is ready to score batches, checked on a few groups of the data."""
-
-    def __init__(self, model: nn.Module, groups: list[Group], pad_token_id: int) -> None:
-        self.model = model.eval()
-        self.head: Head = read_head(model)
-        self.shares = self_check(model, self.head, groups[:8], pad_token_id).share_prompt
-
-    @torch.no_grad()
-    def hidden(self, batch: dict[str, Any]) -> Tensor:
-        """[N, D] states that predict the batch's label tokens."""
-        return label_hidden(self.model, batch).to(self.head.weight.dtype)
-
-    @torch.no_grad()
-    def logps(self, hidden: Tensor, batch: dict[str, Any]) -> Tensor:
-        """[N] log-probabilities of the batch's label tokens."""
-        return self.head.logps(hidden, batch["targets"])
-
-    def __call__(self, batch: dict[str, Any]) -> Tensor:
-        """[N] log-probabilities of the batch's label tokens."""
-        return self.logps(self.hidden(batch), batch)
 
 
 def _rows_of(batch: list[Group], scores: dict[str, Tensor], beta: float) -> list[dict[str, Any]]:
@@ -185,34 +163,19 @@ def score(arguments: argparse.Namespace) -> int:
         positive, negative = read_follow_ups(arguments.follow_up)
         turns = next_turns(tokenizer, positive), next_turns(tokenizer, negative)
 
-    where = default_device()
-    model = open_model(arguments.model, dtype=arguments.dtype, device=where, **source)
-    pad: Any = tokenizer.pad_token_id
+    place = {"dtype": arguments.dtype, "device": default_device()}
+    model: Any = open_model(arguments.model, **place, **source)
     eos: Any = tokenizer.eos_token_id
-    policy = Scorer(model, data.groups, pad)
+    policy = Scorer(model)
     reference: Scorer | None = None
     if arguments.ref_model == "base":
-        if not isinstance(model, PeftModel):
-            raise ValueError(
-                f"--ref-model base: {arguments.model} has no adapter to switch off; name a model"
-            )
+        check_adapter(model, "--ref-model", arguments.model)
         reference = policy
     elif arguments.ref_model is not None:
-        reference = Scorer(
-            open_model(
-                arguments.ref_model,
-                dtype=arguments.dtype,
-                device=where,
-                trust_remote_code=arguments.trust_remote_code,
-            ),
-            data.groups,
-            pad,
-        )
-    shares = policy.shares and (reference is None or reference.shares)
-
-    def packed(groups: list[Group]) -> dict[str, Any]:
-        batch = collate(groups, share_prompt=shares, pad_token_id=pad)
-        return {k: v.to(where) if hasattr(v, "to") else v for k, v in batch.items()}
+        code = {"trust_remote_code": arguments.trust_remote_code}
+        reference = Scorer(open_model(arguments.ref_model, **place, **code))
+    scorers = [policy] if reference in (None, policy) else [policy, reference]
+    packed = Packer(scorers, data.groups, tokenizer)
 
     summary, on_page = Summary(), []
     token_file = Path(arguments.token_rewards) if arguments.token_rewards else None
@@ -225,7 +188,7 @@ def score(arguments: argparse.Namespace) -> int:
             hidden = policy.hidden(batch)
             logps, ref_logps = policy.logps(hidden, batch), None
             if reference is not None:
-                off = model.disable_adapter() if reference is policy else nullcontext()  # type: ignore[operator]
+                off = model.disable_adapter() if reference is policy else nullcontext()
                 with off:
                     ref_logps = reference(packed([group.for_reference for group in groups]))
             segments = batch["segments"]

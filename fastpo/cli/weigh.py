@@ -10,9 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-
-from fastpo.cli.models import json_lines, open_model, open_tokenizer, show_log
+from fastpo.cli.models import check_adapter, json_lines, open_model, open_tokenizer, show_log
 from fastpo.data.rows import load_rows
 from fastpo.data.scored_weights import get_rule
 from fastpo.model.device import default_device
@@ -60,10 +58,7 @@ def weigh(arguments: argparse.Namespace) -> int:
         return ModelReference.frozen(model)
 
     def base(positive: LiveReference) -> LiveReference:
-        if not isinstance(positive.model, PeftModel):
-            raise ValueError(
-                f"--negative base: {arguments.positive} has no adapter to switch off; name a model"
-            )
+        check_adapter(positive.model, "--negative", arguments.positive)
         return AdapterReference(positive.model, positive.head)
 
     # A model that plays both parts is read once; of two, each leaves when its part is done.

@@ -6,14 +6,17 @@ Reading is the `datasets` library's work; this file only finds out which of its 
 from __future__ import annotations
 
 import glob
+import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
+import datasets.config
 import pandas
 import pyarrow
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
@@ -29,9 +32,12 @@ READERS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
+_UNREADABLE = (DatasetGenerationError, ValueError, OSError)  # Arrow's and pandas' are these
 COMPRESSIONS = {".gz", ".bz2", ".xz", ".zst"}
 FILE, ROW = "__file__", "__row__"
 """Columns that say which file a row was read from, and its number there, from 0."""
+TORN = "__torn__"
+"""Column of a row that stands for a broken line of JSON lines: what is wrong with it."""
 
 
 def _suffix(path: str) -> str:
@@ -70,18 +76,39 @@ def _load_file(reader: str, file: str, streaming: bool) -> Any:
     )
 
 
-def _torn_line(file: str) -> str:
-    """Where a file of JSON lines is broken, as `, row 3: ...`; "" where it is not, or not known."""
+def _lines(file: str) -> Iterator[tuple[str, str]]:
+    """(line, what is wrong with it or "") of a file of JSON lines; none of other files."""
     if _suffix(file) not in (".jsonl", ".ndjson"):
-        return ""
+        return
     # The text reader undoes every compression that the other ones undo.
     lines = datasets.load_dataset("text", data_files=[file], split="train", streaming=True)
-    for index, line in enumerate(lines):
+    for number, line in enumerate(lines, 1):
+        text, reason = line["text"], ""
         try:
-            json.loads(line["text"] or "null")
+            if text.strip() and not isinstance(json.loads(text), dict):
+                reason = "not a JSON object"
         except json.JSONDecodeError as error:
-            return f", row {index}: not JSON ({error}); got {line['text'][:200]!r}"
-    return ""
+            reason = f"not JSON ({error})"
+        yield text, f"line {number} is {reason}; got {text[:200]!r}" if reason else ""
+
+
+def _mended(file: str) -> str | None:
+    """A copy in the cache of `datasets` whose broken lines are `{TORN: reason}`; None of others."""
+    status = Path(file).stat()
+    version = f"{Path(file).absolute()} {status.st_mtime_ns} {status.st_size}"
+    name = hashlib.sha256(version.encode()).hexdigest()
+    copy = Path(datasets.config.HF_DATASETS_CACHE) / "mended" / f"{name}.jsonl"
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    partial, torn = copy.with_suffix(f".{os.getpid()}.partial"), False
+    with partial.open("w", encoding="utf-8") as out:
+        for text, reason in _lines(file):
+            torn = torn or bool(reason)
+            out.write(f"{json.dumps({TORN: reason}) if reason else text}\n")
+    if not torn:
+        partial.unlink()
+        return None
+    os.replace(partial, copy)
+    return str(copy)
 
 
 @contextmanager
@@ -91,20 +118,36 @@ def _naming(file: str) -> Iterator[None]:
         yield
     except StopIteration as error:  # what `datasets` makes of an empty file
         raise ValueError(f"cannot read {file}: it is empty; leave it out") from error
-    except (DatasetGenerationError, ValueError, OSError) as error:  # Arrow's and pandas' are these
-        reason = _torn_line(file) or f": {error.__cause__ or error}"
-        raise ValueError(f"cannot read {file}{reason}; repair the file or leave it out") from error
+    except _UNREADABLE as error:
+        broken = next((reason for _, reason in _lines(file) if reason), None)
+        reason = broken or error.__cause__ or error
+        message = f"cannot read {file}: {reason}; repair the file or leave it out"
+        raise ValueError(message) from error
+
+
+def _streamed(reader: str, file: str, read: str) -> Iterator[dict[str, Any]]:
+    """The rows of `read`, which is `file` or stands for it."""
+    with _naming(file):
+        # By batches, since row by row a loader's process would take its share of a share.
+        for batch in _load_file(reader, read, streaming=True).iter(batch_size=100):
+            for values in zip(*batch.values(), strict=True):
+                yield dict(zip(batch, values, strict=True))
 
 
 def _read(reader: str, files: list[str], origin: bool) -> Iterator[dict[str, Any]]:
     for file in files:
-        number = itertools.count()
-        with _naming(file):
-            # By batches, since row by row a loader's process would take its share of a share.
-            for batch in _load_file(reader, file, streaming=True).iter(batch_size=100):
-                for values in zip(*batch.values(), strict=True):
-                    row = dict(zip(batch, values, strict=True))
-                    yield {**row, FILE: file, ROW: next(number)} if origin else row
+        done = 0
+        try:
+            for row in _streamed(reader, file, file):
+                yield {**row, FILE: file, ROW: done} if origin else row
+                done += 1
+        except ValueError:
+            mended = _mended(file) if origin else None
+            if mended is None:
+                raise
+            rows = enumerate(_streamed(reader, file, mended))
+            for index, row in itertools.islice(rows, done, None):
+                yield {**row, FILE: file, ROW: index}
 
 
 def _load_files(files: list[str], split: str, streaming: bool, origin: bool) -> Rows:
@@ -119,7 +162,13 @@ def _load_files(files: list[str], split: str, streaming: bool, origin: bool) -> 
     parts: list[datasets.Dataset] = []
     for file in files:
         with _naming(file):
-            part = _load_file(reader, file, streaming=False)
+            try:
+                part = _load_file(reader, file, streaming=False)
+            except _UNREADABLE:
+                mended = _mended(file) if origin else None
+                if mended is None:
+                    raise
+                part = _load_file(reader, mended, streaming=False)
         if origin:
             part = part.add_column(FILE, [file] * len(part)).add_column(ROW, [*range(len(part))])
         parts.append(part)
@@ -178,7 +227,7 @@ def load_rows(
         name: configuration of a Hub data set or folder.
         streaming: read lazily, as an IterableDataset.
         origin: add the columns `FILE` and `ROW` to rows of a file or a glob, which messages about
-            bad rows then name.
+            bad rows then name; a broken line of JSON lines is then a row that says so in `TORN`.
 
     Raises:
         FileNotFoundError: nothing there; the message lists every place that was tried.

@@ -90,11 +90,13 @@ def _list_outcome(losses: Tensor, g: Tensor, mask: Tensor) -> Outcome:
     return Outcome((Term(losses),), live(g, mask).detach())
 
 
-def _ideal_dcg(gain: Tensor, log: Literal["log", "log2"]) -> Tensor:
-    """[G, K] -> [G, 1]: the DCG of the order by gain; padded slots have gain 0."""
-    ideal = gain.sort(dim=-1, descending=True).values
-    place = 2.0 + torch.arange(gain.shape[-1], device=gain.device, dtype=gain.dtype)
-    return (ideal / (place.log() if log == "log" else place.log2())).sum(-1, keepdim=True)
+def _ideal_dcg(gain: Tensor, mask: Tensor, log: Literal["log", "log2"]) -> Tensor:
+    """[G, K] -> [G, 1]: the DCG of the order by gain, padded slots last."""
+    ideal = gain.where(mask, -torch.inf).sort(dim=-1, descending=True).values
+    place = torch.arange(gain.shape[-1], device=gain.device)
+    ideal = live(ideal, place < mask.sum(-1, keepdim=True))
+    rank = 2.0 + place.to(gain.dtype)
+    return (ideal / (rank.log() if log == "log" else rank.log2())).sum(-1, keepdim=True)
 
 
 def lipo(
@@ -138,7 +140,7 @@ def lipo(
     weight = live(differences(torch.exp2(q)) * differences(inverse), better).abs()
     losses = live(weight * logistic(beta * live(differences(u), better)), better).sum((-2, -1))
     if normalise:
-        ideal = _ideal_dcg(torch.expm1(LN2 * q), discount).squeeze(-1)
+        ideal = _ideal_dcg(torch.expm1(LN2 * q), mask, discount).squeeze(-1)
         losses = losses / ideal.where(ideal != 0, 1)
     if scale_by_size:
         losses = losses * mask.sum(-1)
@@ -362,7 +364,7 @@ def approx_ndcg(
     others = mask[:, :, None] & mask[:, None, :] & ~itself
     ranks = 1 + live(torch.sigmoid(differences(u) * (-beta / temperature)), others).sum(-1)
     gain = torch.expm1(LN2 * q)
-    ideal = _ideal_dcg(gain, "log2")
+    ideal = _ideal_dcg(gain, mask, "log2")
     share = gain / ideal.where(ideal != 0, 1)
     return _list_outcome(-(share / (1 + ranks).log2()).sum(-1), beta * u, mask)
 

@@ -536,7 +536,8 @@ def dpo_shift(
 
     $$-\log\sigma(\beta(u_w - \lambda u_l))$$
 
-    $\lambda$ = `lam` in [0.5, 1]; 1 is DPO. The paper also moves it linearly with the step.
+    $\lambda$ = `lam` in [0.5, 1]; 1 is DPO. The official code also moves it linearly with the step,
+    from 0.75 to 1 or back: `lam: [0.75, 1.0]` in recipes and for `PreferenceLoss`.
     Reward $\beta u$. Paper: https://arxiv.org/abs/2502.07599
 
     >>> import torch

@@ -19,10 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from fastpo.data.build import DataOptions, build_groups
 from fastpo.data.formats import read_row
 from fastpo.data.groups import Group
-from fastpo.data.packing import collate
 from fastpo.data.rows import FILE, ROW
 from fastpo.data.scored_weights import Rule
-from fastpo.model.check import self_check
+from fastpo.model.scoring import Packer
 from fastpo.train.reference import (
     AdapterReference,
     Batch,
@@ -73,9 +72,7 @@ def _filled(
     progress: bool,
 ) -> ReferenceStore:
     """The log-probs of all groups under one scorer, or under the contrast of two."""
-    pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
-    shares = all(self_check(s.model, s.head, groups[:8], pad).share_prompt for s in scorers)
-    device = scorers[0].head.weight.device
+    pack = Packer(scorers, groups, tokenizer)
 
     def key_of(scorer: LiveReference) -> dict[str, str]:
         base = isinstance(scorer, AdapterReference)  # runs without what the adapter adds
@@ -85,7 +82,7 @@ def _filled(
             precision=str(scorer.model.dtype),
             truncation={"max_length": options.max_length},
             chat_template_kwargs=options.chat_template_kwargs,
-            share_prompt=shares,
+            share_prompt=pack.share_prompt,
             **({"skip": adapter_parameters(scorer.model)} if base else {}),
         )
 
@@ -94,9 +91,7 @@ def _filled(
         key["contrasted model"] = key_of(scorers[1])["model"]
 
     def packed(part: list[Group]) -> Batch:
-        seen = [group.for_reference for group in part]
-        batch = collate(seen, share_prompt=shares, pad_token_id=pad)
-        return {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
+        return pack([group.for_reference for group in part])
 
     store = ReferenceStore(folder, key)
     source = scorers[0] if len(scorers) == 1 else Contrast(*scorers)

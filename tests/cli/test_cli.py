@@ -137,6 +137,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], tiny: Path) -> None:
     assert status == 0
     for part in ("torch        works", "auto ", "LlamaForCausalLM", "prompts      shared", "259"):
         assert part in out
+    assert "by groups    a loss on a trained head costs 3 x 2NDV for groups of up to" in out
 
 
 def test_doctor_fails_on_wrong_numbers(

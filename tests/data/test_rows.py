@@ -116,9 +116,28 @@ TORN = b'{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": \n{"prompt": "c"}\n'
 def test_torn_line_is_named(tmp_path, name, streaming):
     write(tmp_path / "a.jsonl")
     (tmp_path / name).write_bytes(gzip.compress(TORN) if name.endswith("gz") else TORN)
-    message = rf"cannot read .*/{name}, row 2: not JSON \(.*; got '{{\"prompt\": '; repair"
+    message = rf"cannot read .*/{name}: line 3 is not JSON \(.*; got '{{\"prompt\": '; repair"
     with pytest.raises(ValueError, match=message):
         list(load_rows(tmp_path / "*", streaming=streaming))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["b.jsonl", "b.jsonl.gz"])
+def test_broken_lines_are_bad_rows(tmp_path, name, streaming, tokenizers):
+    """A kill in mid-line, and a number: told by line, and the rest of the file is read."""
+    write(tmp_path / "a.jsonl")
+    good = json.dumps(ROWS[0])
+    text = "\n".join([good, "", '{"prompt": ', good, "3", good[:-1] + ', "weight": 2}']).encode()
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    rows = load_rows(tmp_path / "*", streaming=streaming, origin=True)
+    build = GroupStream if streaming else partial(build_groups, progress=False)
+    where = rf"{name}, row 1, field 'line': line 3 is not JSON \(.*; got '{{\"prompt\": '"
+    with pytest.raises(BadRow, match=where):
+        list(build(rows, tokenizers()))
+    groups = build(rows, tokenizers(), DataOptions(on_bad_row="skip"))
+    assert [(g.row, g.weight) for g in groups][3:] == [(0, 1.0), (2, 1.0), (4, 2.0)]
+    assert [bad.row for bad in groups.skipped] == [1, 3]
+    assert "line 5 is not a JSON object; got '3'" in str(groups.skipped[1])
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -381,3 +381,38 @@ def test_every_objective_trains_a_step(padded, head, name):
     (grad,) = torch.autograd.grad(out.loss, hidden)
     assert torch.isfinite(grad).all()
     assert grad.any()
+
+
+def test_a_hyper_parameter_moves_with_training(padded, head):
+    """DPO-Shift's lambda, from 0.75 to 1: a quarter of the way it is 0.8125."""
+    args = {"ref_logps": torch.zeros(2 * B, T)}
+    moving = PreferenceLoss({"dpo_shift": 1.0, "dpo": 0.5}, head, lam=[0.75, 1.0], beta=0.2)
+    for progress, lam in ((0.0, 0.75), (0.25, 0.8125), (1.0, 1.0)):
+        moving.progress = progress
+        still = PreferenceLoss({"dpo_shift": 1.0, "dpo": 0.5}, head, lam=lam, beta=0.2)
+        ours, plain = (loss(padded["hidden"], padded["labels"], **args) for loss in (moving, still))
+        assert torch.equal(ours.loss, plain.loss)
+    for bad in ([0.5], [0.5, "1"], [0.5, 0.7, 1.0]):
+        with pytest.raises(ValueError, match=r"lam=\[0\.5.*: one number, or two that it moves"):
+            PreferenceLoss("dpo_shift", head, lam=bad)
+
+
+def test_sparsity_of_weights_is_logged(padded, head):
+    tokens, segments = packed(padded)
+    n = len(tokens["labels"])
+    weights = torch.tensor([0.0, -2.0] * n)[:n]
+    given = {"ref_logps": torch.zeros(n), "token_weights": weights}
+    out = PreferenceLoss("dpo", head)(tokens["hidden"], tokens["labels"], segments, **given)
+    zeros = (weights == 0).sum()
+    torch.testing.assert_close(out.metrics["token_weights/zeros"], zeros / n)
+    torch.testing.assert_close(out.metrics["token_weights/mean_abs"], 2 * (n - zeros) / n)
+    assert out.counts["token_weights/zeros"] == n
+    assert not any("kl_weights" in name for name in out.metrics)
+
+
+def test_tokens_of_a_response_follow_each_other():
+    grid, label = torch.tensor([[0, 1]]), torch.tensor([[True, False]])
+    table = Segments(torch.tensor([0, 0, 2, 2, 2]), grid, label, num_responses=4)
+    assert table.starts.tolist() == [0, 2, 2, 5, 5]
+    with pytest.raises(ValueError, match=r"falls from 1 to 0 at token 3: sort the tokens"):
+        replace(table, response=torch.tensor([0, 1, 1, 0]))

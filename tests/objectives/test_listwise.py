@@ -168,6 +168,16 @@ def test_lipo_normalised_by_the_ideal_order(discount) -> None:
     assert_three_way(ours, by_hand, by_hand)
 
 
+@pytest.mark.parametrize(("name", "hyper"), [("lipo", {"normalise": True}), ("approx_ndcg", {})])
+def test_grades_below_zero_are_not_outranked_by_padding(name: str, hyper: dict) -> None:
+    def alone(dtype: torch.dtype) -> Tensor:
+        return value(run(name, LISTS[:, :2].to(dtype), GRADES[:, :2].to(dtype) - 1, **hyper))
+
+    live = torch.arange(K).expand(B, K) < 2
+    padded = value(run(name, LISTS.float(), GRADES.float() - 1, live, **hyper))
+    assert_three_way(padded, alone(torch.float32), alone(torch.float64))
+
+
 def test_lipo_of_zero_grades_is_zero() -> None:
     """Their ideal DCG is 0."""
     assert (value(run("lipo", LISTS, 0 * GRADES, normalise=True)) == 0).all()

@@ -118,6 +118,14 @@ def test_ties(case):
     assert_is_the_pure_function(case, scores)
 
 
+@pytest.mark.parametrize(
+    "case", [case for case in LISTS if "score" in case.objective.needs], ids=repr
+)
+def test_grades_below_zero(case):
+    scores = scores_of(case, seed=5)
+    assert_is_the_pure_function(case, {**scores, "score": scores["score"] - 1})
+
+
 @pytest.mark.parametrize("case", LISTS, ids=repr)
 def test_lists_of_several_blocks_of_rows(case, monkeypatch):
     """Blocks of two rows, and of one, as 1024 candidates have them."""
@@ -160,6 +168,23 @@ def test_nan_stays_in_its_group(name):
     assert ours.terms[0].values[0].isnan()
     assert torch.equal(ours.terms[0].values[1:], expected.terms[0].values[1:])
     assert not grads[call_of(case).score][1:].isnan().any()
+
+
+@pytest.mark.parametrize("name", sorted({case.name for case in COVERED}))
+def test_infinite_scores(name):
+    """A probability of 0, the policy's or the reference's: what the function has, where it has."""
+    case = next(case for case in COVERED if case.name == name)
+    sizes = [2] if case.objective.family == "pair" else [3]
+    scores, score = scores_of(case, sizes), call_of(case).score
+    for slot, value in ((0, float("inf")), (1, -float("inf"))):
+        scores[score] = scores[score].clone()
+        scores[score][0, slot] = value
+        single = cast(scores, torch.float32)
+        ours, plain = by_kernel(case, single)[0], evaluate(case, single)
+        truth = evaluate(case, scores)
+        for mine, same, true in zip(ours.terms, plain.terms, truth.terms, strict=True):
+            known = ~true.values.isnan()
+            assert_three_way(mine.values[known], same.values[known], true.values[known])
 
 
 class Counted:
@@ -205,6 +230,13 @@ def test_bad_hyper_parameters_are_told_as_ever():
         fused.evaluate(OBJECTIVES["dpo"], {"label_smoothing": 0.7}, scores)
     with pytest.raises(ValueError, match="unknown link 'cubic' of gpo"):
         fused.evaluate(OBJECTIVES["gpo"], {"link": "cubic"}, scores)
+
+
+def test_a_moving_hyper_parameter_compiles_no_kernel(monkeypatch):
+    monkeypatch.setattr(fused, "evaluate", lambda *_: pytest.fail("a kernel was asked for"))
+    loss = PreferenceLoss("dpo_shift", nn.Linear(D, V, bias=False), lam=[0.75, 1.0])
+    labels = torch.arange(6).view(2, 3)
+    loss(torch.ones(2, 3, D), labels, ref_logps=torch.zeros(2, 3), backend="triton")
 
 
 def test_an_objective_of_ones_own_is_never_taken_for_another():

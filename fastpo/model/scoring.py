@@ -1,0 +1,79 @@
+"""Models that score and are not trained: checked on the data, and run on packed batches of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from fastpo.data.groups import Group
+from fastpo.data.packing import collate
+from fastpo.head import Head
+from fastpo.model.check import self_check
+from fastpo.model.facts import read_head
+from fastpo.model.hidden import label_hidden
+
+_CHECKED = 8  # groups that a model is checked on before its first batch
+
+
+class HasHead(Protocol):
+    """What scores: a model and its head."""
+
+    model: Any
+    head: Head
+
+
+class Scorer:
+    """A model that log-probabilities are asked of."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.eval()
+        self.head = read_head(model)
+
+    @torch.no_grad()
+    def hidden(self, batch: dict[str, Any]) -> Tensor:
+        """[N, D] states that predict the batch's label tokens."""
+        return label_hidden(self.model, batch).to(self.head.weight.dtype)
+
+    @torch.no_grad()
+    def logps(self, hidden: Tensor, batch: dict[str, Any]) -> Tensor:
+        """[N] log-probabilities of the batch's label tokens."""
+        return self.head.logps(hidden, batch["targets"])
+
+    def __call__(self, batch: dict[str, Any]) -> Tensor:
+        """[N] log-probabilities of the batch's label tokens."""
+        return self.logps(self.hidden(batch), batch)
+
+
+class Packer:
+    """Packs groups into batches on the scorers' device, each of which is checked first.
+
+    Attributes:
+        share_prompt: one prompt copy per group, where the self-check of every scorer allows it.
+
+    Raises:
+        SelfCheckError: as `fastpo.model.check.self_check`.
+    """
+
+    def __init__(
+        self,
+        scorers: Sequence[HasHead],
+        groups: Sequence[Group],
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        # Padding is masked and never scored, so any token does.
+        pad = tokenizer.pad_token_id
+        self.pad_token_id = pad if isinstance(pad, int) else 0
+        self.device = scorers[0].head.weight.device
+        self.share_prompt = all(
+            self_check(s.model, s.head, groups[:_CHECKED], self.pad_token_id).share_prompt
+            for s in scorers
+        )
+
+    def __call__(self, groups: list[Group]) -> dict[str, Any]:
+        """One packed batch."""
+        batch = collate(groups, share_prompt=self.share_prompt, pad_token_id=self.pad_token_id)
+        return {k: v.to(self.device) if hasattr(v, "to") else v for k, v in batch.items()}
