@@ -23,6 +23,7 @@ train = [
 bench = ["trl>=1.16,<1.17", "liger-kernel==0.8.5", "cut-cross-entropy", "matplotlib>=3.8"]
 dev = [
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "mpmath>=1.3",
     "matplotlib>=3.8",
     "ruff==0.17.6",

@@ -135,6 +135,14 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int:
     return _status_bytes("VmHWM") - before
 
 
+def write_section(path: Path, name: str, text: str) -> None:
+    """Replace the section of a Markdown page that stands between marks of its name, or append."""
+    page = path.read_text(encoding="utf-8") if path.exists() else ""
+    rest = re.sub(rf"\n*<!-- {name} -->.*<!-- /{name} -->\n", "\n", page, flags=re.S).strip()
+    marked = f"<!-- {name} -->\n{text.strip()}\n<!-- /{name} -->\n"
+    path.write_text(f"{rest}\n\n{marked}".lstrip(), encoding="utf-8")
+
+
 class Record:
     """The JSON of one benchmark on one device, written after every case so that a run resumes."""
 

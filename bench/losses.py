@@ -15,7 +15,6 @@ fused contender, and the comparison is eager against compiled.
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from bench.harness import (
     device_slug,
     interleaved,
     summary,
+    write_section,
 )
 from fastpo.objectives import OBJECTIVES
 from fastpo.objectives.lipo import tie_keys
@@ -192,8 +192,7 @@ def section(data: dict, cases: Sequence[dict]) -> str:
     """The part of a Markdown page with the method and the table of a record."""
     stamp, method = data["environment"], data["method"]
     versions = ", ".join(f"{name} {stamp[name] or 'absent'}" for name in PACKAGES[:2])
-    return f"""<!-- losses -->
-## Losses
+    return f"""## Losses
 
 `python -m bench.losses --page FILE.md` rewrites this section from
 `bench/{RESULTS.name}/{stamp["slug"]}/losses.json`. Device: {stamp["device"]}, {stamp["threads"]} \
@@ -207,15 +206,7 @@ threads; {versions}.
   compared within a round.
 
 {table(cases)}
-<!-- /losses -->
 """
-
-
-def write_section(path: Path, text: str) -> None:
-    """Replace the section of the page, or append it."""
-    page = path.read_text(encoding="utf-8") if path.exists() else ""
-    rest = re.sub(r"\n*<!-- losses -->.*<!-- /losses -->\n", "", page, flags=re.S)
-    path.write_text(f"{rest.rstrip()}\n\n{text}".lstrip(), encoding="utf-8")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -274,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("\nNo kernels on a CPU: fastpo runs the pure function, which is `eager`.")
     print(f"\n{path}")
     if options.page is not None:
-        write_section(options.page, section(record.data, cases))
+        write_section(options.page, "losses", section(record.data, cases))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python -m fastpo.kernels.aot sm_90
 
-needs no GPU: triton emits the binary, and the ELF's own tables name its registers and spills. What
-is checked this way is what a wrong block size breaks first: registers spilled to memory, more
-shared memory than a block may have, a matrix product that misses the tensor cores.
+needs no GPU: triton emits the binary, the ELF's own tables name its registers and spills, and the
+disassembly its instructions. What is checked this way is what a wrong block size breaks first:
+registers spilled to memory, more shared memory than a block may have, a matrix product that misses
+the tensor cores. `python -m bench.account` prints what follows from it for an H100.
 
 Argument types follow from the naming rule of `tile`: `x_ptr` is a pointer (to the input's dtype, to
 int64 for labels, to the accumulator for the rest), any other runtime argument is an int32.
@@ -12,10 +13,12 @@ int64 for labels, to the accumulator for the rest), any other runtime argument i
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,16 +28,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import (
-    divergence,
-    linear_coefficients,
-    linear_stats,
-    listwise,
-    logits_epilogue,
-    pairwise,
-    segment_reduce,
-)
+from . import listwise, pairwise, segment_reduce
 from .divergence import divergence_coefficients_kernel, divergence_kernel
+from .launch_table import NARROW, launch
 from .linear_coefficients import coefficients_kernel
 from .linear_stats import merge_kernel, split_kernel
 from .logits_epilogue import epilogue_kernel
@@ -52,6 +48,10 @@ SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gf
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MATRIX_INSTRUCTION = re.compile(r"\b((?:mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)[\w.:]*)")
+# A line of `cuobjdump -sass`: address, opcode without what qualifies it, where a branch goes.
+SASS = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(\w+)([^;]*);", re.MULTILINE)
+WIDTH = 4096
+"""D of the kernels compiled for `wide` rows of the table."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ class Report:
 
     spill_bytes is a thread's stack and local memory (gfx942: 4 bytes a spilled register);
     matrix_instruction is the first one's whole name, shape and types included, None where the
-    binary multiplies without tensor cores.
+    binary multiplies without tensor cores; tensor_copies, whether it loads by descriptors through
+    TMA; machine is the cubin, on gfx942 its assembly, ttir the
+    kernel before anything of the chip entered it.
     """
 
     kernel: str
@@ -73,6 +75,10 @@ class Report:
     spill_bytes: int
     shared_bytes: int
     matrix_instruction: str | None
+    tensor_copies: bool
+    width: int
+    machine: bytes = field(repr=False)
+    ttir: str = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -88,30 +94,40 @@ class _Case:
         return "DOT" in self.constants
 
 
-def _cases(chip: str, dtype: torch.dtype, rich: bool) -> Iterator[_Case]:
+def _cases(
+    chip: str, dtype: torch.dtype, rich: bool, described: bool = True, width: int = WIDTH
+) -> Iterator[_Case]:
     """Every kernel with all its regime allows switched on: the most registers it can need.
 
     An 8B model's shapes, so that offsets are 16-byte aligned as they are in real runs.
     """
-    stats, coefficients, epilogue, both = (
-        pick(module.CONFIGS, chip, dtype, rich)
-        for module in (linear_stats, linear_coefficients, logits_epilogue, divergence)
+    matrices = dict(rich=rich, width=width, described=described)
+    stats, coefficients = (
+        launch(kernel.__name__, chip, dtype, **matrices)
+        for kernel in (split_kernel, coefficients_kernel)
+    )
+    epilogue, both, both_coefficients = (
+        launch(kernel.__name__, chip, dtype, rich=rich)
+        for kernel in (epilogue_kernel, divergence_kernel, divergence_coefficients_kernel)
     )
     want = STATISTICS if rich else ("lse", "lse_rest", "logps")
     kinds = precision(dtype)
     transform = transform_arguments(30.0 if rich else None, logit_scale=1.0, temperature=0.7)
     del transform["temperature_ptr"]
     transform["HAS_TEMPERATURE"] = rich
-    rank = dict(R=16 if rich else 0)
+    rank = dict(R=16) if rich else dict(R=0, lora_ptr=None)
 
     def blocks(config: Config, *names: str) -> dict[str, int]:
         return {name: getattr(config, name) for name in names}
 
+    def matrix(config: Config) -> dict[str, object]:
+        tile = blocks(config, "BN", "BV", "BD")
+        return transform | kinds | rank | tile | dict(D=width, GROUP=config.group, TMA=config.tma)
+
     yield _Case(
         split_kernel,
         stats,
-        dict(D=4096, BLOCKS=32, HAS_BIAS=True, GROUP=stats.group)
-        | (transform | kinds | flags(want, ACCUMULATED) | blocks(stats, "BN", "BV", "BD") | rank),
+        dict(BLOCKS=32, HAS_BIAS=True) | flags(want, ACCUMULATED) | matrix(stats),
         dtype,
     )
     merge = dict(BN=64, BS=16, ACC=kinds["ACC"])
@@ -119,9 +135,9 @@ def _cases(chip: str, dtype: torch.dtype, rich: bool) -> Iterator[_Case]:
     yield _Case(
         coefficients_kernel,
         coefficients,
-        dict(D=4096, GROUP=coefficients.group, HAS_BIAS=True, HAS_REST=True, HAS_LOGPS=True)
+        dict(HAS_BIAS=True, HAS_REST=True, HAS_LOGPS=True)
         | dict(HAS_LSE=rich, HAS_MEAN=rich, HAS_ENTROPY=rich)
-        | (transform | kinds | blocks(coefficients, "BN", "BV", "BD") | rank),
+        | matrix(coefficients),
         dtype,
     )
     yield _Case(
@@ -142,10 +158,10 @@ def _cases(chip: str, dtype: torch.dtype, rich: bool) -> Iterator[_Case]:
     )
     yield _Case(
         divergence_coefficients_kernel,
-        both,
+        both_coefficients,
         dict(HAS_LOGPS=rich, HAS_LSE=rich, HAS_MEAN=rich, HAS_ENTROPY=rich)
         | dict(HAS_KL_REF_POLICY=True, HAS_KL_POLICY_REF=rich, HAS_JSD=rich)
-        | (transform | mixture | blocks(both, "BN", "BV")),
+        | (transform | mixture | blocks(both_coefficients, "BN", "BV")),
         dtype,
     )
 
@@ -180,7 +196,9 @@ def _loss_cases(chip: str) -> Iterator[_Case]:
 
 def _signature(case: _Case) -> dict[str, str]:
     """Argument name -> triton type."""
-    named = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+    element = {dtype: name for name, dtype in DTYPES.items()}[case.input_dtype]
+    matrices = {"hidden_ptr": case.config.BN, "weight_ptr": case.config.BV}
+    matrices["lora_ptr"] = case.config.BV
     inputs = ("hidden_ptr", "weight_ptr", "lora_ptr", "bias_ptr", "ref_bias_ptr", "out_ptr")
 
     def kind(name: str) -> str:
@@ -190,8 +208,10 @@ def _signature(case: _Case) -> dict[str, str]:
             return "*i64"
         if name == "mask_ptr":
             return "*i1"
+        if name in matrices and case.config.tma:
+            return f"tensordesc<{element}[{matrices[name]}, {case.config.BD}]>"
         if name in inputs:
-            return named[case.input_dtype]
+            return f"*{element}"
         return "*fp32" if name.endswith("_ptr") else "i32"
 
     return {name: kind(name) for name in case.kernel.arg_names}
@@ -202,19 +222,35 @@ def _aligned(case: _Case) -> dict[tuple[int], list[list[object]]]:
     exact = ("N", "num_splits", "v_start")
     return {
         (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(case.kernel.arg_names)
-        if name not in case.constants and name not in exact
+        for i, (name, kind) in enumerate(_signature(case).items())
+        if name not in exact and not kind.startswith(("constexpr", "tensordesc"))
     }
 
 
-def _cubin_resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, spilled bytes) of a thread, from the binary's own resource table."""
+def _cuobjdump(cubin: bytes, what: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        command = [str(tool), what, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def instructions(report: Report) -> tuple[Counter[str], Counter[str]]:
+    """(outside loops, inside) how often each opcode stands in an NVIDIA kernel: HGMMA, MUFU, ..."""
+    lines = [
+        (int(address, 16), opcode, re.search(r"0x([0-9a-f]+)$", rest.strip()))
+        for address, opcode, rest in SASS.findall(_cuobjdump(report.machine, "--dump-sass"))
+    ]
+    back = [(int(to[1], 16), at) for at, opcode, to in lines if opcode == "BRA" and to]
+    loops = [(first, last) for first, last in back if first < last]  # BRA to itself ends a kernel
+    inside = Counter(op for at, op, _ in lines if any(lo <= at <= hi for lo, hi in loops))
+    return Counter(opcode for _, opcode, _ in lines) - inside, inside
+
+
+def _cubin_resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, spilled bytes) of a thread, from the binary's own resource table."""
+    text = _cuobjdump(cubin, "--dump-resource-usage")
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return usage["REG"], usage["STACK"] + usage["LOCAL"]
 
@@ -231,10 +267,12 @@ def _compile(case: _Case, target: str, dtype: str, rich: bool) -> Report:
     binary = triton.compile(source, target=TARGETS[target], options=options)
     if target.startswith("gfx"):
         text = binary.asm["amdgcn"]
+        machine = text.encode()
         registers, spill_bytes = _amdgcn_resources(text)
     else:
         text = binary.asm["ptx"]
-        registers, spill_bytes = _cubin_resources(binary.asm["cubin"])
+        machine = binary.asm["cubin"]
+        registers, spill_bytes = _cubin_resources(machine)
     found = MATRIX_INSTRUCTION.search(text)
     return Report(
         kernel=case.kernel.__name__,
@@ -247,11 +285,17 @@ def _compile(case: _Case, target: str, dtype: str, rich: bool) -> Report:
         spill_bytes=spill_bytes,
         shared_bytes=binary.metadata.shared,
         matrix_instruction=found.group(1) if found else None,
+        tensor_copies="cp.async.bulk.tensor" in text,
+        width=case.constants.get("D", 0),
+        machine=machine,
+        ttir=binary.asm["ttir"],
     )
 
 
 def compile_all(target: str, dtypes: Iterable[str] = tuple(DTYPES)) -> list[Report]:
-    """Compile every kernel of the head in the configurations its table gives `target` for `dtypes`.
+    """Compile every kernel of the head in every configuration that it has on `target` for `dtypes`.
+
+    Each once, with descriptors or pointers, wide or narrow, plain and rich.
 
     Args:
         target: sm_80, sm_90, sm_100 or gfx942.
@@ -262,12 +306,13 @@ def compile_all(target: str, dtypes: Iterable[str] = tuple(DTYPES)) -> list[Repo
         RuntimeError: TRITON_INTERPRET was set, so there is nothing to compile.
     """
     _check(target)
-    return [
-        _compile(case, target, dtype, rich)
-        for dtype in dtypes
-        for rich in (False, True)
-        for case in _cases(target, DTYPES[dtype], rich)
-    ]
+    cases: dict[tuple, _Case] = {}
+    both = (False, True)
+    for dtype, rich, pointers, narrow in itertools.product(dtypes, both, both, both):
+        width = NARROW if narrow else WIDTH
+        for case in _cases(target, DTYPES[dtype], rich, not pointers, width):
+            cases.setdefault((dtype, rich, case.kernel.__name__, case.config), case)
+    return [_compile(case, target, key[0], key[1]) for key, case in cases.items()]
 
 
 def compile_losses(target: str) -> list[Report]:
@@ -284,13 +329,13 @@ def _check(target: str) -> None:
 
 
 def _table(reports: Iterable[Report]) -> str:
-    head = f"{'kernel':20} {'dtype':10} {'block':>13} {'warps':>5} {'stages':>6}"
+    head = f"{'kernel':30} {'dtype':14} {'block':>13} {'warps':>5} {'stages':>6}"
     lines = [f"{head} {'regs':>4} {'spill':>5} {'shared':>7}  matrix instruction"]
     for r in reports:
-        c, regime = r.config, r.dtype + " rich" * r.rich
+        c, regime = r.config, r.dtype + " rich" * r.rich + " TMA" * r.config.tma
         block = "x".join(str(b) for b in (c.BN, c.BV, c.BD) if b)
         lines.append(
-            f"{r.kernel:20} {regime:10} {block:>13} {c.warps:5} {c.stages:6} "
+            f"{r.kernel:30} {regime:14} {block:>13} {c.warps:5} {c.stages:6} "
             f"{r.registers:4} {r.spill_bytes:5} {r.shared_bytes:7}  {r.matrix_instruction or '-'}"
         )
     return "\n".join(lines)

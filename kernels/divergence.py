@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch_table import launch
 from .logits_epilogue import load_logits
 from .online import (
     NEG_INF,
@@ -42,14 +43,12 @@ from .online import (
 )
 from .tile import (
     Config,
-    Table,
     acc_dtype,
     chip_of,
     coefficient,
     inverse_temperature,
     load_rows,
     on_device_of,
-    pick,
     precision,
     transform_arguments,
     transform_reference,
@@ -347,17 +346,6 @@ def divergence_coefficients_kernel(
     tl.store(out_ptrs, b_c.to(out_ptr.dtype.element_ty), mask=m_out)
 
 
-# Two rows of logits a program, so fewer columns than `logits_epilogue`: with 8 or more a thread a
-# soft-cap and the mixture spill 8 bytes a thread on sm_90.
-CONFIGS: Table = {
-    ("any", "16"): Config(BN=1, BV=1024, warps=8),
-    ("any", "32"): Config(BN=1, BV=1024, warps=8),
-    ("any", "64"): Config(BN=1, BV=512, warps=4),
-    # The interpreter pays about 5 ms a block whatever its size.
-    **{("cpu", bits): Config(BN=64, BV=1024) for bits in ("16", "32", "64")},
-}
-
-
 def divergence(
     products: Tensor,  # [B, V]
     ref_products: Tensor,  # [B, V]
@@ -390,7 +378,7 @@ def divergence(
     acc = acc_dtype(products.dtype)
     made = (*(n for n in STATISTICS if n in want), *OF_BOTH, *OF_REFERENCE)
     stats = {name: products.new_empty(B, dtype=acc) for name in made}
-    config = config or pick(CONFIGS, chip_of(products.device), products.dtype)
+    config = config or launch("divergence_kernel", chip_of(products.device), products.dtype)
     if B:
         with on_device_of(products):
             divergence_kernel[(triton.cdiv(B, config.BN),)](
@@ -450,7 +438,9 @@ def divergence_coefficients(
     """
     B, V_slice = products.shape
     out = torch.empty_like(products, dtype=out_dtype)
-    config = config or pick(CONFIGS, chip_of(products.device), products.dtype)
+    config = config or launch(
+        "divergence_coefficients_kernel", chip_of(products.device), products.dtype
+    )
     rows = ("lse", "lse_rest", "logps", "entropy", *OF_REFERENCE, "kl_policy_ref", "kl_policy_mix")
     own = {"LOGPS": "logps", "LSE": "lse", "MEAN": "mean_logit", "ENTROPY": "entropy"}
     differentiable = own | {name.upper(): name for name in DIVERGENCES}

@@ -24,25 +24,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch_table import launch
 from .online import statistics_reference
 from .tile import (
     Config,
-    Table,
     block_order,
+    blocks_of,
     chip_of,
     coefficient,
+    described,
     inverse_temperature,
     load_rows,
-    lora_arguments,
     on_device_of,
-    pick,
+    operands,
     precision,
     raw_reference,
     raw_tile,
     transform,
     transform_arguments,
     transform_reference,
-    unit_rows,
 )
 
 
@@ -89,6 +89,7 @@ def coefficients_kernel(
     BV: tl.constexpr,
     BD: tl.constexpr,
     GROUP: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """One [BN, BV] tile of C."""
     i_n, i_v = block_order(tl.program_id(0), tl.cdiv(N, BN), tl.cdiv(V_slice, BV), GROUP)
@@ -109,6 +110,7 @@ def coefficients_kernel(
         BN,
         BV,
         BD,
+        TMA,
         DOT,
         ACC,
     )
@@ -145,22 +147,6 @@ def coefficients_kernel(
     out_ptrs = out_ptr + n_first * stride_on + v_first
     out_ptrs += tl.arange(0, BN)[:, None] * stride_on + tl.arange(0, BV)[None, :]
     tl.store(out_ptrs, b_c.to(out_ptr.dtype.element_ty), mask=m_n[:, None] & m_v[None, :])
-
-
-CONFIGS: Table = {
-    ("sm_80", "16"): Config(BN=128, BV=128, BD=64, group=8, warps=8, stages=3),
-    ("sm_80", "16 rich"): Config(BN=128, BV=64, BD=64, group=8, warps=8, stages=3),
-    ("sm_90", "16"): Config(BN=128, BV=256, BD=64, group=8, warps=8, stages=3),
-    ("sm_90", "16 rich"): Config(BN=128, BV=128, BD=64, group=8, warps=8, stages=3),
-    ("sm_100", "16"): Config(BN=128, BV=256, BD=64, group=8, warps=8, stages=3),
-    ("sm_100", "16 rich"): Config(BN=128, BV=128, BD=64, group=8, warps=8, stages=3),
-    ("gfx942", "16"): Config(BN=128, BV=128, BD=64, group=8, warps=8, stages=2),
-    ("any", "16"): Config(BN=64, BV=64, BD=32, group=8, warps=4, stages=2),
-    ("any", "32"): Config(BN=64, BV=64, BD=32, group=8, warps=4, stages=2),
-    ("any", "64"): Config(BN=32, BV=32, BD=16, group=8, warps=4, stages=1),
-    # The interpreter pays about 5 ms a block whatever its size.
-    **{("cpu", bits): Config(BN=64, BV=512, BD=128) for bits in ("16", "32", "64")},
-}
 
 
 def linear_coefficients(
@@ -215,56 +201,48 @@ def linear_coefficients(
     assert out_dtype in (None, out.dtype)
     if N == 0 or V_slice == 0:
         return out
-    hidden, weight_slice = unit_rows(hidden), unit_rows(weight_slice)
+    matrices = operands(hidden, weight_slice, lora_slice)
     beyond = (softcap, grad_lse, grad_mean_logit, grad_entropy)
-    rich = any(x is not None for x in beyond)
-    config = config or pick(CONFIGS, chip_of(hidden.device), hidden.dtype, rich)
+    config = config or launch(
+        "coefficients_kernel",
+        chip_of(hidden.device),
+        hidden.dtype,
+        rich=any(x is not None for x in beyond),
+        width=D,
+        described=described(matrices),
+    )
     num_n, num_v = triton.cdiv(N, config.BN), triton.cdiv(V_slice, config.BV)
     # Cotangents of a sum arrive expanded (stride 0); [N] copies are cheaper than a stride each.
-    rows = [
-        x if x is None else x.contiguous()
-        for x in (
-            lse,
-            lse_rest,
-            logps,
-            entropy,
-            grad_logps,
-            grad_lse,
-            grad_mean_logit,
-            grad_entropy,
-        )
-    ]
+    rows = {
+        "lse": lse,
+        "lse_rest": lse_rest,
+        "logps": logps,
+        "entropy": entropy,
+        "grad_logps": grad_logps,
+        "grad_lse": grad_lse,
+        "grad_mean_logit": grad_mean_logit,
+        "grad_entropy": grad_entropy,
+    }
     with on_device_of(hidden):
         coefficients_kernel[(num_n * num_v,)](
-            hidden,
-            weight_slice,
-            None if bias_slice is None else bias_slice.contiguous(),
-            labels.contiguous(),
-            *rows,
-            out,
-            hidden.stride(0),
-            weight_slice.stride(0),
-            out.stride(0),
-            v_start,
-            N,
-            V_slice,
-            vocab_size,
-            D=D,
+            bias_ptr=None if bias_slice is None else bias_slice.contiguous(),
+            labels_ptr=labels.contiguous(),
+            **{f"{name}_ptr": x if x is None else x.contiguous() for name, x in rows.items()},
+            out_ptr=out,
+            stride_on=out.stride(0),
+            v_start=v_start,
+            N=N,
+            V_slice=V_slice,
+            V=vocab_size,
             HAS_BIAS=bias_slice is not None,
             HAS_REST=lse_rest is not None,
             HAS_LOGPS=grad_logps is not None,
             HAS_LSE=grad_lse is not None,
             HAS_MEAN=grad_mean_logit is not None,
             HAS_ENTROPY=grad_entropy is not None,
-            **lora_arguments(lora_slice),
+            **(matrices | blocks_of(config, matrices)),
             **transform_arguments(softcap, logit_scale, temperature),
             **precision(hidden.dtype),
-            BN=config.BN,
-            BV=config.BV,
-            BD=config.BD,
-            GROUP=config.group,
-            num_warps=config.warps,
-            num_stages=config.stages,
         )
     return out
 

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch_table import launch
 from .online import (
     ACCUMULATED,
     STATE,
@@ -36,21 +37,20 @@ from .online import (
 )
 from .tile import (
     Config,
-    Table,
     acc_dtype,
     block_order,
+    blocks_of,
     chip_of,
+    described,
     inverse_temperature,
-    lora_arguments,
     on_device_of,
-    pick,
+    operands,
     precision,
     raw_reference,
     raw_tile,
     transform,
     transform_arguments,
     transform_reference,
-    unit_rows,
 )
 
 
@@ -87,6 +87,7 @@ def split_kernel(
     BV: tl.constexpr,
     BD: tl.constexpr,
     GROUP: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """State of one row block over one split of BLOCKS vocabulary blocks -> state_ptr [7, S, N]."""
     i_n, i_s = block_order(tl.program_id(0), tl.cdiv(N, BN), num_splits, GROUP)
@@ -114,6 +115,7 @@ def split_kernel(
             BN,
             BV,
             BD,
+            TMA,
             DOT,
             ACC,
         )
@@ -207,29 +209,6 @@ def merge_kernel(
     )
 
 
-# A [BN, BV] fp32 tile takes BN * BV / (32 * warps) registers a thread: 128 at 128 x 256 and 8
-# warps. On sm_90 the plain epilogue fits beside it under the 255 a thread may own, entropy or a
-# soft-cap does not; on sm_100 neither fits. 16 warps have no tcgen05.mma, only mma.sync.
-CONFIGS: Table = {
-    ("sm_80", "16"): Config(BN=128, BV=128, BD=64, group=8, warps=8, stages=3),
-    ("sm_80", "16 rich"): Config(BN=128, BV=64, BD=64, group=8, warps=8, stages=3),
-    ("sm_90", "16"): Config(BN=128, BV=256, BD=64, group=16, warps=8, stages=3),
-    ("sm_90", "16 rich"): Config(BN=64, BV=256, BD=64, group=16, warps=8, stages=3),
-    **{
-        (chip, "32 rich"): Config(BN=64, BV=64, BD=32, group=8, warps=8, stages=2)
-        for chip in ("sm_80", "sm_90", "sm_100")
-    },
-    ("sm_100", "16"): Config(BN=128, BV=128, BD=64, group=16, warps=8, stages=3),
-    ("sm_100", "16 rich"): Config(BN=128, BV=64, BD=64, group=16, warps=8, stages=3),
-    ("gfx942", "16"): Config(BN=128, BV=128, BD=64, group=8, warps=8, stages=2),
-    ("any", "16"): Config(BN=64, BV=64, BD=32, group=8, warps=4, stages=2),
-    ("any", "32"): Config(BN=64, BV=64, BD=32, group=8, warps=4, stages=2),
-    ("any", "64"): Config(BN=32, BV=32, BD=16, group=8, warps=4, stages=1),
-    # The interpreter pays about 5 ms a block whatever its size.
-    **{("cpu", bits): Config(BN=64, BV=512, BD=128) for bits in ("16", "32", "64")},
-}
-
-
 def blocks_per_split(num_n: int, num_v: int, programs: int) -> int:
     """Vocabulary blocks per split: the largest power of two that leaves `programs` to run.
 
@@ -291,9 +270,15 @@ def linear_stats(
     out = {name: hidden.new_empty(N, dtype=acc) for name in want}
     if N == 0:
         return out
-    hidden, weight, labels = unit_rows(hidden), unit_rows(weight), labels.contiguous()
-    rich = softcap is not None or not set(want).isdisjoint(ACCUMULATED)
-    config = config or pick(CONFIGS, chip_of(hidden.device), hidden.dtype, rich)
+    matrices = operands(hidden, weight, lora)
+    config = config or launch(
+        "split_kernel",
+        chip_of(hidden.device),
+        hidden.dtype,
+        rich=softcap is not None or not set(want).isdisjoint(ACCUMULATED),
+        width=D,
+        described=described(matrices),
+    )
     num_n, num_v = triton.cdiv(N, config.BN), triton.cdiv(V, config.BV)
     blocks = blocks or blocks_per_split(num_n, num_v, _programs_wanted(hidden.device))
     num_splits = triton.cdiv(num_v, blocks)
@@ -303,29 +288,18 @@ def linear_stats(
     BN = max(1, 1024 // BS)
     with on_device_of(hidden):
         split_kernel[(num_n * num_splits,)](
-            hidden,
-            weight,
-            None if bias is None else bias.contiguous(),
-            labels,
-            state,
-            hidden.stride(0),
-            weight.stride(0),
-            N,
-            V,
-            num_splits,
-            D=D,
+            bias_ptr=None if bias is None else bias.contiguous(),
+            labels_ptr=labels.contiguous(),
+            state_ptr=state,
+            N=N,
+            V=V,
+            num_splits=num_splits,
             BLOCKS=blocks,
             HAS_BIAS=bias is not None,
-            **lora_arguments(lora),
+            **(matrices | blocks_of(config, matrices)),
             **transform_arguments(softcap, logit_scale, temperature),
             **flags(want, ACCUMULATED),
             **kinds,
-            BN=config.BN,
-            BV=config.BV,
-            BD=config.BD,
-            GROUP=config.group,
-            num_warps=config.warps,
-            num_stages=config.stages,
         )
         merge_kernel[(triton.cdiv(N, BN),)](
             state,

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch_table import launch
 from .online import (
     absorb,
     check_names,
@@ -32,13 +33,11 @@ from .online import (
 )
 from .tile import (
     Config,
-    Table,
     acc_dtype,
     chip_of,
     coefficient,
     inverse_temperature,
     on_device_of,
-    pick,
     precision,
     transform,
     transform_arguments,
@@ -207,16 +206,6 @@ def epilogue_kernel(
             tl.store(out_ptrs, b_c.to(out_ptr.dtype.element_ty), mask=m_out)
 
 
-# 16 fp32 logits a thread: four 16-byte loads in flight, and the row maximum costs two block-wide
-# reductions per 4096 columns.
-CONFIGS: Table = {
-    ("any", "16"): Config(BN=1, BV=4096, warps=8),
-    ("any", "32"): Config(BN=1, BV=4096, warps=8),
-    ("any", "64"): Config(BN=1, BV=1024, warps=4),
-    # The interpreter pays about 5 ms a block whatever its size.
-    **{("cpu", bits): Config(BN=64, BV=1024) for bits in ("16", "32", "64")},
-}
-
 DIFFERENTIABLE = ("logps", "lse", "mean_logit", "entropy")
 
 
@@ -270,7 +259,7 @@ def logits_epilogue(
         assert out.stride(-1) == 1
     if B == 0:
         return stats, out
-    config = config or pick(CONFIGS, chip_of(products.device), products.dtype)
+    config = config or launch("epilogue_kernel", chip_of(products.device), products.dtype)
     with on_device_of(products):
         epilogue_kernel[(triton.cdiv(B, config.BN),)](
             products,

@@ -13,8 +13,9 @@ OUTER = scale / temperature. Both are constexpr: they belong to a model and a ru
 is kept per value, a factor of one folds away, and float64 runs see them unrounded (a float argument
 of a kernel is fp32).
 
-Legend for all files: N rows, V vocabulary, D width; B* block sizes; `x_ptr` pointer, `o_v` offsets,
-`m_v` mask, `b_x` block value [BN, BV], `i_n` block index. Row vectors [BN] carry no prefix.
+Legend for all files: N rows, V vocabulary, D width; B* block sizes; `x_ptr` pointer (a matrix with
+TMA: descriptor), `o_v` offsets, `m_v` mask, `b_x` block value [BN, BV], `i_n` block index. Row
+vectors [BN] carry no prefix.
 
 D is constexpr too: the trip count is then known to the compiler, and the interpreter of triton 3.6
 cannot range over a runtime argument with numpy >= 2.4.
@@ -22,7 +23,8 @@ cannot range over a runtime argument with numpy >= 2.4.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +33,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @triton.jit
@@ -78,25 +81,37 @@ def load_rows(x_ptr, o_n, m_n, HAS: tl.constexpr, BN: tl.constexpr, ACC: tl.cons
 @triton.jit
 def add_dot(
     b_a,
-    h_ptrs,
-    w_ptrs,
-    o_d,
+    h,
+    w,
+    n_first,
+    v_first,
+    d_first,
     D: tl.constexpr,
     BD: tl.constexpr,
+    TMA: tl.constexpr,
     DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """b_a + the product over D columns from h_ptrs [BN, BD] and w_ptrs [BD, BV] on."""
+    """b_a + the product over D columns: of h from column d_first on, of w from its first.
+
+    With TMA h and w are descriptors of whole matrices, read in blocks [BN, BD] and [BV, BD] at rows
+    n_first and v_first; zeros lie outside. Else pointers [BN, BD] and [BD, BV] to the first blocks.
+    """
+    o_d = tl.arange(0, BD)
     for d in range(0, D, BD):
-        if D % BD == 0:
-            b_h = tl.load(h_ptrs)
-            b_w = tl.load(w_ptrs)
+        if TMA:
+            b_h = h.load([n_first, d_first + d])
+            b_w = w.load([v_first, d]).T
+        elif D % BD == 0:
+            b_h = tl.load(h)
+            b_w = tl.load(w)
         else:
-            b_h = tl.load(h_ptrs, mask=o_d[None, :] < D - d, other=0.0)
-            b_w = tl.load(w_ptrs, mask=o_d[:, None] < D - d, other=0.0)
+            b_h = tl.load(h, mask=o_d[None, :] < D - d, other=0.0)
+            b_w = tl.load(w, mask=o_d[:, None] < D - d, other=0.0)
         b_a = tl.dot(b_h.to(DOT), b_w.to(DOT), b_a, input_precision="ieee", out_dtype=ACC)
-        h_ptrs += BD
-        w_ptrs += BD
+        if not TMA:
+            h += BD
+            w += BD
     return b_a
 
 
@@ -117,6 +132,7 @@ def raw_tile(
     BN: tl.constexpr,
     BV: tl.constexpr,
     BD: tl.constexpr,
+    TMA: tl.constexpr,
     DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -124,19 +140,29 @@ def raw_tile(
 
     Rows past either edge repeat the last valid one instead of being masked: the loop stays free of
     predicates and the caller masks the result. Block bases are int64, offsets inside fit int32.
+    With TMA the matrices come as descriptors, and rows past an edge are zeros.
     fp32 operands multiply in fp32: TF32 would round the logits to 11 bits.
     """
-    n_first = i_n.to(tl.int64) * BN
-    v_first = v_first.to(tl.int64)
-    o_n = tl.minimum(tl.arange(0, BN), N - 1 - n_first).to(tl.int32)
-    o_v = tl.minimum(tl.arange(0, BV), V - 1 - v_first).to(tl.int32)
-    o_d = tl.arange(0, BD)
-    h_ptrs = hidden_ptr + n_first * stride_hn + (o_n[:, None] * stride_hn + o_d[None, :])
-    w_ptrs = weight_ptr + v_first * stride_wv + (o_v[None, :] * stride_wv + o_d[:, None])
-    b_a = add_dot(tl.zeros([BN, BV], dtype=ACC), h_ptrs, w_ptrs, o_d, D, BD, DOT, ACC)
+    b_a = tl.zeros([BN, BV], dtype=ACC)
+    if TMA:
+        n_first = i_n * BN
+        h, w, low = hidden_ptr, weight_ptr, lora_ptr
+    else:
+        n_first = i_n.to(tl.int64) * BN
+        v_first = v_first.to(tl.int64)
+        o_n = tl.minimum(tl.arange(0, BN), N - 1 - n_first).to(tl.int32)
+        o_v = tl.minimum(tl.arange(0, BV), V - 1 - v_first).to(tl.int32)
+        o_d = tl.arange(0, BD)
+        h = hidden_ptr + n_first * stride_hn + (o_n[:, None] * stride_hn + o_d[None, :])
+        w = weight_ptr + v_first * stride_wv + (o_v[None, :] * stride_wv + o_d[:, None])
+        if R > 0:
+            low = lora_ptr + v_first * stride_lv + (o_v[None, :] * stride_lv + o_d[:, None])
+    b_a = add_dot(b_a, h, w, n_first, v_first, 0, D, BD, TMA, DOT, ACC)
     if R > 0:
-        l_ptrs = lora_ptr + v_first * stride_lv + (o_v[None, :] * stride_lv + o_d[:, None])
-        b_a = add_dot(b_a, h_ptrs + D, l_ptrs, o_d, R, BD, DOT, ACC)
+        h_low = h
+        if not TMA:
+            h_low += D
+        b_a = add_dot(b_a, h_low, low, n_first, v_first, D, R, BD, TMA, DOT, ACC)
     return b_a
 
 
@@ -238,6 +264,7 @@ class Config:
 
     BN, BV, BD: rows, vocabulary and width of a block (BD is 0 where there is no matrix product).
     group: row blocks that walk the vocabulary together, see `block_order`.
+    tma: matrices are read through descriptors, by the hardware's tensor memory accelerator.
     """
 
     BN: int
@@ -246,12 +273,14 @@ class Config:
     group: int = 1
     warps: int = 4
     stages: int = 1
+    tma: bool = False
 
 
 Table = Mapping[tuple[str, str], Config]
-"""(chip, regime) -> Config. A regime is the width of the input dtype in bits, `16 rich` where a
-soft-cap or more than log-probabilities needs registers that `16` spends on a larger tile. The chip
-`any` is the fallback of every table."""
+"""(chip, regime) -> Config. A regime is the width of the input dtype in bits, then words: `rich`
+where a soft-cap or more than log-probabilities needs registers that others spend on a larger tile,
+`pointers` where descriptors cannot be used, `narrow` for small D. The chip `any` is the fallback of
+every table."""
 
 _SAME_CHIP = {"sm_103": "sm_100"}
 
@@ -266,11 +295,14 @@ def chip_of(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def pick(table: Table, chip: str, dtype: torch.dtype, rich: bool = False) -> Config:
-    """The table's row for this chip and dtype: rich, else plain, else the one for any chip."""
+def pick(table: Table, chip: str, dtype: torch.dtype, words: Sequence[str] = ()) -> Config:
+    """The table's row for this chip, dtype and of `words` what it has, the last given up first;
+    else the one for any chip."""
     chip, bits = _SAME_CHIP.get(chip, chip), str(8 * dtype.itemsize)
-    found = table.get((chip, f"{bits} rich")) if rich else None
-    return found or table.get((chip, bits)) or table["any", bits]
+    for kept in itertools.product(*((f" {word}", "") for word in words)):
+        if (found := table.get((chip, bits + "".join(kept)))) is not None:
+            return found
+    return table["any", bits]
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -315,12 +347,49 @@ def transform_arguments(
     }
 
 
-def lora_arguments(lora: Tensor | None) -> dict[str, Any]:
-    """A kernel's arguments for the low-rank part of `raw_tile`, B [V, R] or None."""
-    if lora is None:
-        return {"lora_ptr": None, "stride_lv": 0, "R": 0}
-    lora = unit_rows(lora)
-    return {"lora_ptr": lora, "stride_lv": lora.stride(0), "R": lora.shape[1]}
+def operands(hidden: Tensor, weight: Tensor, lora: Tensor | None) -> dict[str, Any]:
+    """A kernel's arguments for `raw_tile`: h [N, D (+ R)], W [V, D], and B [V, R] or None."""
+    hidden, weight = unit_rows(hidden), unit_rows(weight)
+    lora = None if lora is None else unit_rows(lora)
+    return {
+        "hidden_ptr": hidden,
+        "weight_ptr": weight,
+        "lora_ptr": lora,
+        "stride_hn": hidden.stride(0),
+        "stride_wv": weight.stride(0),
+        "stride_lv": 0 if lora is None else lora.stride(0),
+        "D": weight.shape[1],
+        "R": 0 if lora is None else lora.shape[1],
+    }
+
+
+def described(arguments: Mapping[str, Any]) -> bool:
+    """Whether TMA can read these `operands`: rows 16 bytes apart or a multiple, and start there."""
+    matrices = [arguments[f"{name}_ptr"] for name in ("hidden", "weight", "lora")]
+    return all(
+        m.data_ptr() % 16 == 0 and m.stride(0) >= m.shape[1] and m.stride(0) * m.itemsize % 16 == 0
+        for m in matrices
+        if m is not None
+    )
+
+
+def blocks_of(config: Config, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Blocks and launch options of a matrix kernel; with TMA also descriptors for `arguments`."""
+    rows = {"hidden_ptr": config.BN, "weight_ptr": config.BV, "lora_ptr": config.BV}
+    descriptors = {
+        name: TensorDescriptor.from_tensor(arguments[name], [size, config.BD])
+        for name, size in rows.items()
+        if config.tma and arguments[name] is not None
+    }
+    return descriptors | {
+        "BN": config.BN,
+        "BV": config.BV,
+        "BD": config.BD,
+        "GROUP": config.group,
+        "TMA": config.tma,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
 
 
 def transform_reference(

@@ -75,7 +75,7 @@ def test_page_keeps_the_rest(quick, tmp_path):
     page.write_text("# Benchmarks\n\nfirst\n", encoding="utf-8")
     data = json.loads(quick.read_text())
     for _ in range(2):
-        losses.write_section(page, losses.section(data, data["cases"]))
+        losses.write_section(page, "losses", losses.section(data, data["cases"]))
     text = page.read_text(encoding="utf-8")
     assert text.startswith("# Benchmarks\n\nfirst\n\n<!-- losses -->\n## Losses")
     assert text.count("## Losses") == 1

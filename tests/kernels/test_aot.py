@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import multiprocessing
+import re
+import struct
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
+import torch
 
+from fastpo.kernels import launch_table, tile
 from fastpo.kernels.aot import (
     DTYPES,
     SHARED_LIMIT,
@@ -15,6 +21,7 @@ from fastpo.kernels.aot import (
     Report,
     compile_all,
     compile_losses,
+    instructions,
 )
 from fastpo.kernels.tile import INTERPRETED
 
@@ -42,7 +49,7 @@ MATRIX_INSTRUCTION = {
 def compilations(request: pytest.FixtureRequest) -> Iterator[dict[tuple, Future]]:
     """(target, dtype) -> the reports to come, of every case that is selected, on all cores.
 
-    The whole table takes 45 s on one core with an empty cache (`TRITON_CACHE_DIR`), 3 s without.
+    On one core a minute with an empty cache (`TRITON_CACHE_DIR`), 3 s with a full one.
     """
     cases = dict.fromkeys(
         item.callspec.params["reports"]
@@ -73,6 +80,12 @@ def test_every_kernel_fits_its_chip(reports):
     for rich in (False, True):
         assert {r.kernel for r in reports if r.rich == rich} == KERNELS
     assert_fit(reports)
+    bits = str(8 * DTYPES[reports[0].dtype].itemsize)
+    compiled = {(r.kernel, r.config) for r in reports}
+    for kernel, table in launch_table.TABLE.items():
+        for (chip, regime), config in table.items():
+            if chip == reports[0].target and regime.split()[0] == bits:
+                assert (kernel, config) in compiled, (kernel, chip, regime)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -92,13 +105,130 @@ def assert_fit(reports: list[Report]) -> None:
 @each("bf16", "fp16")
 def test_half_precision_products_use_the_chips_matrix_instruction(reports):
     dots = [r for r in reports if r.has_dot]
-    assert len(dots) == 4
+    assert {(r.kernel, r.rich) for r in dots} == {
+        (kernel, rich) for kernel in ("split_kernel", "coefficients_kernel") for rich in (0, 1)
+    }
     for r in dots:
         assert r.matrix_instruction is not None, r
         assert r.matrix_instruction.startswith(MATRIX_INSTRUCTION[r.target]), r
         if r.target == "sm_90":
             operand = {"bf16": "bf16", "fp16": "f16"}[r.dtype]
             assert r.matrix_instruction.endswith(f".f32.{operand}.{operand}"), r
+
+
+@each("bf16")
+def test_matrices_come_by_tma_where_the_table_says_so(reports):
+    """And by pointers besides, for matrices that TMA cannot read."""
+    dots = [r for r in reports if r.has_dot]
+    for r in dots:
+        assert r.tensor_copies == r.config.tma, r
+    told = {(r.kernel, r.rich, r.config.tma) for r in dots}
+    has_tma = reports[0].target in ("sm_90", "sm_100")
+    assert len(told) == (8 if has_tma else 4)
+    if has_tma:
+        described = next(r for r in dots if r.config.tma)
+        outside, inside = instructions(described)
+        assert inside["UTMALDG"] >= 2
+        assert outside["HGMMA"] + outside["UTCHMMA"] == 0
+        assert inside["HGMMA"] + inside["UTCHMMA"] >= 4
+
+
+@each("bf16")
+def test_offsets_of_rows_are_64_bit(reports):
+    """N * V passes 2^31 at 16K tokens of a 128K vocabulary."""
+    for r in reports:
+        assert narrow_products(r.ttir) == [], r
+
+
+_DEFINITION = re.compile(r"^ *(%[\w#]+) = ([\w.]+) (.*?) : (?:.* -> )?(.*?) loc\(", re.MULTILINE)
+_INSIDE = ("tt.expand_dims", "arith.extsi", "arith.trunci", "arith.minsi")
+
+
+def narrow_products(ttir: str) -> list[str]:
+    """Names of the 32-bit products of two runtime values, but for offsets inside a block."""
+    made = {m[1]: (m[2], re.findall(r"%[\w#]+", m[3])) for m in _DEFINITION.finditer(ttir)}
+
+    def derives(value: str, source: str, through: tuple[str, ...]) -> bool:
+        op, operands = made.get(value, ("", []))
+        return op == source or (
+            op in through and any(derives(o, source, through) for o in operands)
+        )
+
+    return [
+        m[1]
+        for m in _DEFINITION.finditer(ttir)
+        if m[2] == "arith.muli"
+        and m[4].endswith("i32>" if "tensor" in m[4] else "i32")
+        and not any(
+            derives(operand, "arith.constant", ("tt.splat",))
+            or derives(operand, "tt.make_range", _INSIDE)
+            for operand in re.findall(r"%[\w#]+", m[3])
+        )
+    ]
+
+
+def test_a_row_offset_of_32_bits_is_found():
+    line = "    {} = {} : {} loc(#loc)"
+    product = line.format("%p", "arith.muli %i, %stride_hn", "i32")
+    wide = line.format("%p", "arith.muli %i, %stride_hn", "i64")
+    rows = [
+        line.format("%r", "tt.make_range {end = 8 : i32, start = 0 : i32}", "tensor<8xi32>"),
+        line.format("%o", "arith.addi %r, %first", "tensor<8xi32>"),
+        line.format("%p", "arith.muli %o, %stride", "tensor<8xi32>"),
+    ]
+    assert narrow_products(product) == ["%p"]
+    assert narrow_products(wide) == []
+    assert narrow_products("\n".join(rows)) == ["%p"]
+    rows[-1] = rows[-1].replace("%o", "%r")
+    assert narrow_products("\n".join(rows)) == []
+
+
+def test_numbers_without_a_dtype_are_exact_in_float32():
+    """In a float64 kernel a load with other=0.1 gives float32's 0.1 where it is masked."""
+    found = 0
+    for file in Path(tile.__file__).parent.glob("*.py"):
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            named = isinstance(call, ast.Call) and ast.unparse(call.func)
+            if named not in ("tl.load", "tl.where", "tl.maximum", "tl.minimum"):
+                continue
+            for value in ast.walk(call):
+                if isinstance(value, ast.Constant) and isinstance(value.value, float):
+                    found += 1
+                    (single,) = struct.unpack("f", struct.pack("f", value.value))
+                    assert single == value.value, f"{file.name}: {ast.unparse(call)}"
+    assert found > 20
+
+
+LAUNCHES = {
+    # (rich, width, described) -> the row of split_kernel
+    (False, 4096, True): ("sm_90", "16"),
+    (True, 4096, True): ("sm_90", "16 rich"),
+    (True, 4096, False): ("sm_90", "16 rich pointers"),
+    (True, 64, False): ("sm_90", "16 rich pointers"),
+}
+
+
+@pytest.mark.parametrize(("asked", "row"), LAUNCHES.items(), ids=str)
+def test_launch_finds_the_nearest_row(asked, row):
+    rich, width, described = asked
+    found = launch_table.launch(
+        "split_kernel", "sm_90", torch.bfloat16, rich=rich, width=width, described=described
+    )
+    table = launch_table.TABLE["split_kernel"]
+    assert found == table[row]
+    unknown = launch_table.launch("split_kernel", "sm_75", torch.bfloat16, rich=rich, width=width)
+    assert unknown == table["any", "16"]
+
+
+def test_pointers_have_no_descriptors():
+    same = dict(rich=False, width=4096)
+    table = launch_table.TABLE["split_kernel"]
+    with_tma = launch_table.launch("split_kernel", "sm_90", torch.bfloat16, **same, described=True)
+    without = launch_table.launch("split_kernel", "sm_90", torch.bfloat16, **same)
+    assert with_tma == table["sm_90", "16"]
+    assert with_tma.tma
+    assert without.BV == with_tma.BV
+    assert not without.tma
 
 
 @each("fp32")

@@ -9,8 +9,16 @@ from torch import Tensor
 
 import fastpo
 from fastpo.head import plan_head
-from fastpo.kernels.linear_coefficients import linear_coefficients
-from fastpo.kernels.linear_stats import linear_stats
+from fastpo.kernels.divergence import (
+    DIVERGENCES,
+    OF_BOTH,
+    OF_REFERENCE,
+    divergence,
+    divergence_coefficients,
+    divergence_reference,
+)
+from fastpo.kernels.linear_coefficients import linear_coefficients, linear_coefficients_reference
+from fastpo.kernels.linear_stats import linear_stats, linear_stats_reference
 from fastpo.kernels.listwise import MAX_CANDIDATES
 from fastpo.kernels.logits_epilogue import DIFFERENTIABLE, logits_epilogue
 from fastpo.kernels.online import STATISTICS, statistics_reference
@@ -214,6 +222,101 @@ def test_beyond_two_billion_logits():
     assert slab is products
     slab.mul_(grads["logps"][:, None])
     check(stats, slab, "logits_epilogue")
+
+
+LOW_RANK = {
+    # D, rank, as TMA reads them or (rows not a multiple of 16 bytes apart) as pointers do
+    "descriptors": (512, 16),
+    "pointers": (511, 5),
+}
+
+
+@pytest.mark.parametrize("how", LOW_RANK)
+@pytest.mark.parametrize("rich", [False, True])
+def test_low_rank_delta_and_row_temperatures(how, rich):
+    """h W^T + l B^T in bf16, plain and rich rows of the launch table, a temperature a row."""
+    d, rank = LOW_RANK[how]
+    x = make(N, d, V, torch.bfloat16, bias=True, device=DEVICE)
+    g = torch.Generator(DEVICE).manual_seed(2)
+    low, lora = (torch.randn(k, rank, generator=g, device=DEVICE).bfloat16() for k in (N, V))
+    x = x._replace(hidden=torch.cat([x.hidden, low], dim=1))
+    temperature = torch.linspace(0.5, 2.0, N, device=DEVICE)
+    names = ("logps", "entropy") if rich else ("logps",)
+    grads, softcap = cotangents(N, names), 30.0 if rich else None
+
+    def reference(dtype: torch.dtype) -> tuple[Results, Tensor]:
+        wide = [None if t is None else t.to(dtype) if t.is_floating_point() else t for t in x]
+        facts = dict(lora=lora.to(dtype), softcap=softcap, temperature=temperature.to(dtype))
+        same = {name: value.to(dtype) for name, value in grads.items()}
+        stats = linear_stats_reference(*wide, want=names, **facts)
+        return stats, linear_coefficients_reference(*wide, **facts, **same)
+
+    (plain, plain_c), (truth, true_c) = reference(torch.float32), reference(torch.float64)
+    facts = dict(softcap=softcap, temperature=temperature)
+    stats = linear_stats(*x, lora=lora, want=("lse", "lse_rest", *names), **facts)
+    c = linear_coefficients(
+        *x, lora_slice=lora, v_start=0, vocab_size=V, **stats, **facts, out_dtype=torch.float32,
+        **{f"grad_{name}": value for name, value in grads.items()},
+    )  # fmt: skip
+    for name in names:
+        assert_three_way(stats[name], plain[name], truth[name], name)
+    assert_three_way(c, plain_c, true_c, "C", terms=plain_c.abs().max().item())
+
+
+def two_heads(n: int, v: int) -> tuple[Tensor, ...]:
+    """Products of two heads [n, v], labels, and bf16 biases of both."""
+    g = torch.Generator(DEVICE).manual_seed(3)
+    products = torch.empty(n, v, device=DEVICE).normal_(std=3, generator=g)
+    other = torch.empty(n, v, device=DEVICE).normal_(generator=g).add_(products)
+    labels = torch.randint(v, (n,), generator=g, device=DEVICE)
+    bias, ref_bias = (torch.randn(v, generator=g, device=DEVICE).bfloat16() for _ in range(2))
+    return products, other, labels, bias, ref_bias
+
+
+def assert_divergences(slabs: tuple[Tensor, ...], rows: Tensor, **facts) -> None:
+    """Statistics of both heads and C of every divergence in bf16, compared at `rows`."""
+    one = torch.ones(len(slabs[0]), device=DEVICE)
+    stats = divergence(*slabs, **facts, want=(*STATISTICS, *OF_BOTH, *OF_REFERENCE))
+    few = [t[rows] for t in slabs[:3]]
+    temperature = facts.get("temperature", 1.0)
+    if isinstance(temperature, Tensor):
+        temperature = temperature[rows]
+
+    def reference(dtype: torch.dtype, name: str) -> tuple[Tensor, Tensor]:
+        leaf = few[0].to(dtype).requires_grad_()
+        same = {"temperature": temperature}
+        if isinstance(temperature, Tensor):
+            same = {"temperature": temperature.to(dtype)}
+        value = divergence_reference(
+            leaf, few[1].to(dtype), few[2], *(b.to(dtype) for b in slabs[3:]), want=(name,),
+            **(facts | same),
+        )[name]  # fmt: skip
+        return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
+
+    for name in DIVERGENCES:
+        c = divergence_coefficients(
+            *slabs, **facts, stats=stats, cotangents={name: one}, out_dtype=torch.bfloat16
+        )
+        assert not c.sum(dtype=torch.float32).isnan()
+        (plain, plain_c), (truth, true_c) = (
+            reference(dtype, name) for dtype in (torch.float32, torch.float64)
+        )
+        assert_three_way(stats[name][rows], plain, truth, name)
+        assert_three_way(c[rows], plain_c.bfloat16(), true_c, f"C of {name}")
+
+
+@pytest.mark.parametrize("facts", ["plain", "softcap, row temperatures"])
+def test_divergences_three_way(facts):
+    rows, given = torch.arange(N, device=DEVICE), {"jsd_beta": 0.3}
+    if facts != "plain":
+        given |= {"softcap": 30.0, "temperature": torch.linspace(0.5, 2.0, N, device=DEVICE)}
+    assert_divergences(two_heads(N, V), rows, **given)
+
+
+def test_divergences_past_two_billion_elements():
+    """Two slabs of 17000 x 131072 in fp32 are 17 GiB; a 32-bit row offset would wrap at 16384."""
+    rows = torch.tensor([0, 1, 16383, 16384, 16998, 16999], device=DEVICE)
+    assert_divergences(two_heads(17000, 131072), rows)
 
 
 def head(x: Inputs, leaves: tuple[str, ...], names: tuple[str, ...], backend, mib: float):

@@ -148,6 +148,9 @@ def test_launch_compiles(name, dtype, compiled):
     assert len(compiled) == (2 if two else 1)
     for kernel in compiled:
         assert kernel.asm["cubin"], kernel.name
+        if dtype == torch.float64:
+            # A number without a dtype of its own, as in tl.where(m, 0.1, x), would be fp32.
+            assert "f32" not in kernel.asm["ttir"], kernel.name
 
 
 def launch_pairs(dtype: torch.dtype, groups: int) -> None:

@@ -83,14 +83,20 @@ def by_autograd(x: Inputs, cotangents: dict[str, Tensor], **facts) -> Tensor:
     return torch.autograd.grad(list(stats.values()), products, g)[0]
 
 
-def coefficient_terms(x: Inputs, cotangents: dict[str, Tensor], **facts) -> float:
-    """Largest of the terms that the coefficients are the difference of: p and q, or p log p, ..."""
+def log_softmaxes(x: Inputs, facts: dict) -> list[Tensor]:
+    """log p and log q."""
     names = ("softcap", "logit_scale", "temperature")
     found = {"softcap": None, "logit_scale": 1.0, "temperature": 1.0} | facts
-    log_p, log_q = (
+    return [
         transform_reference(a, b, *(found[n] for n in names)).log_softmax(1)
         for a, b in ((x.products, x.bias), (x.ref_products, x.ref_bias))
-    )
+    ]
+
+
+def coefficient_terms(x: Inputs, cotangents: dict[str, Tensor], **facts) -> float:
+    """Largest of the terms that the coefficients are the difference of: p and q, or p log p, ..."""
+    found = {"logit_scale": 1.0, "temperature": 1.0} | facts
+    log_p, log_q = log_softmaxes(x, facts)
     terms = log_p.exp() * (log_p.abs() + log_q.abs()) + log_q.exp()
     largest = max(g.abs().max().item() for g in cotangents.values())
     slope = found["logit_scale"] / torch.as_tensor(found["temperature"]).min().item()
@@ -119,6 +125,10 @@ def test_statistics(dtype, facts, b, v):
     size = x.products.double().abs()
     # Logits are rounded in proportion to themselves, and that much of a small entropy is lost.
     terms = {"mean_logit": size.mean(1).max(), "entropy": truth["entropy"].max() * size.max()}
+    # A divergence sums terms of both signs, and all are made of log(q / p).
+    log_p, log_q = log_softmaxes(x.double(), widened(facts))
+    of_p, of_q = ((p.exp() * (log_p - log_q).abs()).sum(1).max() for p in (log_p, log_q))
+    terms |= {"kl_policy_ref": of_p, "kl_policy_mix": of_p, "kl_ref_policy": of_q}
     terms = {name: value.item() for name, value in terms.items()}
     for name in COMPARED:
         same = [stats[name] for stats in plains]
