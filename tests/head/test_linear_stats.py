@@ -74,6 +74,10 @@ def plain_in_order(seed, hidden, weight, labels, bias=None, ref_hidden=None, **f
     )
 
 
+def unpadded(hidden, weight, labels, bias, vocab_size):
+    return plain(hidden, weight[:vocab_size], labels, bias[:vocab_size])
+
+
 def inputs(dtype: torch.dtype, seed: int = 0, n: int = N, d: int = D, v: int = V) -> dict:
     g = torch.Generator().manual_seed(seed)
     return {
@@ -264,6 +268,35 @@ def test_same_bits_twice_and_with_or_without_gradient():
     assert all(torch.equal(runs[0], other) for other in runs[1:])
 
 
+@pytest.mark.parametrize(("leaves", "workspace"), CASES)
+@pytest.mark.parametrize("names", [("logps",), DIFFERENTIABLE], ids=["logps", "all"])
+def test_a_row_does_not_depend_on_the_others(leaves, workspace, names):
+    """Same bits whatever stands in the other rows. Their number is another matter: it chooses the
+    BLAS kernel, and a row alone (a matrix-vector product) differs in the last digits.
+    """
+    x = inputs(torch.float32)
+    if names == ("logps",):
+        del x["ref_hidden"]
+    others = torch.arange(N) != 40
+    y = {k: t.clone() for k, t in x.items()}
+    y["hidden"][others] = float("nan")
+    y["labels"][others] = 3
+    found = []
+    for each in (x, y):
+        stats, grads = gradients(
+            linear_stats, each, leaves, names, stats=names, workspace_mib=workspace
+        )
+        kept = {name: value[40] for name, value in stats.items()}
+        found.append(kept | ({"dh": grads["hidden"][40]} if "hidden" in leaves else {}))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    alone = linear_stats(x["hidden"][40:41], x["weight"], x["labels"][40:41], bias=x["bias"])
+    whole = plain(x["hidden"], x["weight"], x["labels"], x["bias"])["logps"][40:41]
+    wide = (
+        x[k].double() if k != "labels" else x[k] for k in ("hidden", "weight", "labels", "bias")
+    )
+    assert_three_way(alone["logps"], whole, plain(*wide)["logps"][40:41])
+
+
 def test_graph_may_be_walked_twice():
     for workspace in (SMALL, LARGE):
         x = inputs(torch.float32)
@@ -283,14 +316,18 @@ def test_double_backward_is_refused():
         grad.sum().backward()
 
 
-def test_large_vocabulary():
-    x = inputs(torch.float32, n=3, d=16, v=50257)
+@pytest.mark.parametrize(("rows", "vocab_size"), [(50257, 50257), (151936, 151665)])
+def test_large_vocabulary(rows, vocab_size):
+    """GPT-2's, and Qwen's with its padding."""
+    x = inputs(torch.float32, n=3, d=16, v=rows)
     del x["ref_hidden"]
+    x["labels"] %= vocab_size
     wide = {k: t if k == "labels" else t.double() for k, t in x.items()}
     for leaves in (("hidden",), ("hidden", "weight")):
-        ours, grads = gradients(linear_stats, x, leaves, ("logps",), workspace_mib=1)
-        same, same_grads = gradients(plain, x, leaves, ("logps",))
-        truth, true_grads = gradients(plain, wide, leaves, ("logps",))
+        facts = {"workspace_mib": 1, "vocab_size": vocab_size}
+        ours, grads = gradients(linear_stats, x, leaves, ("logps",), **facts)
+        same, same_grads = gradients(unpadded, x, leaves, ("logps",), vocab_size=vocab_size)
+        truth, true_grads = gradients(unpadded, wide, leaves, ("logps",), vocab_size=vocab_size)
         assert_three_way(ours["logps"], same["logps"], truth["logps"])
         for leaf in leaves:
             assert_three_way(grads[leaf], same_grads[leaf], true_grads[leaf], leaf)
