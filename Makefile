@@ -3,6 +3,7 @@
 # make lint      ruff, basedpyright, import-linter
 # make listwise  K-way lists on long prompts, one prompt copy each
 # make families  one objective of every family on a real model; writes docs/real-runs.md
+# make long      LOGO and LongPO on a real model; their part of docs/real-runs.md
 # make bench     the benchmarks behind the README's figures
 # make clean     remove what these made, except .venv
 #
@@ -17,14 +18,14 @@ TORCH := 2.13.0
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq  # errors only
 
-.PHONY: demo test lint listwise families bench clean
+.PHONY: demo test lint listwise families long bench clean
 .DEFAULT_GOAL := demo
 
 demo: $(MADE)/train $(MADE)/smollm2
 	@$(BIN)/python examples/demo.py
 
 test: $(MADE)/dev $(MADE)/bench $(MADE)/smollm2
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n auto --dist loadgroup
 
 lint: $(MADE)/dev
 	@$(BIN)/ruff check .
@@ -39,14 +40,19 @@ listwise: $(MADE)/train $(MADE)/smollm2 $(MADE)/inspect-evals
 families: $(MADE)/train $(MADE)/bench $(MADE)/smollm2
 	@$(BIN)/python examples/families.py
 
+long: $(MADE)/train $(MADE)/smollm2
+	@$(BIN)/python examples/long_context.py
+
 bench: $(MADE)/dev $(MADE)/bench
 	@$(BIN)/python -m bench.head --fresh --page docs/benchmarks.md
 	@$(BIN)/python -m bench.plot
 	@$(BIN)/python -m bench.losses --fresh --page docs/benchmarks.md
 	@$(BIN)/python -m bench.plot losses
+	@$(BIN)/python -m bench.numerics --page docs/head.md
+	@$(BIN)/python -m bench.account --page docs/head.md
 
 clean:
-	rm -rf runs/json_person runs/listwise_proposals runs/families .cache build dist *.egg-info
+	rm -rf runs/json_person runs/listwise_proposals runs/families runs/long_context .cache build dist *.egg-info
 	rm -rf .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 

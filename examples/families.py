@@ -243,7 +243,8 @@ def main() -> None:
         print(f"\n== {number} of {len(EXAMPLES)}: {example.name} ({example.family})", flush=True)
         results.append(run(example, OUT))
     draw(results).savefig(FIGURE, dpi=150)
-    PAGE.write_text(page(results), encoding="utf-8")
+    _, mark, others = PAGE.read_text(encoding="utf-8").partition("\n<!-- long -->")
+    PAGE.write_text(page(results) + mark + others, encoding="utf-8")  # examples/long_context.py's
     for result in results:
         print(f"{result.example.name:<12}{result.verdict}")
     print(f"\n{PAGE}")

@@ -18,7 +18,17 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from fastpo.sharding import Shard
-from fastpo.tiles import Heads, Kept, Link, Tiles, accumulator, add_matmul_, blocks, matmul
+from fastpo.tiles import (
+    Heads,
+    Kept,
+    Link,
+    Tiles,
+    accumulator,
+    add_matmul_,
+    blocks,
+    in_huge_pages,
+    matmul,
+)
 from fastpo.torch_tiles import TorchTiles
 from fastpo.triton_tiles import TritonTiles
 
@@ -139,7 +149,8 @@ def _to_keep(heads: Heads, plan: Plan) -> Kept | None:
     shapes = _kept_shapes(heads, plan)
     if not shapes:
         return None
-    return Kept(**{name: heads.hidden.new_empty(s, dtype=acc) for name, s in shapes.items()})
+    empty = {name: heads.hidden.new_empty(s, dtype=acc) for name, s in shapes.items()}
+    return Kept(**{name: in_huge_pages(tensor) for name, tensor in empty.items()})
 
 
 def linear_stats_backward(*args: Any, into: Tensor | None = None) -> list[Tensor]:
@@ -192,7 +203,8 @@ def _backward_by_vocabulary(
     acc, dtype = accumulator(heads.hidden.dtype), heads.hidden.dtype
     tiles, fields = plan.tiles, heads._asdict()
     of_columns = [n for n in ("weight", "bias", "lora_b") if needs[n]]
-    grads = {n: torch.empty_like(fields[n]) for n in of_columns if n != "weight" or into is None}
+    new = [n for n in of_columns if n != "weight" or into is None]
+    grads = {n: in_huge_pages(torch.empty_like(fields[n])) for n in new}
     grad_hidden = torch.zeros_like(heads.hidden, dtype=acc) if needs["hidden"] else None
     for i, (lo, hi) in enumerate(blocks(heads.weight.shape[0], plan.vocab_block)):
         part, first = heads.columns(lo, hi), plan.shard.first + lo

@@ -18,6 +18,10 @@ C is formed in fp32, the label's column included, and rounded to the inputs' dty
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import mmap
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
@@ -33,6 +37,7 @@ STATISTICS = (*DIFFERENTIABLE, "log_p2", "top1", "skipped", "ref_logps")
 
 # Rows of a half-precision matrix that a CPU turns into float32 at a time: 16 MiB at D = 4096.
 UPCAST_ROWS = 1024
+_PAGE, _HUGE = 1 << 21, 1 << 25
 # Columns of a low-rank delta that are formed at a time on a GPU: 256 MiB at 8192 rows.
 LORA_COLUMNS = 8192
 
@@ -81,6 +86,25 @@ class Link(NamedTuple):
             return slope
         tanh = z * (self.temperature / self.softcap)
         return tanh.square_().neg_().add_(1).mul_(slope)
+
+
+def in_huge_pages(tensor: Tensor) -> Tensor:
+    """Asks Linux to back a large new tensor of a CPU by pages of 2 MiB; returns it.
+
+    The first write to 192 MiB then takes .026 s where it took .084 s, on two cores.
+    """
+    real = type(tensor) is Tensor  # fake ones have no memory
+    if real and tensor.is_cpu and sys.platform == "linux" and tensor.nbytes >= _HUGE:
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        start, end = -(-start // _PAGE) * _PAGE, end // _PAGE * _PAGE
+        # A hint: what a system answers to it does not matter.
+        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)
+    return tensor
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

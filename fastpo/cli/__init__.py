@@ -1,4 +1,4 @@
-"""The command line: `fastpo train | plan | score | sample | data | weigh | merge | ...`.
+"""The command line: `fastpo train | plan | score | sample | prepare | data | weigh | ...`.
 
 This file parses and dispatches; nothing heavy is imported before a command needs it.
 """
@@ -145,7 +145,6 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         "Answer prompts. Each line of --prompts has a `prompt`, text or a list of messages; each "
         'line of the output adds "samples".',
     )
-    sample.add_argument("--model", required=True, help="name on the hub, or a folder")
     sample.add_argument("--prompts", required=True, help="JSONL file with a `prompt` column")
     sample.add_argument("--num-samples", type=int, default=1, help="answers a prompt (1)")
     sample.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (256)")
@@ -153,6 +152,41 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     sample.add_argument("--top-p", type=float, default=1.0, help="nucleus (1.0)")
     sample.add_argument("--batch-size", type=int, default=8, help="prompts at a time (8)")
     sample.add_argument("--seed", type=int, default=0, help="of the sampler (0)")
+
+    preparing = command(
+        "prepare",
+        "rows for LOGO from long documents",
+        "From documents with a `text` (and, where there is one, a `question` with its `answer`): "
+        "cut them into chunks, let the model ask about one, find the chunks that matter, and let "
+        "it answer from all of them, from half of them, and from none. A run that was stopped goes "
+        "on.",
+    )
+    preparing.add_argument("action", choices=("logo",))
+    preparing.add_argument("documents", help="rows with `text`; .txt or .md files, a document each")
+    preparing.add_argument("out", help="JSONL file to write")
+    preparing.add_argument("--dataset-name", help="configuration of a hub data set")
+    preparing.add_argument("--split", default="train", help="default: train")
+    preparing.add_argument("--max-rows", type=int, help="read the first so many documents")
+    preparing.add_argument("--questions", type=int, default=1, help="rows of a document (1)")
+    preparing.add_argument("--chunk-tokens", type=int, default=512, help="of a chunk (512)")
+    preparing.add_argument("--context-chunks", type=int, default=16, help="of a prompt (16)")
+    preparing.add_argument("--critical-chunks", type=int, default=6, help="at most, of them (6)")
+    preparing.add_argument(
+        "--min-overlap",
+        type=int,
+        default=3,
+        help="words a critical chunk shares with question and answer (3)",
+    )
+    preparing.add_argument(
+        "--generator",
+        choices=("transformers", "vllm"),
+        default="transformers",
+        help="what runs the model (transformers)",
+    )
+    preparing.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (512)")
+    preparing.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (0.7)")
+    preparing.add_argument("--batch-size", type=int, default=8, help="prompts at a time (8)")
+    preparing.add_argument("--seed", type=int, default=0, help="of all draws (0)")
 
     data = command(
         "data",
@@ -202,7 +236,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         "--trust-remote-code", action="store_true", help="run code of the checkpoint"
     )
 
-    for parser in (score, sample):
+    for parser in (preparing, sample):
+        parser.add_argument("--model", required=True, help="name on the hub, or a folder")
+    for parser in (score, sample, preparing):
         gguf_flag(parser)
         parser.add_argument("--revision", help="branch, tag or commit of the model")
         parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16, float32")
@@ -211,6 +247,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         parser.add_argument(
             "--trust-remote-code", action="store_true", help="run code of the checkpoint"
         )
+    for parser in (score, sample):
         parser.add_argument("--out", help="JSONL file; default: standard output")
 
     merge = command(
@@ -349,6 +386,10 @@ def _run(words: Sequence[str]) -> int:
         from fastpo.cli.sample import sample
 
         return sample(arguments)
+    if arguments.command == "prepare":
+        from fastpo.cli.prepare import prepare
+
+        return prepare(arguments)
     if arguments.command == "data":
         from fastpo.cli.data import data
 

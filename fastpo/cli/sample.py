@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,6 +38,32 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], where: s
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[arg-type, return-value]
 
 
+def sampling(temperature: float, top_p: float = 1.0) -> dict[str, Any]:
+    """Arguments of `generate`; temperature 0 is greedy.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"--temperature {temperature} must be at least 0 and --top-p {top_p} in (0, 1]"
+        )
+    if temperature == 0:
+        return {"do_sample": False}
+    # top_k 0: the whole distribution, whatever the checkpoint's generation config says.
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+
+
+def answers(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], **how: Any) -> list[str]:
+    """What the model says to a batch of prompts, `num_return_sequences` texts each in turn."""
+    tokenizer.padding_side = "left"
+    batch = tokenizer.pad({"input_ids": list(prompts)}, return_tensors="pt").to(model.device)
+    tokens = model.generate(**batch, **how, pad_token_id=tokenizer.pad_token_id)
+    return tokenizer.batch_decode(
+        tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+
+
 def sample(arguments: argparse.Namespace) -> int:
     """Answer every prompt of a file."""
     show_log(logging.WARNING)
@@ -44,13 +71,8 @@ def sample(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) < 1:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag} {getattr(arguments, name)} must be at least 1")
-    if arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
-        raise ValueError(
-            f"--temperature {arguments.temperature} must be at least 0 and --top-p "
-            f"{arguments.top_p} in (0, 1]"
-        )
-    greedy = arguments.temperature == 0
-    if greedy and arguments.num_samples > 1:
+    how = sampling(arguments.temperature, arguments.top_p)
+    if arguments.temperature == 0 and arguments.num_samples > 1:
         raise ValueError("--temperature 0 gives one answer a prompt: drop --num-samples")
     source = {
         "revision": arguments.revision,
@@ -64,38 +86,22 @@ def sample(arguments: argparse.Namespace) -> int:
     prompts = [
         prompt_ids(tokenizer, row, f"{arguments.prompts}, row {i}") for i, row in enumerate(rows)
     ]
-    where = default_device()
-    model = open_model(arguments.model, dtype=arguments.dtype, device=where, **source)
-    how: dict[str, Any] = {"do_sample": False}
-    if not greedy:
-        # top_k 0: the whole distribution, whatever the checkpoint's generation config says.
-        how = {
-            "do_sample": True,
-            "temperature": arguments.temperature,
-            "top_p": arguments.top_p,
-            "top_k": 0,
-        }
+    model = open_model(arguments.model, dtype=arguments.dtype, device=default_device(), **source)
     set_seed(arguments.seed)
-    tokenizer.padding_side = "left"
     bar = tqdm(total=len(rows), desc="sampling", unit="prompt", disable=None)
     with json_lines(arguments.out) as write, bar, generation(model), torch.inference_mode():
         for start in range(0, len(rows), arguments.batch_size):
             part = range(start, min(start + arguments.batch_size, len(rows)))
-            batch = tokenizer.pad(
-                {"input_ids": [prompts[i] for i in part]}, return_tensors="pt"
-            ).to(where)
-            tokens = model.generate(  # type: ignore[operator]
-                **batch,
+            found = answers(
+                model,
+                tokenizer,
+                [prompts[i] for i in part],
                 **how,
                 max_new_tokens=arguments.max_new_tokens,
                 num_return_sequences=arguments.num_samples,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-            answers = tokenizer.batch_decode(
-                tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
             )
             for j, i in enumerate(part):
-                mine = answers[j * arguments.num_samples : (j + 1) * arguments.num_samples]
+                mine = found[j * arguments.num_samples : (j + 1) * arguments.num_samples]
                 write({**rows[i], "samples": mine})
             bar.update(len(part))
     if arguments.out is not None:

@@ -254,7 +254,10 @@ def data_facts(name: str, train: Any, held_out: Any) -> dict[str, Any]:
             **{k: counts[k] for k in ("groups", "responses", "tokens", "unshared_tokens")},
             "label_tokens": counts["label_tokens"],
             "longest": max(len(g) for g in train.groups),
+            "context": max(len(g.prompt_ids) + g.longest for g in train.groups),
         }
+        if any(g.prompt_positions is not None for g in train.groups):
+            facts["synthetic_context"] = max(g.span for g in train.groups)
     if isinstance(held_out, GroupDataset):
         facts["eval_groups"] = len(held_out)
     return facts
@@ -309,6 +312,11 @@ def introduction(facts: dict[str, Any], resume: str | None, output_dir: str) -> 
         amount = f"{data['groups']:,} groups{held}, {data['tokens']:,} tokens"
         if facts["sharing"]["on"]:
             amount += f", {saved:.0%} saved by one prompt copy"
+        if "synthetic_context" in data:
+            amount += (
+                f"; at most {data['context']:,} real tokens a context, spread over "
+                f"{data['synthetic_context']:,} positions"
+            )
     else:
         amount = "a stream"
     lines = {

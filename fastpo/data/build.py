@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
@@ -28,16 +28,24 @@ from fastpo.data.formats import (
 )
 from fastpo.data.formats import EXTRAS as COLUMNS
 from fastpo.data.groups import Group, Response
-from fastpo.data.rows import FILE, ROW
+from fastpo.data.positions import (
+    PositionSynthesis,
+    chunk_tokens,
+    cut_chunks,
+    synthetic_positions,
+)
+from fastpo.data.rows import FILE, ROW, TORN
 from fastpo.data.templates import Encoded, Encoder
 from fastpo.data.token_weights import check_schemes, span_weights, take_column, weighted
 
 logger = logging.getLogger(__name__)
 
-Truncation = Literal["keep_end", "keep_start", "cut_middle", "error"]
+Truncation = Literal["keep_end", "keep_start", "cut_middle", "cut_chunks", "error"]
 OnBadRow = Literal["error", "skip"]
 ListToPairs = Literal["best_worst", "best_rest"]
 EXTRAS = ("mismatched", *COLUMNS, *CONTEXTS)
+# Prompts of a stream that a mismatched response is looked for in before its row is a bad one.
+_REMEMBERED = 1000
 
 
 @dataclass(frozen=True)
@@ -51,8 +59,9 @@ class DataOptions:
         truncation: what happens to a prompt that exceeds its budget, the lesser of
             `max_prompt_length` and what `max_length` leaves beside the longest response:
             "keep_end" and "keep_start" cut it (BOS stays), "cut_middle" keeps as much of its start
-            as of its end, "error" makes the row a bad row. A response is never cut: too long a
-            response always makes a bad row.
+            as of its end, "cut_chunks" every chunk of the row's `chunk_spans` to the same length,
+            "error" makes the row a bad row. A response is never cut: too long a response always
+            makes a bad row.
         on_bad_row: "error" stops at the first bad row, "skip" leaves bad rows out and lists them.
         chat_template_kwargs: passed to every `apply_chat_template`.
         list_to_pairs: None keeps ranked lists, "best_worst" makes one pair of each, "best_rest"
@@ -62,7 +71,8 @@ class DataOptions:
             `prompt` itself or one whose name ends with `_prompt`.
         token_weights: schemes that weigh single tokens, such as {"ld": 0.5}; the table is in
             `fastpo.data.token_weights`.
-        weight_seed: of the random scheme among them.
+        position_synthesis: prompts of chunks (`chunk_spans`) get the positions of a longer context.
+        seed: of the random scheme among the token weights, and of synthetic positions.
     """
 
     max_length: int | None = None
@@ -75,7 +85,8 @@ class DataOptions:
     assistant_only: bool = True
     reference_prompt: str = "prompt"
     token_weights: Mapping[str, Any] = field(default_factory=dict)
-    weight_seed: int = 0
+    position_synthesis: PositionSynthesis | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         check_schemes(self.token_weights)
@@ -120,8 +131,9 @@ def _fit(
     names: Sequence[str],
     leading: int,
     options: DataOptions,
+    chunks: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The prompt within its budget."""
+    """The prompt within its budget; `chunks` [n, 2] are intervals of its tokens."""
     longest = max(range(len(lengths)), key=lambda k: lengths[k])
     name, length = names[longest], lengths[longest]
     if options.max_response_length is not None and length > options.max_response_length:
@@ -148,6 +160,10 @@ def _fit(
         )
     if options.truncation == "keep_start":
         return prompt[:budget]
+    if options.truncation == "cut_chunks":
+        if chunks is None:
+            raise BadField("prompt", "truncation='cut_chunks' cuts the `prompt` column alone")
+        return prompt[cut_chunks(chunks, len(prompt), budget)]
     start = max(leading, budget // 2) if options.truncation == "cut_middle" else leading
     return np.concatenate([prompt[:start], prompt[len(prompt) - budget + start :]])
 
@@ -173,6 +189,15 @@ def _other_prompt(
                 "prompts alike, best without a blank",
             )
     return prompt
+
+
+def _kept_chunks(kept: np.ndarray, chunks: np.ndarray) -> np.ndarray:
+    """[n, 2] the chunks in a truncated prompt, whose tokens have the indices `kept`."""
+    left = np.searchsorted(kept, chunks)
+    left = left[left[:, 0] < left[:, 1]]
+    if not len(left):
+        raise BadField("prompt", f"no token of its {len(chunks)} chunks is left in its budget")
+    return left
 
 
 def _with_prompts(
@@ -204,18 +229,33 @@ def _to_groups(
 ) -> list[Group]:
     if isinstance(row, Mapping) and row.get(FILE) is not None:
         source, index = row[FILE], row[ROW]
+    if isinstance(row, Mapping) and row.get(TORN) is not None:
+        raise BadRow(source, index, "line", row[TORN])
     try:
         columns = dict.fromkeys(CONTEXTS[role][0] for role in extras if role in CONTEXTS)
         if options.reference_prompt != "prompt":
             columns[options.reference_prompt] = None
         example = read_row(row, extras, tuple(columns))
-        encoded = encoder.encode(example)
+        synthesis = options.position_synthesis
+        in_chunks = synthesis is not None or options.truncation == "cut_chunks"
+        if in_chunks and (example.chunk_spans is None or example.prompt is None):
+            raise BadField(
+                "chunk_spans",
+                "missing, or no `prompt`: position_synthesis and truncation='cut_chunks' need the "
+                "characters of each passage of the prompt",
+            )
+        encoded = encoder.encode(example, prompt_offsets=in_chunks)
+        chunks = None
+        if in_chunks:
+            chunks = chunk_tokens(encoded.prompt_offsets, example.chunk_spans)  # pyright: ignore
         candidates = encoded.responses[: len(example.names)]
         contents = [ids.tobytes() for ids, _ in candidates]
         check_distinct(example.names, example.ranks, contents)
         lengths = [len(ids) for ids, _ in encoded.responses]
         names = [*example.names, *example.extras]
-        prompt = _fit(encoded.prompt, lengths, names, encoded.leading, options)
+        whole = np.arange(len(encoded.prompt))
+        kept = _fit(whole, lengths, names, encoded.leading, options, chunks)
+        prompt = encoded.prompt[kept]
         responses = [
             Response(ids, mask, label=label, score=score, rank=rank)
             for (ids, mask), label, score, rank in zip(
@@ -250,7 +290,16 @@ def _to_groups(
         if options.list_to_pairs is not None and example.ranked:
             groups = _pairs_of(group, example, options.list_to_pairs)
         if options.token_weights:
-            groups = [weighted(g, options.token_weights, options.weight_seed) for g in groups]
+            groups = [weighted(g, options.token_weights, options.seed) for g in groups]
+        if synthesis is not None:
+            chunks = _kept_chunks(kept, chunks)  # pyright: ignore[reportArgumentType]
+            end = synthesis.length - max(lengths)
+            seeds = ([options.seed, index, variant] for variant in range(synthesis.variants))
+            drawn = [
+                synthetic_positions(chunks, len(kept), end, np.random.default_rng(seed))
+                for seed in seeds
+            ]
+            groups = [replace(g, prompt_positions=each) for each in drawn for g in groups]
         if not columns:
             return groups
         prompts = {
@@ -381,17 +430,29 @@ class GroupDataset(torch.utils.data.Dataset[Group]):
         return _report(self.skipped, self.num_rows, shown)
 
 
-def _borrow(group: Group, donor: Group, options: DataOptions) -> Group:
+def _donor(group: Group, others: Iterable[Group], options: DataOptions) -> Group | None:
+    """The first with another prompt whose first response fits beside the group's prompt."""
+    most = float("inf") if options.max_length is None else options.max_length
+    room = most - len(group.prompt_ids)
+    fitting = (other for other in others if len(other.responses[0].input_ids) <= room)
+    return next((other for other in fitting if not _same_prompt(group, other)), None)
+
+
+def _borrow(group: Group, donor: Group | None, options: DataOptions) -> Group:
     """The group with the donor's first response as its mismatched one.
 
     The token ids are taken as they are: a response to any prompt is tokenised from the border on.
-    One that passes `max_length` is cut, since nobody's preference is learnt from it.
     """
+    if donor is None:
+        raise BadRow(
+            group.source,
+            group.row,
+            "mismatched",
+            f"no response to another prompt fits beside the {len(group.prompt_ids)} tokens of this "
+            f"prompt in max_length={options.max_length}: raise it, or lower max_prompt_length",
+        )
     response = donor.responses[0]
-    room = len(response.input_ids)
-    if options.max_length is not None:
-        room = min(room, options.max_length - len(group.prompt_ids))
-    mismatched = Response(response.input_ids[:room], response.loss_mask[:room], label=False)
+    mismatched = Response(response.input_ids, response.loss_mask, label=False)
     return replace(group, extras={**group.extras, "mismatched": mismatched})
 
 
@@ -406,8 +467,13 @@ ONE_PROMPT = (
 )
 
 
-def _mismatched(groups: list[Group], options: DataOptions, source: str) -> list[Group]:
-    """Rotation by one over the order of the data, on to the next group with another prompt."""
+def _mismatched(
+    groups: list[Group], options: DataOptions, source: str, skipped: list[BadRow]
+) -> list[Group]:
+    """Rotation by one over the order of the data, on to the next group with another prompt.
+
+    Further on where that group's response does not fit.
+    """
     n = len(groups)
     donor = -1
     donors = [-1] * n
@@ -419,7 +485,16 @@ def _mismatched(groups: list[Group], options: DataOptions, source: str) -> list[
         donors[i] = donor
     if donor < 0:
         raise ValueError(ONE_PROMPT.format(source=source, n=n))
-    return [_borrow(group, groups[j], options) for group, j in zip(groups, donors, strict=True)]
+    found = []
+    for group, first in zip(groups, donors, strict=True):
+        others = (groups[(first + k) % n] for k in range(n))
+        try:
+            found.append(_borrow(group, _donor(group, others, options), options))
+        except BadRow as bad:
+            if options.on_bad_row == "error":
+                raise
+            skipped.append(bad)
+    return found
 
 
 def build_groups(
@@ -438,8 +513,9 @@ def build_groups(
         tokenizer: the model's; its chat template is used for conversations.
         options: see DataOptions.
         extras: roles of further responses; "mismatched" (KTO) gives each group the first response
-            of the next group with another prompt, "gold" and "ref_response" come from columns,
-            "context_chosen" and its kind are candidates after the prompt of another column.
+            of the next group with another prompt that fits into `max_length`, "gold" and
+            "ref_response" come from columns, "context_chosen" and its kind are candidates after the
+            prompt of another column.
         source: name of the data for messages.
         progress: show a progress bar on a terminal.
 
@@ -464,10 +540,10 @@ def build_groups(
             if options.on_bad_row == "error":
                 raise
             skipped.append(bad)
+    if groups and "mismatched" in extras:
+        groups = _mismatched(groups, options, source, skipped)
     if not groups:
         raise ValueError(f"{source}: no usable row; {_report(skipped, num_rows, 10)}")
-    if "mismatched" in extras:
-        groups = _mismatched(groups, options, source)
     dataset = GroupDataset(groups, skipped, num_rows)
     _log_moved(encoder, source)
     if skipped:
@@ -490,10 +566,10 @@ class GroupStream(torch.utils.data.IterableDataset[Group]):
     """Groups built as they are read, for rows that are streamed or do not fit memory.
 
     The same groups in the same order as `build_groups`, except that a mismatched response comes
-    from the last group before that has another prompt (for the first prompt: from the first group
-    after). `skipped` and `num_rows` tell of all that was read so far, a row of several passes once.
-    With several DataLoader workers each builds its share and counts its own; a
-    `datasets.IterableDataset` divides itself, other rows are dealt out in turn.
+    from the last group before that has another prompt and a response that fits (before there is
+    one: from the first group after). `skipped` and `num_rows` tell of all that was read so far, a
+    row of several passes once. With several DataLoader workers each builds its share and counts its
+    own; a `datasets.IterableDataset` divides itself, other rows are dealt out in turn.
 
     Args and errors: as `build_groups`.
     """
@@ -563,19 +639,28 @@ class GroupStream(torch.utils.data.IterableDataset[Group]):
             logger.warning("%s: %s", self.source, self.skipped_report())
 
     def _with_mismatched(self, groups: Iterator[Group]) -> Iterator[Group]:
-        waiting: list[Group] = []  # groups of the first prompt
-        donor: Group | None = None  # the last group whose prompt differs from `latest`
-        latest: Group | None = None
+        waiting: list[Group] = []  # for a response that fits, in order
+        latest: deque[Group] = deque(maxlen=_REMEMBERED)  # of each run of one prompt
         for group in groups:
-            if latest is not None and not _same_prompt(group, latest):
-                donor = latest
-                for early in waiting:
-                    yield _borrow(early, group, self.options)
-                waiting = []
-            latest = group
-            if donor is None:
-                waiting.append(group)
-            else:
-                yield _borrow(group, donor, self.options)
-        if waiting:
+            if latest and _same_prompt(group, latest[-1]):
+                latest.pop()
+            latest.append(group)
+            waiting.append(group)
+            while waiting:
+                donor = _donor(waiting[0], reversed(latest), self.options)
+                if donor is None and len(latest) < _REMEMBERED:
+                    break
+                yield from self._borrowing(waiting.pop(0), donor)
+        if len(latest) == 1:
             raise ValueError(ONE_PROMPT.format(source=self.source, n=len(waiting)))
+        for group in waiting:
+            donor = _donor(group, reversed(latest), self.options)
+            yield from self._borrowing(group, donor)
+
+    def _borrowing(self, group: Group, donor: Group | None) -> Iterator[Group]:
+        try:
+            yield _borrow(group, donor, self.options)
+        except BadRow as bad:
+            if self.options.on_bad_row == "error":
+                raise
+            self._skipped[bad.source, bad.row] = bad

@@ -37,6 +37,16 @@ PER_TOKEN = ("token_weights", "token_rewards")
 """Columns with a list a response of one number a token."""
 
 
+# Columns of LOGO's official code, after its post-processing (arXiv 2410.18533).
+LOGO = {
+    "chunks": ("all_ref_text",),
+    "question": ("combined_question",),
+    "chosen": ("final_answer",),
+    "partial": ("prefix_a",),  # the answer to half of the critical chunks
+    "wrong": ("suffix_a", "siffix_a"),  # to none of them; one of its scripts misspells it
+}
+
+
 class Span(NamedTuple):
     """Characters [start, stop) of a response's text, and the weight of tokens that touch them."""
 
@@ -70,6 +80,7 @@ class Example:
     extras: dict[str, Content] = field(default_factory=dict)  # role -> a response, no candidate
     prompts: dict[str, Content] = field(default_factory=dict)  # column -> another prompt
     spans: list[list[Span]] | None = None  # of each response
+    chunk_spans: list[tuple[int, int]] | None = None  # characters of the prompt's (last) text
     per_token: dict[str, list[np.ndarray]] = field(default_factory=dict)  # column -> [R] each
     order: list[int] = field(default_factory=list)  # a list's responses as the row has them
     template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -301,6 +312,59 @@ def _single(row: Mapping[str, Any]) -> Example:
     )
 
 
+def joined_chunks(chunks: Sequence[str], question: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a prompt: chunks, then the question; and the characters of each chunk."""
+    text, spans = "", []
+    for chunk in chunks:
+        spans.append((len(text), len(text) + len(chunk)))
+        text += f"{chunk}\n\n"
+    return text + question, spans
+
+
+def _logo(row: Mapping[str, Any]) -> Example:
+    def text(part: str) -> str:
+        name = next((name for name in LOGO[part] if name in row), LOGO[part][0])
+        value = row.get(name)
+        if not isinstance(value, str) or not value.strip():
+            raise BadField(name, "missing or not text", value)
+        return value
+
+    chunks = _parsed("all_ref_text", row["all_ref_text"])
+    if not _is_sequence(chunks) or not all(isinstance(c, str) and c.strip() for c in chunks):
+        raise BadField("all_ref_text", "not a list of texts", chunks)
+    prompt, spans = joined_chunks(chunks, text("question"))
+    return Example(
+        prompt=[{"role": "user", "content": prompt}],
+        responses=[
+            [{"role": "assistant", "content": text(part)}]
+            for part in ("chosen", "partial", "wrong")
+        ],
+        names=["final_answer", "prefix_a", "suffix_a"],
+        labels=[True, False, False],
+        ranks=[0, 1, 1],  # the two may be alike
+        scores=[None, None, None],
+        ranked=True,
+        chunk_spans=spans,
+    )
+
+
+def _chunk_spans(value: Any) -> list[tuple[int, int]]:
+    """Intervals in order, written as [start, stop]."""
+    value = _parsed("chunk_spans", value)
+    if not _is_sequence(value) or not len(value):
+        raise BadField("chunk_spans", "not a list of [start, stop]", value)
+    spans, end = [], 0
+    for i, item in enumerate(value):
+        where = f"chunk_spans[{i}]"
+        if not _is_sequence(item) or len(item) != 2:
+            raise BadField(where, "not [start, stop]", item)
+        start, stop = (_number(where, x) for x in item)
+        if start != int(start) or stop != int(stop) or not end <= start < stop:
+            raise BadField(where, "empty, or begins before the one in front of it ends", item)
+        spans.append((int(start), end := int(stop)))
+    return spans
+
+
 def _template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
     kwargs = _parsed("chat_template_kwargs", row.get("chat_template_kwargs", {}))
     if not isinstance(kwargs, Mapping):
@@ -366,6 +430,7 @@ FORMATS = {
     "rejected": _pair,
     "responses": _ranked_list,
     "completion": _single,
+    "all_ref_text": _logo,
 }
 
 
@@ -393,6 +458,8 @@ def read_row(row: Any, extras: Sequence[str] = (), prompts: Sequence[str] = ()) 
     example = FORMATS[found[0]](present)
     if "prompt" in present:
         example.prompt = _content("prompt", present["prompt"])
+    if "chunk_spans" in present:
+        example.chunk_spans = _chunk_spans(present["chunk_spans"])
     if "weight" in present:
         example.weight = _number("weight", present["weight"])
         if example.weight < 0:

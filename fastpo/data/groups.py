@@ -34,6 +34,12 @@ class Context(NamedTuple):
 
     prompt_ids: np.ndarray  # [P] int32
     responses: list[Response]
+    positions: np.ndarray | None = None  # [P] int32; None: 0, 1, ...
+
+    @property
+    def end(self) -> int:
+        """The position of each response's first token."""
+        return len(self.prompt_ids) if self.positions is None else int(self.positions[-1]) + 1
 
 
 @dataclass
@@ -49,22 +55,33 @@ class Group:
     extras: dict[str, Response] = field(default_factory=dict)
     source: str = ""  # file or dataset name, for messages
     short_prompt_ids: np.ndarray | None = None  # [P''] int32, what the reference sees as prompt
+    prompt_positions: np.ndarray | None = None  # [P] int32, increasing; None: 0, 1, ...
 
     def __len__(self) -> int:
         """Tokens of the group with one copy of each prompt."""
         return sum(
-            len(prompt) + sum(len(r.input_ids) for r in responses)
-            for prompt, responses in self.contexts
+            len(context.prompt_ids) + sum(len(r.input_ids) for r in context.responses)
+            for context in self.contexts
         )
 
     @property
     def unshared_tokens(self) -> int:
         """Tokens of the group with one prompt copy per response."""
         return sum(
-            len(prompt) + len(response.input_ids)
-            for prompt, responses in self.contexts
-            for response in responses
+            len(context.prompt_ids) + len(response.input_ids)
+            for context in self.contexts
+            for response in context.responses
         )
+
+    @property
+    def longest(self) -> int:
+        """R, tokens of the longest candidate."""
+        return max(len(r.input_ids) for r in self.responses)
+
+    @property
+    def span(self) -> int:
+        """Positions that the prompt and the longest candidate reach over: P + R, or more."""
+        return self.contexts[0].end + self.longest
 
     @property
     def roles(self) -> list[str]:
@@ -79,7 +96,7 @@ class Group:
     @property
     def contexts(self) -> list[Context]:
         """The group's prompt and any others, with the responses of `every` that follow each."""
-        found = [Context(self.prompt_ids, [])]
+        found = [Context(self.prompt_ids, [], self.prompt_positions)]
         for response in self.every:
             prompt = response.prompt_ids
             if prompt is not None and not np.array_equal(prompt, found[-1].prompt_ids):
@@ -92,4 +109,6 @@ class Group:
         """The same responses after the prompt that the reference sees; label tokens stay alike."""
         if self.short_prompt_ids is None:
             return self
-        return replace(self, prompt_ids=self.short_prompt_ids, short_prompt_ids=None)
+        return replace(
+            self, prompt_ids=self.short_prompt_ids, short_prompt_ids=None, prompt_positions=None
+        )

@@ -54,14 +54,17 @@ def _ramp(lengths: np.ndarray) -> np.ndarray:
 
 
 def group_key(group: Group) -> str:
-    """A hash of what reference log-probs depend on: prompts, token ids and loss masks, in order."""
+    """A hash of what reference log-probs depend on: tokens, positions and loss masks, in order."""
     digest = hashlib.sha256()
     parts, sizes = [], []
-    for prompt, responses in group.for_reference.contexts:
+    for prompt, responses, positions in group.for_reference.contexts:
         parts.append(prompt.astype("<i4"))
         for response in responses:
             parts += [response.input_ids.astype("<i4"), response.loss_mask.astype("u1")]
         sizes.append([len(prompt), *(len(response.input_ids) for response in responses)])
+        if positions is not None:
+            parts.append(positions.astype("<i4"))
+            sizes.append(["positions"])
     digest.update(f"{len(group.responses)};{','.join(group.roles)};{sizes};".encode())
     for part in parts:
         digest.update(part.tobytes())
@@ -126,7 +129,7 @@ def collate(
         ref2_logps: the same of a second reference.
 
     Returns:
-        `input_ids`, `position_ids` [1, T] int64 (responses restart at their prompt's length) and
+        `input_ids`, `position_ids` [1, T] int64 (responses go on where their prompt ends) and
         `layout`; padded: `input_ids`, `position_ids`, `attention_mask` [R, longest]. Both forms:
 
         - `token_index` [N] int64: position in the flattened batch whose hidden state predicts
@@ -181,6 +184,13 @@ def _check(groups: Sequence[Group]) -> None:
             raise ValueError(f"{where}: extras {group.roles} where the batch has {groups[0].roles}")
         if not all(len(context.prompt_ids) for context in group.contexts):
             raise ValueError(f"{where}: the prompt has no tokens")
+        if group.prompt_positions is not None and len(group.prompt_positions) != len(
+            group.prompt_ids
+        ):
+            raise ValueError(
+                f"{where}: {len(group.prompt_positions)} prompt_positions for "
+                f"{len(group.prompt_ids)} tokens"
+            )
         for response in group.every:
             for name in ("loss_mask", "token_weights", "token_rewards"):
                 value = getattr(response, name)
@@ -197,21 +207,25 @@ def _packed(
     """The packed row, and [R] positions: of each response's first token, of its prompt's last."""
     blocks = [
         block
-        for prompt, responses in contexts
-        for block in (prompt, *(r.input_ids for r in responses))
+        for context in contexts
+        for block in (context.prompt_ids, *(r.input_ids for r in context.responses))
     ]
     sizes = np.array([len(block) for block in blocks])  # prompts and responses in turn
-    num = np.array([len(responses) for _, responses in contexts])
-    prompt_length = np.array([len(prompt) for prompt, _ in contexts])
+    num = np.array([len(context.responses) for context in contexts])
+    prompt_length = np.array([len(context.prompt_ids) for context in contexts])
     prompt_block = np.cumsum(num + 1) - (num + 1)  # of each context
     is_response = np.ones(len(blocks), dtype=bool)
     is_response[prompt_block] = False
     start = np.cumsum(sizes) - sizes
     first = start[is_response]
     before = np.repeat(start[prompt_block] + prompt_length - 1, num)
-    # Positions run from 0 in a prompt and from P in each of its responses.
+    # Positions run from 0 in a prompt, unless it has its own, and from its end in each response.
     offset = np.zeros_like(sizes)
-    offset[is_response] = np.repeat(prompt_length, num)
+    offset[is_response] = np.repeat([context.end for context in contexts], num)
+    positions = _ramp(sizes) + np.repeat(offset, sizes)
+    for context, at, n in zip(contexts, start[prompt_block], prompt_length, strict=True):
+        if context.positions is not None:
+            positions[at : at + n] = context.positions
     spans = iter(zip(first.tolist(), (first + length).tolist(), strict=True))
     layout = Layout(
         groups=tuple(
@@ -224,7 +238,7 @@ def _packed(
     )
     inputs = {
         "input_ids": torch.from_numpy(np.concatenate(blocks).astype(np.int64))[None],
-        "position_ids": torch.from_numpy(_ramp(sizes) + np.repeat(offset, sizes))[None],
+        "position_ids": torch.from_numpy(positions)[None],
         "layout": layout,
     }
     return inputs, first, before
@@ -234,20 +248,24 @@ def _padded(
     contexts: list[Context], length: np.ndarray, pad_token_id: int
 ) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     """The padded rows, and [R] flat positions as in `_packed`."""
-    pairs = [(prompt, r.input_ids) for prompt, responses in contexts for r in responses]
-    prompt_length = np.array([len(prompt) for prompt, _ in pairs])  # [R]
+    pairs = [(context, r.input_ids) for context in contexts for r in context.responses]
+    prompt_length = np.array([len(context.prompt_ids) for context, _ in pairs])  # [R]
     width = int((prompt_length + length).max())
     input_ids = np.full((len(pairs), width), pad_token_id, dtype=np.int64)
-    for row, (prompt, response), p, n in zip(input_ids, pairs, prompt_length, length, strict=True):
-        row[:p], row[p : p + n] = prompt, response
     column = np.arange(width)
     # Pad by length and never by token: pad may be EOS, which is a token like any other.
     attended = column < (prompt_length + length)[:, None]
+    positions = np.where(attended, column, 0)
+    for i, ((context, response), p, n) in enumerate(zip(pairs, prompt_length, length, strict=True)):
+        input_ids[i, :p], input_ids[i, p : p + n] = context.prompt_ids, response
+        if context.positions is not None:
+            positions[i, :p] = context.positions
+            positions[i, p : p + n] += context.end - p
     first = np.arange(len(pairs)) * width + prompt_length
     inputs = {
         "input_ids": torch.from_numpy(input_ids),
         "attention_mask": torch.from_numpy(attended.astype(np.int64)),
-        "position_ids": torch.from_numpy(np.where(attended, column, 0)),
+        "position_ids": torch.from_numpy(positions),
     }
     return inputs, first, first - 1
 

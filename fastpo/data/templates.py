@@ -43,6 +43,7 @@ class Encoded(NamedTuple):
     responses: list[tuple[np.ndarray, np.ndarray]]
     leading: int  # tokens at the prompt's start that truncation must keep (BOS)
     offsets: list[np.ndarray]  # [R, 2] characters of each token in its text, empty if not asked for
+    prompt_offsets: np.ndarray | None = None  # [P, 2], the same of the prompt
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
@@ -50,6 +51,12 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
     n = min(len(a), len(b))
     different = np.flatnonzero(a[:n] != b[:n])
     return int(different[0]) if different.size else n
+
+
+def _start_of(content: str, text: str) -> int:
+    """Where a message's characters begin in a rendered text, counted as the row has them."""
+    # Templates strip.
+    return text.rindex(content.strip()) - (len(content) - len(content.lstrip()))
 
 
 def _common_messages(conversations: Sequence[Messages]) -> int:
@@ -82,8 +89,11 @@ class Encoder:
         self.assistant_only = assistant_only
         self.num_moved = 0  # rows where the border moved into the prompt
 
-    def encode(self, example: Example) -> Encoded:
+    def encode(self, example: Example, *, prompt_offsets: bool = False) -> Encoded:
         """Token ids of a row, its extras behind its responses.
+
+        `prompt_offsets` asks for the characters of the prompt's tokens, counted from the start of
+        its text; of a conversation, of its last message.
 
         Raises:
             BadField: the row has no tokens that can be trained on.
@@ -93,7 +103,11 @@ class Encoder:
         names = [*example.names, *example.extras]
         if not example.conversational:
             return self._encode_text(
-                cast("str | None", prompt), cast("list[str]", responses), names, example.spans
+                cast("str | None", prompt),
+                cast("list[str]", responses),
+                names,
+                example.spans,
+                prompt_offsets,
             )
         return self._encode_messages(
             cast("Messages | None", prompt),
@@ -101,6 +115,7 @@ class Encoder:
             names,
             {**self.template_kwargs, **example.template_kwargs},
             example.spans,
+            prompt_offsets,
         )
 
     # Facts about the tokenizer
@@ -164,6 +179,7 @@ class Encoder:
         responses: list[str],
         names: list[str],
         spans: list[list[Span]] | None,
+        prompt_offsets: bool,
     ) -> Encoded:
         texts = [(prompt or "") + response for response in responses]
         sequences = [self._ids(text) for text in texts]
@@ -190,7 +206,8 @@ class Encoder:
             self._offsets(text, border, len(closed[k][0]), len(prompt or ""))
             for k, text in enumerate(texts[: len(spans or ())])
         ]
-        return self._encoded(np.concatenate([opening, head[:border]]), closed, offsets)
+        found = self._offsets(prompt or "", 0, border, 0) if prompt_offsets else None
+        return self._encoded(np.concatenate([opening, head[:border]]), closed, offsets, found)
 
     def _offsets(self, text: str, border: int, length: int, start: int) -> np.ndarray:
         """[length, 2] characters of the tokens from `border` on, counted from `start` in the text.
@@ -225,6 +242,7 @@ class Encoder:
         prompt: np.ndarray,
         responses: list[tuple[np.ndarray, np.ndarray]],
         offsets: list[np.ndarray],
+        prompt_offsets: np.ndarray | None,  # [P or less, 2], of the prompt's last tokens
     ) -> Encoded:
         if not len(prompt):
             raise BadField(
@@ -233,7 +251,10 @@ class Encoder:
         bos = self.tokenizer.bos_token_id
         leading = int(bos is not None and prompt[0] == bos)
         leading = max(leading, _common(self.opening, prompt))
-        return Encoded(prompt, responses, leading, offsets)
+        if prompt_offsets is not None:
+            opening = np.full((len(prompt) - len(prompt_offsets), 2), -1)
+            prompt_offsets = np.concatenate([opening, prompt_offsets])
+        return Encoded(prompt, responses, leading, offsets, prompt_offsets)
 
     # Conversations
 
@@ -260,12 +281,14 @@ class Encoder:
         names: list[str],
         kwargs: Mapping[str, Any],
         spans: list[list[Span]] | None,
+        prompt_offsets: bool,
     ) -> Encoded:
         where = names[0] if prompt is None else "prompt"
         prompt, responses = _split_prompt(prompt, responses, names)
         # After an assistant's turn in the prompt the user speaks next, with no header for a model.
         opens = all(response[0]["role"] == "assistant" for response in responses)
-        head = self._ids(self._render(prompt, where, opens, kwargs))
+        opening = self._render(prompt, where, opens, kwargs)
+        head = self._ids(opening)
         texts = [
             self._render(prompt + response, name, False, kwargs)
             for name, response in zip(names, responses, strict=True)
@@ -283,11 +306,15 @@ class Encoder:
             encoded.append(self._close_turn(name, sequences[k][border:], mask[border:]))
         offsets = []
         for k in range(len(spans or ())):
-            content = message_text(responses[k][-1])
-            # Templates strip; characters are counted in the message as the row has it.
-            start = texts[k].rindex(content.strip()) - (len(content) - len(content.lstrip()))
+            start = _start_of(message_text(responses[k][-1]), texts[k])
             offsets.append(self._offsets(texts[k], border, len(encoded[k][0]), start))
-        return self._encoded(head[:border], encoded, offsets)
+        found = None
+        if prompt_offsets:
+            content = message_text(prompt[-1])
+            if content.strip() not in opening:
+                raise BadField(where, "the chat template changes the text of its last message")
+            found = self._offsets(opening, 0, border, _start_of(content, opening))
+        return self._encoded(head[:border], encoded, offsets, found)
 
     def _least_border(
         self, before: Messages, head: np.ndarray, name: str, opens: bool, kwargs: Mapping[str, Any]

@@ -19,9 +19,9 @@ def row_size(group: Group, share_prompt: bool) -> tuple[int, int]:
     if share_prompt:
         return 1, len(group)
     longest = max(
-        len(prompt) + len(response.input_ids)
-        for prompt, responses in group.contexts
-        for response in responses
+        len(context.prompt_ids) + len(response.input_ids)
+        for context in group.contexts
+        for response in context.responses
     )
     return longest, len(group.every)
 

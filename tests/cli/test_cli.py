@@ -47,7 +47,8 @@ def lines(path: Path) -> list[dict]:
         (["--help"], ["torch", "transformers", "triton"]),
         (["--version"], ["torch", "transformers", "triton"]),
         (["train", "--help"], ["torch", "transformers", "triton"]),
-        (["objectives"], ["transformers", "triton"]),
+        # torch's FLOP counter, which the head's operators register with, imports triton.
+        (["objectives"], ["transformers"]),
     ],
     ids=lambda v: " ".join(v),
 )
@@ -384,7 +385,7 @@ def test_errors_of_a_run_are_one_line(
         monkeypatch.delitem(sys.modules, name)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "peft", None)
-        status, _, err = run(capsys, *command)
+        status, _, err = run(capsys, "train", recipe, "--overwrite")
     assert status == 2
     assert "peft" in err
     assert err.endswith(": pip install -U 'fastpo[train]'\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch.utils.data
@@ -206,16 +208,29 @@ def test_mismatched_needs_two_prompts(tokenizers):
         GroupStream(rows, tokenizers(), extras=("bronze",))
 
 
-def test_mismatched_stays_within_max_length(tokenizers):
+@pytest.mark.parametrize("build", [build_groups, GroupStream])
+def test_mismatched_fits_or_makes_a_bad_row(tokenizers, build):
+    """Whole, from further on where the nearest does not fit; never cut."""
     tokenizer = tokenizers()
-    rows = [row("The sky is blue", " x", " y"), row("hi", " as well and more of it", " y")]
-    free = build_groups(rows, tokenizer, extras=("mismatched",))
+    rows = [
+        row("The sky is blue", " x", " y"), row("hi", " as well and more of it", " y"),
+        row("a b", " z", " y"),
+    ]  # fmt: skip
+    free = list(build(rows, tokenizer, extras=("mismatched",)))
     limit = max(len(g.prompt_ids) + len(r.input_ids) for g in free for r in g.responses)
-    dataset = build_groups(rows, tokenizer, DataOptions(max_length=limit), extras=("mismatched",))
-    long, cut = (d[0].extras["mismatched"].input_ids for d in (free, dataset))
-    assert len(long) + len(free[0].prompt_ids) > limit
-    assert len(cut) + len(dataset[0].prompt_ids) == limit
-    assert cut.tolist() == long[: len(cut)].tolist()
+    assert len(free[0].prompt_ids) + len(free[1].responses[0].input_ids) > limit
+    options = DataOptions(max_length=limit)
+    first, *_ = build(rows, tokenizer, options, extras=("mismatched",))
+    borrowed, whole = first.extras["mismatched"].input_ids, free[2].responses[0].input_ids
+    assert borrowed.tolist() == whole.tolist()
+
+    reason = r"k\.csv, row 0, field 'mismatched': no response to another prompt fits"
+    with pytest.raises(BadRow, match=reason):
+        list(build(rows[:2], tokenizer, options, extras=("mismatched",), source="k.csv"))
+    options = replace(options, on_bad_row="skip")
+    left = build(rows[:2], tokenizer, options, extras=("mismatched",), source="k.csv")
+    assert [group.row for group in left] == [1]
+    assert [bad.row for bad in left.skipped] == [0]
 
 
 # Statistics

@@ -133,7 +133,7 @@ def spelled_out(group: Group) -> list[Group]:
     """Every prompt as a group of its own."""
     return [
         replace(group, prompt_ids=prompt, responses=responses, extras={})
-        for prompt, responses in group.contexts
+        for prompt, responses, _ in group.contexts
     ]
 
 

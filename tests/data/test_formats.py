@@ -105,7 +105,7 @@ def test_the_examples_of_the_documentation(tokenizers):
     blocks = (Path(__file__).parents[2] / "docs" / "data.md").read_text().split("```json\n")[1:]
     rows = [json.loads(line) for b in blocks for line in b.split("```")[0].splitlines()]
     groups = build_groups(rows, tokenizers("chatml"))
-    assert [len(group.responses) for group in groups] == [2, 2, 2, 2, 1, 3, 3, 3, 2]
+    assert [len(group.responses) for group in groups] == [2, 2, 2, 2, 1, 3, 3, 3, 3, 2]
     for group, row in zip(groups, rows, strict=True):
         best = tokenizers("chatml").decode(group.responses[0].input_ids)
         assert best in (" blue.</s>", " blue.<|im_end|>", "Blue.<|im_end|>"), row
