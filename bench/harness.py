@@ -47,10 +47,13 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {**stamp, **{package: present.get(package) for package in PACKAGES}}
 
 
-def check(outputs: Outputs, truth: Outputs, plain: Outputs) -> tuple[dict[str, dict], str | None]:
+def check(
+    outputs: Outputs, truth: Outputs, plain: Outputs, terms: Mapping[str, float] | None = None
+) -> tuple[dict[str, dict], str | None]:
     """(error of every output against float64, why the contender is rejected or None).
 
-    Bound: `GATE` * (error of `plain` + eps * largest magnitude of the truth).
+    Bound: `GATE` * (error of `plain` + eps * largest magnitude of the truth). `terms`, by output,
+    is the magnitude of what cancels in it, where that is larger.
     """
     errors: dict[str, dict] = {}
     rejected = None
@@ -58,7 +61,8 @@ def check(outputs: Outputs, truth: Outputs, plain: Outputs) -> tuple[dict[str, d
         value, scale = outputs[name], true.abs().max().item()
         difference = (value.to(true) - true).abs().nan_to_num(nan=float("inf")).max().item()
         by_plain = (plain[name].to(true) - true).abs().max().item()
-        bound = GATE * (by_plain + torch.finfo(value.dtype).eps * scale)
+        rounded = max(scale, (terms or {}).get(name, 0.0))
+        bound = GATE * (by_plain + torch.finfo(value.dtype).eps * rounded)
         errors[name] = {"max_error": difference, "relative": difference / scale, "bound": bound}
         if not difference <= bound:
             rejected = rejected or f"{name} is off by {difference:.3g}, bound {bound:.3g}"

@@ -1,7 +1,7 @@
 """The figure of a record: `python -m bench.plot [bench/results/cpu-2-cores/head.json]`.
 
 Bars of one shape of `head.json`; lines over the number of groups of `losses.json`; measured and
-planned memory of the cases of `long_context.json`.
+planned memory of the cases of `long_context.json`; tokens a second of those of `step.json`.
 """
 
 from __future__ import annotations
@@ -165,6 +165,40 @@ def draw_contexts(data: dict) -> plt.Figure:
     return figure
 
 
+def draw_steps(data: dict) -> plt.Figure:
+    """Distinct tokens a second of every contender that has a speed, a panel for every case."""
+    cases = data["cases"]
+    size = (7.2, 0.9 * len(cases) + 0.9)
+    figure, grid = plt.subplots(len(cases), 1, figsize=size, layout="constrained", squeeze=False)
+    for axes, case in zip(grid.flat, cases, strict=True):
+        timed = {n: c for n, c in case["contenders"].items() if "seconds" in c}
+        speeds = [c["tokens_per_second"] for c in timed.values()]
+        axes.barh(list(timed), speeds, color=[BLUE if n == OURS else GREY for n in timed])
+        for row, contender in enumerate(timed.values()):
+            label = ""
+            if row and "times_ours" in contender:
+                label = f"{contender['times_ours']['median']:.1f}x the time"
+            if "peak_extra_bytes" in contender:
+                label += f"   {contender['peak_extra_bytes'] / 2**20:.0f} MiB"
+            place = (speeds[row], row)
+            axes.annotate(label, place, (5, 0), textcoords="offset points", va="center", size=7)
+        key = case["key"]
+        title = f"prompt {key['prompt']}, responses {key['candidates']} x {key['response']}"
+        axes.set_title(title, size=8, loc="left", color=INK)
+        axes.set_xlim(0, max(speeds) * 1.3)
+        axes.invert_yaxis()
+        axes.tick_params(labelsize=7, length=0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    stamp = data["environment"]
+    grid[-1, 0].set_xlabel(
+        f"distinct tokens/s; {stamp['device']}, {stamp['threads']} threads; torch "
+        f"{stamp['torch']}, trl {stamp['trl']}; {cases[0]['date']}",
+        size=7.5,
+        color=INK,
+    )
+    return figure
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Draw the record's figure."""
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__)
@@ -181,6 +215,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = options.out or Path("docs/figures") / f"{record.stem}-{data['environment']['slug']}.png"
     if "context" in data["cases"][0]["key"]:
         figure = draw_contexts(data)
+    elif "prompt" in data["cases"][0]["key"]:
+        figure = draw_steps(data)
     elif "objective" in data["cases"][0]["key"]:
         figure = draw_losses(data)
     else:

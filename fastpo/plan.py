@@ -59,30 +59,28 @@ CONTEXT, PROCESS = int(0.7 * GIB), 3 * GIB
 
 
 class _Layer(NamedTuple):
-    """Bytes a token in one layer's backward, by width: hidden, inner, queries, keys.
+    """Bytes a token at three moments of one layer's backward, by widths (hidden, queries, keys).
 
-    `norm` and so on are those of the norms' and attention's backward, which rules once the MLP
-    runs in tiles.
+    `mlp`, and `inner` of its inner width, rules until the MLP runs in tiles; then the backward of
+    the norms or of attention does.
     """
 
-    hidden: int
+    mlp: tuple[int, int, int]
     inner: int
-    queries: int
-    keys: int
-    norm: int
-    norm_queries: int
-    norm_keys: int
+    norm: tuple[int, int, int]
+    attention: tuple[int, int, int]
 
 
-# Counted: live tensors of a checkpointed Llama layer under transformers 5.24 and peft 0.21, by
-# doubling one width at a time (`bench.long_context.LiveBytes`). By (weights, computed in, method).
+# Counted: live tensors of a checkpointed Llama layer under transformers 5.24 and peft 0.21, three
+# responses merged by the log-sum-exp, by doubling one width at a time
+# (`bench.long_context.LiveBytes`). By (weights, computed in, method).
 _LAYERS = {
-    ("float32", "float32", "full"): _Layer(28, 24, 12, 8, 32, 12, 8),
-    ("float32", "float32", "lora"): _Layer(20, 24, 12, 8, 32, 12, 8),
-    ("bfloat16", "bfloat16", "full"): _Layer(20, 12, 6, 4, 36, 6, 4),
-    ("bfloat16", "bfloat16", "lora"): _Layer(30, 14, 6, 4, 38, 6, 4),
-    ("float32", "bfloat16", "full"): _Layer(32, 12, 6, 4, 37, 6, 4),
-    ("float32", "bfloat16", "lora"): _Layer(33, 14, 6, 4, 30, 16, 8),
+    ("float32", "float32", "full"): _Layer((24, 8, 8), 24, (32, 8, 8), (12, 20, 31)),
+    ("float32", "float32", "lora"): _Layer((16, 8, 8), 24, (28, 8, 8), (8, 20, 31)),
+    ("bfloat16", "bfloat16", "full"): _Layer((18, 4, 4), 12, (34, 4, 4), (10, 12, 19)),
+    ("bfloat16", "bfloat16", "lora"): _Layer((28, 6, 4), 14, (36, 6, 4), (12, 13, 19)),
+    ("float32", "bfloat16", "full"): _Layer((24, 4, 4), 12, (33, 3, 3), (18, 24, 8)),
+    ("float32", "bfloat16", "lora"): _Layer((29, 6, 4), 14, (30, 7, 5), (17, 24, 8)),
 }
 # Without FlexAttention, which takes over on a GPU in half precision, soft-capped scores are formed
 # for a block of queries at a time, in four fp32 copies.
@@ -265,13 +263,16 @@ def plan(job: Job) -> Plan:
     layer = _LAYERS[job.weights, job.computed, "full" if full else "lora"]
     tile = shape.hidden if job.mlp_tile == "auto" else job.mlp_tile
     inner_tokens = tokens if tile is None else min(tokens, int(tile))
-    mlp = layer.hidden * shape.hidden + layer.queries * shape.queries + layer.keys * shape.keys
-    norm = layer.norm * shape.hidden + layer.norm_queries * shape.queries
+    widths = (shape.hidden, shape.queries, shape.keys)
+    mlp, norm, attention = (
+        sum(each * width for each, width in zip(part, widths, strict=True))
+        for part in (layer.mlp, layer.norm, layer.attention)
+    )
     half = job.computed == "bfloat16"
     scores = 0 if half else _SCORES * shape.scored_heads * _QUERY_BLOCK * job.context * 4
     working = max(
         tokens * mlp + inner_tokens * layer.inner * shape.inner,
-        tokens * (norm + layer.norm_keys * shape.keys) + scores,
+        tokens * max(norm, attention) + scores,
     )
     if full:  # gradients of one matrix; in tiles also fp32 sums of a whole MLP's
         sums = 0 if inner_tokens == tokens else 3 * shape.hidden * shape.inner * (4 + 2 * size)
@@ -297,7 +298,9 @@ def plan(job: Job) -> Plan:
     )
     buffers = (1 + job.divergence) if schedule.name == "frozen" else 1
     head = (job.workspace_mib << 20) + labels * shape.hidden * (4 * buffers + size)
-    head += shape.vocabulary * shape.hidden * size if full else 0  # dW, before it is accumulated
+    if full:  # dW, before it is accumulated; summed over parts of a batch also in fp32
+        sums = 4 if schedule.name == "recompute" and size < 4 else 0
+        head += shape.vocabulary * shape.hidden * (size + sums)
 
     device = {
         "context and libraries": CONTEXT,

@@ -70,6 +70,7 @@ def choose_attention(
     value_width: int | None = None,
     softcap: bool = False,
     sinks: bool = False,
+    windowed: bool = False,
     copied_bytes: int = 0,
 ) -> tuple[str, str]:
     """The back end of one attention call, and why: a pure function of the call's shape and place.
@@ -78,8 +79,8 @@ def choose_attention(
         wanted: a name of `BACKENDS`, or "auto".
         device, dtype: of the queries.
         width, value_width: of a head's keys and of its values.
-        softcap, sinks: whether the layer has them.
-        copied_bytes: prompt keys and values that "varlen" would copy.
+        softcap, sinks, windowed: whether the layer has them; a sliding window.
+        copied_bytes: prompt keys and values that "varlen" and "segments" would copy.
 
     Raises:
         ValueError: an unknown name, or a back end that cannot do this; says why.
@@ -89,6 +90,7 @@ def choose_attention(
     """
     if wanted not in ("auto", *BACKENDS):
         raise ValueError(f"attention_backend={wanted!r}: choose one of auto, {', '.join(BACKENDS)}")
+    value_width = value_width or width
     odd = "soft-capped scores" if softcap else "sinks" if sinks else None
     source = flash_source()
     no_flash = no_merge = no_flex = None
@@ -101,17 +103,25 @@ def choose_attention(
         no_flash = f"flash attention takes no {dtype}"
     elif odd is not None:
         no_flash = f"flash attention of packed rows has no {odd}"
-    elif width % 8 or not width == (value_width or width) <= 256:
-        no_flash = f"flash attention takes no heads of width {width} and {value_width or width}"
-    elif source != "torch":
-        no_merge = "the log-sum-exp merge needs torch.nn.attention.varlen"
-    refusals = {"varlen": no_flash, "merge": no_flash or no_merge, "flex": no_flex}
+    elif width % 8 or not width == value_width <= 256:
+        no_flash = f"flash attention takes no heads of width {width} and {value_width}"
+    if device.type != "cpu":
+        by_torch = source == "torch"
+        no_merge = None if by_torch else "the log-sum-exp merge needs torch.nn.attention.varlen"
+        no_merge = no_flash or no_merge
+    elif odd is not None or windowed:
+        no_merge = f"the log-sum-exp merge has no {odd or 'sliding window'} on a CPU"
+    elif width != value_width:
+        no_merge = f"the log-sum-exp merge takes no heads of width {width} and {value_width}"
+    refusals = {"varlen": no_flash, "merge": no_merge, "flex": no_flex}
     if wanted != "auto":
         if refusal := refusals.get(wanted):
             raise ValueError(f"attention_backend={wanted!r}: {refusal}; use 'auto'")
         return wanted, "asked for by name"
     if odd is not None and no_flex is None:
         return "flex", f"{odd} without a matrix of scores"
+    if device.type == "cpu" and copied_bytes and no_merge is None:
+        return "merge", "prompt keys and values would be copied"
     if no_flash is not None:
         return "segments", no_flash
     if copied_bytes > COPIES_MIB * 2**20 and no_merge is None:
@@ -186,10 +196,19 @@ def shared_prompt_attention(
     if kwargs.get("output_attentions"):
         raise ValueError("output_attentions=True: shared prompts return no attention weights")
 
+    query, key, value = (_autocast(t) for t in (query, key, value))
     row.calls += 1
     row.windowed += bool(sliding_window)
     rule = Rule(scaling, sliding_window or None, softcap, s_aux)
     return BACKENDS[_chosen(row, query, key, value, rule)](row, query, key, value, rule), None
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """As autocast hands tensors to SDPA: rotary embeddings leave float32 queries and keys."""
+    kind = tensor.device.type
+    if torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64:
+        return tensor.to(torch.get_autocast_dtype(kind))
+    return tensor
 
 
 def _chosen(row: SharedRow, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> str:
@@ -204,6 +223,7 @@ def _chosen(row: SharedRow, query: Tensor, key: Tensor, value: Tensor, rule: Rul
             dtype=query.dtype,
             width=width,
             value_width=value_width,
+            windowed=rule.window is not None,
             copied_bytes=row.copied_tokens(rule.window) * per_token,
             **odd,
         )

@@ -170,6 +170,45 @@ class Flash:
         )
 
 
+class HostFlash:
+    """The kernel by PyTorch's flash attention for CPUs: any dtype, equal head widths, no window.
+
+    A causal part must have as many queries as keys, which ours have.
+    """
+
+    @staticmethod
+    def forward(
+        query: Tensor, key: Tensor, value: Tensor, scaling: float, band: Band
+    ) -> tuple[Tensor, Tensor]:
+        """See Kernel."""
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *(t.transpose(0, 1)[None] for t in (query, key, value)), 0.0, band.causal, scale=scaling
+        )
+        return out[0].transpose(0, 1), lse[0]
+
+    @staticmethod
+    def backward(
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        scaling: float,
+        band: Band,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See Kernel."""
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(t.transpose(0, 1)[None] for t in (grad, query, key, value, out)),
+            lse[None],
+            0.0,
+            band.causal,
+            scale=scaling,
+        )
+        dq, dk, dv = (t[0].transpose(0, 1) for t in grads)
+        return dq, dk, dv
+
+
 def _band(part: Part, window: int | None) -> Band:
     if not part.gap:
         return Band(True, -1 if window is None else window - 1)
@@ -235,5 +274,6 @@ def merged_attention(
     parts = [(part, _band(part, rule.window)) for part in row.parts(rule.window)]
     scaling = query.shape[-1] ** -0.5 if rule.scaling is None else rule.scaling
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    kernel = Flash if query.is_cuda else Plain
+    flash = query.device.type == "cpu" and rule.window is None and q.shape[2] == v.shape[2]
+    kernel = Flash if query.is_cuda else HostFlash if flash else Plain
     return MergedAttention.apply(q, k, v, parts, scaling, kernel)[None]  # pyright: ignore

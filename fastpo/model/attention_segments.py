@@ -124,6 +124,9 @@ def _groups_heads(query: Tensor, key: Tensor, value: Tensor, masked: bool) -> bo
     return half and not masked and key.shape[-1] == value.shape[-1] <= 256
 
 
+# Autocast would round scores and their products to half precision.
+@torch.autocast("cuda", enabled=False)
+@torch.autocast("cpu", enabled=False)
 def _eager(
     query: Tensor,
     key: Tensor,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -80,6 +80,23 @@ def can_share_prompt(model: nn.Module) -> tuple[bool, str]:
     return True, f"{name} takes its attention from transformers' AttentionInterface"
 
 
+def check_positions(model: nn.Module, groups: Iterable[Group]) -> None:
+    """One warning where synthetic positions pass those that the model was made for.
+
+    Raises:
+        ValueError: they do, and the model looks positions up in a table.
+    """
+    config = decoder_of(model).config
+    most = getattr(config, "max_position_embeddings", None)
+    reach = max((g.span for g in groups if g.prompt_positions is not None), default=0)
+    if most is None or reach <= most:
+        return
+    told = f"synthetic positions reach over {reach}, {config.model_type} was made for {most}"
+    if getattr(config, "rope_parameters", None) is None:
+        raise ValueError(f"{told}: lower position_synthesis.length")
+    logger.warning("%s: beyond, it has seen nothing yet; or scale its rotary embedding", told)
+
+
 def self_check(
     model: nn.Module,
     head: Head,
@@ -125,7 +142,8 @@ def self_check(
     error = bound = None
     with _evaluating(model), torch.no_grad():
         # First: where the model itself is broken, sharing prompts is not what fails.
-        head_error, head_bound = _compare_head(model, head, batches[False])
+        jumps = any(group.prompt_positions is not None for group in small)
+        head_error, head_bound = _compare_head(model, head, batches[False], jumps)
         if not head_error <= head_bound:
             raise SelfCheckError(
                 f"the fused head differs from the model's own logits by {head_error:.2e} in "
@@ -163,9 +181,11 @@ def _shortened(group: Group) -> Group:
             prompt_ids=None if prompt is None else prompt[-_PROMPT_TOKENS:],
         )
 
+    positions = group.prompt_positions
     return replace(
         group,
         prompt_ids=group.prompt_ids[-_PROMPT_TOKENS:],
+        prompt_positions=None if positions is None else positions[-_PROMPT_TOKENS:],
         responses=[cut(response) for response in group.responses],
         extras={role: cut(response) for role, response in group.extras.items()},
     )
@@ -215,11 +235,14 @@ def _sharing_bound(model: nn.Module, head: Head, batch: dict[str, Any], logps: T
     return 2 * (2 * decoder.config.num_hidden_layers) ** 0.5 * (moved + eps * scale)
 
 
-def _compare_head(model: nn.Module, head: Head, batch: dict[str, Any]) -> tuple[float, float]:
-    """(largest difference in log-probs, what rounding explains)."""
+def _compare_head(
+    model: nn.Module, head: Head, batch: dict[str, Any], jumps: bool
+) -> tuple[float, float]:
+    """(largest difference in log-probs, what rounding explains); `jumps`: positions have some."""
     targets, index = batch["targets"], batch["token_index"]
-    # Without position_ids, which not every family takes: a padded row counts from 0 by itself.
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    # Not every family takes position_ids: without jumps a padded row counts from 0 by itself.
+    names = ("input_ids", "attention_mask", *(["position_ids"] if jumps else []))
+    inputs = {name: batch[name] for name in names}
     logits = causal_lm(model)(**inputs, use_cache=False).logits.flatten(0, 1)[index]
     logits = logits[:, : head.vocab_size]
     own = logps_from_logits(logits, targets, temperature=head.temperature).double()

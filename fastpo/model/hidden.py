@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,12 +20,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from fastpo.data.packing import Layout
 from fastpo.model.attention import NAME
 from fastpo.model.shared_row import SharedRow
-
-logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -114,13 +112,6 @@ def attach(model: M, *, attention_backend: str | None = None) -> M:
             f"attn_implementation={NAME!r}: load the model with its own ('sdpa', "
             "'flash_attention_2', ...); calls with a layout switch by themselves"
         )
-    if getattr(decoder.config, "output_router_logits", False):
-        # Over which tokens, with one copy of a prompt or K, would be a choice: none is made.
-        logger.warning(
-            "%s asks for output_router_logits, but no load-balance loss is added: its routers "
-            "learn from the preference loss alone",
-            type(inner).__name__,
-        )
     hooks = []
     for module in decoder.modules():
         # transformers finds attention layers by this name too (`_can_set_attn_implementation`).
@@ -160,14 +151,62 @@ def label_hidden(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     Raises:
         ValueError: a model that `attach` has not seen: it would drop our arguments in silence.
     """
+    hidden = _call(model, batch)
+    return hidden.flatten(0, 1).index_select(0, batch["token_index"])
+
+
+def _call(model: nn.Module, batch: Mapping[str, Any], **options: bool) -> Any:
     if "_fastpo" not in causal_lm(model).__dict__:
         raise ValueError(f"fastpo.model.hidden.attach({type(model).__name__}) comes first")
     names = ("input_ids", "attention_mask", "position_ids")
     inputs = {name: batch[name] for name in names if batch.get(name) is not None}
     if batch.get("layout") is not None:
         inputs["fastpo_layout"] = batch["layout"]
-    hidden = model(**inputs, fastpo_hidden=True)
-    return hidden.flatten(0, 1).index_select(0, batch["token_index"])
+    return model(**inputs, fastpo_hidden=True, **options)
+
+
+def label_hidden_and_balance(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    r"""`label_hidden`, and the load-balance loss of a mixture of experts, a scalar.
+
+    $$ E \sum_e f_e P_e $$
+
+    with f_e the share of tokens that choose expert e among their k, P_e its mean router
+    probability, both over all layers and the batch's tokens without padding: transformers'
+    `load_balancing_loss_func`. A shared row counts a prompt's tokens once, padded rows once for
+    each response, so that its value depends on the form of the batch where that of preference
+    losses does not. Paper: https://arxiv.org/abs/2101.03961.
+    """
+    hidden, balance = _call(model, batch, fastpo_balance=True)
+    return hidden.flatten(0, 1).index_select(0, batch["token_index"]), balance
+
+
+def balance_coefficient(model: nn.Module, wanted: float | None) -> float:
+    """The load-balance loss's weight; 0 for dense models.
+
+    Without a wish it is the configuration's own where that has `output_router_logits` on, which is
+    how transformers and TRL are told to add the loss, else 0.
+
+    Raises:
+        ValueError: a negative coefficient, or one for a model that gives no router logits.
+    """
+    if wanted is not None and wanted < 0:
+        raise ValueError(f"router_aux_loss_coef={wanted} must be 0 (no load-balance loss) or more")
+    config = decoder_of(model).config
+    routed = hasattr(config, "output_router_logits") and _num_experts(config) is not None
+    if wanted and not routed:
+        raise ValueError(
+            f"router_aux_loss_coef={wanted}: {config.model_type} gives no router logits to "
+            "balance; leave it out"
+        )
+    if not routed:
+        return 0.0
+    if wanted is not None:
+        return wanted
+    return getattr(config, "router_aux_loss_coef", 0.0) if config.output_router_logits else 0.0
+
+
+def _num_experts(config: PretrainedConfig) -> int | None:
+    return getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
 
 
 def _forward_like(original: Callable) -> Callable:
@@ -179,6 +218,7 @@ def _forward_like(original: Callable) -> Callable:
         *args: Any,
         fastpo_hidden: bool = False,
         fastpo_layout: Layout | None = None,
+        fastpo_balance: bool = False,
         **kwargs: Any,
     ) -> Any:
         if not fastpo_hidden:
@@ -187,30 +227,41 @@ def _forward_like(original: Callable) -> Callable:
             # What accelerate or another tool had put on the instance before.
             earlier = self.__dict__["_fastpo"].forward
             return original(self, *args, **kwargs) if earlier is None else earlier(*args, **kwargs)
-        return _hidden(self, fastpo_layout, *args, **kwargs)
+        return _hidden(self, fastpo_layout, fastpo_balance, *args, **kwargs)
 
     return forward
 
 
 def _hidden(
-    model: PreTrainedModel, layout: Layout | None, *args: Any, **kwargs: Any
-) -> Tensor:  # [B, T, D]
+    model: PreTrainedModel, layout: Layout | None, balance: bool, *args: Any, **kwargs: Any
+) -> Any:  # [B, T, D], and the load-balance loss if asked for
     decoder = decoder_of(model)
     # peft passes every argument of the usual forward, most of them None (labels, return_dict, ...).
     given = {name: value for name, value in kwargs.items() if value is not None}
     given["use_cache"] = False
+    if balance:
+        given["output_router_logits"] = True
     if layout is None:
         _drop_unused_positions(decoder, given)
-        return decoder(*args, **given).last_hidden_state
+        return _taken(decoder(*args, **given), decoder, given.get("attention_mask"), balance)
     if "attention_mask" in given:
         raise ValueError("a packed row takes no attention_mask: its layout is its mask")
     if given.get("position_ids") is None:
         raise ValueError("a packed row needs position_ids: every response restarts at the prompt")
     row = SharedRow(layout, model.__dict__["_fastpo"].attention_backend)
     with _implementation(decoder.config, NAME):  # the decoder builds its masks under this name
-        hidden = decoder(*args, **given, fastpo_layout=row).last_hidden_state
+        output = decoder(*args, **given, fastpo_layout=row)
     row.verify(decoder.config)
-    return hidden
+    return _taken(output, decoder, None, balance)
+
+
+def _taken(output: Any, decoder: PreTrainedModel, mask: Tensor | None, balance: bool) -> Any:
+    if not balance:
+        return output.last_hidden_state
+    config = decoder.config
+    experts, chosen = _num_experts(config), config.num_experts_per_tok
+    loss = load_balancing_loss_func(output.router_logits, experts, chosen, mask)
+    return output.last_hidden_state, loss
 
 
 def _drop_unused_positions(decoder: PreTrainedModel, given: dict[str, Any]) -> None:

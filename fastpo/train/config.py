@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from fastpo.data.build import DataOptions
+from fastpo.data.positions import PositionSynthesis
 from fastpo.head import Head
 from fastpo.loss import PreferenceLoss
 from fastpo.model.device import default_device, native_bf16
@@ -57,6 +58,7 @@ class PreferenceConfig(TrainingArguments):
         "chat_template_kwargs",
         "token_weights",
         "reference_update",
+        "position_synthesis",
     ]
 
     # What is optimised.
@@ -84,7 +86,7 @@ class PreferenceConfig(TrainingArguments):
     max_response_length: int | None = field(
         default=None, metadata={"help": "Longest response in tokens."}
     )
-    truncation: Literal["keep_end", "keep_start", "cut_middle", "error"] = field(
+    truncation: Literal["keep_end", "keep_start", "cut_middle", "cut_chunks", "error"] = field(
         default="keep_end", metadata={"help": "Which part of a too long prompt is kept."}
     )
     on_bad_row: Literal["error", "skip"] = field(
@@ -102,6 +104,13 @@ class PreferenceConfig(TrainingArguments):
     token_weights: dict | str | None = field(
         default=None,
         metadata={"help": "Schemes that weigh tokens: {ld: 0.5}, decay, sampo, diff."},
+    )
+    position_synthesis: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts of chunks get the positions of a longer context (LOGO): {length: "
+            "65536, variants: 2}."
+        },
     )
 
     token_masks: Literal["none", "common", "independent", "activation"] = field(
@@ -126,6 +135,13 @@ class PreferenceConfig(TrainingArguments):
     )
     attention_backend: Literal["auto", "segments", "varlen", "merge", "flex"] = field(
         default="auto", metadata={"help": "Implementation of attention with shared prompts."}
+    )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the load-balance loss of a mixture of experts; None: the model's "
+            "own where its config has output_router_logits on, else 0."
+        },
     )
     backend: Literal["auto", "torch", "triton"] = field(
         default="auto", metadata={"help": "Implementation of the head."}
@@ -312,6 +328,7 @@ class PreferenceConfig(TrainingArguments):
                 f"reference_store={self.reference_store!r} is given but reference="
                 f"{self.reference!r}: set reference to 'store' or drop the folder"
             )
+        self.data_options()
         loss = self.build_loss()
         self._check_masks(loss)
         rule = self.update_rule
@@ -400,7 +417,9 @@ class PreferenceConfig(TrainingArguments):
         options = {name: getattr(self, name) for name in shared}
         for name in ("chat_template_kwargs", "token_weights"):
             options[name] = _mapping(getattr(self, name))
-        options["weight_seed"] = self.seed
+        synthesis = _mapping(self.position_synthesis)
+        options["position_synthesis"] = PositionSynthesis.of(synthesis) if synthesis else None
+        options["seed"] = self.seed
         return DataOptions(**options)
 
     def to_dict(self) -> dict[str, Any]:

@@ -292,8 +292,10 @@ def _objectives_of(entry: Entry, default: str) -> dict[str, Objective]:
 
 
 def _hyper_types(objective: Objective) -> dict[str, Any]:
+    """A number may also be two, between which it moves over training."""
     hints = typing.get_type_hints(objective.fn)
-    return {name: hints.get(name, Any) for name in objective.hyper}
+    own = {name: hints.get(name, Any) for name in objective.hyper}
+    return {name: float | list[float] if kind is float else kind for name, kind in own.items()}
 
 
 def _place_hyper(

@@ -334,6 +334,8 @@ def write_report(output_dir: str | Path) -> Path:
             "unshared_tokens": "tokens, a copy per response",
             "label_tokens": "tokens scored",
             "longest": "longest group (tokens)",
+            "context": "longest prompt and response (real tokens)",
+            "synthetic_context": "the same in synthetic positions",
         }
         table = {label: _count(data[key]) for key, label in named.items() if key in data}
         out.append(f"<div class=pair>{_table(table)}</div>" if table else "")
@@ -447,6 +449,12 @@ def write_model_card(output_dir: str | Path, *, title: str | None = None) -> Pat
         lines += [
             f"{_count(counts['groups'])} groups, {_count(counts.get('tokens'))} tokens with one "
             f"prompt copy per group, {len(run.skipped)} rows skipped.",
+            "",
+        ]
+    if "synthetic_context" in counts:
+        lines += [
+            f"No context has more than {_count(counts['context'])} tokens; synthetic positions "
+            f"spread them over {_count(counts['synthetic_context'])}.",
             "",
         ]
     rows = metric_rows(run)

@@ -48,9 +48,15 @@ from fastpo.data.groups import Group
 from fastpo.data.packing import counts_of
 from fastpo.data.token_budget import check_budget, token_rows
 from fastpo.loss import LossOutput
-from fastpo.model.check import can_share_prompt, self_check
+from fastpo.model.check import can_share_prompt, check_positions, self_check
 from fastpo.model.facts import read_head
-from fastpo.model.hidden import attach, generation, label_hidden
+from fastpo.model.hidden import (
+    attach,
+    balance_coefficient,
+    generation,
+    label_hidden,
+    label_hidden_and_balance,
+)
 from fastpo.model.layer_kernels import use_layer_kernels
 from fastpo.model.load import disable_dropout
 from fastpo.model.offload import LayerInputOffload
@@ -173,6 +179,7 @@ class PreferenceTrainer(Trainer):
         # A copy is taken before `attach` binds a forward to the policy.
         live = None if kind in ("none", "store") else live_reference(kind, model, head, ref_model)
         attach(model, attention_backend=args.attention_backend)
+        self._balance = balance_coefficient(model, args.router_aux_loss_coef)
         shares, self.sharing_reason = self._shares_prompts(model, args)
         self._checked = False
 
@@ -183,6 +190,7 @@ class PreferenceTrainer(Trainer):
             # Of a stream the beginning; what is wrong later stops the step that meets it.
             looked_at: Any = groups if isinstance(groups, Sized) else groups.head(_CHECKED)
             check_fit(loss, looked_at, reference_prompt=args.reference_prompt)
+            check_positions(model, looked_at)
             if args.max_tokens_per_row is not None:
                 check_budget(looked_at, args.max_tokens_per_row, share_prompt=shares)
             return groups
@@ -453,14 +461,19 @@ class PreferenceTrainer(Trainer):
     ) -> LossOutput:
         self.loss.train(model.training)
         self.loss.seed, self.loss.step = self.args.seed, self.state.global_step
+        self.loss.progress = self.state.global_step / max(1, self.state.max_steps)
         # The reference first: no activations are alive yet.
         if self._masking is None:
             beside = {"token_weights": inputs["token_weights"], **self.reference(model, inputs)}
         else:
             beside = self._masking(self.reference, model, inputs)
+        balanced = model.training and self._balance > 0
         with self._offload:
-            hidden = label_hidden(model, inputs)
-        return self.loss(
+            if balanced:
+                hidden, balance = label_hidden_and_balance(model, inputs)
+            else:
+                hidden, balance = label_hidden(model, inputs), None
+        output = self.loss(
             hidden,
             inputs["targets"],
             inputs["segments"],
@@ -468,6 +481,17 @@ class PreferenceTrainer(Trainer):
             totals=totals,
             **beside,
             **self._head_options,
+        )
+        if balance is None:
+            return output
+        # A row's share of the step: the loss is a mean over tokens, as those rows count them.
+        tokens = "tokens" if "layout" in inputs else "unshared_tokens"
+        count = inputs["counts"][tokens]
+        share = count / totals[tokens] if totals is not None else 1.0
+        return output._replace(
+            loss=output.loss + self._balance * share * balance,
+            metrics={**output.metrics, "aux_loss": balance.detach()},
+            counts={**output.counts, "aux_loss": balance.new_tensor(count)},
         )
 
     def training_step(

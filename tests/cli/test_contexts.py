@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.cli.test_cli import lines, run
+from tests.data.test_longpo import longpo
 from tests.numerics import assert_three_way
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,8 +38,11 @@ def steps(folder: Path) -> list[dict]:
     return [line for line in lines(folder / "metrics.jsonl") if "loss" in line]
 
 
-def test_longpo_recipe_trains(capsys, tiny: Path, tmp_path: Path, rows: Path) -> None:
-    recipe = ROOT / "examples" / "longpo.yaml"
+@pytest.mark.parametrize("form", ["text", "token ids"])
+def test_longpo_recipe_trains(capsys, tiny: Path, tmp_path: Path, rows: Path, form: str) -> None:
+    if form == "token ids":
+        written(rows, [longpo(), longpo(1)])
+    recipe = ROOT / "examples" / "long_context_longpo.yaml"
     words = ["--model", tiny / "model", "--dataset", rows, "--output_dir", tmp_path / "run"]
     small = ["--dtype", "float32", "--max_steps", 2, "--logging_steps", 1, "--num_samples", 0]
     status, _, err = run(capsys, "train", recipe, *words, *small, "--use_cpu", "true")

@@ -15,8 +15,23 @@ from fastpo.plan import GIB, plan
 from fastpo.train.recipe import load_recipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-RECIPES = ["dpo_70b_one_gpu.yaml", "listwise_long.yaml"]
-SHAPES = {"dpo_70b_one_gpu.yaml": "llama-3-70b", "listwise_long.yaml": "llama-3-8b"}
+RECIPES = {
+    "dpo_70b_one_gpu.yaml": ("llama-3-70b", ["--host-gib", "128"]),
+    "listwise_long.yaml": ("llama-3-8b", ["--k", "8"]),
+    "long_context_logo.yaml": ("llama-3-8b", []),
+    "long_context_longpo.yaml": ("llama-3-8b", []),
+}
+"""Shape, and the flags of `fastpo plan` in the documents."""
+
+PROMPT = "2 + 2 = ?" * 9
+PAIR = {"prompt": PROMPT, "chosen": " 4", "rejected": " 5"}
+LIST = {"prompt": PROMPT, "responses": [" 4", " 5", " 6"]}
+ROWS: dict[str, dict] = {
+    "dpo_70b_one_gpu.yaml": PAIR,
+    "listwise_long.yaml": {**LIST, "scores": [3, 2, 1]},
+    "long_context_logo.yaml": {**LIST, "chunk_spans": [[0, 30], [30, 70]]},
+    "long_context_longpo.yaml": {**PAIR, "short_prompt": "2 + 2 = ?"},
+}
 
 
 def test_a_step_that_does_not_fit_gets_advice(capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,8 +85,8 @@ def test_the_documents_show_what_the_planner_says(
     """The blocks of docs/long-context.md are these commands' output, on the recipe's true shape."""
     recipe = yaml.safe_load((EXAMPLES / name).read_text())
     path = tmp_path / name
-    path.write_text(yaml.safe_dump({**recipe, "model": SHAPES[name]}))
-    words = ["--host-gib", "128"] if "70b" in name else ["--k", "8"]
+    shape, words = RECIPES[name]
+    path.write_text(yaml.safe_dump({**recipe, "model": shape}))
     assert main(["plan", "--recipe", str(path), *words]) == 0
     said = capsys.readouterr().out
     assert "\nfits; " in said
@@ -95,10 +110,7 @@ def test_recipes_run_on_a_tiny_shape(
         "max_position_embeddings": 65536,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    pair = {"prompt": "2 + 2 = ?" * 9, "chosen": " 4", "rejected": " 5"}
-    ranked = {"prompt": "2 + 2 = ?" * 9, "responses": [" 4", " 5", " 6"], "scores": [3, 2, 1]}
-    row = pair if "70b" in name else ranked
-    (tmp_path / "rows.jsonl").write_text(8 * (json.dumps(row) + "\n"))
+    (tmp_path / "rows.jsonl").write_text(8 * (json.dumps(ROWS[name]) + "\n"))
     flags = {
         "model": tmp_path / "config.json",
         "dataset": tmp_path / "rows.jsonl",
@@ -109,11 +121,14 @@ def test_recipes_run_on_a_tiny_shape(
         "use_cpu": "true",
         "report": "false",
     }
+    if "logo" in name:
+        flags |= {"max_steps": 1, "gradient_accumulation_steps": 8}
     words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
     assert main(["train", str(EXAMPLES / name), *words, "--random-init"]) == 0
     said = capsys.readouterr().out
     if "70b" in name:
         assert said.startswith("needs      3.1 GiB of host memory at max_length=65536")
+    assert ("spread over 65,536 positions" in said) is ("logo" in name)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert all(torch.tensor(json.loads(line).get("loss", 0.0)).isfinite() for line in lines)
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()

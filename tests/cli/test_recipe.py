@@ -36,6 +36,13 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     assert load(tmp_path, text).given["learning_rate"] == 1e-5
 
 
+def test_a_hyper_parameter_may_move(tmp_path: Path) -> None:
+    text = "objective: dpo_shift\nlam: [0.75, 1.0]\n"
+    assert load(tmp_path, text).hyper["dpo_shift"]["lam"] == [0.75, 1.0]
+    assert load(tmp_path, text, "--lam", "[1, 0.5]").hyper["dpo_shift"]["lam"] == [1, 0.5]
+    assert "expected a number or a list" in refused(tmp_path, "beta: [high, low]\n")
+
+
 def test_a_general_flag_wins_over_a_particular_key_of_the_file(tmp_path: Path) -> None:
     text = "objective: {dpo: 1, sft: 0.1}\nobjective_args: {dpo.beta: 0.2}\n"
     assert load(tmp_path, text).hyper["dpo"]["beta"] == 0.2

@@ -61,11 +61,31 @@ def test_no_mask_is_quadratic_in_the_row() -> None:
     length, window = 400, 7
     layout = Layout((GroupSpan((0, 300), ((300, 350), (350, length))),), length)
     q, k, v = (torch.randn(1, 2, length, 4) for _ in range(3))
-    full, banded = SharedRow(layout), SharedRow(layout)
+    full, banded, merged = SharedRow(layout, "segments"), SharedRow(layout), SharedRow(layout)
     shared_prompt_attention(MODULE, q, k, v, None, fastpo_layout=full)
     shared_prompt_attention(MODULE, q, k, v, None, sliding_window=window, fastpo_layout=banded)
+    shared_prompt_attention(MODULE, q, k, v, None, fastpo_layout=merged)
     assert [tuple(mask.shape) for mask in masks(full)] == [(50, 350)]
     assert max(mask.numel() for mask in masks(banded)) <= window * 2 * window
+    assert not masks(merged)
+
+
+@pytest.mark.parametrize("extra", ["plain", "softcap", "sinks"])
+def test_autocast_rounds_inputs_and_no_score(extra: str) -> None:
+    """Rotary embeddings leave float32 queries and keys beside bfloat16 values."""
+    q, k, v, sinks = (t.detach() for t in inputs(torch.float64, value_width=8))
+    half = [t.to(torch.bfloat16) for t in (q, k, v)]
+    options: dict[str, Any] = {
+        "scaling": 0.3,
+        "softcap": 1.5 if extra == "softcap" else None,
+        "s_aux": sinks if extra == "sinks" else None,
+        "fastpo_layout": LAYOUT,
+    }
+    plain, _ = shared_prompt_attention(MODULE, *half, None, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        given = (half[0].float(), half[1].float(), half[2])
+        ours, _ = shared_prompt_attention(MODULE, *given, None, **options)
+    assert torch.equal(ours, plain)
 
 
 @pytest.mark.parametrize(

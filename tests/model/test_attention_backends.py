@@ -12,14 +12,28 @@ from fastpo.data.packing import GroupSpan, Layout
 from fastpo.model import attention, attention_varlen
 from fastpo.model.attention import choose_attention
 from fastpo.model.attention_flex import block_mask, flex_rule_attention
-from fastpo.model.attention_merge import Band, MergedAttention, Plain, merged_attention
+from fastpo.model.attention_merge import (
+    Band,
+    HostFlash,
+    MergedAttention,
+    Plain,
+    merged_attention,
+)
 from fastpo.model.attention_segments import segment_attention
 from fastpo.model.attention_varlen import varlen_attention
 from fastpo.model.check import self_check
 from fastpo.model.facts import read_head
 from fastpo.model.hidden import attach
 from fastpo.model.shared_row import Part, Rule, SharedRow
-from tests.model.attention_cases import LAYOUT, WINDOWS, dense, inputs, plain_varlen
+from tests.model.attention_cases import (
+    LAYOUT,
+    VALUE_WIDTH,
+    WIDTH,
+    WINDOWS,
+    dense,
+    inputs,
+    plain_varlen,
+)
 from tests.model.test_check import leak
 from tests.model.tiny import PAD, family, groups
 from tests.numerics import assert_three_way
@@ -30,9 +44,11 @@ def kernels_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_varlen, "flash_varlen", plain_varlen)
 
 
-def results(attend: Any, dtype: torch.dtype, window: int | None) -> list[Tensor]:
+def results(
+    attend: Any, dtype: torch.dtype, window: int | None, value_width: int = VALUE_WIDTH
+) -> list[Tensor]:
     """[out, dq, dk, dv]."""
-    q, k, v, _ = inputs(dtype)
+    q, k, v, _ = inputs(dtype, value_width=value_width)
     if attend is dense:
         out = dense(q, k, v, window=window)
     else:
@@ -41,16 +57,25 @@ def results(attend: Any, dtype: torch.dtype, window: int | None) -> list[Tensor]
     return [out, *(t.grad for t in (q, k, v))]  # pyright: ignore[reportReturnType]
 
 
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("attend", [varlen_attention, merged_attention])
-def test_equals_the_dense_rule(attend: Any, window: int | None) -> None:
-    truth = results(dense, torch.float64, window)
-    plain = results(dense, torch.float32, window)
+@pytest.mark.parametrize(
+    ("attend", "window", "value_width"),
+    [
+        *((a, w, VALUE_WIDTH) for a in (varlen_attention, merged_attention) for w in WINDOWS),
+        (merged_attention, None, WIDTH),  # the CPU's flash kernel
+    ],
+)
+def test_equals_the_dense_rule(attend: Any, window: int | None, value_width: int) -> None:
+    truth = results(dense, torch.float64, window, value_width)
+    plain = results(dense, torch.float32, window, value_width)
     # ds = p (do.v - do.o): two terms that are one where a query sees a single key.
     rows = truth[0].square().sum(-1).abs().max() * 2
     terms = 0.3 * rows.item() * max(t.abs().max().item() for t in inputs(torch.float64)[:2])
     for name, *three in zip(
-        ("out", "dq", "dk", "dv"), results(attend, torch.float32, window), plain, truth, strict=True
+        ("out", "dq", "dk", "dv"),
+        results(attend, torch.float32, window, value_width),
+        plain,
+        truth,
+        strict=True,
     ):
         assert_three_way(*three, what=name, terms=terms if name in ("dq", "dk") else 0.0)
 
@@ -95,8 +120,8 @@ def test_flex_skips_exactly_the_blocks_without_a_pair(window: int | None) -> Non
 
 def test_merge_passes_gradcheck() -> None:
     row = SharedRow(LAYOUT)
-    q, k, v, _ = inputs(torch.float64)
-    for window in (None, 5):
+    for window, value_width in ((None, VALUE_WIDTH), (5, VALUE_WIDTH), (None, WIDTH)):
+        q, k, v, _ = inputs(torch.float64, value_width=value_width)
         rule = Rule(0.3, window)
         assert torch.autograd.gradcheck(
             lambda *qkv, rule=rule: merged_attention(row, *qkv, rule), (q, k, v), fast_mode=True
@@ -161,14 +186,35 @@ def test_merge_copies_nothing_and_copies_are_counted() -> None:
     assert row.copied_tokens(1) == 0
 
 
+def test_the_cpus_flash_kernel_is_the_plain_one() -> None:
+    """Forward, and a backward that is given another part's log-sum-exp and output."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(n, h, 8, dtype=torch.float64) for n, h in ((7, 4), (12, 2), (12, 2)))
+    for band, m in ((Band(False, -1), 12), (Band(True, -1), 7)):
+        given = (q, k[:m], v[:m])
+        out, lse = Plain.forward(*given, 0.3, band)
+        for found, expected in zip(HostFlash.forward(*given, 0.3, band), (out, lse), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+        merged = (torch.randn_like(out), *given, 0.5 * out, lse + 0.7, 0.3, band)
+        for found, expected in zip(
+            HostFlash.backward(*merged), Plain.backward(*merged), strict=True
+        ):
+            torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+HOST = {"device": CPU, "dtype": torch.float32, "width": 64}
 BIG = {"device": CUDA, "dtype": torch.bfloat16, "width": 128}
 
 
 @pytest.mark.parametrize(
     ("case", "name", "word"),
     [
-        ({"device": CPU, "dtype": torch.float32, "width": 64}, "segments", "cpu has no flash"),
+        (HOST, "segments", "cpu has no flash"),
+        ({**HOST, "copied_bytes": 1}, "merge", "would be copied"),
+        ({**HOST, "copied_bytes": 1, "windowed": True}, "segments", "cpu has no flash"),
+        ({**HOST, "copied_bytes": 1, "softcap": True}, "segments", "cpu has no flash"),
+        ({**HOST, "copied_bytes": 1, "value_width": 32}, "segments", "cpu has no flash"),
         (BIG, "varlen", "torch"),
         ({**BIG, "copied_bytes": 2**30}, "merge", "pass 512 MiB"),
         ({**BIG, "softcap": True}, "flex", "soft-capped"),
@@ -199,12 +245,17 @@ def test_choice_without_torchs_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_named_back_end_never_falls_back() -> None:
-    for name in ("varlen", "merge", "flex"):
-        model = attach(family("llama"), attention_backend=name)
+    for name, kind in (("varlen", "llama"), ("merge", "mistral-window"), ("flex", "llama")):
+        model = attach(family(kind), attention_backend=name)
         with pytest.raises(ValueError, match=f"attention_backend='{name}': .*; use 'auto'"):
             self_check(model, read_head(model), groups(), PAD)
     with pytest.raises(ValueError, match="choose one of auto, segments, varlen, merge, flex"):
         choose_attention("flash", **BIG)
+    for case, word in (({"windowed": True}, "sliding window"), ({"sinks": True}, "no sinks")):
+        with pytest.raises(ValueError, match=f"'merge': .*{word} on a CPU"):
+            choose_attention("merge", **HOST, **case)
+    with pytest.raises(ValueError, match=r"'merge': .* heads of width 64 and 32"):
+        choose_attention("merge", **HOST, value_width=32)
     assert attach(model, attention_backend="segments") is model
     assert self_check(model, read_head(model), groups(), PAD).share_prompt
 

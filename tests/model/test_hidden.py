@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from fastpo.data.packing import GroupSpan, Layout, collate
 from fastpo.head import linear_logps
 from fastpo.model.facts import read_head
-from fastpo.model.hidden import attach, causal_lm, detach, generation, label_hidden
+from fastpo.model.hidden import (
+    attach,
+    balance_coefficient,
+    causal_lm,
+    detach,
+    generation,
+    label_hidden,
+    label_hidden_and_balance,
+)
 from fastpo.model.load import add_lora
 from tests.model.tiny import FAMILIES, PAD, UNSHARED, VOCAB, WIDTH, family, groups, tiny
 from tests.numerics import assert_three_way
@@ -153,15 +161,70 @@ def test_compiled() -> None:
     assert_three_way(ours.float(), plain.float(), truth, what="compiled")
 
 
-def test_no_load_balance_loss_is_added(caplog: pytest.LogCaptureFixture) -> None:
-    """Neither its value nor its gradient depends on how prompts are packed: there is none."""
-    with caplog.at_level(logging.WARNING, logger="fastpo.model.hidden"):
-        asked = attach(family("mixtral", output_router_logits=True))
-    assert "no load-balance loss is added" in caplog.text
-    assert_shared_is_padded(asked)
-    plain = run(attach(family("mixtral")), batch(shared=True))
-    for key, value in run(asked, batch(shared=True)).items():
-        assert torch.equal(value, plain[key]), key
+def router_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """A loss and its gradient by the router of every layer."""
+    routers = {
+        n: p for n, p in model.named_parameters() if n.endswith(("gate.weight", "router.weight"))
+    }
+    assert len(routers) == causal_lm(model).config.num_hidden_layers
+    grads = torch.autograd.grad(loss, list(routers.values()))
+    return {"loss": loss.detach(), **dict(zip(routers, grads, strict=True))}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_load_balance_counts_distinct_tokens(name: str, checkpointed: bool) -> None:
+    """A shared row is the padded rows with each prompt seen by the loss in its first row alone."""
+    padded, shared = batch(shared=False), batch(shared=True)
+    distinct = padded["attention_mask"].clone()
+    row = 0
+    for each in groups():
+        for _ in each.responses[1:]:
+            row += 1
+            distinct[row, : len(each.prompt_ids)] = 0
+        row += 1
+
+    def by_hand(model: PreTrainedModel, mask: Tensor) -> dict[str, Tensor]:
+        kinds = ("input_ids", "attention_mask", "position_ids")
+        decoder = model.get_decoder()
+        out = decoder(**{k: padded[k] for k in kinds}, output_router_logits=True, use_cache=False)
+        experts, chosen = model.config.num_local_experts, model.config.num_experts_per_tok
+        loss = load_balancing_loss_func(out.router_logits, experts, chosen, mask)
+        return router_gradients(model, loss)
+
+    model = family(name)
+    found = {}
+    for form, inputs, mask in (
+        ("shared", shared, distinct),
+        ("padded", padded, padded["attention_mask"]),
+    ):
+        truth, plain = by_hand(family(name).double(), mask), by_hand(model, mask)
+        ours = family(name)
+        if checkpointed:
+            ours.activation_checkpointing_enable()
+        _, loss = label_hidden_and_balance(attach(ours), inputs)
+        found[form] = router_gradients(ours, loss)
+        assert found[form].keys() == truth.keys()
+        for key, value in found[form].items():
+            assert_three_way(value, plain[key], truth[key], what=f"{form} {key}")
+    # Prompts of several responses weigh more in padded rows: the loss differs, and is meant to.
+    assert (found["shared"]["loss"] - found["padded"]["loss"]).abs() > 1e-3
+
+
+def test_load_balance_coefficient() -> None:
+    mixture, dense = family("mixtral", router_aux_loss_coef=0.02), family("llama")
+    assert balance_coefficient(mixture, None) == 0.0
+    mixture.config.output_router_logits = True
+    assert balance_coefficient(mixture, None) == 0.02
+    assert balance_coefficient(mixture, 0.5) == 0.5
+    assert balance_coefficient(mixture, 0.0) == 0.0
+    assert balance_coefficient(dense, None) == 0.0
+    with pytest.raises(
+        ValueError, match=r"router_aux_loss_coef=0\.1: llama gives no router logits"
+    ):
+        balance_coefficient(dense, 0.1)
+    with pytest.raises(ValueError, match=r"router_aux_loss_coef=-1 must be 0"):
+        balance_coefficient(mixture, -1)
 
 
 def test_hidden_is_the_input_of_the_head() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from fastpo.data.groups import Group
 from fastpo.train import reference, store, trainer
 from tests.train import tiny
 
@@ -34,33 +35,54 @@ class DieInStep(TrainerCallback):
             die()
 
 
-def make(folder: str, *callbacks: TrainerCallback) -> trainer.PreferenceTrainer:
-    """Eleven steps over nearly three epochs, saved every three; BCO carries state between steps."""
+RECIPES: dict[str, dict[str, Any]] = {
+    # BCO carries state between steps.
+    "bco": {"objective": {"bco": 1.0, "dpo": 1.0}},
+    "logo": {"objective": "logo"},
+    "longpo": {
+        "objective": {"sft": 1.0, "dpo": 0.01},
+        "reference": "store",
+        "reference_prompt": "short_prompt",
+    },
+}
+
+
+def data(recipe: str) -> list[Group]:
+    """Sixteen groups."""
+    if recipe == "logo":
+        return tiny.logo_groups(16)
+    return tiny.pairs(16, short_prompt=recipe == "longpo")
+
+
+def make(
+    folder: str, *callbacks: TrainerCallback, recipe: str = "bco"
+) -> trainer.PreferenceTrainer:
+    """Seven steps, two an epoch, saved every three."""
     torch.set_num_threads(1)
     return trainer.PreferenceTrainer(
         tiny.model(attention_dropout=0.1),
         tiny.config(
             folder,
-            objective={"bco": 1.0, "dpo": 1.0},
-            max_steps=11,
+            **RECIPES[recipe],
+            max_steps=7,
             save_strategy="steps",
             save_steps=3,
             save_total_limit=2,
             gradient_accumulation_steps=2,
-            per_device_train_batch_size=2,
+            per_device_train_batch_size=4,
         ),
-        train_dataset=tiny.pairs(16),
+        train_dataset=data(recipe),
         processing_class=tiny.tokenizer(),
         callbacks=list(callbacks),
     )
 
 
-def killed(mode: str, folder: str) -> None:
+def killed(mode: str, folder: str, recipe: str = "bco") -> None:
     """Train until the moment called `mode`, then die."""
     if mode == "step":
-        make(folder, DieInStep(8)).train()
+        make(folder, DieInStep(6), recipe=recipe).train()
     elif mode == "save":  # the second checkpoint: weights and optimiser are written, no more
-        made = make(folder)
+        made = make(folder, recipe=recipe)
         save = made._save_rng_state
 
         def save_once(output_dir: str) -> None:
@@ -75,7 +97,7 @@ def killed(mode: str, folder: str) -> None:
             (publish if final.name == "checkpoint-3" else die)(staging, final)
 
         trainer.publish = publish_once
-        make(folder).train()
+        make(folder, recipe=recipe).train()
     elif mode == "store":
         add = store.ReferenceStore.add
 
@@ -87,6 +109,8 @@ def killed(mode: str, folder: str) -> None:
         store.ReferenceStore.add = add_twice
         small = reference.ShardWriter
         reference.ShardWriter = lambda held: small(held, groups=4)  # type: ignore
+        if recipe == "longpo":
+            make(folder, recipe=recipe)  # dies in it
         trainer.PreferenceTrainer(
             tiny.model(),
             tiny.config(folder, reference="store"),

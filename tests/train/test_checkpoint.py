@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import shutil
@@ -17,8 +18,8 @@ from fastpo.train.metrics import read_metrics
 from tests.train import child, tiny
 
 
-def run_child(mode: str, folder: Path) -> None:
-    process = child.start(child.killed, mode, str(folder))
+def run_child(mode: str, folder: Path, recipe: str = "bco") -> None:
+    process = child.start(child.killed, mode, str(folder), recipe)
     process.join(300)
     assert process.exitcode == -signal.SIGKILL
 
@@ -30,24 +31,42 @@ def weights(trainer: Any) -> list[torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def unkilled(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made = child.make(str(tmp_path_factory.mktemp("unkilled")))
-    made.train()
-    return made
+def unkilled_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    @functools.cache
+    def make(recipe: str) -> Any:
+        made = child.make(str(tmp_path_factory.mktemp(recipe)), recipe=recipe)
+        made.train()
+        return made
+
+    return make
 
 
-@pytest.mark.parametrize(("mode", "survivor"), [("step", 6), ("save", 3), ("rename", 3)])
+@pytest.fixture
+def unkilled(unkilled_of: Any) -> Any:
+    return unkilled_of("bco")
+
+
+# Moments and recipes do not know of each other: every one of both is met.
+@pytest.mark.parametrize(
+    ("recipe", "mode", "survivor"),
+    [("bco", "step", 3), ("logo", "save", 3), ("longpo", "rename", 3), ("longpo", "store", None)],
+)
 def test_killed_run_ends_with_the_same_bits(
-    mode: str, survivor: int, tmp_path: Path, unkilled: Any
+    recipe: str, mode: str, survivor: int | None, tmp_path: Path, unkilled_of: Any
 ) -> None:
-    run_child(mode, tmp_path)
-    assert latest_complete(tmp_path) == str(tmp_path / f"checkpoint-{survivor}")
-    steps = [r["step"] for r in read_metrics(tmp_path)]
-    assert max(steps) >= survivor
+    run_child(mode, tmp_path, recipe)
+    if survivor is None:  # half of the reference's log-probs are on disk, and no step is done
+        assert latest_complete(tmp_path) is None
+        assert len(list((tmp_path / "reference").glob("shard-*"))) == 2
+    else:
+        assert latest_complete(tmp_path) == str(tmp_path / f"checkpoint-{survivor}")
+        steps = [r["step"] for r in read_metrics(tmp_path)]
+        assert max(steps) >= survivor
 
-    resumed = child.make(str(tmp_path))
-    resumed.train(resume_from_checkpoint=True)
-    assert resumed.state.global_step == 11
+    unkilled = unkilled_of(recipe)
+    resumed = child.make(str(tmp_path), recipe=recipe)
+    resumed.train(resume_from_checkpoint="auto")
+    assert resumed.state.global_step == 7
     for mine, theirs in zip(weights(resumed), weights(unkilled), strict=True):
         assert torch.equal(torch.as_tensor(mine), torch.as_tensor(theirs))
     for ours, theirs in zip(
@@ -57,21 +76,21 @@ def test_killed_run_ends_with_the_same_bits(
             assert ours.get(name) == theirs.get(name)
     found = sorted(p.name for p in tmp_path.iterdir() if "checkpoint" in p.name)
     # save_total_limit=2 holds over the kill, and no temporary folder is left.
-    assert found == ["checkpoint-11", "checkpoint-9"]
+    assert found == ["checkpoint-6", "checkpoint-7"]
 
 
 def test_running_state_of_the_loss_is_saved(unkilled: Any) -> None:
     shift = unkilled.loss.get_buffer("bco_shift")
-    assert shift[1] == 11 * 8  # every response of every step was counted once
-    held = torch.load(Path(unkilled.args.output_dir) / "checkpoint-11" / "loss_state.pt")
+    assert shift[1] == 7 * 16  # every response of every step was counted once
+    held = torch.load(Path(unkilled.args.output_dir) / "checkpoint-7" / "loss_state.pt")
     assert torch.equal(held["bco_shift"], shift)
 
 
 @pytest.fixture
 def checkpoint(unkilled: Any, tmp_path: Path) -> Path:
-    shutil.copytree(Path(unkilled.args.output_dir) / "checkpoint-9", tmp_path / "checkpoint-9")
-    shutil.copytree(Path(unkilled.args.output_dir) / "checkpoint-11", tmp_path / "checkpoint-11")
-    return tmp_path / "checkpoint-11"
+    for name in ("checkpoint-6", "checkpoint-7"):
+        shutil.copytree(Path(unkilled.args.output_dir) / name, tmp_path / name)
+    return tmp_path / "checkpoint-7"
 
 
 def test_complete(checkpoint: Path) -> None:
@@ -118,10 +137,10 @@ def test_damaged_checkpoint_is_skipped(
 ) -> None:
     damage(checkpoint)
     with caplog.at_level(logging.WARNING, "fastpo.train.checkpoint"):
-        assert latest_complete(checkpoint.parent) == str(checkpoint.parent / "checkpoint-9")
+        assert latest_complete(checkpoint.parent) == str(checkpoint.parent / "checkpoint-6")
     assert len(caplog.records) == 1
-    caplog.records[0].getMessage().index("checkpoint-11")
-    with pytest.raises(ValueError, match=f"cannot resume from .*checkpoint-11: {reason}"):
+    caplog.records[0].getMessage().index("checkpoint-7")
+    with pytest.raises(ValueError, match=f"cannot resume from .*checkpoint-7: {reason}"):
         trainer().train(resume_from_checkpoint=str(checkpoint))
 
 

@@ -22,7 +22,7 @@ def test_defaults(tmp_path: Any) -> None:
     assert made.report_to == []
     assert made.disable_dropout
     assert made.accelerator_config.dispatch_batches is False
-    assert made.data_options() == DataOptions(weight_seed=made.seed)
+    assert made.data_options() == DataOptions(seed=made.seed)
 
 
 def test_checkpointing_obeys_either_name(tmp_path: Any) -> None:

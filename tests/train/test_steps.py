@@ -263,3 +263,18 @@ def test_no_data_is_refused(trainer: Any, empty: Any) -> None:
         trainer(eval_dataset={"dev": empty})
     with pytest.raises(ValueError, match="nothing to train on"):
         trainer(train_dataset=None, eval_dataset=tiny.pairs(2)).train()
+
+
+def test_a_hyper_parameter_moves_with_the_steps(
+    trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+    evaluate = PreferenceLoss._evaluate
+
+    def spy(component: Any, *args: Any) -> Any:
+        seen.append(component.hyper["lam"])
+        return evaluate(component, *args)
+
+    monkeypatch.setattr(PreferenceLoss, "_evaluate", staticmethod(spy))
+    trainer(objective="dpo_shift", objective_args={"lam": [0.5, 1.0]}, max_steps=4).train()
+    assert seen == [0.5, 0.625, 0.75, 0.875]

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastpo.data.formats import CONTEXTS
 from fastpo.data.groups import Group, Response
+from fastpo.data.positions import synthetic_positions
 from fastpo.train.config import PreferenceConfig
 
 VOCAB = 128
@@ -107,6 +108,20 @@ def groups(
                 short_prompt_ids=prompt_ids() if short_prompt else None,
             )
         )
+    return made
+
+
+def logo_groups(count: int, length: int = 250) -> list[Group]:
+    """Triples of `groups` whose prompts are a head, two chunks and a tail, at drawn positions."""
+    made = []
+    for group in groups(count, 3):
+        size = len(group.prompt_ids)
+        middle = 1 + (size - 1) // 2
+        chunks = np.array([[1, middle], [middle, size - 1]]) if size > 3 else np.array([[1, 2]])
+        positions = synthetic_positions(
+            chunks, size, length - group.longest, np.random.default_rng(group.row)
+        )
+        made.append(replace(group, prompt_positions=positions))
     return made
 
 
