@@ -142,9 +142,20 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int:
 def write_section(path: Path, name: str, text: str) -> None:
     """Replace the section of a Markdown page that stands between marks of its name, or append."""
     page = path.read_text(encoding="utf-8") if path.exists() else ""
-    rest = re.sub(rf"\n*<!-- {name} -->.*<!-- /{name} -->\n", "\n", page, flags=re.S).strip()
     marked = f"<!-- {name} -->\n{text.strip()}\n<!-- /{name} -->\n"
-    path.write_text(f"{rest}\n\n{marked}".lstrip(), encoding="utf-8")
+    before, found, after = page.partition(f"<!-- {name} -->\n")
+    if found:
+        after = after.partition(f"<!-- /{name} -->\n")[2]
+        path.write_text(before + marked + after, encoding="utf-8")
+    else:
+        path.write_text(f"{page.rstrip()}\n\n{marked}".lstrip(), encoding="utf-8")
+
+
+def write_opening(path: Path, text: str) -> None:
+    """Replace what stands before the first marked section of a Markdown page."""
+    page = path.read_text(encoding="utf-8") if path.exists() else ""
+    sections = page[page.index("<!-- ") :] if "<!-- " in page else ""
+    path.write_text(f"{text.strip()}\n\n{sections}".rstrip() + "\n", encoding="utf-8")
 
 
 class Record:

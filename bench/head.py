@@ -41,6 +41,7 @@ from bench.harness import (
     interleaved,
     peak_extra_bytes,
     summary,
+    write_opening,
 )
 from fastpo.head import plan_head
 
@@ -441,7 +442,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table(cases))
     print(f"\n{path}")
     if options.page is not None:
-        options.page.write_text(page(record.data, cases), encoding="utf-8")
+        write_opening(options.page, page(record.data, cases))
 
 
 if __name__ == "__main__":

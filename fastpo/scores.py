@@ -139,8 +139,10 @@ STATISTIC_OF = {
 
 def sum_by_response(values: Tensor, segments: Segments) -> Tensor:
     """[N, ...] -> [R, ...]: sums over the tokens of each response, zero for an empty one."""
-    sums = values.new_zeros(segments.num_responses, *values.shape[1:])
-    return sums.index_add(0, segments.response, values)
+    # One after the other in float32 they would lose a digit or two of a long response.
+    wide = torch.float64 if values.is_cpu else values.dtype
+    sums = values.new_zeros(segments.num_responses, *values.shape[1:], dtype=wide)
+    return sums.index_add(0, segments.response, values.to(wide)).to(values.dtype)
 
 
 def _sums_of(segments: Segments, backend: Backend) -> Callable[..., Tensor]:
@@ -260,11 +262,12 @@ def score_responses(
     per_response = {name: sums(value, weights[name]) for name, value in given.items()}
     per_response["length"] = sums(counted)
     if ref_logps is not None:
-        per_response["ratio"] = per_response["logps"] - per_response["ref_logps"]
-        squares = (given["logps"] - ref_logps).detach().square() / 2
-        per_response["kl_estimate"] = sums(squares, counted)
+        # Of differences: that of the sums, hundreds of nats each, would keep their rounding.
+        difference = given["logps"] - ref_logps
+        per_response["ratio"] = sums(difference, token_weights)
+        per_response["kl_estimate"] = sums(difference.detach().square() / 2, counted)
     if ref2_logps is not None:
-        per_response["ratio2"] = per_response["logps"] - per_response["ref2_logps"]
+        per_response["ratio2"] = sums(given["logps"] - ref2_logps, token_weights)
     # An empty response has score 0 and length 0: dividing by 1 keeps its mean and gradient at 0.
     divisor = per_response["length"].clamp(min=1)
     for name in ("logps", "ratio", "log_p2", "entropy"):

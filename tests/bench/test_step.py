@@ -10,7 +10,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("trl")
 
 from bench import plot, step
-from bench.harness import count_flop, write_section
+from bench.harness import count_flop, write_opening, write_section
 from tests.numerics import error
 
 CPU = torch.device("cpu")
@@ -90,6 +90,11 @@ def test_page_and_figure_come_from_the_record(quick, tmp_path):
     text = page.read_text(encoding="utf-8")
     assert text.startswith("# Benchmarks\n\n<!-- losses -->\nkept\n<!-- /losses -->\n\n<!-- step")
     assert text.count("## The training step") == 1
+    write_section(page, "losses", "new")
+    write_opening(page, "# Opening")
+    assert page.read_text(encoding="utf-8").startswith(
+        "# Opening\n\n<!-- losses -->\nnew\n<!-- /losses -->\n\n<!-- step -->"
+    )
     assert "| 48 | 8 | 3 | TRL, compacted, 2 pairs |" in text
     figure = tmp_path / "step.svg"
     plot.main([str(path), "--out", str(figure)])
