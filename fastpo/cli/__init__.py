@@ -146,6 +146,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         'line of the output adds "samples".',
     )
     sample.add_argument("--prompts", required=True, help="JSONL file with a `prompt` column")
+    sample.add_argument("--skip-bad-rows", action="store_true", help="leave malformed rows out")
     sample.add_argument("--num-samples", type=int, default=1, help="answers a prompt (1)")
     sample.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (256)")
     sample.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (1.0)")
@@ -200,6 +201,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     data.add_argument("out", help="JSONL file to write; of a curriculum the folder")
     data.add_argument("--dataset-name", help="configuration of a hub data set")
     data.add_argument("--split", default="train", help="default: train")
+    data.add_argument("--skip-bad-rows", action="store_true", help="leave malformed rows out")
     data.add_argument("--count", type=int, default=8, help="rso: answers kept a prompt (8)")
     data.add_argument("--beta", type=float, default=0.5, help="rso: 0 keeps the best (0.5)")
     data.add_argument("--seed", type=int, default=0, help="rso: of the draws (0)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,20 +11,33 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from fastpo.cli.models import json_lines
+from fastpo.cli.models import json_lines, show_log
+from fastpo.data.build import good_rows
+from fastpo.data.formats import BadField
 from fastpo.data.rows import load_rows
 from fastpo.data.schedules import curriculum, sampled
 
 
+def _check(row: Mapping[str, Any]) -> None:
+    responses, scores = row.get("responses"), row.get("scores")
+    if not responses or not scores or len(responses) != len(scores):
+        raise BadField(
+            "responses, scores",
+            "no lists of one length; grade the answers of `fastpo sample` first",
+        )
+
+
 def _scored_lists(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    rows = load_rows(arguments.dataset, split=arguments.split, name=arguments.dataset_name)
-    for i, row in enumerate(tqdm(rows, desc="lists", unit="row", disable=None)):
-        responses, scores = row.get("responses"), row.get("scores")
-        if not responses or not scores or len(responses) != len(scores):
-            raise ValueError(
-                f"{arguments.dataset}, row {i}: `responses` and `scores` must be lists of one "
-                "length; grade the answers of `fastpo sample` first"
-            )
+    rows = load_rows(
+        arguments.dataset, split=arguments.split, name=arguments.dataset_name, origin=True
+    )
+    good = good_rows(
+        tqdm(rows, desc="lists", unit="row", disable=None),
+        _check,
+        source=arguments.dataset,
+        on_bad_row="skip" if arguments.skip_bad_rows else "error",
+    )
+    for row, _ in good:
         yield {name: value for name, value in row.items() if value is not None}
 
 
@@ -36,6 +50,7 @@ def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def data(arguments: argparse.Namespace) -> int:
     """Rejection sampling (`rso`) or stages of pairs (`curriculum`) from scored lists."""
+    show_log(logging.WARNING)
     out = Path(arguments.out)
     if arguments.action == "curriculum":
         stages = curriculum(_scored_lists(arguments))

@@ -68,7 +68,7 @@ def transformers_generator(
     how = sampling(temperature)
 
     def generate(prompts: Sequence[Content], seed: int) -> list[str]:
-        ids = [prompt_ids(tokenizer, {"prompt": p}, "a document") for p in prompts]
+        ids = [prompt_ids(tokenizer, {"prompt": p}) for p in prompts]
         set_seed(seed)
         texts: list[str] = []
         with generation(model), torch.inference_mode():
@@ -97,10 +97,7 @@ def vllm_generator(
     llm = LLM(model=name, **engine)
 
     def generate(prompts: Sequence[Content], seed: int) -> list[str]:
-        ids = [
-            {"prompt_token_ids": prompt_ids(tokenizer, {"prompt": p}, "a document")}
-            for p in prompts
-        ]
+        ids = [{"prompt_token_ids": prompt_ids(tokenizer, {"prompt": p})} for p in prompts]
         params = [
             SamplingParams(temperature=temperature, max_tokens=max_new_tokens, seed=seed + i)
             for i in range(len(ids))

@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,26 +14,29 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from fastpo.cli.models import json_lines, open_model, open_tokenizer, show_log
+from fastpo.data.build import good_rows
+from fastpo.data.formats import BadField
 from fastpo.data.rows import load_rows
 from fastpo.model.device import default_device
 from fastpo.model.hidden import generation
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], where: str) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[int]:
     """Token ids of a row's prompt: text as it stands, messages through the chat template.
 
     Raises:
-        ValueError: no prompt, or messages and a tokenizer without a chat template.
+        BadField: no prompt, or messages and a tokenizer without a chat template.
     """
     prompt = row.get("prompt")
     if isinstance(prompt, str) and prompt:
         return tokenizer(prompt)["input_ids"]  # type: ignore[return-value]
     if not isinstance(prompt, list) or not prompt:
-        raise ValueError(f"{where}: `prompt` must be text or a list of messages, got {prompt!r}")
+        raise BadField("prompt", "neither text nor a list of messages", prompt)
     if not tokenizer.chat_template:
-        raise ValueError(
-            f"{where}: `prompt` is a list of messages, but the tokenizer has no chat template; "
-            "give --chat-template, or prompts as text"
+        raise BadField(
+            "prompt",
+            "a list of messages, but the tokenizer has no chat template; give --chat-template, or "
+            "prompts as text",
         )
     text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[arg-type, return-value]
@@ -79,13 +83,16 @@ def sample(arguments: argparse.Namespace) -> int:
         "trust_remote_code": arguments.trust_remote_code,
         "gguf_file": arguments.gguf_file,
     }
-    rows: list[dict[str, Any]] = [dict(row) for row in load_rows(arguments.prompts)]
     tokenizer = open_tokenizer(
         arguments.model, arguments.tokenizer, arguments.chat_template, **source
     )
-    prompts = [
-        prompt_ids(tokenizer, row, f"{arguments.prompts}, row {i}") for i, row in enumerate(rows)
-    ]
+    good = good_rows(
+        load_rows(arguments.prompts, origin=True),
+        partial(prompt_ids, tokenizer),
+        source=arguments.prompts,
+        on_bad_row="skip" if arguments.skip_bad_rows else "error",
+    )
+    rows, prompts = zip(*good, strict=True)
     model = open_model(arguments.model, dtype=arguments.dtype, device=default_device(), **source)
     set_seed(arguments.seed)
     bar = tqdm(total=len(rows), desc="sampling", unit="prompt", disable=None)

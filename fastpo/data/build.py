@@ -9,9 +9,9 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 import torch.utils.data
@@ -22,6 +22,7 @@ from fastpo.data.formats import (
     CONTEXTS,
     BadField,
     Example,
+    Turn,
     check_distinct,
     message_text,
     read_row,
@@ -40,6 +41,7 @@ from fastpo.data.token_weights import check_schemes, span_weights, take_column, 
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Truncation = Literal["keep_end", "keep_start", "cut_middle", "cut_chunks", "error"]
 OnBadRow = Literal["error", "skip"]
 ListToPairs = Literal["best_worst", "best_rest"]
@@ -132,8 +134,9 @@ def _fit(
     leading: int,
     options: DataOptions,
     chunks: np.ndarray | None = None,
+    column: str = "prompt",
 ) -> np.ndarray:
-    """The prompt within its budget; `chunks` [n, 2] are intervals of its tokens."""
+    """The prompt, from `column`, within its budget; `chunks` [n, 2] are intervals of its tokens."""
     longest = max(range(len(lengths)), key=lambda k: lengths[k])
     name, length = names[longest], lengths[longest]
     if options.max_response_length is not None and length > options.max_response_length:
@@ -154,7 +157,7 @@ def _fit(
         return prompt
     if options.truncation == "error" or budget < least:
         raise BadField(
-            "prompt",
+            column,
             f"{len(prompt)} tokens, but {budget} fit with max_length={options.max_length}, "
             f"max_prompt_length={options.max_prompt_length} and a response of {length}",
         )
@@ -162,7 +165,7 @@ def _fit(
         return prompt[:budget]
     if options.truncation == "cut_chunks":
         if chunks is None:
-            raise BadField("prompt", "truncation='cut_chunks' cuts the `prompt` column alone")
+            raise BadField(column, "truncation='cut_chunks' cuts the `prompt` column alone")
         return prompt[cut_chunks(chunks, len(prompt), budget)]
     start = max(leading, budget // 2) if options.truncation == "cut_middle" else leading
     return np.concatenate([prompt[:start], prompt[len(prompt) - budget + start :]])
@@ -219,6 +222,24 @@ def _with_prompts(
     )
 
 
+def _with_turns(group: Group, turns: Sequence[Turn], leading: int, options: DataOptions) -> Group:
+    """The group whose reference reads each turn after a prompt of its own."""
+    fitted = []
+    for name, prompt, answer in turns:
+        prompt = _fit(prompt, [len(answer)], [name], leading, options, column=name)
+        fitted.append(Response(answer, np.ones(len(answer), dtype=bool), prompt_ids=prompt))
+    return replace(group, short_prompt_ids=fitted[0].prompt_ids, short_turns=fitted)
+
+
+def _origin(row: Any, source: str, index: int) -> tuple[str, int]:
+    """The row's own file and number there, if it knows them; BadRow where it was a broken line."""
+    if isinstance(row, Mapping) and row.get(FILE) is not None:
+        source, index = row[FILE], row[ROW]
+    if isinstance(row, Mapping) and row.get(TORN) is not None:
+        raise BadRow(source, index, "line", row[TORN])
+    return source, index
+
+
 def _to_groups(
     row: Any,
     encoder: Encoder,
@@ -227,10 +248,7 @@ def _to_groups(
     source: str,
     extras: Sequence[str] = (),
 ) -> list[Group]:
-    if isinstance(row, Mapping) and row.get(FILE) is not None:
-        source, index = row[FILE], row[ROW]
-    if isinstance(row, Mapping) and row.get(TORN) is not None:
-        raise BadRow(source, index, "line", row[TORN])
+    source, index = _origin(row, source, index)
     try:
         columns = dict.fromkeys(CONTEXTS[role][0] for role in extras if role in CONTEXTS)
         if options.reference_prompt != "prompt":
@@ -254,7 +272,8 @@ def _to_groups(
         lengths = [len(ids) for ids, _ in encoded.responses]
         names = [*example.names, *example.extras]
         whole = np.arange(len(encoded.prompt))
-        kept = _fit(whole, lengths, names, encoded.leading, options, chunks)
+        column = "prompt" if example.tokens is None else names[0]
+        kept = _fit(whole, lengths, names, encoded.leading, options, chunks, column)
         prompt = encoded.prompt[kept]
         responses = [
             Response(ids, mask, label=label, score=score, rank=rank)
@@ -300,6 +319,9 @@ def _to_groups(
                 for seed in seeds
             ]
             groups = [replace(g, prompt_positions=each) for each in drawn for g in groups]
+        if example.turns is not None:
+            turns, leading = example.turns, encoded.leading
+            return [_with_turns(group, turns, leading, options) for group in groups]
         if not columns:
             return groups
         prompts = {
@@ -360,6 +382,42 @@ def _report(skipped: Sequence[BadRow], num_rows: int, shown: int) -> str:
     lines += [f"  {n} x {name}: {reason}" for (name, reason), n in kinds.most_common(shown)]
     lines += [f"the first {min(shown, len(skipped))}:", *(f"  {bad}" for bad in skipped[:shown])]
     return "\n".join(lines)
+
+
+def good_rows(
+    rows: Iterable[Any],
+    check: Callable[[dict[str, Any]], T],
+    *,
+    source: str,
+    on_bad_row: OnBadRow,
+) -> Iterator[tuple[dict[str, Any], T]]:
+    """Rows, as the file has them, and what `check` makes of each: for work that needs no groups.
+
+    Raises:
+        BadRow: for a broken line or a BadField of `check`, unless `on_bad_row` is "skip".
+        ValueError: no good row.
+    """
+    skipped: list[BadRow] = []
+    num_rows = 0
+    for row in rows:
+        own = {name: value for name, value in row.items() if name not in (FILE, ROW, TORN)}
+        try:
+            where = _origin(row, source, num_rows)
+            try:
+                checked = check(own)
+            except BadField as bad:
+                raise BadRow(*where, bad.field, bad.reason, bad.value) from bad
+        except BadRow as bad:
+            if on_bad_row == "error":
+                raise
+            skipped.append(bad)
+        else:
+            yield own, checked
+        num_rows += 1
+    if len(skipped) == num_rows:
+        raise ValueError(f"{source}: no usable row; {_report(skipped, num_rows, 10)}")
+    if skipped:
+        logger.warning("%s: %s", source, _report(skipped, num_rows, 10))
 
 
 class Spread(NamedTuple):

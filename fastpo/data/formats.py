@@ -6,6 +6,7 @@ Nothing here knows a tokenizer. `docs/data.md` shows each format with an example
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -47,6 +48,26 @@ LOGO = {
 }
 
 
+SIDES = ("chosen", "rejected")
+UNSCORED = -100
+"""The label of a token that is context, in rows of token ids."""
+
+
+class Turn(NamedTuple):
+    """An answer after the prompt that the reference reads before it."""
+
+    name: str  # the cell it came from, for messages
+    prompt: np.ndarray  # [P] int32
+    answer: np.ndarray  # [R] int32
+
+
+class Tokens(NamedTuple):
+    """A row that was tokenised elsewhere; each response is (ids [R] int32, loss mask [R] bool)."""
+
+    prompt: np.ndarray  # [P] int32
+    responses: list[tuple[np.ndarray, np.ndarray]]
+
+
 class Span(NamedTuple):
     """Characters [start, stop) of a response's text, and the weight of tokens that touch them."""
 
@@ -65,7 +86,7 @@ class BadField(ValueError):
 
 @dataclass
 class Example:
-    """A row before tokenisation. Lists run over the K responses, best first."""
+    """A row before tokenisation, or with `tokens`. Lists run over the K responses, best first."""
 
     prompt: Content | None  # None: implicit, what the responses begin with in common
     responses: list[Content]
@@ -84,6 +105,8 @@ class Example:
     per_token: dict[str, list[np.ndarray]] = field(default_factory=dict)  # column -> [R] each
     order: list[int] = field(default_factory=list)  # a list's responses as the row has them
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    tokens: Tokens | None = None  # then there is no text: no prompt and no responses
+    turns: list[Turn] | None = None  # of `tokens`, the scored tokens in order, for the reference
 
     @property
     def conversational(self) -> bool:
@@ -269,14 +292,17 @@ def _ranked_list(row: Mapping[str, Any]) -> Example:
     )
 
 
+def _pair_scores(row: Mapping[str, Any]) -> list[float | None]:
+    scores = _grades(row, "scores", 2) or [None, None]
+    for i, name in enumerate(("score_chosen", "score_rejected")):
+        if name in row:
+            scores[i] = _number(name, row[name])
+    return scores
+
+
 def _pair(row: Mapping[str, Any]) -> Example:
     names = ["chosen", "rejected"]
     responses = [_content(name, row.get(name)) for name in names]
-    scores = _grades(row, "scores", 2)
-    for i, name in enumerate(("score_chosen", "score_rejected")):
-        if name in row:
-            scores = scores or [None, None]
-            scores[i] = _number(name, row[name])
     spans = [_spans_of(f"{name}_spans", row.get(f"{name}_spans")) for name in names]
     return Example(
         prompt=None,
@@ -284,7 +310,7 @@ def _pair(row: Mapping[str, Any]) -> Example:
         names=names,
         labels=[True, False],
         ranks=[0, 1],
-        scores=scores or [None, None],
+        scores=_pair_scores(row),
         spans=spans if any(spans) else None,
     )
 
@@ -346,6 +372,101 @@ def _logo(row: Mapping[str, Any]) -> Example:
         ranked=True,
         chunk_spans=spans,
     )
+
+
+def _token_rows(row: Mapping[str, Any], side: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each sequence in a side's columns: ids [T] int32, and which of them are scored [T] bool.
+
+    A column holds one sequence or a list of them; what `attention_mask` hides is left out.
+    """
+
+    def column(kind: str) -> list[np.ndarray]:
+        name = f"{side}_{kind}"
+        value = _parsed(name, row.get(name))
+        if value is None:
+            raise BadField(name, "missing")
+        nested = _is_sequence(value) and len(value) and _is_sequence(value[0])
+        arrays = []
+        for i, item in enumerate(value if nested else [value]):
+            try:
+                array = np.asarray(item)
+            except ValueError:  # lists of several lengths
+                array = np.zeros(())
+            if array.ndim != 1 or array.dtype.kind not in "iu":
+                raise BadField(f"{name}[{i}]" if nested else name, "no list of integers", item)
+            arrays.append(array)
+        return arrays
+
+    ids, labels = column("input_ids"), column("labels")
+    masks = column("attention_mask") if f"{side}_attention_mask" in row else map(np.ones_like, ids)
+    found = []
+    for i, (own, label, mask) in enumerate(itertools.zip_longest(ids, labels, masks)):
+        where = f"[{i}]" if len(ids) > 1 else ""
+        sizes = [0 if each is None else len(each) for each in (own, label, mask)]
+        if len(set(sizes)) != 1:
+            reason = "{} tokens, {} labels and a mask of {}".format(*sizes)
+            raise BadField(f"{side}_input_ids{where}", reason)
+        own, label = own[mask != 0], label[mask != 0]
+        scored = label != UNSCORED
+        wrong = np.flatnonzero(scored & (label != own))
+        if len(wrong):
+            reason = f"label {wrong[0]} is neither the token in its place nor {UNSCORED}"
+            raise BadField(f"{side}_labels{where}", reason, int(label[wrong[0]]))
+        found.append((own.astype(np.int32), scored))
+    return found
+
+
+def _longpo(row: Mapping[str, Any]) -> Example:
+    prompts, responses = [], []
+    for side in SIDES:
+        found = _token_rows(row, side)
+        if len(found) != 1:
+            raise BadField(f"{side}_input_ids", f"{len(found)} sequences where a row has one")
+        ids, scored = found[0]
+        places = np.flatnonzero(scored)
+        if not len(places) or not places[0]:
+            reason = "no token is scored" if not len(places) else "no token before the first answer"
+            raise BadField(f"{side}_labels", reason)
+        start, stop = places[0], places[-1] + 1
+        prompts.append(ids[:start])
+        # Copies: a view would keep the rejected side's document in memory.
+        responses.append((ids[start:stop].copy(), scored[start:stop].copy()))
+    if not np.array_equal(*prompts):
+        raise BadField(
+            "rejected_input_ids", "not those of chosen_input_ids before the first answer"
+        )
+    return Example(
+        prompt=None,
+        responses=[],
+        names=[f"{side}_input_ids" for side in SIDES],
+        labels=[True, False],
+        ranks=[0, 1],
+        scores=_pair_scores(row),
+        tokens=Tokens(prompts[0], responses),
+    )
+
+
+def _turns(row: Mapping[str, Any], tokens: Tokens) -> list[Turn]:
+    """The answers of both responses in order, each after the prompt of its short row."""
+    turns = []
+    for side, (ids, scored) in zip(SIDES, tokens.responses, strict=True):
+        answers = np.split(ids, np.flatnonzero(np.diff(scored)) + 1)[::2]  # every other is context
+        short, name = _token_rows(row, f"ref_{side}"), f"ref_{side}_input_ids"
+        if len(short) != len(answers):
+            reason = f"{len(short)} short rows for the {len(answers)} answers in {side}_labels"
+            raise BadField(name, reason)
+        for i, (answer, (own, marked)) in enumerate(zip(answers, short, strict=True)):
+            # The row may end with more: its tokenizer was asked for the header of a next answer.
+            start = int(marked.argmax())
+            if not start or not np.array_equal(own[start : start + len(answer)], answer):
+                reason = f"its labels do not begin with answer {i} of {side}_input_ids"
+                raise BadField(f"{name}[{i}]", reason)
+            # The rejected answer's page is as a rule the chosen one's, and kept once.
+            page = twin = own[:start]
+            if i < len(turns):
+                twin = turns[i].prompt
+            turns.append(Turn(f"{name}[{i}]", twin if np.array_equal(page, twin) else page, answer))
+    return turns
 
 
 def _chunk_spans(value: Any) -> list[tuple[int, int]]:
@@ -432,6 +553,7 @@ FORMATS = {
     "completion": _single,
     "all_ref_text": _logo,
 }
+TOKENISED = dict.fromkeys([f"{side}_input_ids" for side in SIDES], _longpo)
 
 
 def read_row(row: Any, extras: Sequence[str] = (), prompts: Sequence[str] = ()) -> Example:
@@ -446,8 +568,10 @@ def read_row(row: Any, extras: Sequence[str] = (), prompts: Sequence[str] = ()) 
     if not isinstance(row, Mapping):
         raise BadField("row", "not a dict of columns", row)
     present = {key: value for key, value in row.items() if value is not None}
-    found = [key for key in FORMATS if key in present]
-    if len({FORMATS[key] for key in found}) != 1:
+    # Text wins: token ids beside it are what another trainer made of it.
+    formats = FORMATS if FORMATS.keys() & present.keys() else TOKENISED
+    found = [key for key in formats if key in present]
+    if len({formats[key] for key in found}) != 1:
         reason = "more than one format" if found else "no known format"
         raise BadField(
             ", ".join(found) or "columns",
@@ -455,7 +579,7 @@ def read_row(row: Any, extras: Sequence[str] = (), prompts: Sequence[str] = ()) 
             "responses",
             sorted(present),
         )
-    example = FORMATS[found[0]](present)
+    example = formats[found[0]](present)
     if "prompt" in present:
         example.prompt = _content("prompt", present["prompt"])
     if "chunk_spans" in present:
@@ -470,8 +594,17 @@ def read_row(row: Any, extras: Sequence[str] = (), prompts: Sequence[str] = ()) 
         example.cohort = _cohort(present["group"])
     for name in PER_TOKEN:
         if name in present:
-            order = example.order or range(len(example.responses))
+            order = example.order or range(len(example.names))
             example.per_token[name] = _numbers(present, name, order)
+    if example.tokens is not None:
+        columns = [name for name in present if name.endswith("spans")]
+        columns += [name for name in (*EXTRAS, *prompts) if name in (*extras, *prompts)]
+        for name in columns:
+            if name != "short_prompt":
+                raise BadField(name, "not for rows of token ids: give the row as text")
+        if "short_prompt" in prompts:
+            example.turns = _turns(present, example.tokens)
+        return example
     for role in extras:
         if role in EXTRAS:
             example.extras[role] = _content(role, present.get(role))

@@ -55,6 +55,7 @@ class Group:
     extras: dict[str, Response] = field(default_factory=dict)
     source: str = ""  # file or dataset name, for messages
     short_prompt_ids: np.ndarray | None = None  # [P''] int32, what the reference sees as prompt
+    short_turns: list[Response] | None = None  # candidates cut up, for prompts of each turn's own
     prompt_positions: np.ndarray | None = None  # [P] int32, increasing; None: 0, 1, ...
 
     def __len__(self) -> int:
@@ -98,17 +99,28 @@ class Group:
         """The group's prompt and any others, with the responses of `every` that follow each."""
         found = [Context(self.prompt_ids, [], self.prompt_positions)]
         for response in self.every:
-            prompt = response.prompt_ids
-            if prompt is not None and not np.array_equal(prompt, found[-1].prompt_ids):
-                found.append(Context(prompt, []))
+            prompt, positions = response.prompt_ids, None
+            if prompt is None:
+                prompt, positions = self.prompt_ids, self.prompt_positions
+            last = found[-1].prompt_ids
+            if prompt is not last and not np.array_equal(prompt, last):
+                found.append(Context(prompt, [], positions))
             found[-1].responses.append(response)
         return found
 
     @property
     def for_reference(self) -> Group:
-        """The same responses after the prompt that the reference sees; label tokens stay alike."""
+        """The same responses after the prompt that the reference sees; label tokens stay alike.
+
+        With `short_turns` those are its candidates, the turns of the first one in front.
+        """
         if self.short_prompt_ids is None:
             return self
         return replace(
-            self, prompt_ids=self.short_prompt_ids, short_prompt_ids=None, prompt_positions=None
+            self,
+            prompt_ids=self.short_prompt_ids,
+            responses=self.short_turns or self.responses,
+            short_prompt_ids=None,
+            short_turns=None,
+            prompt_positions=None,
         )

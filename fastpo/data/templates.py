@@ -24,6 +24,7 @@ from fastpo.data.formats import (
     Example,
     Messages,
     Span,
+    Tokens,
     message_text,
 )
 
@@ -98,6 +99,8 @@ class Encoder:
         Raises:
             BadField: the row has no tokens that can be trained on.
         """
+        if example.tokens is not None:
+            return self._given(example.tokens, example.names)
         prompt = example.prompt
         responses = [*example.responses, *example.extras.values()]
         names = [*example.names, *example.extras]
@@ -117,6 +120,20 @@ class Encoder:
             example.spans,
             prompt_offsets,
         )
+
+    def _given(self, tokens: Tokens, names: Sequence[str]) -> Encoded:
+        """Ids as they are, once this tokenizer has them all."""
+        prompt, responses = tokens
+        for name, (ids, _) in zip(names, responses, strict=True):
+            every, size = np.concatenate([prompt, ids]), len(self.tokenizer)
+            if every.min() < 0 or every.max() >= size:
+                bad = int(every.min() if every.min() < 0 else every.max())
+                raise BadField(
+                    name,
+                    f"token {bad} is none of the tokenizer's {size}: the row was made with another "
+                    "model's tokenizer",
+                )
+        return self._encoded(prompt, responses, [], None)
 
     # Facts about the tokenizer
 

@@ -516,6 +516,16 @@ def test_sample(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) 
     together = run(capsys, *words, "--temperature", "0")[1]
     assert run(capsys, *words, "--temperature", "0", "--batch-size", "1")[1] == together
 
+    prompts.write_text('{"prompt": "Hi", "id": 7}\n{"prompt": "tor\n{"id": 8}\n')
+    status, _, err = run(capsys, *words)
+    assert status == 2
+    assert "prompts.jsonl, row 1, field 'line': line 2 is not JSON" in err
+    status, out, err = run(capsys, *words, "--skip-bad-rows")
+    assert status == 0
+    (row,) = map(json.loads, out.splitlines())
+    assert row.keys() == {"prompt", "id", "samples"}
+    assert "1 x prompt: neither text nor a list of messages" in err
+
     prompts.write_text('{"prompt": [{"role": "user", "content": "Hi"}]}\n')
     status, _, err = run(capsys, *words)
     assert status == 2

@@ -49,10 +49,28 @@ def test_stages_go_to_a_folder(lists: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_a_broken_line_is_a_bad_row(
+    lists: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, *rest = lists.read_text().splitlines(keepends=True)
+    lists.write_text(first + '{"prompt": "tor\n' + '{"prompt": "p"}\n' + "".join(rest))
+    out = tmp_path / "best.jsonl"
+    words = ["data", "rso", str(lists), str(out), "--count", "2", "--beta", "0"]
+    assert main(words) == 2
+    assert "lists.jsonl, row 1, field 'line': line 2 is not JSON" in capsys.readouterr().err
+    assert main([*words, "--skip-bad-rows"]) == 0
+    assert [row["responses"] for row in read(out)] == [["00", "03"], ["11", "12"], ["20", "21"]]
+    assert all(row.keys() == {"prompt", "responses", "scores"} for row in read(out))
+    assert "2 of 5 rows were skipped" in capsys.readouterr().err
+    lists.write_text("[]\n")
+    assert main([*words, "--skip-bad-rows"]) == 2
+    assert "no usable row; 1 of 1 rows were skipped" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("row", "words", "message"),
     [
-        ({"prompt": "p", "chosen": "a", "rejected": "b"}, ["rso"], "row 0: `responses` and `sc"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, ["rso"], "row 0, field 'responses, sc"),
         (
             {"prompt": "p", "responses": ["a", "b"], "scores": [1.0, 1.0]},
             ["curriculum"],

@@ -124,7 +124,7 @@ def test_ches_and_entanglement_of_separate_forwards(tiny: Path, tmp_path: Path) 
         for d in DTYPES
     ]
     for row, source in zip(rows, sources(tiny), strict=True):
-        found = []
+        found, square = [], 0.0
         for dtype, weight in zip(DTYPES, weights, strict=True):
             states, gradients = [], []
             for name in ("chosen", "rejected"):
@@ -134,11 +134,13 @@ def test_ches_and_entanglement_of_separate_forwards(tiny: Path, tmp_path: Path) 
                 states.append(hidden.sum(0))
                 gradients.append(((hot - (hidden @ weight.T).softmax(-1)) @ weight).sum(0))
             (w, l), (g, h) = states, gradients
+            square = (w @ w).item()  # at last in float64
             found.append({"ches": w @ l - w @ w, "inner": g @ h, "chosen_norm": g.norm()})
         plain, truth = found
         pair = row["pair"]
         for name in truth:
-            assert_three_way(torch.tensor(pair[name]), plain[name], truth[name], name)
+            mine, terms = torch.tensor(pair[name]), square if name == "ches" else 0.0
+            assert_three_way(mine, plain[name], truth[name], name, terms=terms)
         assert pair["rejected_falls"] == (pair["inner"] <= pair["rejected_norm"] ** 2)
 
 

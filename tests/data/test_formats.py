@@ -105,8 +105,13 @@ def test_the_examples_of_the_documentation(tokenizers):
     blocks = (Path(__file__).parents[2] / "docs" / "data.md").read_text().split("```json\n")[1:]
     rows = [json.loads(line) for b in blocks for line in b.split("```")[0].splitlines()]
     groups = build_groups(rows, tokenizers("chatml"))
-    assert [len(group.responses) for group in groups] == [2, 2, 2, 2, 1, 3, 3, 3, 3, 2]
-    for group, row in zip(groups, rows, strict=True):
+    assert [len(group.responses) for group in groups] == [2, 2, 2, 2, 1, 3, 3, 3, 3, 2, 2]
+    short = DataOptions(reference_prompt="short_prompt")
+    text, tokens = build_groups(rows[-2:], tokenizers("chatml"), short)
+    assert tokenizers("chatml").decode(text.for_reference.prompt_ids).startswith("Its page on the")
+    turns = [c.prompt_ids.tolist() for c in tokens.for_reference.contexts]
+    assert turns == [[1, 20, 40], [1, 22, 41]] * 2
+    for group, row in zip(groups.groups[:-1], rows[:-1], strict=True):
         best = tokenizers("chatml").decode(group.responses[0].input_ids)
         assert best in (" blue.</s>", " blue.<|im_end|>", "Blue.<|im_end|>"), row
 

@@ -91,3 +91,11 @@ def test_single_responses_are_refused() -> None:
     segments = collate([group(3, [2, 4]), group(3, [2])], pad_token_id=PAD)["segments"]
     with pytest.raises(ValueError, match="group 1 has 1"):
         ches(torch.zeros(8, 4), segments)
+
+
+@pytest.mark.gpu
+def test_equal_inputs_give_equal_bits() -> None:
+    segments = collate([group(4, [900, 1100])] * 4, pad_token_id=PAD)["segments"].to("cuda")
+    hidden = torch.randn(len(segments.response), 512, device="cuda")
+    first = ches(hidden, segments)["ches"]
+    assert all(torch.equal(ches(hidden, segments)["ches"], first) for _ in range(8))
