@@ -25,7 +25,7 @@ demo: $(MADE)/train $(MADE)/smollm2
 	@$(BIN)/python examples/demo.py
 
 test: $(MADE)/dev $(MADE)/bench $(MADE)/smollm2
-	@$(BIN)/python -m pytest -q -n auto --dist loadgroup
+	@$(BIN)/python -m pytest -q -n auto
 
 lint: $(MADE)/dev
 	@$(BIN)/ruff check .

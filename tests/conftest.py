@@ -1,9 +1,10 @@
-"""What every test may count on, in one process or in several (`-n auto --dist loadgroup`)."""
+"""What every test may count on, in one process or in several (`-n auto`)."""
 
 from __future__ import annotations
 
+import gc
 import os
-from pathlib import Path
+from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One thread a worker: more would wait for each other.
@@ -17,12 +18,26 @@ import torch
 torch.ones(1 << 18, dtype=torch.float64).exp()
 
 
-INTERPRETED = Path(__file__).parent / "kernels" / "interpreted"
+def pytest_collection_finish() -> None:
+    """What is imported by now is no garbage: every run of a trainer would look through it."""
+    gc.freeze()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+INTERPRETED = "tests/kernels/interpreted"
+# Files without anything that their tests share, and long: their tests go wherever there is room.
+SCATTERED = ("tests/train/test_trajectory.py",)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """A file's tests stay in one process, and so do all that share the interpreter's."""
-    for item in items:
-        path = INTERPRETED if item.path.is_relative_to(INTERPRETED) else item.path
-        item.add_marker(pytest.mark.xdist_group(str(path)))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            if file in SCATTERED:
+                return nodeid
+            return INTERPRETED if file.startswith(INTERPRETED) else file
+
+    return ByFile(config, log)
