@@ -68,6 +68,8 @@ def work(report: Report, shape: tuple[int, int, int]) -> Work | None:
         return Work(2 * d * slab, 2 * (n + v) * d, rows * math.ceil(columns / BLOCKS), tiles)
     if kernel == "coefficients_kernel":
         return Work(2 * d * slab, 2 * (n + v) * d + 2 * slab, tiles, tiles)
+    if kernel == "coefficients_kernel kept":
+        return Work(0, (4 + 2) * slab, tiles, tiles)
     if kernel == "divergence_coefficients_kernel":
         return Work(0, (4 + 4 + 2) * slab, tiles, tiles)
     # A second sweep over both heads' products where the mixture is asked for.
@@ -110,7 +112,7 @@ def _names(report: Report) -> str:
     c = report.config
     block = " x ".join(str(b) for b in (c.BN, c.BV, c.BD) if b)
     loads = "TMA" if c.tma else "pointers" if report.has_dot else "-"
-    return f"{report.kernel.removesuffix('_kernel')}{', rich' * report.rich} | {block} | {loads}"
+    return f"{report.kernel.replace('_kernel', '')}{', rich' * report.rich} | {block} | {loads}"
 
 
 def row(report: Report, shape: tuple[int, int, int], peaks: Peaks) -> str:

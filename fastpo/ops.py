@@ -26,7 +26,6 @@ from fastpo.tiles import (
     accumulator,
     add_matmul_,
     blocks,
-    in_huge_pages,
     matmul,
 )
 from fastpo.torch_tiles import TorchTiles
@@ -65,8 +64,7 @@ class Plan(NamedTuple):
 
     @property
     def tiles(self) -> Tiles:
-        # Kept logits are already in memory: the plain backend reads them, whichever was chosen.
-        if self.backend == "torch" or self.schedule == "kept":
+        if self.backend == "torch":
             return TorchTiles(self.shard, self.skip_below)
         return TritonTiles()
 
@@ -136,7 +134,7 @@ def _kept_shapes(heads: Heads, plan: Plan) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"logits": (n, plan.kept)}
     if heads.ref_hidden is not None:
         shapes["ref_logits"] = n, plan.kept
-    elif plan.softcap is None and set(plan.grads) <= {"logps", "lse"}:
+    elif plan.backend == "torch" and plan.softcap is None and set(plan.grads) <= {"logps", "lse"}:
         shapes["shifts"] = -(-plan.kept // plan.vocab_block), n
     if plan.skip_below:
         shapes["shares"] = slices, n
@@ -149,8 +147,7 @@ def _to_keep(heads: Heads, plan: Plan) -> Kept | None:
     shapes = _kept_shapes(heads, plan)
     if not shapes:
         return None
-    empty = {name: heads.hidden.new_empty(s, dtype=acc) for name, s in shapes.items()}
-    return Kept(**{name: in_huge_pages(tensor) for name, tensor in empty.items()})
+    return Kept(**{name: heads.hidden.new_empty(s, dtype=acc) for name, s in shapes.items()})
 
 
 def linear_stats_backward(*args: Any, into: Tensor | None = None) -> list[Tensor]:
@@ -203,8 +200,7 @@ def _backward_by_vocabulary(
     acc, dtype = accumulator(heads.hidden.dtype), heads.hidden.dtype
     tiles, fields = plan.tiles, heads._asdict()
     of_columns = [n for n in ("weight", "bias", "lora_b") if needs[n]]
-    new = [n for n in of_columns if n != "weight" or into is None]
-    grads = {n: in_huge_pages(torch.empty_like(fields[n])) for n in new}
+    grads = {n: torch.empty_like(fields[n]) for n in of_columns if n != "weight" or into is None}
     grad_hidden = torch.zeros_like(heads.hidden, dtype=acc) if needs["hidden"] else None
     for i, (lo, hi) in enumerate(blocks(heads.weight.shape[0], plan.vocab_block)):
         part, first = heads.columns(lo, hi), plan.shard.first + lo

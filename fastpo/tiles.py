@@ -18,10 +18,6 @@ C is formed in fp32, the label's column included, and rounded to the inputs' dty
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import mmap
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
@@ -37,7 +33,6 @@ STATISTICS = (*DIFFERENTIABLE, "log_p2", "top1", "skipped", "ref_logps")
 
 # Rows of a half-precision matrix that a CPU turns into float32 at a time: 16 MiB at D = 4096.
 UPCAST_ROWS = 1024
-_PAGE, _HUGE = 1 << 21, 1 << 25
 # Columns of a low-rank delta that are formed at a time on a GPU: 256 MiB at 8192 rows.
 LORA_COLUMNS = 8192
 
@@ -88,39 +83,20 @@ class Link(NamedTuple):
         return tanh.square_().neg_().add_(1).mul_(slope)
 
 
-def in_huge_pages(tensor: Tensor) -> Tensor:
-    """Asks Linux to back a large new tensor of a CPU by pages of 2 MiB; returns it.
-
-    The first write to 192 MiB then takes .026 s where it took .084 s, on two cores.
-    """
-    real = type(tensor) is Tensor  # fake ones have no memory
-    if real and tensor.is_cpu and sys.platform == "linux" and tensor.nbytes >= _HUGE:
-        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        start, end = -(-start // _PAGE) * _PAGE, end // _PAGE * _PAGE
-        # A hint: what a system answers to it does not matter.
-        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)
-    return tensor
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
-
-
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64 inputs, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
+def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b with the result in the accumulator dtype; nothing is rounded to half on the way."""
     acc = accumulator(a.dtype)
     if a.dtype == b.dtype == acc:
-        return a @ b
+        return torch.mm(a, b, out=out)
     if a.is_cuda:
-        return torch.mm(a, b, out_dtype=acc)
+        return torch.mm(a, b, out_dtype=acc, out=out)
     # Half-precision products on CPUs without AMX are 5-25 times slower than float32 ones.
-    return a.to(acc) @ b.to(acc)
+    return torch.mm(a.to(acc), b.to(acc), out=out)
 
 
 def add_matmul_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -204,9 +180,9 @@ class Heads(NamedTuple):
         """[N, r], what meets `lora_b`."""
         return self.hidden[:, self.weight.shape[1] :]
 
-    def products(self) -> Tensor:
+    def products(self, out: Tensor | None = None) -> Tensor:
         """[N, V] raw products in the accumulator dtype, the low-rank delta included."""
-        products = matmul(self.states, self.weight.T)
+        products = matmul(self.states, self.weight.T, out)
         if self.lora_b is not None:
             # In slices: on a GPU the delta's products need memory of their own.
             for lo, hi in blocks(len(self.lora_b), LORA_COLUMNS):
@@ -232,7 +208,7 @@ class Kept(NamedTuple):
     Exponentials save the backward its own: they do wherever p alone makes the coefficients.
     """
 
-    logits: Tensor  # [N, K]; where there are shifts exp(z - shift), 0 at the label
+    logits: Tensor  # [N, K] z, or h.W by kernels; with shifts exp(z - shift), 0 at the label
     ref_logits: Tensor | None = None  # [N, K] of the reference
     shifts: Tensor | None = None  # [slices, N], of one slice [N]
     shares: Tensor | None = None  # [all slices, N], sum of p; infinite where the label is
@@ -245,6 +221,11 @@ class Kept(NamedTuple):
             None if ref is None else ref[:, lo:hi],
             None if shifts is None else shifts[index],
         )
+
+    def rows(self, lo: int, hi: int) -> Kept:
+        """The logits of tokens lo:hi."""
+        ref = self.ref_logits
+        return Kept(self.logits[lo:hi], None if ref is None else ref[lo:hi])
 
     def pick(self, index: Tensor) -> Kept:
         """Of a slice, the rows `index`."""

@@ -44,9 +44,8 @@ class TritonTiles:
         vocab_block: int,
         keep: Kept | None = None,
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
-        assert keep is None, "kept logits are the plain backend's business"
         thin = row_block < min(_THIN_SLAB, heads.labels.numel())
-        if thin and not grads and heads.ref_hidden is None:
+        if thin and not grads and heads.ref_hidden is None and keep is None:
             from fastpo.kernels.linear_stats import linear_stats
 
             stats = linear_stats(
@@ -61,20 +60,27 @@ class TritonTiles:
             return {name: stats[name] for name in want}, []
 
         def step(part: Heads, lo: int, hi: int) -> tuple[dict[str, Tensor], list[Tensor]]:
-            return self._row_block(part, link, want, grads)
+            kept = None if keep is None else keep.rows(lo, hi)
+            return self._row_block(part, link, want, grads, kept)
 
         return forward_by_rows(step, heads, grads, row_block)
 
     @staticmethod
     def _row_block(
-        heads: Heads, link: Link, want: tuple[str, ...], grads: tuple[str, ...]
+        heads: Heads,
+        link: Link,
+        want: tuple[str, ...],
+        grads: tuple[str, ...],
+        keep: Kept | None,
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         from fastpo.kernels.divergence import divergence, divergence_coefficients
         from fastpo.kernels.logits_epilogue import logits_epilogue
 
-        products, reference = heads.products(), heads.reference()
+        logits, ref_logits = (None, None) if keep is None else keep[:2]
+        products, reference = heads.products(logits), heads.reference()
         if reference is not None:
-            slabs = products, reference.products(), heads.labels, heads.bias, heads.ref_bias
+            ref_products = reference.products(ref_logits)
+            slabs = products, ref_products, heads.labels, heads.bias, heads.ref_bias
             facts: dict[str, Any] = _facts(heads, link) | {"jsd_beta": link.jsd_beta}
             needed = dict.fromkeys((*want, "lse", "lse_rest", "logps", *_OF_BOTH))
             stats = divergence(*slabs, **facts, want=(*needed, *grads))
@@ -116,15 +122,15 @@ class TritonTiles:
         vocab_size: int,
         kept: Kept | None = None,
     ) -> Tensor:
-        assert kept is None, "kept logits are the plain backend's business"
         from fastpo.kernels.divergence import divergence_coefficients
         from fastpo.kernels.linear_coefficients import linear_coefficients
 
         reference = heads.reference()
         if reference is not None:
+            ref_products = None if kept is None else kept.ref_logits
             return divergence_coefficients(
-                heads.products(),
-                reference.products(),
+                heads.products() if kept is None else kept.logits,
+                reference.products() if ref_products is None else ref_products,
                 heads.labels,
                 heads.bias,
                 heads.ref_bias,
@@ -149,6 +155,7 @@ class TritonTiles:
             entropy=stats.get("entropy"),
             **{f"grad_{name}": value for name, value in cotangents.items()},
             lora_slice=heads.lora_b,
+            products=None if kept is None else kept.logits,
             **_facts(heads, link),
             out_dtype=heads.hidden.dtype,
         )

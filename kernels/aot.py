@@ -90,8 +90,13 @@ class _Case:
     options: dict = field(default_factory=dict)
 
     @property
+    def name(self) -> str:
+        kept = " kept" if self.constants.get("KEPT") else ""
+        return f"{self.kernel.__name__}{kept}"
+
+    @property
     def has_dot(self) -> bool:
-        return "DOT" in self.constants
+        return "DOT" in self.constants and not self.constants.get("KEPT")
 
 
 def _cases(
@@ -132,14 +137,15 @@ def _cases(
     )
     merge = dict(BN=64, BS=16, ACC=kinds["ACC"])
     yield _Case(merge_kernel, Config(BN=64, BV=0), flags(want) | merge, dtype)
-    yield _Case(
-        coefficients_kernel,
-        coefficients,
-        dict(HAS_BIAS=True, HAS_REST=True, HAS_LOGPS=True)
-        | dict(HAS_LSE=rich, HAS_MEAN=rich, HAS_ENTROPY=rich)
-        | matrix(coefficients),
-        dtype,
-    )
+    for config, kept in ((coefficients, False), (both_coefficients, True)):
+        yield _Case(
+            coefficients_kernel,
+            config,
+            dict(HAS_BIAS=True, HAS_REST=True, HAS_LOGPS=True, KEPT=kept)
+            | dict(HAS_LSE=rich, HAS_MEAN=rich, HAS_ENTROPY=rich)
+            | matrix(config),
+            dtype,
+        )
     yield _Case(
         epilogue_kernel,
         epilogue,
@@ -275,7 +281,7 @@ def _compile(case: _Case, target: str, dtype: str, rich: bool) -> Report:
         registers, spill_bytes = _cubin_resources(machine)
     found = MATRIX_INSTRUCTION.search(text)
     return Report(
-        kernel=case.kernel.__name__,
+        kernel=case.name,
         target=target,
         dtype=dtype,
         rich=rich,
@@ -311,7 +317,7 @@ def compile_all(target: str, dtypes: Iterable[str] = tuple(DTYPES)) -> list[Repo
     for dtype, rich, pointers, narrow in itertools.product(dtypes, both, both, both):
         width = NARROW if narrow else WIDTH
         for case in _cases(target, DTYPES[dtype], rich, not pointers, width):
-            cases.setdefault((dtype, rich, case.kernel.__name__, case.config), case)
+            cases.setdefault((dtype, rich, case.name, case.config), case)
     return [_compile(case, target, key[0], key[1]) for key, case in cases.items()]
 
 

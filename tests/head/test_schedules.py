@@ -44,6 +44,17 @@ def test_small_logits_are_kept():
     assert (schedule.name, schedule.products) == ("kept", 3)
 
 
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_kernels_keep_logits_that_fill_the_workspace(with_reference):
+    """Without a second slab beside them; the slices of the backward pass come on top."""
+    needs = {"needs_hidden": True, "needs_head": True, "needs_weight": True}
+    needs |= {"with_reference": with_reference, "num_slabs": 3 if with_reference else 2}
+    most = 1024 if with_reference else 2048
+    kept = choose_schedule(most, 131072, workspace_bytes=1 << 30, **needs)
+    assert (kept.name, kept.products, kept.vocab_block) == ("kept", 3 + with_reference, 8192)
+    assert choose_schedule(most + 1, 131072, workspace_bytes=1 << 30, **needs).name == "recompute"
+
+
 def test_blocks_fit_the_workspace_at_any_size():
     for n, v, mib in [(1, 257, 1), (10**6, 262144, 256), (64000, 131072, 1), (3, 10**6, 256)]:
         s = choose_schedule(n, v, needs_hidden=True, workspace_bytes=mib << 20, num_slabs=3)

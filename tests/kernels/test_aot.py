@@ -31,6 +31,7 @@ KERNELS = {
     "split_kernel",
     "merge_kernel",
     "coefficients_kernel",
+    "coefficients_kernel kept",
     "epilogue_kernel",
     "divergence_kernel",
     "divergence_coefficients_kernel",

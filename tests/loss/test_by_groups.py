@@ -72,9 +72,11 @@ def make(name: str, dtype: torch.dtype) -> tuple[PreferenceLoss, dict[str, Any],
     return PreferenceLoss(objective, Head(head)), arguments, leaves
 
 
-def run(name: str, dtype: torch.dtype, workspace_mib: float) -> tuple[Any, list[Tensor]]:
+def run(
+    name: str, dtype: torch.dtype, workspace_mib: float, **options: Any
+) -> tuple[Any, list[Tensor]]:
     loss, arguments, leaves = make(name, dtype)
-    out = loss(**arguments, workspace_mib=workspace_mib)
+    out = loss(**arguments, workspace_mib=workspace_mib, **options)
     return out, list(torch.autograd.grad(3 * out.loss, leaves))
 
 

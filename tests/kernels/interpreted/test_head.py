@@ -14,6 +14,7 @@ from fastpo.kernels.linear_stats import linear_stats_reference
 from fastpo.kernels.logits_epilogue import DIFFERENTIABLE
 from fastpo.kernels.tile import acc_dtype
 from tests.kernels.cases import DTYPES, FACTS, Inputs, Results, exact, linear_logits, make, orders
+from tests.loss import test_by_groups as losses
 from tests.numerics import assert_three_way
 
 N, D, V = 63, 31, 507
@@ -101,8 +102,9 @@ def test_frozen(dtype, name, facts):
     ids=["logps-plain", "all-scaled", "all-softcap"],
 )
 @pytest.mark.parametrize("mib", [THIN, WHOLE], ids=["thin", "whole"])
-def test_recompute(dtype, names, facts, mib):
-    assert schedule(dtype, mib, names, needs_head=True) == "recompute"
+def test_trained(dtype, names, facts, mib):
+    expected = "recompute" if mib == THIN else "kept"
+    assert schedule(dtype, mib, names, needs_head=True) == expected
     x = make(N, D, V, dtype, bias=True)
     assert_head(x, LEAVES, names, mib, **FACTS[facts])
 
@@ -178,3 +180,14 @@ def test_ignored_rows_are_zero():
     assert (out["logps"][::3] == 0).all()
     assert (hidden.grad[::3] == 0).all()
     assert hidden.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_loss_by_groups(dtype):
+    """A trained head in parts whose logits are kept: the gradients of one pass, dW rounded once."""
+    ours = losses.run("mixture", dtype, 0.06, backend="triton")
+    plain = losses.run("mixture", dtype, losses.LARGE)
+    truth = losses.run("mixture", torch.float64, losses.LARGE)
+    assert_three_way(*(out.loss.detach() for out, _ in (ours, plain, truth)), "loss")
+    for triple in zip(*(grads for _, grads in (ours, plain, truth)), strict=True):
+        assert_three_way(*triple)
