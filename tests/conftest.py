@@ -23,6 +23,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else triton's bindings list it as leaked
+
+
 INTERPRETED = "tests/kernels/interpreted"
 # Files without anything that their tests share, and long: their tests go wherever there is room.
 SCATTERED = ("tests/train/test_trajectory.py",)
