@@ -10,6 +10,8 @@ import importlib.metadata
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import date
@@ -137,6 +139,21 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int:
     before = _status_bytes("VmRSS")
     run()
     return _status_bytes("VmHWM") - before
+
+
+def memory_in_fresh_process(module: str, name: str, key: dict[str, Any], threads: int) -> int:
+    """`peak_extra_bytes` of one contender in an interpreter of its own: `module`'s --memory-of."""
+    command = [sys.executable, "-m", module, "--memory-of", json.dumps({**key, "name": name})]
+    # glibc keeps freed blocks of up to 32 MiB, and a second call that reuses them looks free.
+    settings = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [*command, "--threads", str(threads)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=settings,
+    )
+    return int(done.stdout.split()[-1])
 
 
 def write_section(path: Path, name: str, text: str) -> None:

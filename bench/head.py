@@ -16,9 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +36,7 @@ from bench.harness import (
     count_flop,
     device_slug,
     interleaved,
+    memory_in_fresh_process,
     peak_extra_bytes,
     summary,
     write_opening,
@@ -227,21 +225,6 @@ def planned_products(inputs: Inputs, task: str, mode: str) -> float:
     return schedule.products + (task == "dpo")
 
 
-def memory_in_fresh_process(name: str, key: dict, threads: int) -> int:
-    """`peak_extra_bytes` of one contender in an interpreter of its own."""
-    command = [sys.executable, "-m", "bench.head", "--memory-of", json.dumps({**key, "name": name})]
-    # glibc keeps freed blocks of up to 32 MiB, and a second call that reuses them looks free.
-    settings = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(
-        [*command, "--threads", str(threads)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=settings,
-    )
-    return int(done.stdout.split()[-1])
-
-
 def measure(
     key: dict, device: torch.device, options: argparse.Namespace, progress: tqdm
 ) -> dict[str, Any]:
@@ -300,7 +283,7 @@ def measure(
         if options.memory:
             progress.set_postfix_str(f"{task} {mode} {name}: memory")
             contenders[name]["peak_extra_bytes"] = (
-                memory_in_fresh_process(name, key, options.threads)
+                memory_in_fresh_process("bench.head", name, key, options.threads)
                 if device.type == "cpu"
                 else peak_extra_bytes(runs[name], device)
             )

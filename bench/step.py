@@ -19,9 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -47,6 +44,7 @@ from bench.harness import (
     check,
     device_slug,
     interleaved,
+    memory_in_fresh_process,
     peak_extra_bytes,
     summary,
     write_section,
@@ -284,21 +282,6 @@ CONTENDERS: dict[str, Callable[[dict[str, Any], torch.device], Step]] = {
 }
 
 
-def memory_in_fresh_process(name: str, key: dict[str, Any], threads: int) -> int:
-    """`peak_extra_bytes` of one contender's step in an interpreter of its own."""
-    command = [sys.executable, "-m", "bench.step", "--memory-of", json.dumps({**key, "name": name})]
-    # glibc keeps freed blocks of up to 32 MiB, and a second call that reuses them looks free.
-    settings = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(
-        [*command, "--threads", str(threads)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=settings,
-    )
-    return int(done.stdout.split()[-1])
-
-
 def measure(
     key: dict[str, Any], device: torch.device, options: argparse.Namespace, progress: tqdm
 ) -> dict[str, Any]:
@@ -337,7 +320,7 @@ def measure(
         if options.memory:
             progress.set_postfix_str(f"{what}, {name}: memory")
             found[name]["peak_extra_bytes"] = (
-                memory_in_fresh_process(name, key, options.threads)
+                memory_in_fresh_process("bench.step", name, key, options.threads)
                 if device.type == "cpu"
                 else peak_extra_bytes(runs[name], device)
             )

@@ -118,7 +118,7 @@ def test_table_and_figure_come_from_the_record(quick, tmp_path):
 def test_memory_of_one_contender_is_measured_in_its_own_process():
     key = {"task": "logps", "mode": "frozen", "shape": [256, 64, 8192], "dtype": "float32"}
     # Eager holds at least logits and their log-softmax: 2 * 8 MiB.
-    assert head.memory_in_fresh_process("eager", key, 1) >= 16 << 20
+    assert head.memory_in_fresh_process("bench.head", "eager", key, 1) >= 16 << 20
 
 
 def test_fastpo_and_eager_agree_by_the_three_way_rule():
