@@ -205,6 +205,7 @@ def plan_head(
     return tiles, schedule, why
 
 
+@functools.lru_cache(maxsize=256)  # a loss on a trained head asks at every step
 def most_kept_tokens(vocab_size: int, **options: Any) -> int:
     """How many tokens' logits fit the workspace, so that a trained head costs 3 products.
 

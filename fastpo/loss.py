@@ -46,14 +46,6 @@ _REMEDY = {
     "error": "denoising errors are no scores of a language model: call the objective's function",
 }
 _DIVERGENCES = ("kl", "kl_reverse")
-_PER_TOKEN = (
-    "ref_logps",
-    "ref2_logps",
-    "old_logps",
-    "token_weights",
-    "token_rewards",
-    "kl_weights",
-)
 # What stands before or after a score's own name: mean_ratio, gold_logps, token_ref_logps.
 _PREFIXES = ("mean_", "token_")
 
@@ -331,11 +323,11 @@ class PreferenceLoss(nn.Module):
             reference = ref_weight, ref_bias
             stats = self._token_stats(head, tokens, low, reference, into, options)
             of_reference = stats.pop("ref_logps", tokens["ref_logps"])
-            per_token = {name: tokens[name] for name in _PER_TOKEN} | {"ref_logps": of_reference}
+            mine = {name: tokens[name] for name in per_token} | {"ref_logps": of_reference}
             scores = score_responses(
                 stats,
                 segments,
-                **per_token,
+                **mine,
                 per_token=any(name.startswith("token_") for name in self.needs),
                 backend=backend,
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -175,9 +174,7 @@ def preference_loss(rank: int, ranks: int, cut: bool = True, dtype=torch.float32
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request, tmp_path_factory) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = child.free_port()
     processes = [
         child.start(one_rank, rank, request.param, port, str(folder))
         for rank in range(request.param)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -127,3 +128,10 @@ def start(target: Callable[..., None], *args: Any) -> Any:
     process = context.Process(target=target, args=args, daemon=True)
     process.start()
     return process
+
+
+def free_port() -> int:
+    """A port that nobody has, for processes that are to meet there."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

@@ -130,11 +130,8 @@ def test_two_ranks_are_one(
     with exact ones as 1 x 8 x 1: they do not see the cut, nor that into rows of 45 tokens, where
     one rank's two groups fit one row and the other's do not.
     """
-    import socket
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = child.free_port()
     two = str(tmp_path / "two")
     budget = {"batch_statistics": statistics, "max_tokens_per_row": row}
     ranks = [child.start(two_ranks, rank, port, two, budget) for rank in (0, 1)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -160,9 +159,7 @@ def one_rank(rank: int, port: int, folder: str) -> None:
 
 
 def test_two_ranks_are_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = child.free_port()
     ranks = [child.start(one_rank, rank, port, str(tmp_path / "two")) for rank in (0, 1)]
     options = {"max_steps": 2, "per_device_train_batch_size": 4}
     plain = outcome(made(tmp_path / "one", **options))[1:]
