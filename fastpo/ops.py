@@ -18,17 +18,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from fastpo.sharding import Shard
-from fastpo.tiles import (
-    Heads,
-    Kept,
-    Link,
-    Tiles,
-    accumulator,
-    add_matmul_,
-    blocks,
-    matmul,
-)
-from fastpo.torch_tiles import TorchTiles
+from fastpo.tiles import NOTHING_KEPT, Heads, Kept, Link, Tiles, accumulator, blocks
+from fastpo.torch_tiles import TorchTiles, p_alone
 from fastpo.triton_tiles import TritonTiles
 
 _TENSORS = len(Heads._fields)
@@ -109,8 +100,8 @@ def linear_stats(*args: Any) -> list[Tensor]:
         stats, buffers = plan.tiles.forward(
             heads, plan.link, plan.found, grads, plan.row_block, plan.vocab_block, keep
         )
-    waiting = () if keep is None else keep
-    return [stats[n] for n in plan.found] + buffers + [t for t in waiting if t is not None]
+    waiting = _flat(keep, heads.hidden) if plan.late else []
+    return [stats[n] for n in plan.found] + buffers + waiting
 
 
 torch.library.impl("fastpo::linear_stats", "CompositeExplicitAutograd", linear_stats)
@@ -123,31 +114,41 @@ def _(*args: Any) -> list[Tensor]:
     stats = [heads.labels.new_empty(heads.labels.shape, dtype=acc) for _ in plan.found]
     frozen = plan.schedule == "frozen"
     buffers = [torch.empty_like(heads.hidden, dtype=acc) for _ in plan.grads if frozen]
-    return stats + buffers + [t for t in _to_keep(heads, plan) or () if t is not None]
+    waiting = _flat(_to_keep(heads, plan), heads.hidden) if plan.late else []
+    return stats + buffers + waiting
 
 
-def _kept_shapes(heads: Heads, plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Of the fields of `Kept` that this pass has."""
-    if not plan.late or not (plan.kept or plan.skip_below):
-        return {}
-    n, slices = heads.labels.shape[0], -(-heads.weight.shape[0] // plan.vocab_block)
-    shapes: dict[str, tuple[int, ...]] = {"logits": (n, plan.kept)}
-    if heads.ref_hidden is not None:
-        shapes["ref_logits"] = n, plan.kept
-    elif plan.backend == "torch" and plan.softcap is None and set(plan.grads) <= {"logps", "lse"}:
-        shapes["shifts"] = -(-plan.kept // plan.vocab_block), n
-    if plan.skip_below:
-        shapes["shares"] = slices, n
-    return shapes
+def _to_keep(heads: Heads, plan: Plan) -> Kept:
+    """Room for what waits for the backward pass."""
+    if not plan.late:
+        return NOTHING_KEPT
+    n, vocab_size = heads.labels.shape[0], heads.weight.shape[0]
+    # The plan is one for all ranks, whose rows may be fewer.
+    columns = min(plan.kept, vocab_size)
+
+    def room(*shape: int) -> Tensor:
+        return heads.hidden.new_empty(shape, dtype=accumulator(heads.hidden.dtype))
+
+    shares = room(-(-vocab_size // plan.vocab_block), n) if plan.skip_below else None
+    if not columns:
+        return Kept(shares=shares)
+    if plan.backend == "torch" and p_alone(heads, plan.link, plan.grads):
+        slices = tuple(room(n, hi - lo) for lo, hi in blocks(columns, plan.vocab_block))
+        return Kept(shifts=room(len(slices), n), shares=shares, exponentials=slices)
+    ref_logits = None if heads.ref_hidden is None else room(n, columns)
+    return Kept(room(n, columns), ref_logits, shares=shares)
 
 
-def _to_keep(heads: Heads, plan: Plan) -> Kept | None:
-    """Room for what waits for the backward pass, or None where that is nothing."""
-    acc = accumulator(heads.hidden.dtype)
-    shapes = _kept_shapes(heads, plan)
-    if not shapes:
-        return None
-    return Kept(**{name: heads.hidden.new_empty(s, dtype=acc) for name, s in shapes.items()})
+def _flat(kept: Kept, like: Tensor) -> list[Tensor]:
+    """`kept` as an operator's list, which has no None: an empty vector stands for it."""
+    return [like.new_empty(0) if t is None else t for t in kept[:-1]] + list(kept.exponentials)
+
+
+def _from_flat(tensors: list[Tensor]) -> Kept:
+    """The inverse of `_flat`."""
+    fixed = len(Kept._fields) - 1
+    logits, ref_logits, shifts, shares = (t if t.dim() > 1 else None for t in tensors[:fixed])
+    return Kept(logits, ref_logits, shifts, shares, tuple(tensors[fixed:]))
 
 
 def linear_stats_backward(*args: Any, into: Tensor | None = None) -> list[Tensor]:
@@ -159,14 +160,13 @@ def linear_stats_backward(*args: Any, into: Tensor | None = None) -> list[Tensor
     saved, cotangents, needs = args[-3:]
     heads, plan = Heads(*args[:_TENSORS]), Plan(*args[_TENSORS:-3])
     stats = dict(zip(plan.found, saved, strict=False))
-    waiting = dict(zip(_kept_shapes(heads, plan), saved[len(plan.found) :], strict=True))
     with torch.autocast(heads.hidden.device.type, enabled=False):
         return _backward_by_vocabulary(
             heads,
             plan,
             stats,
             dict(zip(plan.grads, cotangents, strict=True)),
-            Kept(**waiting) if waiting else None,
+            _from_flat(saved[len(plan.found) :]),
             dict(zip(Heads._fields, needs, strict=True)),
             into,
         )
@@ -193,43 +193,32 @@ def _backward_by_vocabulary(
     plan: Plan,
     stats: Mapping[str, Tensor],
     cotangents: Mapping[str, Tensor],
-    kept: Kept | None,
+    kept: Kept,
     needs: Mapping[str, bool],
     into: Tensor | None,
 ) -> list[Tensor]:
-    acc, dtype = accumulator(heads.hidden.dtype), heads.hidden.dtype
-    tiles, fields = plan.tiles, heads._asdict()
-    of_columns = [n for n in ("weight", "bias", "lora_b") if needs[n]]
-    grads = {n: torch.empty_like(fields[n]) for n in of_columns if n != "weight" or into is None}
-    grad_hidden = torch.zeros_like(heads.hidden, dtype=acc) if needs["hidden"] else None
+    tiles, shard, fields = plan.tiles, plan.shard, heads._asdict()
+    adds = {n: n == "weight" and into is not None for n in ("weight", "bias", "lora_b") if needs[n]}
+    grads = {n: torch.empty_like(fields[n]) for n, add in adds.items() if not add}
+    targets = grads if into is None else {**grads, "weight": into}
+    if needs["hidden"]:
+        acc = accumulator(heads.hidden.dtype)
+        grads["hidden"] = torch.zeros_like(heads.hidden, dtype=acc)
     for i, (lo, hi) in enumerate(blocks(heads.weight.shape[0], plan.vocab_block)):
-        part, first = heads.columns(lo, hi), plan.shard.first + lo
-        mine = None if kept is None or hi > plan.kept else kept.slice(i, lo, hi)
-        g, s, rows = cotangents, stats, None
-        if kept is not None and kept.shares is not None:
+        part, mine, rows = heads.columns(lo, hi), kept.slice(i, lo, hi), None
+        g, s = cotangents, stats
+        if kept.shares is not None:
             rows = (kept.shares[i] > plan.skip_below).nonzero().squeeze(1)
-            part, mine = part.pick(rows), None if mine is None else mine.pick(rows)
+            part, mine = part.pick(rows), None if mine is None else mine.rows(rows)
             g, s = ({n: t[rows] for n, t in of.items()} for of in (g, s))
-        c = tiles.coefficients(part, plan.link, s, g, first, plan.shard.vocab_size, mine)
-        if grad_hidden is not None:
-            part.add_gradient_(grad_hidden, c, rows)
+        c = tiles.coefficients(part, plan.link, s, g, shard.first + lo, shard.vocab_size, mine)
+        if needs["hidden"]:
+            c.add_hidden_(grads["hidden"], part, rows)
         for name, states in (("weight", part.states), ("lora_b", part.low)):
-            if not needs[name]:
-                continue
-            c_half = c.to(dtype) if c.is_cuda else c
-            if name == "weight" and into is not None:
-                if into.dtype == acc:
-                    add_matmul_(into[lo:hi], c.T, states)
-                else:
-                    into[lo:hi] = matmul(c_half.T, states).add_(into[lo:hi])
-            elif c.dtype == dtype:
-                torch.mm(c.T, states, out=grads[name][lo:hi])
-            else:
-                grads[name][lo:hi] = matmul(c_half.T, states)
-        if "bias" in grads:
-            grads["bias"][lo:hi] = c.sum(dim=0, dtype=acc)
-    if grad_hidden is not None:
-        grads["hidden"] = grad_hidden
+            if needs[name]:
+                c.put_columns_(targets[name][lo:hi], states, add=adds[name])
+        if needs["bias"]:
+            c.put_sums_(grads["bias"][lo:hi])
     return [grads[name] for name in Heads._fields if name in grads]
 
 

@@ -153,10 +153,12 @@ class Heads(NamedTuple):
         index = self.labels - first
         inside = (index >= 0) & (index < len(self.weight))
         index = index.clamp(0, len(self.weight) - 1)
+        return inside, self.of(index), None if self.bias is None else self.bias[index][:, None]
+
+    def of(self, index: Tensor) -> Tensor:
+        """[n, D (+ r)], the head's rows `index`."""
         rows = self.weight[index]
-        if self.lora_b is not None:
-            rows = torch.cat([rows, self.lora_b[index]], dim=1)
-        return inside, rows, None if self.bias is None else self.bias[index][:, None]
+        return rows if self.lora_b is None else torch.cat([rows, self.lora_b[index]], dim=1)
 
     def reference(self) -> Heads | None:
         """The reference as a pass of its own."""
@@ -189,6 +191,14 @@ class Heads(NamedTuple):
                 add_matmul_(products[:, lo:hi], self.low, self.lora_b[lo:hi].T)
         return products
 
+    def gradient(self, coefficients: Tensor) -> Tensor:
+        """[N, D (+ r)] d loss / d hidden of these columns."""
+        if self.lora_b is None and self.weight.dtype == coefficients.dtype:
+            return coefficients @ self.weight  # without filling zeros, .8 % of a trained step
+        out = coefficients.new_zeros(self.hidden.shape)
+        self.add_gradient_(out, coefficients)
+        return out
+
     def add_gradient_(self, out: Tensor, coefficients: Tensor, rows: Tensor | None = None) -> None:
         """out [N, D (+ r)] += d loss / d hidden of these columns, for all rows or for some."""
         if rows is not None:
@@ -202,34 +212,98 @@ class Heads(NamedTuple):
             add_matmul_(out[:, width:], coefficients, self.lora_b)
 
 
-class Kept(NamedTuple):
-    """What of the first K columns waits for the backward pass, so that it need not be recomputed.
+class KeptSlice(NamedTuple):
+    """What of a slice of the vocabulary, or of all of it, waits for the backward pass."""
 
-    Exponentials save the backward its own: they do wherever p alone makes the coefficients.
+    logits: Tensor  # [N, Vs] z, or h.W by kernels; with a shift exp(z - shift), 0 at the label
+    ref_logits: Tensor | None = None  # [N, Vs] of the reference
+    shift: Tensor | None = None  # [N]
+
+    def rows(self, index: slice | Tensor) -> KeptSlice:
+        """The same of some tokens."""
+        return KeptSlice(*(None if t is None else t[index] for t in self))  # pyright: ignore[reportArgumentType]
+
+
+class Kept(NamedTuple):
+    """What waits for the backward pass, so that it need not be recomputed.
+
+    Where p alone makes the coefficients, exponentials do, and spare the backward pass its own. Each
+    slice of them is a tensor: an allocator reuses blocks of that size, while 192 MiB at once would
+    be mapped and unmapped by every step, for .08 s on a CPU.
     """
 
-    logits: Tensor  # [N, K] z, or h.W by kernels; with shifts exp(z - shift), 0 at the label
-    ref_logits: Tensor | None = None  # [N, K] of the reference
-    shifts: Tensor | None = None  # [slices, N], of one slice [N]
+    logits: Tensor | None = None  # [N, K] of the first K columns
+    ref_logits: Tensor | None = None
+    shifts: Tensor | None = None  # [slices, N]
     shares: Tensor | None = None  # [all slices, N], sum of p; infinite where the label is
+    exponentials: tuple[Tensor, ...] = ()  # [N, S] of each slice
 
-    def slice(self, index: int, lo: int, hi: int) -> Kept:
-        """Of slice number `index`, columns lo:hi."""
-        ref, shifts = self.ref_logits, self.shifts
-        return Kept(
-            self.logits[:, lo:hi],
-            None if ref is None else ref[:, lo:hi],
-            None if shifts is None else shifts[index],
-        )
+    def whole(self) -> KeptSlice | None:
+        """The logits of the first K columns, if these are kept."""
+        return None if self.logits is None else KeptSlice(self.logits, self.ref_logits)
 
-    def rows(self, lo: int, hi: int) -> Kept:
-        """The logits of tokens lo:hi."""
+    def slice(self, index: int, lo: int, hi: int) -> KeptSlice | None:
+        """What there is of slice number `index`, columns lo:hi."""
+        if self.shifts is not None and index < len(self.exponentials):
+            return KeptSlice(self.exponentials[index], shift=self.shifts[index])
+        if self.logits is None or hi > self.logits.shape[1]:
+            return None
         ref = self.ref_logits
-        return Kept(self.logits[lo:hi], None if ref is None else ref[lo:hi])
+        return KeptSlice(self.logits[:, lo:hi], None if ref is None else ref[:, lo:hi])
 
-    def pick(self, index: Tensor) -> Kept:
-        """Of a slice, the rows `index`."""
-        return Kept(*(None if t is None else t[index] for t in self))  # pyright: ignore[reportArgumentType]
+
+NOTHING_KEPT = Kept()
+
+
+class Coefficients(NamedTuple):
+    """C [N, Vs] = scale * slab, and single elements that are 0 in it.
+
+    Kept exponentials are such a slab. It meets the two products and nothing else: a pass over it
+    to scale it would be 2 % of a step, and what takes the scale instead is [N, D].
+    """
+
+    slab: Tensor
+    scale: Tensor | None = None  # [N, 1]
+    elements: tuple[Tensor, Tensor, Tensor] | None = None  # tokens [n], columns [n], values [n, 1]
+
+    def add_hidden_(self, out: Tensor, part: Heads, rows: Tensor | None) -> None:
+        """out [N, D (+ r)] += C W for the columns of `part`; C has all of its rows or `rows`."""
+        if self.scale is None or self.elements is None:
+            part.add_gradient_(out, self.slab, rows)
+            return
+        some, (tokens, columns, values) = part.gradient(self.slab), self.elements
+        of_labels = part.of(columns).to(out.dtype) * values
+        if rows is None:
+            out.addcmul_(some, self.scale).index_add_(0, tokens, of_labels)
+        else:
+            some.mul_(self.scale).index_add_(0, tokens, of_labels)
+            out.index_add_(0, rows, some)
+
+    def put_columns_(self, out: Tensor, states: Tensor, *, add: bool) -> None:
+        """out [Vs, D] = C^T states, or += where `add`; summed in the accumulator, rounded once."""
+        acc = accumulator(states.dtype)
+        c = self.slab.T.to(states.dtype) if self.slab.is_cuda else self.slab.T
+        scaled = states if self.scale is None else states.to(acc) * self.scale
+        if out.dtype == acc:
+            total = add_matmul_(out, c, scaled) if add else matmul(c, scaled, out)
+        elif out.dtype == c.dtype and not add:
+            total = torch.mm(c, scaled, out=out)
+        else:
+            total = matmul(c, scaled)
+        if self.elements is not None:
+            tokens, columns, values = self.elements
+            total.index_add_(0, columns, states[tokens].to(acc) * values)
+        if total is not out:
+            out.copy_(total.add_(out) if add else total)
+
+    def put_sums_(self, out: Tensor) -> None:
+        """out [Vs] = C summed over its tokens in the accumulator, rounded once."""
+        if self.scale is None or self.elements is None:
+            out.copy_(self.slab.sum(dim=0, dtype=accumulator(self.slab.dtype)))
+            return
+        _, columns, values = self.elements
+        sums = torch.mv(self.slab.T, self.scale.squeeze(1))
+        out.copy_(sums.index_add_(0, columns, values.squeeze(1)))
 
 
 class Tiles(Protocol):
@@ -258,7 +332,7 @@ class Tiles(Protocol):
         grads: tuple[str, ...],
         row_block: int,
         vocab_block: int,
-        keep: Kept | None = None,
+        keep: Kept = NOTHING_KEPT,
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Statistics [N], and r = d stat / d hidden [N, D] in the accumulator for each of `grads`.
 
@@ -277,9 +351,9 @@ class Tiles(Protocol):
         cotangents: Mapping[str, Tensor],
         first: int,
         vocab_size: int,
-        kept: Kept | None = None,
-    ) -> Tensor:
-        """C [N, Vs] of the vocabulary slice that starts at `first`, and what was kept of it."""
+        kept: KeptSlice | None = None,
+    ) -> Coefficients:
+        """C [N, Vs] of the vocabulary slice that starts at `first`, of which `kept` may be had."""
         ...
 
 

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from fastpo.online import LARGEST_SLAB, online_statistics
 from fastpo.sharding import Shard
-from fastpo.tiles import UPCAST_ROWS, Heads, Kept, Link, accumulator, blocks, forward_by_rows
+from fastpo.tiles import (
+    NOTHING_KEPT,
+    UPCAST_ROWS,
+    Coefficients,
+    Heads,
+    Kept,
+    KeptSlice,
+    Link,
+    accumulator,
+    blocks,
+    forward_by_rows,
+)
 
 
 class TorchTiles:
@@ -42,7 +53,7 @@ class TorchTiles:
         grads: tuple[str, ...],
         row_block: int,
         vocab_block: int,
-        keep: Kept | None = None,
+        keep: Kept = NOTHING_KEPT,
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         if heads.ref_hidden is None and grads in ((), ("logps",)):
             stats, gradient = online_statistics(
@@ -63,10 +74,10 @@ class TorchTiles:
             own, reference = link.of(part), part.reference()
             z = logit_slab(part, own)
             z_ref = None if reference is None else logit_slab(reference, own)
-            if keep is not None:
+            if keep.logits is not None:
                 keep.logits[lo:hi] = z
-                if keep.ref_logits is not None and z_ref is not None:
-                    keep.ref_logits[lo:hi] = z_ref
+            if keep.ref_logits is not None and z_ref is not None:
+                keep.ref_logits[lo:hi] = z_ref
             return self._from_logits(z, z_ref, part.labels, own, want, grads)
 
         return forward_by_rows(step, heads, grads, row_block)
@@ -79,30 +90,27 @@ class TorchTiles:
         cotangents: Mapping[str, Tensor],
         first: int,
         vocab_size: int,
-        kept: Kept | None = None,
-    ) -> Tensor:
+        kept: KeptSlice | None = None,
+    ) -> Coefficients:
         link = link.of(heads)
+        if p_alone(heads, link, cotangents):
+            return _of_exponentials(heads, link, stats, cotangents, first, kept)
         if kept is None:
             reference = heads.reference()
-            kept = Kept(
+            kept = KeptSlice(
                 logit_slab(heads, link), None if reference is None else logit_slab(reference, link)
             )
         # Nothing in place: a graph kept by the caller may be walked twice.
-        log_p = ref = None
-        if kept.shifts is None:
-            log_p = (kept.logits - stats["lse"][:, None]).sub_(stats["lse_rest"][:, None])
-            p, slope = log_p.exp(), link.derivative(kept.logits)
-        else:
-            p = kept.logits * (kept.shifts - stats["lse"] - stats["lse_rest"]).exp()[:, None]
-            _at_label_(p, heads.labels, first, stats["logps"].exp()[:, None])
-            slope = link.derivative(stats["lse"][:, None])
+        log_p = (kept.logits - stats["lse"][:, None]).sub_(stats["lse_rest"][:, None])
+        p, slope, ref = log_p.exp(), link.derivative(kept.logits), None
         if kept.ref_logits is not None:
             log_ref = kept.ref_logits - stats["ref_lse"][:, None]
             log_ref -= stats["ref_lse_rest"][:, None]
             ref = log_ref.exp(), log_ref
-        return _coefficients_(
+        c = _coefficients_(
             p, log_p, ref, heads.labels, stats, cotangents, slope, first, vocab_size, link.jsd_beta
         )
+        return Coefficients(c)
 
     def _from_logits(
         self,
@@ -199,9 +207,43 @@ def logit_slab(heads: Heads, link: Link) -> Tensor:
     return link.apply_(products, heads.bias)
 
 
+def p_alone(heads: Heads, link: Link, grads: Collection[str]) -> bool:
+    """Whether C is p times a number for each token, off the labels, and a CPU is to form it.
+
+    On a GPU products take the coefficients in half precision, rounded with all of their factors.
+    """
+    alone = link.softcap is None and heads.ref_hidden is None and {"logps", "lse"}.issuperset(grads)
+    return alone and not heads.hidden.is_cuda
+
+
+def _of_exponentials(
+    heads: Heads,
+    link: Link,
+    stats: Mapping[str, Tensor],
+    cotangents: Mapping[str, Tensor],
+    first: int,
+    kept: KeptSlice | None,
+) -> Coefficients:
+    """C where it is `p_alone`, from kept exponentials or in the place of logits."""
+    shift = stats["lse"] if kept is None or kept.shift is None else kept.shift
+    zero = torch.zeros_like(shift)
+    g_logps, g_lse = (cotangents.get(name, zero) for name in ("logps", "lse"))
+    slope = link.derivative(shift[:, None])
+    scale = ((g_lse - g_logps) * (shift - stats["lse"] - stats["lse_rest"]).exp())[:, None] * slope
+    # 1 - p_y from log p_y: the difference itself would lose every digit of a confident token.
+    at_label = g_lse * stats["logps"].exp() - g_logps * stats["logps"].expm1()
+    at_label = at_label[:, None] * slope
+    column, inside = _label_columns(heads.labels, first, heads.weight.shape[0])
+    if kept is None:
+        c = logit_slab(heads, link).sub_(shift[:, None]).exp_().mul_(scale)
+        return Coefficients(c.scatter_(1, column, at_label.where(inside, c.gather(1, column))))
+    tokens = inside.squeeze(1).nonzero().squeeze(1)
+    return Coefficients(kept.logits, scale, (tokens, column.squeeze(1)[tokens], at_label[tokens]))
+
+
 def _coefficients_(
     p: Tensor,
-    log_p: Tensor | None,
+    log_p: Tensor,
     ref: tuple[Tensor, Tensor] | None,
     labels: Tensor,
     stats: Mapping[str, Tensor],
@@ -218,24 +260,23 @@ def _coefficients_(
         if name in g:
             factor = factor + g[name]
     if "entropy" in g:
-        assert log_p is not None
         factor = (log_p + stats["entropy"][:, None]).mul_(-g["entropy"]).add_(factor)
     if "kl_policy_ref" in g:
-        assert log_p is not None and ref is not None  # noqa: PT018
+        assert ref is not None
         difference = log_p - ref[1]
         difference -= stats["kl_policy_ref"][:, None]
         factor = difference.mul_(g["kl_policy_ref"]).add_(factor)
     if "jsd" in g:
-        assert log_p is not None and ref is not None  # noqa: PT018
+        assert ref is not None
         excess = log_mixture_(ref[1] - log_p, jsd_beta).add_(stats["kl_policy_mix"][:, None])
         factor = excess.mul_(g["jsd"] * (jsd_beta - 1)).add_(factor)
     if "logps" in g:
-        index, _ = _label_columns(labels, first, p.shape[1])
+        index, inside = _label_columns(labels, first, p.shape[1])
         # 1 - p_y from log p_y: the difference itself would lose every digit of a confident token.
         at_label = p.gather(1, index) * factor.expand_as(p).gather(1, index)
         at_label -= g["logps"] * stats["logps"][:, None].expm1()
         p *= factor - g["logps"]
-        _at_label_(p, labels, first, at_label)
+        p.scatter_(1, index, torch.where(inside, at_label, p.gather(1, index)))
     else:
         p *= factor
     if "kl_ref_policy" in g:
@@ -244,12 +285,6 @@ def _coefficients_(
     if "mean_logit" in g:
         p += g["mean_logit"] / vocab_size
     return p.mul_(slope)
-
-
-def _at_label_(slab: Tensor, labels: Tensor, first: int, value: Tensor) -> None:
-    """Write [N, 1] values into the labels' columns of a slice that starts at column `first`."""
-    index, inside = _label_columns(labels, first, slab.shape[1])
-    slab.scatter_(1, index, torch.where(inside, value, slab.gather(1, index)))
 
 
 def _label_columns(labels: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpo.tiles import Heads, Kept, Link, forward_by_rows
+from fastpo.tiles import (
+    NOTHING_KEPT,
+    Coefficients,
+    Heads,
+    Kept,
+    KeptSlice,
+    Link,
+    forward_by_rows,
+)
 
 # Below this many rows a matrix product no longer fills a GPU; the fused kernel then wins.
 _THIN_SLAB = 128
@@ -42,10 +50,10 @@ class TritonTiles:
         grads: tuple[str, ...],
         row_block: int,
         vocab_block: int,
-        keep: Kept | None = None,
+        keep: Kept = NOTHING_KEPT,
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         thin = row_block < min(_THIN_SLAB, heads.labels.numel())
-        if thin and not grads and heads.ref_hidden is None and keep is None:
+        if thin and not grads and heads.ref_hidden is None and keep.logits is None:
             from fastpo.kernels.linear_stats import linear_stats
 
             stats = linear_stats(
@@ -59,9 +67,11 @@ class TritonTiles:
             )
             return {name: stats[name] for name in want}, []
 
+        kept = keep.whole()
+
         def step(part: Heads, lo: int, hi: int) -> tuple[dict[str, Tensor], list[Tensor]]:
-            kept = None if keep is None else keep.rows(lo, hi)
-            return self._row_block(part, link, want, grads, kept)
+            mine = None if kept is None else kept.rows(slice(lo, hi))
+            return self._row_block(part, link, want, grads, mine)
 
         return forward_by_rows(step, heads, grads, row_block)
 
@@ -71,7 +81,7 @@ class TritonTiles:
         link: Link,
         want: tuple[str, ...],
         grads: tuple[str, ...],
-        keep: Kept | None,
+        keep: KeptSlice | None,
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         from fastpo.kernels.divergence import divergence, divergence_coefficients
         from fastpo.kernels.logits_epilogue import logits_epilogue
@@ -120,15 +130,15 @@ class TritonTiles:
         cotangents: Mapping[str, Tensor],
         first: int,
         vocab_size: int,
-        kept: Kept | None = None,
-    ) -> Tensor:
+        kept: KeptSlice | None = None,
+    ) -> Coefficients:
         from fastpo.kernels.divergence import divergence_coefficients
         from fastpo.kernels.linear_coefficients import linear_coefficients
 
         reference = heads.reference()
         if reference is not None:
             ref_products = None if kept is None else kept.ref_logits
-            return divergence_coefficients(
+            slab = divergence_coefficients(
                 heads.products() if kept is None else kept.logits,
                 reference.products() if ref_products is None else ref_products,
                 heads.labels,
@@ -142,7 +152,8 @@ class TritonTiles:
                 jsd_beta=link.jsd_beta,
                 out_dtype=heads.hidden.dtype,
             )
-        return linear_coefficients(
+            return Coefficients(slab)
+        slab = linear_coefficients(
             heads.hidden,
             heads.weight,
             heads.labels,
@@ -159,3 +170,4 @@ class TritonTiles:
             **_facts(heads, link),
             out_dtype=heads.hidden.dtype,
         )
+        return Coefficients(slab)

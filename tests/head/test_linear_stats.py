@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from fastpo import linear_cross_entropy, linear_logps, linear_stats, logps_from_logits
+from fastpo.head import plan_head
 from fastpo.tiles import DIFFERENTIABLE
+from fastpo.torch_tiles import TorchTiles
 from tests.numerics import assert_three_way
 
 N, D, V = 63, 31, 507
@@ -149,6 +151,35 @@ def test_three_way(dtype, leaves, workspace, facts, names):
         assert our_grads[leaf].dtype == dtype
         same = [grads[leaf] for _, grads in plains]
         assert_three_way(our_grads[leaf], same, true_grads[leaf], f"d{leaf}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("names", [("logps",), ("logps", "lse")], ids="+".join)
+@pytest.mark.parametrize("workspace_columns", [V + 2 * 50, 300])
+def test_kept_slices_under_a_rising_maximum(dtype, names, workspace_columns, monkeypatch):
+    """Every slice has a shift of its own; the first two have no finite logit at all."""
+    monkeypatch.setattr("fastpo.schedules._LEAST_COLUMNS", 50)
+    monkeypatch.setattr(TorchTiles, "largest_slab", 50 * N)
+    workspace = workspace_columns * N * 4 / 2**20
+    schedule = plan_head(N, V, device="cpu", needs_head=True, workspace_mib=workspace)[1]
+    assert (schedule.vocab_block, schedule.kept) == (50, V if workspace_columns > V else 200)
+    x = inputs(dtype)
+    del x["ref_hidden"]
+    # Below -88, where exp(0 - lse) is infinite in float32.
+    x["bias"] = torch.linspace(-300, -200, V).to(dtype)
+    x["bias"][:100] = -torch.inf
+    x["labels"] = x["labels"].clamp(min=100)
+    leaves = ("hidden", "weight", "bias")
+    wide = {k: t if k == "labels" else t.double() for k, t in x.items()}
+    ours, our_grads = gradients(
+        linear_stats, x, leaves, names, stats=names, workspace_mib=workspace
+    )
+    same, same_grads = gradients(plain, x, leaves, names)
+    truth, true_grads = gradients(plain, wide, leaves, names)
+    for name in names:
+        assert_three_way(ours[name], same[name].float(), truth[name], name)
+    for leaf in leaves:
+        assert_three_way(our_grads[leaf], same_grads[leaf], true_grads[leaf], f"d{leaf}")
 
 
 @pytest.mark.parametrize("p_label", [0.5, 0.9, 0.99, 0.999, 0.9999])

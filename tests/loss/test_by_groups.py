@@ -80,6 +80,23 @@ def run(
     return out, list(torch.autograd.grad(3 * out.loss, leaves))
 
 
+def plain_mixture(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """(loss, gradients of 3 * loss) of "mixture" on full logits, with every sum in `dtype`."""
+    _, arguments, leaves = make("mixture", dtype)
+    (hidden, weight, bias), segments = leaves, arguments["segments"]
+    valid = arguments["labels"] >= 0
+    labels = arguments["labels"].clamp(min=0)[:, None]
+    logps = (hidden @ weight.T + bias).log_softmax(1).gather(1, labels).squeeze(1)
+    responses = [(segments.response == r) & valid for r in range(segments.num_responses)]
+    sums = torch.stack([logps[r].sum() for r in responses])[segments.grid]
+    tokens = torch.stack([r.sum() for r in responses])[segments.grid]
+    chosen, rejected = (sums / tokens.clamp(min=1)).unbind(1)
+    simpo = -nn.functional.logsigmoid(2.0 * (chosen - rejected) - 0.5)
+    loss = 0.7 * (segments.weight * simpo).mean()
+    loss = loss - 0.3 * (segments.weight * sums[:, 0]).sum() / tokens[:, 0].sum()
+    return loss.detach(), list(torch.autograd.grad(3 * loss, leaves))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_numbers(name):
     ours, grads = run(name, torch.float32, SMALL)
