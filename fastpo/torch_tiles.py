@@ -233,10 +233,11 @@ def _of_exponentials(
     # 1 - p_y from log p_y: the difference itself would lose every digit of a confident token.
     at_label = g_lse * stats["logps"].exp() - g_logps * stats["logps"].expm1()
     at_label = at_label[:, None] * slope
-    column, inside = _label_columns(heads.labels, first, heads.weight.shape[0])
     if kept is None:
         c = logit_slab(heads, link).sub_(shift[:, None]).exp_().mul_(scale)
-        return Coefficients(c.scatter_(1, column, at_label.where(inside, c.gather(1, column))))
+        _put_at_labels_(c, heads.labels, first, at_label)
+        return Coefficients(c)
+    column, inside = _label_columns(heads.labels, first, heads.weight.shape[0])
     tokens = inside.squeeze(1).nonzero().squeeze(1)
     return Coefficients(kept.logits, scale, (tokens, column.squeeze(1)[tokens], at_label[tokens]))
 
@@ -271,12 +272,12 @@ def _coefficients_(
         excess = log_mixture_(ref[1] - log_p, jsd_beta).add_(stats["kl_policy_mix"][:, None])
         factor = excess.mul_(g["jsd"] * (jsd_beta - 1)).add_(factor)
     if "logps" in g:
-        index, inside = _label_columns(labels, first, p.shape[1])
+        index, _ = _label_columns(labels, first, p.shape[1])
         # 1 - p_y from log p_y: the difference itself would lose every digit of a confident token.
         at_label = p.gather(1, index) * factor.expand_as(p).gather(1, index)
         at_label -= g["logps"] * stats["logps"][:, None].expm1()
         p *= factor - g["logps"]
-        p.scatter_(1, index, torch.where(inside, at_label, p.gather(1, index)))
+        _put_at_labels_(p, labels, first, at_label)
     else:
         p *= factor
     if "kl_ref_policy" in g:
@@ -285,6 +286,12 @@ def _coefficients_(
     if "mean_logit" in g:
         p += g["mean_logit"] / vocab_size
     return p.mul_(slope)
+
+
+def _put_at_labels_(slab: Tensor, labels: Tensor, first: int, values: Tensor) -> None:
+    """Write [N, 1] values into the labels' columns of a slice that starts at column `first`."""
+    index, inside = _label_columns(labels, first, slab.shape[1])
+    slab.scatter_(1, index, torch.where(inside, values, slab.gather(1, index)))
 
 
 def _label_columns(labels: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor]:
