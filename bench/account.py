@@ -68,8 +68,8 @@ def work(report: Report, shape: tuple[int, int, int]) -> Work | None:
         return Work(2 * d * slab, 2 * (n + v) * d, rows * math.ceil(columns / BLOCKS), tiles)
     if kernel == "coefficients_kernel":
         return Work(2 * d * slab, 2 * (n + v) * d + 2 * slab, tiles, tiles)
-    if kernel == "coefficients_kernel kept":
-        return Work(0, (4 + 2) * slab, tiles, tiles)
+    if kernel == "kept_kernel":
+        return Work(0, (4 + 2) * slab, rows, tiles)
     if kernel == "divergence_coefficients_kernel":
         return Work(0, (4 + 4 + 2) * slab, tiles, tiles)
     # A second sweep over both heads' products where the mixture is asked for.

@@ -216,7 +216,7 @@ def planned_products(inputs: Inputs, task: str, mode: str) -> float:
     """What fastpo's plan says; its GPU kernels do products that no BLAS call shows."""
     _, schedule, _ = plan_head(
         len(inputs.labels),
-        inputs.weight.shape[0],
+        *inputs.weight.shape,
         device=inputs.hidden.device,
         dtype=inputs.hidden.dtype,
         needs_hidden=mode != "forward",

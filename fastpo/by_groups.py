@@ -55,11 +55,13 @@ def by_groups(
     """
     weight = head["weight"]
     assert weight is not None
-    acc = accumulator(weight.dtype)
+    acc, kind = accumulator(weight.dtype), weight.device.type
+    # Cast here, once: `linear_stats` would for every interval, 3 GB at V 128256, D 4096.
+    computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     into = torch.zeros_like(weight, dtype=acc) if weight.requires_grad else None
     # Small ones are summed over the intervals in the accumulator too.
     shared = {
-        name: t.detach().to(t.dtype if name == "weight" else acc).requires_grad_(t.requires_grad)
+        name: t.detach().to(computed if name == "weight" else acc).requires_grad_(t.requires_grad)
         for name, t in head.items()
         if t is not None
     }

@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastpo.ops import LinearStats, Plan
-from fastpo.schedules import Schedule, choose_schedule
+from fastpo.schedules import Schedule, auto_workspace_mib, choose_schedule
 from fastpo.sharding import Shard, cut, is_cut, whole
 from fastpo.tiles import (
     DIFFERENTIABLE,
@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 TokenStats: TypeAlias = dict[str, Tensor]
 Backend = Literal["auto", "torch", "triton"]
+Workspace = float | Literal["auto"]
 
 
 class Lora(NamedTuple):
@@ -173,6 +174,7 @@ def _say_once(message: str) -> None:
 def plan_head(
     num_tokens: int,
     vocab_size: int,
+    width: int,
     *,
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
@@ -183,12 +185,17 @@ def plan_head(
     needs_weight: bool | None = None,
     with_reference: bool = False,
     backend: Backend = "auto",
-    workspace_mib: float = 256,
+    workspace_mib: Workspace = "auto",
     link: Link | None = None,
     plain_only: str = "",
 ) -> tuple[Tiles, Schedule, str]:
-    """(tiles, schedule, why this backend): the decision of one call, without making it."""
-    tiles, why = choose_backend(backend, torch.device(device), plain_only)
+    """(tiles, schedule, why this backend): the decision of one call, without making it.
+
+    Args:
+        num_tokens, vocab_size, width: N, V and D.
+    """
+    device = torch.device(device)
+    tiles, why = choose_backend(backend, device, plain_only)
     schedule = choose_schedule(
         num_tokens,
         vocab_size,
@@ -198,27 +205,39 @@ def plan_head(
         num_grad_stats=num_grad_stats,
         with_reference=with_reference,
         num_slabs=tiles.num_slabs(link or Link(), stats, with_reference),
-        workspace_bytes=int(workspace_mib * 2**20),
+        workspace_bytes=int(workspace_in_mib(workspace_mib, device) * 2**20),
         itemsize=accumulator(dtype).itemsize,
+        width=width,
+        weight_itemsize=dtype.itemsize,
         largest_slab=tiles.largest_slab,
+        tile=tiles.tile,
     )
     return tiles, schedule, why
 
 
+def workspace_in_mib(workspace_mib: Workspace, device: torch.device) -> float:
+    """Return the workspace of a call on `device`; `auto` is `schedules.auto_workspace_mib`."""
+    if not isinstance(workspace_mib, str):
+        return workspace_mib
+    if device.type != "cuda":
+        return auto_workspace_mib(None)
+    return auto_workspace_mib(torch.cuda.get_device_properties(device).total_memory)
+
+
 @functools.lru_cache(maxsize=256)  # a loss on a trained head asks at every step
-def most_kept_tokens(vocab_size: int, **options: Any) -> int:
+def most_kept_tokens(vocab_size: int, width: int, **options: Any) -> int:
     """How many tokens' logits fit the workspace, so that a trained head costs 3 products.
 
     Args:
-        vocab_size: V.
+        vocab_size, width: V and D.
         **options: of `plan_head`.
     """
     low, high = 0, 1
-    while plan_head(high, vocab_size, needs_head=True, **options)[1].name == "kept":
+    while plan_head(high, vocab_size, width, needs_head=True, **options)[1].name == "kept":
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        kept = plan_head(middle, vocab_size, needs_head=True, **options)[1].name == "kept"
+        kept = plan_head(middle, vocab_size, width, needs_head=True, **options)[1].name == "kept"
         low, high = (middle, high) if kept else (low, middle)
     return low
 
@@ -246,7 +265,7 @@ def linear_stats(
     skip_below: float = 0.0,
     accumulate_grad: bool | Tensor = False,
     backend: Backend = "auto",
-    workspace_mib: float = 256,
+    workspace_mib: Workspace = "auto",
 ) -> TokenStats:
     r"""Token statistics of the head for the label tokens; the table is in the module's docstring.
 
@@ -283,7 +302,8 @@ def linear_stats(
             one, or to a [V, D] tensor, of any dtype, that is given: [V, D] less memory. Hooks on
             the weight, such as DDP's, do not see it. Without effect under `torch.compile`.
         backend: `auto`, `torch` (plain PyTorch tiles) or `triton`; a named one never falls back.
-        workspace_mib: budget of the slabs of logits that are alive at once.
+        workspace_mib: budget of the slabs of logits that are alive at once. `auto` is 256, and on a
+            GPU the smaller of 1024 and 2 % of its memory.
 
     Returns:
         name -> [N] float32 (float64 for float64 inputs), 0 at ignored positions.
@@ -409,6 +429,7 @@ def linear_stats(
     tiles, schedule, why = plan_head(
         num_tokens,
         max(shard.rows),
+        hidden.shape[1],
         device=hidden.device,
         dtype=hidden.dtype,
         stats=stats,
@@ -436,6 +457,7 @@ def linear_stats(
         schedule=schedule.name,
         row_block=schedule.row_block,
         vocab_block=schedule.vocab_block,
+        late_rows=schedule.late_rows,
         kept=schedule.kept,
         **shard._asdict(),
     )
@@ -455,7 +477,7 @@ def _check(
     grad: tuple[str, ...],
     link: Link,
     bias: Tensor | None,
-    workspace_mib: float,
+    workspace_mib: Workspace,
 ) -> None:
     """ValueError for arguments that cannot be meant; costs no device sync."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -490,8 +512,16 @@ def _check(
             f"jsd_beta must lie between 0 and 1: got {link.jsd_beta}; towards 0 use kl_ref_policy, "
             "towards 1 kl_policy_ref"
         )
-    if not workspace_mib > 0:
-        raise ValueError(f"workspace_mib must be positive: got {workspace_mib}")
+    check_workspace(workspace_mib)
+
+
+def check_workspace(workspace_mib: Workspace) -> None:
+    """Raise ValueError for what is neither a positive number of MiB nor `auto`."""
+    number = isinstance(workspace_mib, int | float) and not isinstance(workspace_mib, bool)
+    if not (workspace_mib > 0 if number else workspace_mib == "auto"):
+        raise ValueError(
+            f"workspace_mib={workspace_mib!r} must be a positive number of MiB, or 'auto'"
+        )
 
 
 def _check_lora(lora: Lora, weight: Tensor) -> None:
@@ -539,7 +569,7 @@ def linear_logps(
     skip_below: float = 0.0,
     accumulate_grad: bool | Tensor = False,
     backend: Backend = "auto",
-    workspace_mib: float = 256,
+    workspace_mib: Workspace = "auto",
 ) -> Tensor:
     r"""Log-probabilities of the labels, $\log softmax(z_t)_{y_t}$, without the logits.
 
@@ -592,7 +622,7 @@ def linear_cross_entropy(
     same_tokens: bool | None = None,
     accumulate_grad: bool | Tensor = False,
     backend: Backend = "auto",
-    workspace_mib: float = 256,
+    workspace_mib: Workspace = "auto",
 ) -> Tensor:
     r"""Cross-entropy of a linear head without the logits.
 

@@ -17,6 +17,7 @@ from fastpo.head import (
     Head,
     Lora,
     TokenStats,
+    Workspace,
     choose_backend,
     linear_stats,
     most_kept_tokens,
@@ -250,7 +251,7 @@ class PreferenceLoss(nn.Module):
         totals: Mapping[str, float] | None = None,
         ignore_index: int = -100,
         backend: Backend = "auto",
-        workspace_mib: float = 256,
+        workspace_mib: Workspace = "auto",
     ) -> LossOutput:
         """Loss, per-group losses, implicit rewards and metrics of one batch.
 
@@ -359,7 +360,7 @@ class PreferenceLoss(nn.Module):
         tokens: Tensors,
         segments: Segments,
         backend: Backend,
-        workspace_mib: float,
+        workspace_mib: Workspace,
     ) -> list[tuple[int, int]]:
         """Intervals of groups: several where that saves a trained head's second pass."""
         whole = [(0, len(segments.grid))]
@@ -373,7 +374,7 @@ class PreferenceLoss(nn.Module):
             return whole
         with_reference = self.needs_kl and tokens["ref_hidden"] is not None
         most = most_kept_tokens(
-            len(weight),
+            *weight.shape,
             device=weight.device,
             dtype=weight.dtype,
             stats=self._statistics_wanted(with_reference),

@@ -78,7 +78,7 @@ def online_statistics(
                 gradient[lo:hi] *= fade
                 masses = masses if slope is None else masses.mul_(slope)
                 masses = masses if rows is None else masses[rows]
-                part.add_gradient_(gradient[lo:hi], masses, rows)
+                part.put_gradient_(gradient[lo:hi], masses, rows)
         faded = state.merge(shard)
         stats, others = state.finish(shard.vocab_size)
         if skips is not None:

@@ -39,6 +39,7 @@ class Plan(NamedTuple):
     schedule: str
     row_block: int
     vocab_block: int
+    late_rows: int
     kept: int
     group: str | None  # from here on the fields of Shard
     rank: int
@@ -65,6 +66,12 @@ class Plan(NamedTuple):
         return self.schedule in ("kept", "recompute")
 
     @property
+    def spends(self) -> bool:
+        """Whether coefficients can take the place of the products that were kept for them."""
+        of_reference = any(name.startswith(("ref_", "kl_", "jsd")) for name in self.want)
+        return self.backend == "triton" and self.schedule == "kept" and not of_reference
+
+    @property
     def found(self) -> tuple[str, ...]:
         """The statistics of the forward operator: those wanted, and what `coefficients` takes."""
         if not self.late:
@@ -82,7 +89,7 @@ _SCHEMA = (
     "Tensor? ref_weight, Tensor? ref_bias, Tensor? temperatures, Tensor? lora_b, "
     "str[] want, str[] grads, float? softcap, float logit_scale, float temperature, "
     "float jsd_beta, float skip_below, str backend, str schedule, SymInt row_block, "
-    "SymInt vocab_block, SymInt kept, str? group, SymInt rank, SymInt[] rows, SymInt[] tokens"
+    "SymInt vocab_block, SymInt late_rows, SymInt kept, str? group, SymInt rank, SymInt[] rows, SymInt[] tokens"
 )
 torch.library.define("fastpo::linear_stats", f"({_SCHEMA}) -> Tensor[]")
 torch.library.define(
@@ -151,11 +158,14 @@ def _from_flat(tensors: list[Tensor]) -> Kept:
     return Kept(logits, ref_logits, shifts, shares, tuple(tensors[fixed:]))
 
 
-def linear_stats_backward(*args: Any, into: Tensor | None = None) -> list[Tensor]:
+def linear_stats_backward(
+    *args: Any, into: Tensor | None = None, spend: bool = False
+) -> list[Tensor]:
     """The gradients of the fields of `Heads` that are needed, one vocabulary slice after another.
 
-    That of the hidden states stays in the accumulator; that of the weight is added to `into` and
-    not returned if there is one, which is more than an operator may do.
+    That of the hidden states stays in the accumulator. Two things are more than an operator may
+    do: that of the weight is added to `into` and not returned if there is one, and where `spend`
+    is set coefficients are written over the products that were kept.
     """
     saved, cotangents, needs = args[-3:]
     heads, plan = Heads(*args[:_TENSORS]), Plan(*args[_TENSORS:-3])
@@ -169,6 +179,7 @@ def linear_stats_backward(*args: Any, into: Tensor | None = None) -> list[Tensor
             _from_flat(saved[len(plan.found) :]),
             dict(zip(Heads._fields, needs, strict=True)),
             into,
+            spend,
         )
 
 
@@ -196,29 +207,57 @@ def _backward_by_vocabulary(
     kept: Kept,
     needs: Mapping[str, bool],
     into: Tensor | None,
+    spend: bool,
 ) -> list[Tensor]:
+    """`linear_stats_backward` with its arguments sorted."""
     tiles, shard, fields = plan.tiles, plan.shard, heads._asdict()
+    acc = accumulator(heads.hidden.dtype)
     adds = {n: n == "weight" and into is not None for n in ("weight", "bias", "lora_b") if needs[n]}
     grads = {n: torch.empty_like(fields[n]) for n, add in adds.items() if not add}
     targets = grads if into is None else {**grads, "weight": into}
+    targets = {n: targets[n] for n in adds}
     if needs["hidden"]:
-        acc = accumulator(heads.hidden.dtype)
-        grads["hidden"] = torch.zeros_like(heads.hidden, dtype=acc)
-    for i, (lo, hi) in enumerate(blocks(heads.weight.shape[0], plan.vocab_block)):
-        part, mine, rows = heads.columns(lo, hi), kept.slice(i, lo, hi), None
-        g, s = cotangents, stats
-        if kept.shares is not None:
-            rows = (kept.shares[i] > plan.skip_below).nonzero().squeeze(1)
-            part, mine = part.pick(rows), None if mine is None else mine.rows(rows)
-            g, s = ({n: t[rows] for n, t in of.items()} for of in (g, s))
-        c = tiles.coefficients(part, plan.link, s, g, shard.first + lo, shard.vocab_size, mine)
+        # Rows of skipped slices are added to; all others are first put.
+        room = torch.empty_like if kept.shares is None else torch.zeros_like
+        grads["hidden"] = room(heads.hidden, dtype=acc)
+    whole = None
+    if spend:
+        given = stats, cotangents, shard.first, shard.vocab_size
+        whole = tiles.coefficients(heads, plan.link, *given, kept.whole(), spend=True)
         if needs["hidden"]:
-            c.add_hidden_(grads["hidden"], part, rows)
-        for name, states in (("weight", part.states), ("lora_b", part.low)):
-            if needs[name]:
-                c.put_columns_(targets[name][lo:hi], states, add=adds[name])
-        if needs["bias"]:
-            c.put_sums_(grads["bias"][lo:hi])
+            whole.put_hidden_(grads["hidden"], heads, add=False)
+    for i, (lo, hi) in enumerate(blocks(heads.weight.shape[0], plan.vocab_block)):
+        columns, mine = heads.columns(lo, hi), kept.slice(i, lo, hi)
+        # Summed over the row blocks, and rounded once.
+        sums = {
+            n: t[lo:hi] if t.dtype == acc else torch.empty_like(t[lo:hi], dtype=acc)
+            for n, t in targets.items()
+        }
+        for first, last in blocks(heads.labels.shape[0], plan.late_rows):
+            index, rows = slice(first, last), None
+            if kept.shares is not None:
+                index = rows = (kept.shares[i] > plan.skip_below).nonzero().squeeze(1)
+            part = columns.pick(index)
+            if whole is None:
+                g, s = ({n: t[index] for n, t in of.items()} for of in (cotangents, stats))
+                of_part = None if mine is None else mine.rows(index)
+                at = shard.first + lo, shard.vocab_size
+                c = tiles.coefficients(part, plan.link, s, g, *at, of_part)
+                if needs["hidden"]:
+                    add = lo > 0 or rows is not None
+                    c.put_hidden_(grads["hidden"][first:last], part, rows, add=add)
+            else:
+                c = whole.columns(lo, hi)
+            for name, states in (("weight", part.states), ("lora_b", part.low)):
+                if needs[name]:
+                    in_place = adds[name] and sums[name].dtype == targets[name].dtype
+                    c.put_columns_(sums[name], states, add=in_place or first > 0)
+            if needs["bias"]:
+                c.put_sums_(sums["bias"], add=first > 0)
+        for name, total in sums.items():
+            if total.dtype != targets[name].dtype:
+                target = targets[name][lo:hi]
+                target.copy_(total.add_(target) if adds[name] else total)
     return [grads[name] for name in Heads._fields if name in grads]
 
 
@@ -259,7 +298,7 @@ class LinearStats(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         heads = Heads(*tensors)  # pyright: ignore[reportArgumentType]
         ctx.plan, ctx.dtype = plan, heads.hidden.dtype
-        ctx.leaf, ctx.into = leaf, into
+        ctx.leaf, ctx.into, ctx.spent = leaf, into, False
         if plan.tokens:
             heads = heads.gathered(plan.shard)
         outputs = torch.ops.fastpo.linear_stats(*heads, *plan)
@@ -281,14 +320,21 @@ class LinearStats(torch.autograd.Function):
         saved, found = ctx.saved_tensors, {}
         if plan.late:
             needed = ctx.needs_input_grad[3:]
-            arguments = (*saved[:_TENSORS], *plan, list(saved[_TENSORS:]), g, list(needed))
+            waiting = list(saved[_TENSORS:])
+            spend = plan.spends and not torch.compiler.is_compiling()
+            if ctx.spent:
+                # A graph that is walked again: the kept products are gone, and are recomputed.
+                waiting[len(plan.found)], spend = saved[0].new_empty(0), False
+            ctx.spent = ctx.spent or spend
+            arguments = (*saved[:_TENSORS], *plan, waiting, g, list(needed))
             names = [n for n, needs in zip(Heads._fields, needed, strict=True) if needs]
             into = ctx.into if ctx.leaf is None else ctx.leaf.grad
-            if into is None:
+            if into is None and not spend:
                 grads = torch.ops.fastpo.linear_stats_backward(*arguments)
             else:
-                grads = linear_stats_backward(*arguments, into=into[: sum(plan.rows)])
-                names = [n for n in names if n != "weight"]
+                real = None if into is None else into[: sum(plan.rows)]
+                grads = linear_stats_backward(*arguments, into=real, spend=spend)
+                names = names if into is None else [n for n in names if n != "weight"]
             found = dict(zip(names, grads, strict=True))
         else:
             rows = [g_t[:, None] * r for g_t, r in zip(g, saved, strict=True)]

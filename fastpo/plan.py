@@ -288,6 +288,7 @@ def plan(job: Job) -> Plan:
     _, schedule, _ = plan_head(
         labels,
         shape.vocabulary,
+        shape.hidden,
         device="cpu",
         backend="torch",
         stats=("logps", "kl_ref_policy") if job.divergence else ("logps",),
@@ -372,6 +373,8 @@ def levers(job: Job) -> Iterator[Lever]:
     """Switches that `job` has not used, the cheapest first: free ones, then those that round."""
     if not job.share_prompt:
         yield Lever("share_prompt: auto", {"share_prompt": True})
+    if job.workspace_mib > 256:
+        yield Lever("workspace_mib: 256", {"workspace_mib": 256})
     if job.reference == "copy":
         yield Lever("reference: store", {"reference": "store"})
     if job.mlp_tile is None:

@@ -99,14 +99,21 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(a.to(acc), b.to(acc), out=out)
 
 
-def add_matmul_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """out += a @ b in out's accumulator dtype; `a`, a coefficient slab, is rounded to b's once."""
+def put_matmul_(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> Tensor:
+    """out = a @ b, or += where `add`, in out's accumulator dtype.
+
+    Coefficients `a` are rounded to b's dtype, once. On a GPU the product itself adds (beta = 1):
+    a separate sum would read and write [N, D] or [V, D] of fp32 twice more.
+    """
     if b.dtype == out.dtype:
-        return out.addmm_(a, b)
+        return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
     if b.is_cuda:
-        return out.add_(torch.mm(a.to(b.dtype), b, out_dtype=out.dtype))
+        a = a.to(b.dtype)
+        if not add:
+            return torch.mm(a, b, out_dtype=out.dtype, out=out)
+        return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     for lo, hi in blocks(b.shape[0], UPCAST_ROWS):
-        out.addmm_(a[:, lo:hi].to(out.dtype), b[lo:hi].to(out.dtype))
+        put_matmul_(out, a[:, lo:hi].to(out.dtype), b[lo:hi].to(out.dtype), add=add or lo > 0)
     return out
 
 
@@ -132,7 +139,7 @@ class Heads(NamedTuple):
         found = {name: getattr(self, name) for name in names}
         return self._replace(**{n: None if p is None else take(p) for n, p in found.items()})
 
-    def pick(self, index: Tensor) -> Heads:
+    def pick(self, index: slice | Tensor) -> Heads:
         """The pass restricted to label tokens `index`."""
         return self._of_tokens(lambda rows: rows[index])
 
@@ -188,28 +195,34 @@ class Heads(NamedTuple):
         if self.lora_b is not None:
             # In slices: on a GPU the delta's products need memory of their own.
             for lo, hi in blocks(len(self.lora_b), LORA_COLUMNS):
-                add_matmul_(products[:, lo:hi], self.low, self.lora_b[lo:hi].T)
+                put_matmul_(products[:, lo:hi], self.low, self.lora_b[lo:hi].T, add=True)
         return products
 
     def gradient(self, coefficients: Tensor) -> Tensor:
         """[N, D (+ r)] d loss / d hidden of these columns."""
         if self.lora_b is None and self.weight.dtype == coefficients.dtype:
             return coefficients @ self.weight  # without filling zeros, .8 % of a trained step
-        out = coefficients.new_zeros(self.hidden.shape)
-        self.add_gradient_(out, coefficients)
+        out = coefficients.new_empty(self.hidden.shape)
+        self.put_gradient_(out, coefficients, add=False)
         return out
 
-    def add_gradient_(self, out: Tensor, coefficients: Tensor, rows: Tensor | None = None) -> None:
-        """out [N, D (+ r)] += d loss / d hidden of these columns, for all rows or for some."""
+    def put_gradient_(
+        self, out: Tensor, coefficients: Tensor, rows: Tensor | None = None, *, add: bool = True
+    ) -> None:
+        """out [N, D (+ r)] = d loss / d hidden of these columns, or += where `add`.
+
+        `rows` are those that the coefficients have; None for all.
+        """
         if rows is not None:
+            assert add, "the other rows would stay unwritten"
             some = out[rows]
-            self.add_gradient_(some, coefficients)
+            self.put_gradient_(some, coefficients)
             out[rows] = some
             return
         width = self.weight.shape[1]
-        add_matmul_(out[:, :width], coefficients, self.weight)
+        put_matmul_(out[:, :width], coefficients, self.weight, add=add)
         if self.lora_b is not None:
-            add_matmul_(out[:, width:], coefficients, self.lora_b)
+            put_matmul_(out[:, width:], coefficients, self.lora_b, add=add)
 
 
 class KeptSlice(NamedTuple):
@@ -266,44 +279,55 @@ class Coefficients(NamedTuple):
     scale: Tensor | None = None  # [N, 1]
     elements: tuple[Tensor, Tensor, Tensor] | None = None  # tokens [n], columns [n], values [n, 1]
 
-    def add_hidden_(self, out: Tensor, part: Heads, rows: Tensor | None) -> None:
-        """out [N, D (+ r)] += C W for the columns of `part`; C has all of its rows or `rows`."""
+    def columns(self, lo: int, hi: int) -> Coefficients:
+        """C of the columns lo:hi, where the slab is all of it."""
+        if (lo, hi) == (0, self.slab.shape[1]):
+            return self
+        assert self.scale is None
+        return Coefficients(self.slab[:, lo:hi])
+
+    def put_hidden_(
+        self, out: Tensor, part: Heads, rows: Tensor | None = None, *, add: bool
+    ) -> None:
+        """out [N, D (+ r)] = C W for the columns of `part`, or += where `add`.
+
+        C has all of its rows, or `rows`.
+        """
         if self.scale is None or self.elements is None:
-            part.add_gradient_(out, self.slab, rows)
+            part.put_gradient_(out, self.slab, rows, add=add)
             return
         some, (tokens, columns, values) = part.gradient(self.slab), self.elements
         of_labels = part.of(columns).to(out.dtype) * values
         if rows is None:
-            out.addcmul_(some, self.scale).index_add_(0, tokens, of_labels)
+            total = out.addcmul_(some, self.scale) if add else torch.mul(some, self.scale, out=out)
+            total.index_add_(0, tokens, of_labels)
         else:
+            assert add, "the other rows would stay unwritten"
             some.mul_(self.scale).index_add_(0, tokens, of_labels)
             out.index_add_(0, rows, some)
 
     def put_columns_(self, out: Tensor, states: Tensor, *, add: bool) -> None:
-        """out [Vs, D] = C^T states, or += where `add`; summed in the accumulator, rounded once."""
+        """out [Vs, D] = C^T states, or += where `add`, in the accumulator's dtype."""
         acc = accumulator(states.dtype)
         c = self.slab.T.to(states.dtype) if self.slab.is_cuda else self.slab.T
         scaled = states if self.scale is None else states.to(acc) * self.scale
-        if out.dtype == acc:
-            total = add_matmul_(out, c, scaled) if add else matmul(c, scaled, out)
-        elif out.dtype == c.dtype and not add:
-            total = torch.mm(c, scaled, out=out)
+        if add:
+            put_matmul_(out, c, scaled, add=True)
         else:
-            total = matmul(c, scaled)
+            matmul(c, scaled, out)
         if self.elements is not None:
             tokens, columns, values = self.elements
-            total.index_add_(0, columns, states[tokens].to(acc) * values)
-        if total is not out:
-            out.copy_(total.add_(out) if add else total)
+            out.index_add_(0, columns, states[tokens].to(acc) * values)
 
-    def put_sums_(self, out: Tensor) -> None:
-        """out [Vs] = C summed over its tokens in the accumulator, rounded once."""
+    def put_sums_(self, out: Tensor, *, add: bool) -> None:
+        """out [Vs] = C summed over its tokens, or += where `add`, in the accumulator's dtype."""
         if self.scale is None or self.elements is None:
-            out.copy_(self.slab.sum(dim=0, dtype=accumulator(self.slab.dtype)))
-            return
-        _, columns, values = self.elements
-        sums = torch.mv(self.slab.T, self.scale.squeeze(1))
-        out.copy_(sums.index_add_(0, columns, values.squeeze(1)))
+            sums = self.slab.sum(dim=0, dtype=accumulator(self.slab.dtype))
+        else:
+            _, columns, values = self.elements
+            sums = torch.mv(self.slab.T, self.scale.squeeze(1))
+            sums.index_add_(0, columns, values.squeeze(1))
+        out.copy_(sums.add_(out) if add else sums)
 
 
 class Tiles(Protocol):
@@ -312,9 +336,12 @@ class Tiles(Protocol):
     Attributes:
         largest_slab: elements above which a slab only gets slower, or None. Where it is set, logits
             can be kept for a part of the vocabulary.
+        tile: rows that a matrix product takes at a time; blocks of rows are a multiple of it and
+            of equal size. 1 where that does not matter.
     """
 
     largest_slab: int | None
+    tile: int
 
     def num_slabs(self, link: Link, want: tuple[str, ...], with_reference: bool) -> int:
         """Accumulator slabs alive at once.
@@ -352,8 +379,12 @@ class Tiles(Protocol):
         first: int,
         vocab_size: int,
         kept: KeptSlice | None = None,
+        spend: bool = False,
     ) -> Coefficients:
-        """C [N, Vs] of the vocabulary slice that starts at `first`, of which `kept` may be had."""
+        """C [N, Vs] of the vocabulary slice that starts at `first`, of which `kept` may be had.
+
+        `spend` lets C take the place of the kept products; nobody reads them again.
+        """
         ...
 
 
@@ -370,11 +401,11 @@ def forward_by_rows(
             `grads` the coefficients C [B, V] at unit cotangent.
     """
     acc = accumulator(heads.hidden.dtype)
-    buffers = [torch.zeros_like(heads.hidden, dtype=acc) for _ in grads]
+    buffers = [torch.empty_like(heads.hidden, dtype=acc) for _ in grads]
     parts = []
     for lo, hi in blocks(heads.labels.numel(), row_block):
         stats, coefficients = step(heads.rows(lo, hi), lo, hi)
         for buffer, coefficient in zip(buffers, coefficients, strict=True):
-            heads.add_gradient_(buffer[lo:hi], coefficient)
+            heads.put_gradient_(buffer[lo:hi], coefficient, add=False)
         parts.append(stats)
     return concatenate(parts), buffers

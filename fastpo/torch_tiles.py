@@ -36,6 +36,7 @@ class TorchTiles:
     """
 
     largest_slab: int | None = LARGEST_SLAB
+    tile = 1
 
     def __init__(self, shard: Shard | None = None, skip_below: float = 0.0) -> None:
         self.shard, self.skip_below = shard or Shard(None, 0, ()), skip_below
@@ -91,6 +92,7 @@ class TorchTiles:
         first: int,
         vocab_size: int,
         kept: KeptSlice | None = None,
+        spend: bool = False,
     ) -> Coefficients:
         link = link.of(heads)
         if p_alone(heads, link, cotangents):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpo.tiles import (
+    DIFFERENTIABLE,
     NOTHING_KEPT,
     Coefficients,
     Heads,
@@ -37,10 +38,16 @@ class TritonTiles:
     """The same steps by the kernels of `fastpo.kernels`; products stay with the vendor's BLAS."""
 
     largest_slab: int | None = None
+    # A block of 261 rows is 2 tiles of 128 and 5 rows of a third, which takes as long as a whole
+    # one; one of 1 row reads all of W, 1 GB at V 131072, D 4096.
+    tile = 128
 
     def num_slabs(self, link: Link, want: tuple[str, ...], with_reference: bool) -> int:
-        # The products in fp32, the reference's too, and the coefficients in the inputs' dtype.
-        return 3 if with_reference else 2
+        # The products in fp32, the reference's too, and the coefficients in the inputs' dtype. The
+        # last statistic's, and so an only one's, take the place of the products.
+        if with_reference:
+            return 3
+        return 1 if len({*want} & {*DIFFERENTIABLE}) < 2 else 2
 
     def forward(
         self,
@@ -84,7 +91,7 @@ class TritonTiles:
         keep: KeptSlice | None,
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         from fastpo.kernels.divergence import divergence, divergence_coefficients
-        from fastpo.kernels.logits_epilogue import logits_epilogue
+        from fastpo.kernels.logits_epilogue import logits_epilogue, over
 
         logits, ref_logits = (None, None) if keep is None else keep[:2]
         products, reference = heads.products(logits), heads.reference()
@@ -108,6 +115,11 @@ class TritonTiles:
         stats: dict[str, Tensor] = {}
         coefficients: list[Tensor] = []
         for name in grads or (None,):
+            out = None
+            if name is not None:
+                dtype = heads.hidden.dtype
+                last = name == grads[-1]  # nobody reads the products after it
+                out = over(products, dtype) if last else torch.empty_like(products, dtype=dtype)
             found, coefficient = logits_epilogue(
                 products,
                 heads.labels,
@@ -115,7 +127,7 @@ class TritonTiles:
                 **_facts(heads, link),
                 want=want,
                 coefficient_of=name,
-                out=None if name is None else torch.empty_like(products, dtype=heads.hidden.dtype),
+                out=out,
             )
             stats = stats or found
             if coefficient is not None:
@@ -131,9 +143,12 @@ class TritonTiles:
         first: int,
         vocab_size: int,
         kept: KeptSlice | None = None,
+        spend: bool = False,
     ) -> Coefficients:
         from fastpo.kernels.divergence import divergence_coefficients
+        from fastpo.kernels.kept_coefficients import kept_coefficients
         from fastpo.kernels.linear_coefficients import linear_coefficients
+        from fastpo.kernels.logits_epilogue import over
 
         reference = heads.reference()
         if reference is not None:
@@ -153,21 +168,30 @@ class TritonTiles:
                 out_dtype=heads.hidden.dtype,
             )
             return Coefficients(slab)
+        given: dict[str, Any] = {
+            "v_start": first,
+            "vocab_size": vocab_size,
+            "lse": stats["lse"],
+            "lse_rest": stats["lse_rest"],
+            "logps": stats["logps"],
+            "entropy": stats.get("entropy"),
+            **{f"grad_{name}": value for name, value in cotangents.items()},
+            **_facts(heads, link),
+        }
+        dtype = heads.hidden.dtype
+        if kept is not None:
+            products = kept.logits
+            out = over(products, dtype) if spend else torch.empty_like(products, dtype=dtype)
+            return Coefficients(
+                kept_coefficients(products, heads.labels, heads.bias, out=out, **given)
+            )
         slab = linear_coefficients(
             heads.hidden,
             heads.weight,
             heads.labels,
             heads.bias,
-            v_start=first,
-            vocab_size=vocab_size,
-            lse=stats["lse"],
-            lse_rest=stats["lse_rest"],
-            logps=stats["logps"],
-            entropy=stats.get("entropy"),
-            **{f"grad_{name}": value for name, value in cotangents.items()},
             lora_slice=heads.lora_b,
-            products=None if kept is None else kept.logits,
-            **_facts(heads, link),
-            out_dtype=heads.hidden.dtype,
+            out_dtype=dtype,
+            **given,
         )
         return Coefficients(slab)

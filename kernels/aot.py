@@ -30,6 +30,7 @@ from triton.compiler import ASTSource
 
 from . import listwise, pairwise, segment_reduce
 from .divergence import divergence_coefficients_kernel, divergence_kernel
+from .kept_coefficients import kept_kernel
 from .launch_table import NARROW, launch
 from .linear_coefficients import coefficients_kernel
 from .linear_stats import merge_kernel, split_kernel
@@ -91,12 +92,11 @@ class _Case:
 
     @property
     def name(self) -> str:
-        kept = " kept" if self.constants.get("KEPT") else ""
-        return f"{self.kernel.__name__}{kept}"
+        return self.kernel.__name__
 
     @property
     def has_dot(self) -> bool:
-        return "DOT" in self.constants and not self.constants.get("KEPT")
+        return "DOT" in self.constants
 
 
 def _cases(
@@ -137,21 +137,18 @@ def _cases(
     )
     merge = dict(BN=64, BS=16, ACC=kinds["ACC"])
     yield _Case(merge_kernel, Config(BN=64, BV=0), flags(want) | merge, dtype)
-    for config, kept in ((coefficients, False), (both_coefficients, True)):
-        yield _Case(
-            coefficients_kernel,
-            config,
-            dict(HAS_BIAS=True, HAS_REST=True, HAS_LOGPS=True, KEPT=kept)
-            | dict(HAS_LSE=rich, HAS_MEAN=rich, HAS_ENTROPY=rich)
-            | matrix(config),
-            dtype,
-        )
+    rest = dict(HAS_BIAS=True, HAS_REST=True, HAS_LOGPS=True)
+    rest |= dict(HAS_LSE=rich, HAS_MEAN=rich, HAS_ENTROPY=rich)
+    yield _Case(coefficients_kernel, coefficients, rest | matrix(coefficients), dtype)
+    walk = transform | dict(BLOCKS=triton.cdiv(128256, epilogue.BV), IN_PLACE=True)
+    walk |= dict(ACC=kinds["ACC"]) | blocks(epilogue, "BN", "BV")
+    yield _Case(kept_kernel, epilogue, rest | walk, dtype)
     yield _Case(
         epilogue_kernel,
         epilogue,
-        dict(BLOCKS=triton.cdiv(128256, epilogue.BV), HAS_BIAS=True, HAS_OUT=True)
+        dict(HAS_BIAS=True, HAS_OUT=True)
         | dict(OF_LOGPS=not rich, OF_LSE=False, OF_MEAN_LOGIT=False, OF_ENTROPY=rich)
-        | (transform | flags(want) | dict(ACC=kinds["ACC"]) | blocks(epilogue, "BN", "BV")),
+        | (walk | flags(want)),
         dtype,
     )
     mixture = dict(HAS_BIAS=True, HAS_REF_BIAS=True, BETA=0.5, ACC=kinds["ACC"])

@@ -14,8 +14,8 @@ C is formed in fp32, one-hot included, and rounded ONCE, to the dtype of the pro
 and subtracting it from the one-hot afterwards loses every digit of a confident token's gradient
 (bf16, p_y = .998: relative error 1.1 against 1.3e-3).
 
-One matrix product, 2 N Vs D FLOP, and N Vs elements written; none where the products of the slice
-were kept, which are read instead.
+One matrix product, 2 N Vs D FLOP, and N Vs elements written. Products that were kept are read by
+`kept_coefficients` instead.
 """
 
 from __future__ import annotations
@@ -61,11 +61,9 @@ def coefficients_kernel(
     grad_lse_ptr,
     grad_mean_logit_ptr,
     grad_entropy_ptr,
-    kept_ptr,
     out_ptr,
     stride_hn,
     stride_wv,
-    stride_kn,
     stride_on,
     v_start,
     N,
@@ -83,7 +81,6 @@ def coefficients_kernel(
     HAS_LSE: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
-    KEPT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     INNER: tl.constexpr,
     OUTER: tl.constexpr,
@@ -103,31 +100,26 @@ def coefficients_kernel(
     o_v = v_first + tl.arange(0, BV)
     m_n = o_n < N
     m_v = o_v < V_slice
-    if KEPT:
-        kept_ptrs = kept_ptr + n_first * stride_kn + v_first
-        kept_ptrs += tl.arange(0, BN)[:, None] * stride_kn + tl.arange(0, BV)[None, :]
-        b_a = tl.load(kept_ptrs, mask=m_n[:, None] & m_v[None, :], other=0.0)
-    else:
-        b_a = raw_tile(
-            hidden_ptr,
-            weight_ptr,
-            lora_ptr,
-            stride_hn,
-            stride_wv,
-            stride_lv,
-            i_n,
-            v_first,
-            N,
-            V_slice,
-            D,
-            R,
-            BN,
-            BV,
-            BD,
-            TMA,
-            DOT,
-            ACC,
-        )
+    b_a = raw_tile(
+        hidden_ptr,
+        weight_ptr,
+        lora_ptr,
+        stride_hn,
+        stride_wv,
+        stride_lv,
+        i_n,
+        v_first,
+        N,
+        V_slice,
+        D,
+        R,
+        BN,
+        BV,
+        BD,
+        TMA,
+        DOT,
+        ACC,
+    )
     if HAS_BIAS:
         bias = tl.load(bias_ptr + o_v, mask=m_v, other=0.0)
         b_a += bias.to(ACC)[None, :]
@@ -175,7 +167,6 @@ def linear_coefficients(
     grad_mean_logit: Tensor | None = None,  # [N]
     grad_entropy: Tensor | None = None,  # [N]
     lora_slice: Tensor | None = None,  # [Vs, R]
-    products: Tensor | None = None,  # [N, Vs]
     softcap: float | None = None,
     logit_scale: float = 1.0,
     temperature: float | Tensor = 1.0,
@@ -193,8 +184,6 @@ def linear_coefficients(
         lse, logps, lse_rest, entropy: [N] as `linear_stats` returned them; `lse_rest` takes the
             rounding of lse out of every p_v, `entropy` is needed with its cotangent only.
         grad_logps, grad_lse, grad_mean_logit, grad_entropy: [N] cotangents, None for zero.
-        products: [N, Vs] fp32 (fp64 inputs: fp64) h W_s^T with the delta in it, where it was kept;
-            unit stride along its rows.
         out_dtype: dtype of the result; None for the dtype of `hidden`.
         out: buffer to write, with unit stride along its rows; None allocates one.
         config: launch configuration; None asks the table.
@@ -213,13 +202,9 @@ def linear_coefficients(
     assert out_dtype in (None, out.dtype)
     if N == 0 or V_slice == 0:
         return out
-    assert products is None or (products.shape == out.shape and products.stride(-1) == 1)
     matrices = operands(hidden, weight_slice, lora_slice)
     beyond = (softcap, grad_lse, grad_mean_logit, grad_entropy)
     chip = chip_of(hidden.device)
-    if products is not None:
-        # A walk over a slab in memory, like that over two: a tile of products would spill.
-        config = config or launch("divergence_coefficients_kernel", chip, products.dtype)
     config = config or launch(
         "coefficients_kernel",
         chip,
@@ -245,9 +230,7 @@ def linear_coefficients(
             bias_ptr=None if bias_slice is None else bias_slice.contiguous(),
             labels_ptr=labels.contiguous(),
             **{f"{name}_ptr": x if x is None else x.contiguous() for name, x in rows.items()},
-            kept_ptr=products,
             out_ptr=out,
-            stride_kn=0 if products is None else products.stride(0),
             stride_on=out.stride(0),
             v_start=v_start,
             N=N,
@@ -259,7 +242,6 @@ def linear_coefficients(
             HAS_LSE=grad_lse is not None,
             HAS_MEAN=grad_mean_logit is not None,
             HAS_ENTROPY=grad_entropy is not None,
-            KEPT=products is not None,
             **(matrices | blocks_of(config, matrices)),
             **transform_arguments(softcap, logit_scale, temperature),
             **precision(hidden.dtype),

@@ -287,7 +287,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         "--trust-remote-code", action="store_true", help="run code of the checkpoint"
     )
     doctor.add_argument("--tokens", type=int, default=4096, help="label tokens a batch (4096)")
-    doctor.add_argument("--workspace-mib", type=int, default=256, help="as in recipes (256)")
+    doctor.add_argument("--workspace-mib", default="auto", help="as in recipes (auto)")
 
     planned = command(
         "plan",

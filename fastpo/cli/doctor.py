@@ -18,10 +18,13 @@ from fastpo.cli import EXTRAS
 from fastpo.head import (
     Backend,
     Head,
+    Workspace,
+    check_workspace,
     choose_backend,
     linear_logps,
     most_kept_tokens,
     plan_head,
+    workspace_in_mib,
 )
 from fastpo.model.device import default_device, native_bf16
 
@@ -176,9 +179,9 @@ def _extras() -> None:
         _line(extra, text)
 
 
-def _head_costs(head: Head, device: torch.device, tokens: int, workspace_mib: int) -> None:
+def _head_costs(head: Head, device: torch.device, tokens: int, workspace_mib: Workspace) -> None:
     vocabulary, width = head.weight.shape
-    product = 2 * tokens * vocabulary * width / 1e12
+    product, mib = 2 * tokens * vocabulary * width / 1e12, workspace_in_mib(workspace_mib, device)
     print(f"\nhead, {tokens} label tokens x {width} x {vocabulary}; 2NDV is {product:.3g} TFLOP")
     dtype = head.weight.dtype if native_bf16(device) else torch.float32
     cases: dict[str, dict[str, Any]] = {
@@ -193,17 +196,17 @@ def _head_costs(head: Head, device: torch.device, tokens: int, workspace_mib: in
     }
     for name, needs in cases.items():
         tiles, schedule, _ = plan_head(
-            tokens, vocabulary, device=device, dtype=dtype, workspace_mib=workspace_mib, **needs
+            tokens, vocabulary, width, device=device, dtype=dtype, workspace_mib=mib, **needs
         )
         backend = type(tiles).__name__.removesuffix("Tiles").lower()
         _line(
             name,
             f"{schedule.products} x 2NDV, schedule {schedule.name}, {backend}: {schedule.reason}",
         )
-    most = most_kept_tokens(vocabulary, device=device, dtype=dtype, workspace_mib=workspace_mib)
+    most = most_kept_tokens(vocabulary, width, device=device, dtype=dtype, workspace_mib=mib)
     _line("by groups", f"a loss on a trained head costs 3 x 2NDV for groups of up to {most} tokens")
     full = tokens * vocabulary * 4 / 2**20
-    _line("logits", f"{full:,.0f} MiB in float32 if they were stored; {workspace_mib} MiB are used")
+    _line("logits", f"{full:,.0f} MiB in float32 if they were stored; {mib:g} MiB are used")
 
 
 def _model(arguments: argparse.Namespace, device: torch.device) -> None:
@@ -238,6 +241,12 @@ def _model(arguments: argparse.Namespace, device: torch.device) -> None:
 
 def doctor(arguments: argparse.Namespace) -> int:
     """Print the state of the installation; 1 where something that should work does not."""
+    if arguments.workspace_mib != "auto":
+        try:
+            arguments.workspace_mib = float(arguments.workspace_mib)
+        except ValueError:
+            pass  # refused by the next line
+    check_workspace(arguments.workspace_mib)
     if arguments.tokens < 1:
         raise ValueError(f"--tokens {arguments.tokens} must be at least 1")
     if arguments.model is not None:

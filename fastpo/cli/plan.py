@@ -12,23 +12,30 @@ from fastpo.loss import PreferenceLoss
 from fastpo.model.load import check_place, trained_adapter
 from fastpo.model.random_init import model_config
 from fastpo.plan import CARDS, EFFICIENCY, GIB, Advice, Card, Job, Plan, Shape, advise, plan
+from fastpo.schedules import auto_workspace_mib
 from fastpo.train.recipe import Recipe, load_recipe
 
 # Responses of a group where neither a flag nor the objective says: lists as LOGO has them.
 _CANDIDATES = {"point": 1, "pair": 2, "list": 3}
 
 
-def job_of(recipe: Recipe, **given: Any) -> Job:
+def _workspace(card: Card | None) -> int:
+    return auto_workspace_mib(None if card is None else int(card.memory * GIB))
+
+
+def job_of(recipe: Recipe, card: Card | None = None, **given: Any) -> Job:
     """The training step that a recipe describes, on a GPU.
 
     Args:
         recipe: a checked recipe.
+        card: whose memory decides about `workspace_mib: auto`.
         given: fields of `Job` that win over it.
 
     Raises:
         ValueError: no length of the rows in the recipe or in `given`.
     """
     config, model = recipe.config(), recipe.model
+    mib = config.workspace_mib
     loss = config.build_loss()
     adapter = trained_adapter(model.model)
     name = model.model if adapter is None else adapter.base
@@ -51,7 +58,7 @@ def job_of(recipe: Recipe, **given: Any) -> Job:
         "share_prompt": config.share_prompt != "false",
         "offload": config.offload_activations,
         "mlp_tile": config.mlp_tile,
-        "workspace_mib": config.workspace_mib,
+        "workspace_mib": _workspace(card) if mib == "auto" else mib,
     }
     fields = {k: v for k, v in {**fields, **given}.items() if v is not None}
     return _job(name, loss, context=context, **fields)
@@ -128,21 +135,22 @@ def plan_step(arguments: argparse.Namespace) -> int:
         given["mlp_tile"] = int(tile) if tile.isdecimal() else 0
         if given["mlp_tile"] < 1:
             raise ValueError(f"--mlp-tile {tile} is neither a number of tokens nor auto")
+    card = CARDS.get(arguments.gpu)
+    if card is None:
+        raise ValueError(f"--gpu {arguments.gpu} is not one of {', '.join(CARDS)}")
     if arguments.recipe is not None:
         if arguments.model is not None or arguments.objective is not None:
             raise ValueError("--recipe names the model and the objective: drop the other flag")
-        job = job_of(load_recipe(arguments.recipe), **given)
+        job = job_of(load_recipe(arguments.recipe), card, **given)
     else:
         if arguments.model is None or arguments.context is None:
             raise ValueError("--model and --context are needed, or --recipe")
         loss = PreferenceLoss(arguments.objective or "dpo")
         method = given.setdefault("method", "lora")
         given.setdefault("candidates", _candidates(loss))
+        given.setdefault("workspace_mib", _workspace(card))
         given["reference"] = _reference(loss, given.get("reference", "auto"), method, None)
         job = _job(arguments.model, loss, **given)
-    card = CARDS.get(arguments.gpu)
-    if card is None:
-        raise ValueError(f"--gpu {arguments.gpu} is not one of {', '.join(CARDS)}")
     planned = plan(job)
     host = float("inf") if arguments.host_gib is None else arguments.host_gib * GIB
     advice = advise(job, card.memory * GIB, host)

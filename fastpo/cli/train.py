@@ -283,7 +283,7 @@ def schedule_words(trainer: PreferenceTrainer, label_tokens: float) -> str:
     kl = trainer.loss.needs_kl
     _, schedule, why = plan_head(
         max(1, round(label_tokens)),
-        head.weight.shape[0],
+        *head.weight.shape,
         device=trainer.args.device,
         dtype=head.weight.dtype,
         stats=("logps", "kl_ref_policy") if kl else ("logps",),

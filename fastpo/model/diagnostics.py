@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastpo.head import Backend, Head, linear_logps
+from fastpo.head import Backend, Head, Workspace, linear_logps
 from fastpo.scores import Segments
 
 
@@ -66,7 +66,7 @@ def entanglement(
     segments: Segments,
     *,
     backend: Backend = "auto",
-    workspace_mib: float = 256,
+    workspace_mib: Workspace = "auto",
 ) -> dict[str, Tensor]:
     """Inner product, norms and the two conditions [G]; the table is in the module's docstring.
 

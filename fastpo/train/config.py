@@ -146,8 +146,12 @@ class PreferenceConfig(TrainingArguments):
     backend: Literal["auto", "torch", "triton"] = field(
         default="auto", metadata={"help": "Implementation of the head."}
     )
-    workspace_mib: int = field(
-        default=256, metadata={"help": "Memory for logits in MiB, whatever the vocabulary is."}
+    workspace_mib: int | str = field(
+        default="auto",
+        metadata={
+            "help": "Memory for logits in MiB, whatever the vocabulary is; auto: 256, on a GPU the "
+            "smaller of 1024 and 2 % of its memory."
+        },
     )
     offload_activations: bool = field(
         default=False,
@@ -288,8 +292,10 @@ class PreferenceConfig(TrainingArguments):
             raise ValueError(f"kl_budget={self.kl_budget} must be a positive number of nats")
         if self.num_samples < 0:
             raise ValueError(f"num_samples={self.num_samples} must be 0 (none) or more")
-        if isinstance(self.mlp_tile, str) and self.mlp_tile != "auto":
-            raise ValueError(f"mlp_tile={self.mlp_tile!r} is neither a number of tokens nor 'auto'")
+        for name, what in (("mlp_tile", "tokens"), ("workspace_mib", "MiB")):
+            value = getattr(self, name)
+            if isinstance(value, str) and value != "auto":
+                raise ValueError(f"{name}={value!r} is neither a number of {what} nor 'auto'")
         if self.offload_activations and not self.activation_checkpointing:
             raise ValueError(
                 "offload_activations=True moves the inputs of checkpointed layers: it needs "

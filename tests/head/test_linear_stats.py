@@ -161,7 +161,7 @@ def test_kept_slices_under_a_rising_maximum(dtype, names, workspace_columns, mon
     monkeypatch.setattr("fastpo.schedules._LEAST_COLUMNS", 50)
     monkeypatch.setattr(TorchTiles, "largest_slab", 50 * N)
     workspace = workspace_columns * N * 4 / 2**20
-    schedule = plan_head(N, V, device="cpu", needs_head=True, workspace_mib=workspace)[1]
+    schedule = plan_head(N, V, D, device="cpu", needs_head=True, workspace_mib=workspace)[1]
     assert (schedule.vocab_block, schedule.kept) == (50, V if workspace_columns > V else 200)
     x = inputs(dtype)
     del x["ref_hidden"]

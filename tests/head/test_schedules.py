@@ -96,7 +96,7 @@ def test_as_many_products_run_as_the_schedule_says(trained, workspace_mib, stats
     labels = torch.randint(0, v, (n,))
     with_reference = stats != ("logps",)
     _, schedule, _ = plan_head(
-        n, v, device="cpu", stats=stats, num_grad_stats=len(stats), needs_head=trained,
+        n, v, d, device="cpu", stats=stats, num_grad_stats=len(stats), needs_head=trained,
         with_reference=with_reference, workspace_mib=workspace_mib,
     )  # fmt: skip
     said = FlopCounterMode(display=False)

@@ -31,7 +31,7 @@ KERNELS = {
     "split_kernel",
     "merge_kernel",
     "coefficients_kernel",
-    "coefficients_kernel kept",
+    "kept_kernel",
     "epilogue_kernel",
     "divergence_kernel",
     "divergence_coefficients_kernel",

@@ -73,6 +73,7 @@ def schedule(dtype: torch.dtype, mib: float, names: tuple[str, ...], **needs: bo
     _, chosen, _ = plan_head(
         N,
         V,
+        D,
         device="cpu",
         dtype=dtype,
         stats=names,
