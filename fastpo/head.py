@@ -519,9 +519,7 @@ def check_workspace(workspace_mib: Workspace) -> None:
     """Raise ValueError for what is neither a positive number of MiB nor `auto`."""
     number = isinstance(workspace_mib, int | float) and not isinstance(workspace_mib, bool)
     if not (workspace_mib > 0 if number else workspace_mib == "auto"):
-        raise ValueError(
-            f"workspace_mib={workspace_mib!r} must be a positive number of MiB, or 'auto'"
-        )
+        raise ValueError(f"workspace_mib must be positive, or 'auto': got {workspace_mib!r}")
 
 
 def _check_lora(lora: Lora, weight: Tensor) -> None:

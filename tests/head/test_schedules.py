@@ -8,12 +8,13 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastpo import linear_logps, linear_stats, ops
 from fastpo.head import choose_backend, plan_head
-from fastpo.schedules import choose_schedule
-from fastpo.tiles import DIFFERENTIABLE
+from fastpo.schedules import auto_workspace_mib, choose_schedule, even_blocks
+from fastpo.tiles import DIFFERENTIABLE, put_matmul_
 from fastpo.torch_tiles import TorchTiles
 from fastpo.triton_tiles import TritonTiles
 
@@ -46,7 +47,7 @@ def test_small_logits_are_kept():
 
 @pytest.mark.parametrize("with_reference", [False, True])
 def test_kernels_keep_logits_that_fill_the_workspace(with_reference):
-    """Without a second slab beside them; the slices of the backward pass come on top."""
+    """Without a second slab beside them; the slices of dW come on top."""
     needs = {"needs_hidden": True, "needs_head": True, "needs_weight": True}
     needs |= {"with_reference": with_reference, "num_slabs": 3 if with_reference else 2}
     most = 1024 if with_reference else 2048
@@ -60,8 +61,122 @@ def test_blocks_fit_the_workspace_at_any_size():
         s = choose_schedule(n, v, needs_hidden=True, workspace_bytes=mib << 20, num_slabs=3)
         assert 1 <= s.row_block <= n
         assert 1 <= s.vocab_block <= v
-        for rows, columns in ((s.row_block, v), (n, s.vocab_block)):
-            assert rows * columns * 12 <= mib << 20 or min(rows, columns) == 1
+        for rows, columns, size in ((s.row_block, v, 12), (s.late_rows, s.vocab_block, 4)):
+            assert rows * columns * size <= mib << 20 or min(rows, columns) == 1
+
+
+def on_a_card(n: int, v: int, d: int, mib: float, **needs):
+    """The schedule of bfloat16 on a GPU, which need not be there."""
+    return plan_head(
+        n, v, d, device="cuda", dtype=torch.bfloat16, workspace_mib=mib, **needs
+    )[1]  # fmt: skip
+
+
+TRAINED = {"needs_head": True, "needs_weight": True}
+
+
+@pytest.mark.parametrize(
+    ("n", "v", "mib", "rows"),
+    [
+        (8192, 131072, 256, 512),
+        (8192, 128256, 256, 512),  # 523 rows would fit
+        (8192, 151936, 256, 384),
+        (8192, 256000, 256, 256),
+        (8192, 131072, 1024, 2048),
+        (513, 131072, 256, 384),  # two blocks, and none of a single row
+        (600, 131072, 256, 384),
+        (300, 131072, 256, 300),
+        (8192, 1 << 20, 256, 64),  # less than a tile
+    ],
+)
+def test_blocks_on_a_card_are_equal_and_whole_tiles(n, v, mib, rows):
+    for needs in ({}, {"needs_hidden": False}, TRAINED):
+        assert on_a_card(n, v, 4096, mib, **needs).row_block == rows
+
+
+def test_even_blocks_waste_less_than_a_tile_each():
+    for total in (1, 127, 128, 129, 5000, 8192):
+        for most in (1, 100, 128, 300, 523, 10**5):
+            rows = even_blocks(total, most, 128)
+            assert 1 <= rows <= min(most, total) + (rows > total) * 127
+            if most >= 128 and rows < total:
+                assert rows % 128 == 0
+                count = -(-total // rows)
+                assert count == -(-total // (most - most % 128))
+                assert count * rows - total < 128 * count
+            assert even_blocks(total, most, 1) == min(most, total)
+
+
+def test_two_statistics_with_gradients_have_coefficients_beside_the_products():
+    both = {"stats": ("logps", "entropy"), "num_grad_stats": 2, "needs_head": True}
+    assert on_a_card(8192, 131072, 4096, 256, **both).row_block == 256
+    kl = {"stats": ("logps", "kl_ref_policy"), "num_grad_stats": 2, "with_reference": True}
+    assert on_a_card(8192, 131072, 4096, 256, **kl).row_block == 128
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "mib", "rows", "columns"),
+    [
+        (8192, 4096, 256, 8192, 8192),
+        (32768, 4096, 256, 8192, 8192),
+        (8192, 4096, 1024, 8192, 32768),
+        (131072, 4096, 256, 8192, 8192),
+        (9000, 4096, 256, 4608, 10368),
+    ],
+)
+def test_late_slabs_on_a_card(n, d, mib, rows, columns):
+    """They hold 2 bytes a coefficient and 4 D bytes a column; equal sides move least."""
+    late = on_a_card(n, 131072, d, mib, **TRAINED)
+    assert (late.name, late.late_rows, late.vocab_block) == ("recompute", rows, columns)
+    assert columns * (2 * rows + 4 * d) <= mib << 20
+
+
+def test_late_slabs_on_a_card_fit_at_any_size():
+    for n, v, d, mib in [(1, 300, 16, 1), (10**6, 262144, 8192, 64), (70000, 131072, 64, 16)]:
+        for weight in (True, False):
+            late = on_a_card(n, v, d, mib, needs_head=True, needs_weight=weight)
+            assert late.late_rows <= n + 127
+            size = late.vocab_block * (2 * late.late_rows + 4 * d * weight)
+            assert late.name == "kept" or size <= mib << 20
+
+
+def test_auto_workspace():
+    gib = 1 << 30
+    assert [auto_workspace_mib(size) for size in (None, 139 * gib, 24 * gib)] == [256, 1024, 491]
+    cpu = plan_head(4096, 131072, 64, device="cpu", needs_head=True)[1]
+    assert cpu == plan_head(4096, 131072, 64, device="cpu", needs_head=True, workspace_mib=256)[1]
+
+
+@pytest.mark.parametrize("mib", [0, -1, "256", "most", True, float("nan"), None])
+def test_what_is_no_workspace_is_refused_by_name(mib):
+    x, labels = torch.randn(4, 8), torch.zeros(4, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"workspace_mib must be positive, or 'auto': got"):
+        linear_logps(x, torch.randn(16, 8), labels, workspace_mib=mib)
+
+
+class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+    """Lists the operators that are called and runs those that write into `out` not at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func).removeprefix("aten."))
+        out = (kwargs or {}).get("out")
+        return func(*args, **(kwargs or {})) if out is None else out
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_products_on_a_card_add_by_themselves(add):
+    """One call, and its sum in fp32: a card's values are tested where there is one."""
+    with FakeTensorMode():
+        a, b = (torch.empty(64, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        out = torch.empty(64, 64, device="cuda")
+        with Calls() as calls:
+            assert put_matmul_(out, a, b, add=add) is out
+    products = [name for name in calls.names if not name.startswith("prim.")]
+    assert products == ["addmm.dtype_out" if add else "mm.dtype_out"]
 
 
 class CountingMode(torch.utils._python_dispatch.TorchDispatchMode):

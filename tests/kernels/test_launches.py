@@ -7,6 +7,7 @@ sizes and absent tensors are specialised as they really are.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -16,6 +17,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fastpo.kernels import divergence as divergence_module
+from fastpo.kernels import kept_coefficients as kept_module
 from fastpo.kernels import linear_coefficients as coefficients_module
 from fastpo.kernels import linear_stats as stats_module
 from fastpo.kernels import listwise, pairwise, segment_reduce
@@ -55,7 +57,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[CompiledKernel]:
 
     monkeypatch.setattr(driver, "_active", Driver())
     monkeypatch.setattr(JITFunction, "run", compile_only)
-    modules = (stats_module, coefficients_module, epilogue_module, divergence_module)
+    modules = (stats_module, coefficients_module, kept_module, epilogue_module, divergence_module)
     for module in (*modules, listwise, pairwise, segment_reduce):
         monkeypatch.setattr(module, "chip_of", lambda device: CHIP)
     return kernels
@@ -74,9 +76,22 @@ def launch_coefficients(x, names: tuple[str, ...] = ("logps",), first: int = 0, 
     )  # fmt: skip
 
 
-def launch_epilogue(x, **arguments) -> None:
+def launch_epilogue(x, *, in_place: bool = False, **arguments) -> None:
     products = torch.zeros(len(x.labels), len(x.weight), dtype=acc_dtype(x.hidden.dtype))
+    if in_place:
+        arguments["out"] = epilogue_module.over(products, x.hidden.dtype)
     epilogue_module.logits_epilogue(products, x.labels, x.bias, **arguments)
+
+
+def launch_kept(x, names: tuple[str, ...] = ("logps",), **facts) -> None:
+    """In place."""
+    row = torch.zeros(len(x.labels), dtype=acc_dtype(x.hidden.dtype))
+    products = torch.zeros(len(x.labels), len(x.weight), dtype=row.dtype)
+    kept_module.kept_coefficients(
+        products, x.labels, x.bias, v_start=0, vocab_size=len(x.weight), lse=row, logps=row,
+        entropy=row, **{f"grad_{name}": row for name in names}, **facts,
+        out=epilogue_module.over(products, x.hidden.dtype),
+    )  # fmt: skip
 
 
 def launch_divergence(x, names: tuple[str, ...] = ("kl_ref_policy",), **facts) -> None:
@@ -115,6 +130,16 @@ LAUNCHES: dict[str, tuple[Callable[..., None], tuple[int, int, int], bool, dict]
     "epilogue of odd sizes": (
         launch_epilogue, (63, 64, 507), True,
         {"want": STATISTICS, "coefficient_of": "entropy", "softcap": 5.0},
+    ),
+    "epilogue in place": (
+        launch_epilogue, (63, 64, 512), False, {"coefficient_of": "logps", "in_place": True},
+    ),
+    "epilogue of odd sizes in place": (
+        launch_epilogue, (63, 64, 507), True, {"coefficient_of": "logps", "in_place": True},
+    ),
+    "kept coefficients of one row": (launch_kept, (1, 64, 512), False, {}),
+    "kept coefficients of odd sizes": (
+        launch_kept, (63, 64, 507), True, {"names": DIFFERENTIABLE, "softcap": 5.0},
     ),
     "divergences of one row": (launch_divergence, (1, 64, 512), False, {}),
     "divergences of odd sizes": (
@@ -197,3 +222,21 @@ def test_loss_launch_compiles(name, dtype, compiled):
     assert len(compiled) == (2 if launch is launch_reduction else 1)
     for kernel in compiled:
         assert kernel.asm["cubin"], kernel.name
+
+
+@pytest.mark.parametrize("launch", [launch_epilogue, launch_kept])
+def test_a_block_is_read_before_it_is_overwritten(launch, compiled):
+    """In place there is a barrier between the loads of a block and its stores, elsewhere none."""
+    x = make(8, 64, 40960, torch.bfloat16)
+
+    def sweep(kernel: CompiledKernel) -> str:
+        """The last loop's loads L, barriers | and stores S, in order."""
+        loop = re.split(r"\$L__BB\w+:", kernel.asm["ptx"])[-1]
+        words = re.findall(r"ld\.global|bar\.sync|st\.global", loop)
+        return "".join({"l": "L", "b": "|", "s": "S"}[word[0]] for word in words)
+
+    coefficients = {"coefficient_of": "logps"} if launch is launch_epilogue else {}
+    launch(x, **coefficients, **({"in_place": True} if coefficients else {}))
+    assert re.fullmatch("L+[|]S+", sweep(compiled[0]))
+    launch_epilogue(x, coefficient_of="logps")
+    assert re.fullmatch("L+S+", sweep(compiled[1]))

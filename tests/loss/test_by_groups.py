@@ -200,3 +200,25 @@ def test_a_second_walk_is_refused():
     torch.autograd.grad(out.loss, leaves, retain_graph=True)
     with pytest.raises(RuntimeError, match="call backward on it once"):
         torch.autograd.grad(out.loss, leaves)
+
+
+def test_autocast_casts_the_weight_once():
+    """And not once for every part of the batch; its gradient is summed in float32 all the same."""
+    casts = []
+
+    class Casts(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default and args[0].shape == (V, D):
+                casts.append((args[0].dtype, out.dtype))
+            return out
+
+    with torch.autocast("cpu", torch.bfloat16), Casts():
+        out, grads = run("simpo", torch.float32, SMALL)
+    assert casts.count((torch.float32, torch.bfloat16)) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        whole, whole_grads = run("simpo", torch.float32, LARGE)
+    truth, true_grads = run("simpo", torch.float64, LARGE)
+    assert_three_way(out.loss.detach(), whole.loss.detach(), truth.loss.detach())
+    for triple in zip(grads, whole_grads, true_grads, strict=True):
+        assert_three_way(*triple)

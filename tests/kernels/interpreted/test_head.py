@@ -110,6 +110,39 @@ def test_trained(dtype, names, facts, mib):
     assert_head(x, LEAVES, names, mib, **FACTS[facts])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("mib", [0.1, 1], ids=["recompute", "kept"])
+def test_a_graph_may_be_walked_again(dtype, mib):
+    """Coefficients take the place of kept products: the second walk recomputes them."""
+    x = make(N, D, V, dtype, bias=True)
+    leaves = [getattr(x, name).clone().requires_grad_() for name in LEAVES]
+    hidden, weight, bias = leaves
+    out = linear_stats(
+        hidden, weight, x.labels, bias=bias, backend="triton", workspace_mib=mib
+    )["logps"]
+    first, second = (torch.autograd.grad(out.sum(), leaves, retain_graph=True) for _ in range(2))
+    truth = [t.double().detach().requires_grad_() for t in leaves]
+    logits = truth[0] @ truth[1].T + truth[2]
+    logps = logits.log_softmax(1).gather(1, x.labels[:, None])
+    true_grads = torch.autograd.grad(logps.sum(), truth)
+    for once, twice, true in zip(first, second, true_grads, strict=True):
+        assert_three_way(twice, once, true)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("leaves", [LEAVES, ("weight",)], ids="+".join)
+def test_late_slabs_are_cut_by_rows_too(dtype, leaves):
+    """Three blocks of 128 rows; a slice of dW is summed over them and rounded once."""
+    n, mib = 300, 0.09 if dtype == torch.float32 else 0.05
+    chosen = plan_head(
+        n, V, D, device="cpu", dtype=dtype, needs_head=True, needs_weight=True,
+        needs_hidden="hidden" in leaves, backend="triton", workspace_mib=mib,
+    )[1]  # fmt: skip
+    assert (chosen.name, chosen.late_rows) == ("recompute", 128)
+    assert chosen.vocab_block < V
+    assert_head(make(n, D, V, dtype, bias=True), leaves, ("logps",), mib)
+
+
 @pytest.mark.parametrize("leaves", [("weight",), ("bias",), ("hidden", "bias")])
 def test_any_part_may_be_the_trained_one(leaves):
     x = make(N, D, V, torch.float32, bias=True)

@@ -116,33 +116,6 @@ def test_large_vocabulary():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("facts", FACTS)
-def test_kept_products_are_read_and_not_formed(dtype, facts):
-    """A part of a wider slab, as slices of kept logits are; the states are not looked at."""
-    x = make(63, 31, 507, dtype, bias=True)
-    acc, grads = acc_dtype(dtype), cotangents(x)
-    products = x.hidden.to(acc) @ x.weight.to(acc).T
-    stats = linear_stats(*x, **FACTS[facts], want=NEEDED)
-    ours = [
-        linear_coefficients(
-            torch.full_like(x.hidden, math.nan),
-            x.weight[lo:hi],
-            x.labels,
-            x.bias[lo:hi],
-            v_start=lo,
-            vocab_size=507,
-            **stats,
-            **{f"grad_{name}": value for name, value in grads.items()},
-            **FACTS[facts],
-            products=products[:, lo:hi],
-            out_dtype=acc,
-        )
-        for lo, hi in ((0, 200), (200, 507))
-    ]
-    assert_coefficients(torch.cat(ours, 1), x, grads, **FACTS[facts])
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_slices_are_the_whole(dtype):
     """Cut anywhere, also through a block and to one column."""
     x = make(21, 31, 507, dtype, bias=True)

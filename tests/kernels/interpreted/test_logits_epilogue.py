@@ -12,6 +12,7 @@ from fastpo.kernels.logits_epilogue import (
     DIFFERENTIABLE,
     logits_epilogue,
     logits_epilogue_reference,
+    over,
 )
 from fastpo.kernels.online import STATISTICS
 from fastpo.kernels.tile import Config, acc_dtype
@@ -134,17 +135,21 @@ def test_rounds_once(of):
     assert torch.equal(rounded, wide.half())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("v", [1, 128, 129, 300])
 @pytest.mark.parametrize("of", DIFFERENTIABLE)
-def test_may_overwrite_its_products(dtype, of):
-    x = products_of(9, 300, dtype, bias=True)
-    stats, out = epilogue(x, coefficient_of=of, config=SMALL)
+def test_may_overwrite_its_products(dtype, v, of):
+    """The same bits as elsewhere, at any number of blocks and with odd rows."""
+    x = products_of(9, v, acc_dtype(dtype), bias=True)
+    arguments = {"want": STATISTICS, "coefficient_of": of, "config": SMALL}
+    apart = torch.empty(9, v, dtype=dtype)
+    stats, _ = logits_epilogue(products(x), x.labels, x.bias, out=apart, **arguments)
     slab = products(x)
-    again, same = logits_epilogue(
-        slab, x.labels, x.bias, want=STATISTICS, coefficient_of=of, out=slab, config=SMALL
-    )
-    assert same is slab
-    assert torch.equal(slab, out)
+    place = over(slab, dtype)
+    again, same = logits_epilogue(slab, x.labels, x.bias, out=place, **arguments)
+    assert same is place
+    assert place.untyped_storage().data_ptr() == slab.untyped_storage().data_ptr()
+    assert torch.equal(place, apart)
     assert all(torch.equal(stats[name], again[name]) for name in STATISTICS)
 
 
