@@ -373,14 +373,14 @@ def levers(job: Job) -> Iterator[Lever]:
     """Switches that `job` has not used, the cheapest first: free ones, then those that round."""
     if not job.share_prompt:
         yield Lever("share_prompt: auto", {"share_prompt": True})
-    if job.workspace_mib > 256:
-        yield Lever("workspace_mib: 256", {"workspace_mib": 256})
     if job.reference == "copy":
         yield Lever("reference: store", {"reference": "store"})
     if job.mlp_tile is None:
         yield Lever("mlp_tile: auto", {"mlp_tile": "auto"})
     if not job.offload:
         yield Lever("offload_activations: true", {"offload": True})
+    if job.workspace_mib > 256:
+        yield Lever("workspace_mib: 256", {"workspace_mib": 256})
     if "8bit" not in job.optim:
         yield Lever("optim: paged_adamw_8bit", {"optim": "paged_adamw_8bit"})
     if job.method == "full":

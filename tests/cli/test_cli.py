@@ -75,6 +75,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["score", "--model", "m"], "--dataset"),
         (["objectives", "dppo"], "did you mean 'dpo'?"),
         (["doctor", "--tokens", "0"], "--tokens 0"),
+        (["doctor", "--workspace-mib", "0"], "workspace_mib must be positive, or 'auto': got 0"),
+        (["doctor", "--workspace-mib", "1G"], "workspace_mib must be positive, or 'auto': got '1G'"),
         (["doctor", "--model", "/nowhere/at/all"], "no folder '/nowhere/at/all'"),
         (["report", "/nowhere/at/all"], "not a folder"),
         (["train", "/nowhere.yaml"], "/nowhere.yaml: No such file"),
@@ -139,6 +141,9 @@ def test_doctor(capsys: pytest.CaptureFixture[str], tiny: Path) -> None:
     for part in ("torch        works", "auto ", "LlamaForCausalLM", "prompts      shared", "259"):
         assert part in out
     assert "by groups    a loss on a trained head costs 3 x 2NDV for groups of up to" in out
+    assert "256 MiB are used" in out
+    _, out, _ = run(capsys, "doctor", "--model", tiny / "model", "--workspace-mib", "12.5")
+    assert "12.5 MiB are used" in out
 
 
 def test_doctor_fails_on_wrong_numbers(

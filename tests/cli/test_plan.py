@@ -150,3 +150,20 @@ def test_a_recipe_becomes_a_job(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="how long is a row"):
         job_of(load_recipe(path))
+
+
+@pytest.mark.parametrize(("gpu", "mib"), [("h200", 1024), ("rtx4090", 471)])
+def test_the_default_workspace_is_the_cards(
+    gpu: str, mib: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By flags and by a recipe; one that the recipe names stays."""
+    path = tmp_path / "r.yaml"
+    text = (EXAMPLES / "long_context_logo.yaml").read_text()
+    recipe = {**yaml.safe_load(text), "model": "llama-3-8b"}
+    ways = [["--model", "llama-3-8b", "--context", "4096"], ["--recipe", str(path)]]
+    found = []
+    for words, more in ((ways[0], {}), (ways[1], {}), (ways[1], {"workspace_mib": 300})):
+        path.write_text(yaml.safe_dump(recipe | more))
+        assert main(["plan", *words, "--gpu", gpu, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["job"]["workspace_mib"])
+    assert found == [mib, mib, 300]

@@ -155,6 +155,16 @@ def test_values_that_only_the_trainer_can_judge_are_recipe_errors(tmp_path: Path
     recipe = load(tmp_path, f"output_dir: {tmp_path}\nworkspace_mib: 0\nuse_cpu: true\n")
     with pytest.raises(RecipeError, match="workspace_mib=0"):
         recipe.config()
+    recipe = load(tmp_path, f"output_dir: {tmp_path}\nworkspace_mib: most\nuse_cpu: true\n")
+    with pytest.raises(RecipeError, match="workspace_mib='most' is neither a number of MiB nor"):
+        recipe.config()
+
+
+def test_the_workspace_is_a_number_or_auto(tmp_path: Path) -> None:
+    given = ("", "workspace_mib: auto\n", "workspace_mib: 512\n")
+    sizes = [load(tmp_path, f"use_cpu: true\n{line}").config().workspace_mib for line in given]
+    assert sizes == ["auto", "auto", 512]
+    assert load(tmp_path, "", "--workspace_mib", "512").config().workspace_mib == 512
 
 
 def test_what_follows_from_other_keys(tmp_path: Path) -> None:
