@@ -3,9 +3,10 @@
     python -m bench.account                        # the table for an H100, a minute the first time
     python -m bench.account --page docs/head.md    # also rewrite its section
 
-The binaries are real, compiled ahead of time by `fastpo.kernels.aot`; registers, shared memory and
-instructions are read from them. Times are predictions, never measurements: of a perfect memory
-system, and of matrix units and schedulers that never wait.
+First of single kernels, then of whole calls (`bench.predict`). The binaries are real, compiled
+ahead of time by `fastpo.kernels.aot`; registers, shared memory and instructions are read from them.
+Times are predictions, never measurements: of a perfect memory system, and of matrix units and
+schedulers that never wait.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from bench import predict as schedules
 from bench.harness import write_section
 from fastpo.kernels.aot import TARGETS, Report, compile_all, instructions
 
@@ -192,10 +194,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     n, d, v = map(int, options.shape.split(","))
     targets = {t: compile_all(t, ["bf16"]) for t in tqdm(TARGETS, disable=None)}
-    text = page((n, d, v), targets)
-    print(text)
-    if options.page is not None:
-        write_section(options.page, "account", text)
+    sections = {"account": page((n, d, v), targets), "predict": schedules.section()}
+    for name, text in sections.items():
+        print(text)
+        if options.page is not None:
+            write_section(options.page, name, text)
 
 
 if __name__ == "__main__":

@@ -517,8 +517,10 @@ def _check(
 
 def check_workspace(workspace_mib: Workspace) -> None:
     """Raise ValueError for what is neither a positive number of MiB nor `auto`."""
-    number = isinstance(workspace_mib, int | float) and not isinstance(workspace_mib, bool)
-    if not (workspace_mib > 0 if number else workspace_mib == "auto"):
+    number = None
+    if isinstance(workspace_mib, int | float) and not isinstance(workspace_mib, bool):
+        number = workspace_mib
+    if not (workspace_mib == "auto" if number is None else number > 0):
         raise ValueError(f"workspace_mib must be positive, or 'auto': got {workspace_mib!r}")
 
 

@@ -89,7 +89,8 @@ _SCHEMA = (
     "Tensor? ref_weight, Tensor? ref_bias, Tensor? temperatures, Tensor? lora_b, "
     "str[] want, str[] grads, float? softcap, float logit_scale, float temperature, "
     "float jsd_beta, float skip_below, str backend, str schedule, SymInt row_block, "
-    "SymInt vocab_block, SymInt late_rows, SymInt kept, str? group, SymInt rank, SymInt[] rows, SymInt[] tokens"
+    "SymInt vocab_block, SymInt late_rows, SymInt kept, str? group, SymInt rank, SymInt[] rows, "
+    "SymInt[] tokens"
 )
 torch.library.define("fastpo::linear_stats", f"({_SCHEMA}) -> Tensor[]")
 torch.library.define(

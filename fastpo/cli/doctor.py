@@ -8,6 +8,7 @@ import importlib.util
 import platform
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -242,10 +243,8 @@ def _model(arguments: argparse.Namespace, device: torch.device) -> None:
 def doctor(arguments: argparse.Namespace) -> int:
     """Print the state of the installation; 1 where something that should work does not."""
     if arguments.workspace_mib != "auto":
-        try:
+        with suppress(ValueError):  # what is no number is refused by the next line
             arguments.workspace_mib = float(arguments.workspace_mib)
-        except ValueError:
-            pass  # refused by the next line
     check_workspace(arguments.workspace_mib)
     if arguments.tokens < 1:
         raise ValueError(f"--tokens {arguments.tokens} must be at least 1")

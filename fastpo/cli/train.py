@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from fastpo.cli.plan import host_needs
 from fastpo.data.build import GroupDataset, GroupStream, build_groups
 from fastpo.data.packing import counts_of
 from fastpo.data.rows import load_rows
-from fastpo.head import plan_head
+from fastpo.head import Workspace, plan_head
 from fastpo.model.load import blend
 from fastpo.objectives import OBJECTIVES
 from fastpo.train.chart import short
@@ -294,7 +294,7 @@ def schedule_words(trainer: PreferenceTrainer, label_tokens: float) -> str:
         needs_weight=head.weight.requires_grad,
         with_reference=kl,
         backend=trainer.args.backend,
-        workspace_mib=trainer.args.workspace_mib,
+        workspace_mib=cast(Workspace, trainer.args.workspace_mib),
     )
     return f"{schedule.name}, {schedule.products} products ({schedule.reason}); {why}"
 

@@ -76,7 +76,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["objectives", "dppo"], "did you mean 'dpo'?"),
         (["doctor", "--tokens", "0"], "--tokens 0"),
         (["doctor", "--workspace-mib", "0"], "workspace_mib must be positive, or 'auto': got 0"),
-        (["doctor", "--workspace-mib", "1G"], "workspace_mib must be positive, or 'auto': got '1G'"),
+        (
+            ["doctor", "--workspace-mib", "1G"],
+            "workspace_mib must be positive, or 'auto': got '1G'",
+        ),
         (["doctor", "--model", "/nowhere/at/all"], "no folder '/nowhere/at/all'"),
         (["report", "/nowhere/at/all"], "not a folder"),
         (["train", "/nowhere.yaml"], "/nowhere.yaml: No such file"),

@@ -117,9 +117,8 @@ def test_a_graph_may_be_walked_again(dtype, mib):
     x = make(N, D, V, dtype, bias=True)
     leaves = [getattr(x, name).clone().requires_grad_() for name in LEAVES]
     hidden, weight, bias = leaves
-    out = linear_stats(
-        hidden, weight, x.labels, bias=bias, backend="triton", workspace_mib=mib
-    )["logps"]
+    stats = linear_stats(hidden, weight, x.labels, bias=bias, backend="triton", workspace_mib=mib)
+    out = stats["logps"]
     first, second = (torch.autograd.grad(out.sum(), leaves, retain_graph=True) for _ in range(2))
     truth = [t.double().detach().requires_grad_() for t in leaves]
     logits = truth[0] @ truth[1].T + truth[2]

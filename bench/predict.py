@@ -1,0 +1,209 @@
+"""How long should a call of the head take on an H200, before one has run it?
+
+Arithmetic on the schedules that `fastpo.head.plan_head` chooses: matrix products at the rate of
+whole tiles in whole waves, everything else at the rate of a copy. Two figures were measured on an
+H200, everything that follows from them is a prediction: to be checked by `python -m bench.gpu`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from fastpo.head import most_kept_tokens, plan_head
+from fastpo.schedules import Schedule, even_blocks
+from fastpo.tiles import blocks
+
+# Measured: PyTorch's bf16 product of 8192^3 on random data, and a copy of 4.3 GB, read and written.
+FLOP_PER_SECOND, BYTES_PER_SECOND = 790e12, 4.3e12
+MULTIPROCESSORS = 132
+TILES = ((128, 256), (256, 128), (128, 128), (64, 256))
+"""Of a product's output."""
+# 8192 x 8192 are 2048 tiles of 128 x 256, 15.5 waves: the measured rate is of 16.
+MEASURED_WAVES = 2048 / (16 * MULTIPROCESSORS)
+# What cuBLAS keeps of its rate where it splits K to fill the chip; a guess.
+SPLIT_K = 0.9
+# What a fused kernel without warp specialisation keeps of cuBLAS's rate; others' reach .70 to .80.
+FUSED = 0.78
+_BY_KERNELS: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16, "backend": "triton"}
+
+SHAPES = (
+    (2048, 4096, 128256),
+    (8192, 4096, 128256),
+    (8192, 4096, 131072),
+    (32768, 4096, 128256),
+    (8192, 8192, 128256),
+    (8192, 2048, 151936),
+    (8192, 2304, 256000),
+)
+"""(N, D, V): Llama 3 8B at three batches, 131072 for the goals, Llama 3 70B, Qwen 3, Gemma 2."""
+GOAL_SHAPE = (8192, 4096, 131072)
+GOALS = {"forward": 12.5, "frozen": 25.0, "late": 48.0, "groups": 38.0}
+"""Case -> ms at `GOAL_SHAPE`; `groups` with a workspace of 1 GiB."""
+COUNTS = {"forward": 1, "frozen": 2, "late": 3, "groups": 3}
+"""Matrix products that no method can do without."""
+
+
+class Case(NamedTuple):
+    """A call and its prediction."""
+
+    name: str
+    workspace_mib: int
+    seconds: float
+    fraction: float  # of the time of its bare products at the measured rate
+    block: str  # rows of a slab, rows x columns of a late one, tokens of a part
+
+
+def filled(m: int, n: int) -> float:
+    """Return the share of a product's time on the chip that goes into [m, n], not into padding."""
+    found = 0.0
+    for rows, columns in TILES:
+        tiles = math.ceil(m / rows) * math.ceil(n / columns)
+        used = m * n / (tiles * rows * columns)
+        if tiles < MULTIPROCESSORS:
+            split = MULTIPROCESSORS // tiles
+            waves = tiles * split / MULTIPROCESSORS * (SPLIT_K if split > 1 else 1.0)
+        else:
+            waves = tiles / MULTIPROCESSORS
+            waves /= math.ceil(waves)
+        found = max(found, used * waves)
+    return found
+
+
+def product(m: int, n: int, k: int, *, add: bool = False) -> float:
+    """Return seconds of [m, k] x [k, n] in bf16 with an fp32 result, or added to one."""
+    rate = FLOP_PER_SECOND * min(1.0, filled(m, n) / MEASURED_WAVES)
+    moved = 2 * k * (m + n) + (8 if add else 4) * m * n
+    return max(2 * m * n * k / rate, moved / BYTES_PER_SECOND)
+
+
+def sweep(elements: float, size: int) -> float:
+    """Return seconds of reading and writing so many bytes an element."""
+    return elements * size / BYTES_PER_SECOND
+
+
+def _schedule(n: int, d: int, v: int, mib: int, **needs: Any) -> Schedule:
+    return plan_head(n, v, d, workspace_mib=mib, **_BY_KERNELS, **needs)[1]
+
+
+def _forward(n: int, d: int, v: int, row_block: int) -> float:
+    """Products, and one sweep over them."""
+    rows = (hi - lo for lo, hi in blocks(n, row_block))
+    return sum(product(r, v, d) + sweep(r * v, 4) for r in rows)
+
+
+def forward(n: int, d: int, v: int, mib: int) -> Case:
+    """Return the prediction of log-probs without gradient."""
+    rows = _schedule(n, d, v, mib, needs_hidden=False).row_block
+    return _case("forward", (n, d, v), mib, _forward(n, d, v, rows), f"{rows}")
+
+
+def frozen(n: int, d: int, v: int, mib: int) -> Case:
+    """Return the prediction with a gradient to the hidden states; no byte comes from the L2."""
+    rows = _schedule(n, d, v, mib).row_block
+    seconds = _forward(n, d, v, rows)
+    for lo, hi in blocks(n, rows):
+        seconds += sweep((hi - lo) * v, 4 + 2) + product(hi - lo, d, v)
+    seconds += sweep(n * d, 4 + 4 + 4 + 2)  # times the cotangents, and rounded
+    return _case("frozen", (n, d, v), mib, seconds, f"{rows}")
+
+
+def late(n: int, d: int, v: int, mib: int, fused: float | None = FUSED) -> Case:
+    """Return the prediction of a trained head whose coefficients are known late.
+
+    `fused` is the rate of `coefficients_kernel` over cuBLAS's; None: cuBLAS and a sweep in place.
+    """
+    plan = _schedule(n, d, v, mib, needs_head=True, needs_weight=True)
+    seconds = _forward(n, d, v, plan.row_block)
+    for first, last in blocks(v, plan.vocab_block):
+        columns = last - first
+        for lo, hi in blocks(n, plan.late_rows):
+            rows = hi - lo
+            if fused is None:
+                seconds += product(rows, columns, d) + sweep(rows * columns, 4 + 2)
+            else:
+                seconds += 2 * rows * columns * d / (FLOP_PER_SECOND * fused)
+            seconds += product(rows, d, columns, add=first > 0)
+            seconds += product(columns, d, rows, add=lo > 0)
+        seconds += sweep(columns * d, 4 + 2)  # dW, rounded
+    seconds += sweep(n * d, 4 + 2)
+    return _case("late", (n, d, v), mib, seconds, f"{plan.late_rows} x {plan.vocab_block}")
+
+
+def groups(n: int, d: int, v: int, mib: int) -> Case:
+    """Return the prediction of a trained head under a loss, a part of the groups at a time."""
+    most = most_kept_tokens(v, d, workspace_mib=mib, **_BY_KERNELS)
+    part = even_blocks(n, most, 128)
+    plan = _schedule(part, d, v, mib, needs_head=True, needs_weight=True)
+    seconds = sweep(v * d, 4)  # zeros that dW is added to
+    for lo, hi in blocks(n, part):
+        rows = hi - lo
+        seconds += _forward(rows, d, v, plan.row_block) + sweep(rows * v, 4 + 2)
+        seconds += product(rows, d, v) + sweep(rows * d, 4 + 2)
+        columns = (last - first for first, last in blocks(v, plan.vocab_block))
+        seconds += sum(product(c, d, rows, add=True) for c in columns)
+    seconds += sweep(v * d, 4 + 2)  # dW, rounded
+    return _case("groups", (n, d, v), mib, seconds, f"{part}")
+
+
+def _case(name: str, shape: tuple[int, int, int], mib: int, seconds: float, block: str) -> Case:
+    bare = COUNTS[name] * 2 * math.prod(shape) / FLOP_PER_SECOND
+    return Case(name, mib, seconds, bare / seconds, block)
+
+
+def cases(n: int, d: int, v: int) -> Iterator[Case]:
+    """Yield the columns of the table."""
+    yield forward(n, d, v, 256)
+    yield frozen(n, d, v, 256)
+    yield late(n, d, v, 256)
+    yield groups(n, d, v, 256)
+    yield groups(n, d, v, 1024)
+
+
+def section() -> str:
+    """Return the section of docs/head.md."""
+    title = "| N, D, V | one product | " + " | ".join(
+        f"{c.name}, {c.workspace_mib} MiB" for c in cases(*GOAL_SHAPE)
+    )
+    lines = [f"{title} | sum of dW |", "|" + "---|" * 8]
+    for n, d, v in SHAPES:
+        one = 2 * n * d * v / FLOP_PER_SECOND
+        cells = [f"{n}, {d}, {v}", f"{1e3 * one:.1f}"]
+        cells += [f"{1e3 * c.seconds:.1f} = {c.fraction:.2f} ({c.block})" for c in cases(n, d, v)]
+        lines.append(f"| {' | '.join(cells)} | {4 * v * d / (1 << 30):.1f} GiB |")
+    by_cublas = late(*GOAL_SHAPE, 256, fused=None)
+    found = {c.name: c for c in cases(*GOAL_SHAPE)}  # of `groups` the last, with 1 GiB
+    goals = "; ".join(
+        f"{name} {1e3 * found[name].seconds:.1f} of {goal:g}" for name, goal in GOALS.items()
+    )
+    return f"""## What an H200 should take, by arithmetic
+
+`python -m bench.account --page docs/head.md` rewrites this section. None of it is a measurement but
+two rates, seen on an H200: {FLOP_PER_SECOND / 1e12:g} TFLOP/s of a bf16 product of 8192^3, and a
+copy of {BYTES_PER_SECOND / 1e12:g} TB/s.
+
+Cells are predicted ms of one bf16 call, the fraction of it that bare products at that rate would
+take, and in brackets the rows of a slab (late: rows x columns of coefficients; groups: tokens of a
+part). A product takes whole tiles in whole waves of {MULTIPROCESSORS} multiprocessors. Products of
+few rows hang on how cuBLAS splits K: +-25 % there. `groups` holds the fp32 sum of dW beside its
+workspace.
+
+{chr(10).join(lines)}
+
+Against the goals at {", ".join(map(str, GOAL_SHAPE))}, in ms: {goals}.
+
+`late` counts {FUSED} of cuBLAS's rate for the kernel that recomputes coefficients. A product by
+cuBLAS and a sweep in place would take {1e3 * by_cublas.seconds:.1f} ms at the same slab, at 4 bytes
+an element where the kernel takes 2. The kernel is ahead from {_even_rate(by_cublas.seconds):.2f} of
+cuBLAS's rate on.
+"""
+
+
+def _even_rate(seconds: float) -> float:
+    """Return the rate of the fused kernel, over cuBLAS's, at which `late` takes so long."""
+    n, d, v = GOAL_SHAPE
+    rest = late(n, d, v, 256).seconds - 2 * n * d * v / (FLOP_PER_SECOND * FUSED)
+    return 2 * n * d * v / FLOP_PER_SECOND / (seconds - rest)
