@@ -62,7 +62,7 @@ def shares(tests: list[str]) -> list[list[str]]:
                 index = worker.waiting.pop(0)
                 done.append(tests[index])
                 scheduler.mark_test_complete(worker, index)
-    assert sorted(sum(workers.values(), [])) == sorted(tests)
+    assert sorted(test for share in workers.values() for test in share) == sorted(tests)
     return list(workers.values())
 
 
@@ -80,7 +80,9 @@ def test_no_long_file_of_gpu_tests_is_left_whole(gpu_tests):
 
 def test_other_files_and_the_interpreter_stay_in_one_process():
     tests = [f"tests/head/test_{file}.py::test[{i}]" for file in "abcdefgh" for i in range(9)]
-    tests += [f"{conftest.INTERPRETED}/test_{file}.py::test[{i}]" for file in "ab" for i in range(9)]
+    tests += [
+        f"{conftest.INTERPRETED}/test_{file}.py::test[{i}]" for file in "ab" for i in range(9)
+    ]
     homes: dict[str, set[int]] = {}
     for worker, share in enumerate(shares(tests)):
         for test in share:
