@@ -253,7 +253,7 @@ def causal_in_blocks(
     value: Tensor,  # [1, Hk, T, Dv]
     attention_mask: None,
     scaling: float,
-    **_: Any,
+    **unused: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention [1, T, H, Dv] by its definition, a block of queries at a time.
 
