@@ -31,8 +31,9 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig
+from transformers import AttentionInterface, AutoConfig
 
 from bench.contenders import BETA, OURS, _require
 from bench.harness import (
@@ -97,6 +98,14 @@ GRIDS: dict[str, tuple[dict[str, Any], str, list[tuple[int, int, int]]]] = {
 """name -> (model, dtype, its cases (prompt, response, K))"""
 
 COMPACTED = "TRL, compacted"
+
+_TRUTH_SCORES = 1 << 27
+"""Elements of one block of attention scores of the truth: 1 GiB of float64.
+
+No fused kernel takes float64, so at prompt 32768 SDPA makes [32, 33280, 33280], 283 GB, several
+times over. A block of 126 queries is 1 GiB and its backward holds four such; beside it stand 12 GB
+of weights, 12 of gradients, 9 of checkpoints and 13 of one layer's MLP: 50 GB in all.
+"""
 
 
 class Step:
@@ -237,6 +246,45 @@ def trl_step(key: dict[str, Any], device: torch.device, compacted: bool = False)
     )
 
 
+def causal_in_blocks(
+    module: Any,
+    query: Tensor,  # [1, H, T, D]
+    key: Tensor,  # [1, Hk, T, D]
+    value: Tensor,  # [1, Hk, T, Dv]
+    attention_mask: None,
+    scaling: float,
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention [1, T, H, Dv] by its definition, a block of queries at a time.
+
+    A block's scores have `_TRUTH_SCORES` elements at most, and backward forms them again.
+    """
+    _, heads, length, width = query.shape
+    groups = heads // key.shape[1]
+
+    def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows, columns = q.shape[2], k.shape[2]
+        scores = (q * scaling).reshape(1, -1, groups * rows, width) @ k.mT
+        later = torch.ones(rows, columns, dtype=torch.bool, device=q.device)
+        later = later.triu(columns - rows + 1).repeat(groups, 1)
+        out = scores.masked_fill(later, -torch.inf).softmax(-1) @ v
+        return out.view(1, heads, rows, -1).transpose(1, 2)
+
+    size = max(1, _TRUTH_SCORES // (heads * length))
+    blocks = [(first, min(first + size, length)) for first in range(0, length, size)]
+    outputs = [
+        checkpoint(
+            block, query[:, :, a:b], key[:, :, :b], value[:, :, :b],
+            use_reentrant=False, preserve_rng_state=False,
+        )
+        for a, b in blocks
+    ]  # fmt: skip
+    return torch.cat(outputs, dim=1), None
+
+
+AttentionInterface.register("causal_in_blocks", causal_in_blocks)
+
+
 def by_hand(
     key: dict[str, Any], dtype: torch.dtype, device: torch.device
 ) -> tuple[Outputs, dict[str, float]]:
@@ -246,6 +294,8 @@ def by_hand(
     by $\beta |s| \epsilon$ and the gradient by as large a share of itself.
     """
     model = make_model(key["model"], getattr(torch, key["dtype"]), device).to(dtype)
+    if dtype == torch.float64:
+        model.set_attn_implementation("causal_in_blocks")
     group, ref = make_group(key, model.config.vocab_size)
     prompt = torch.from_numpy(group.prompt_ids)
     start = len(prompt) - 1
@@ -282,25 +332,40 @@ CONTENDERS: dict[str, Callable[[dict[str, Any], torch.device], Step]] = {
 }
 
 
+def _reason(error: Exception) -> str:
+    """Why something failed, on one line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "does not fit"
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first}"
+
+
 def measure(
     key: dict[str, Any], device: torch.device, options: argparse.Namespace, progress: tqdm
 ) -> dict[str, Any]:
     """One case: gate, time and memory of everyone who can run it."""
     what = f"{key['prompt']}/{key['response']}, K = {key['candidates']}"
+    builders = {
+        name: build
+        for name, build in CONTENDERS.items()
+        if name not in options.without and (name != COMPACTED or device.type != "cuda")
+    }
     progress.set_postfix_str(f"{what}: truth")
-    truth, terms = by_hand(key, torch.float64, device)
-    plain, _ = by_hand(key, getattr(torch, key["dtype"]), device)
+    try:
+        truth, terms = by_hand(key, torch.float64, device)
+        plain, _ = by_hand(key, getattr(torch, key["dtype"]), device)
+    except Exception as error:  # the other cases may have a truth
+        reason = f"no truth: {_reason(error)}"
+        return {"contenders": {name: {"status": "failed", "reason": reason} for name in builders}}
     found: dict[str, dict[str, Any]] = {}
     runs: dict[str, Step] = {}
-    for name, build in CONTENDERS.items():
+    for name, build in builders.items():
         progress.set_postfix_str(f"{what}, {name}: gate")
-        if name in options.without or (name == COMPACTED and device.type == "cuda"):
-            continue
         try:
             step = build(key, device)
             errors, rejected = check(step.outputs(), truth, plain, terms)
-        except torch.OutOfMemoryError:
-            found[name] = {"status": "failed", "reason": "does not fit"}
+        except Exception as error:  # and the other contenders may run
+            found[name] = {"status": "failed", "reason": _reason(error)}
             continue
         found[name] = {"status": "rejected" if rejected else "ok", "errors": errors}
         if rejected:
@@ -309,7 +374,7 @@ def measure(
             runs[name] = step
     del truth, plain
     progress.set_postfix_str(f"{what}: timing")
-    seconds = interleaved(runs, options.rounds, device)
+    seconds = interleaved(runs, options.rounds, device) if runs else {}
     distinct = key["prompt"] + key["candidates"] * key["response"]
     for name, times in seconds.items():
         found[name]["seconds"] = summary(times)

@@ -1,47 +1,79 @@
 """Which launch configuration is the fastest? Rewrites this GPU's rows of the launch table.
 
-    python -m bench.tune_head                          # every kernel and regime
+    python -m bench.tune_head                          # every regime, the likeliest candidates
+    python -m bench.tune_head --budget 50              # what 50 seconds suffice for
+    python -m bench.tune_head --all                    # every candidate
     python -m bench.tune_head --kernel split_kernel --dry-run
 
-Every candidate of a regime must first be right (error against float64 as in `bench.harness`), then
-all run interleaved; the best few run again for longer, next to the row that the table has now. A
-row changes where its successor is faster by more than `MARGIN` of the median. Finished regimes are
-kept in bench/results/DEVICE/tune_head.json, so that an interrupted run resumes.
+Regimes come in the order of what they are worth. The candidates of one are compiled on all cores
+(`bench.ahead`). Each must then be right (error against float64 as in `bench.harness`), then all run
+interleaved; the best few run again for longer, next to the row that the table has now. A row
+changes where its successor is faster by more than `MARGIN` of the median. Finished regimes are kept
+in bench/results/DEVICE/tune_head.json, so that an interrupted run resumes.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
+import math
 import re
 import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 from tqdm import tqdm
+from triton.runtime import driver
 
+from bench.ahead import Ahead, first_line
 from bench.harness import RESULTS, Outputs, Record, check, device_slug, interleaved
-from bench.head import make_inputs
+from bench.head import Inputs, make_inputs
 from fastpo.kernels import launch_table
 from fastpo.kernels.divergence import (
     divergence,
     divergence_coefficients,
+    divergence_coefficients_kernel,
+    divergence_kernel,
     divergence_reference,
 )
 from fastpo.kernels.launch_table import MEASURED, NARROW, TABLE, launch
-from fastpo.kernels.linear_coefficients import linear_coefficients, linear_coefficients_reference
-from fastpo.kernels.linear_stats import linear_stats, linear_stats_reference
-from fastpo.kernels.logits_epilogue import logits_epilogue, logits_epilogue_reference
+from fastpo.kernels.linear_coefficients import (
+    coefficients_kernel,
+    linear_coefficients,
+    linear_coefficients_reference,
+)
+from fastpo.kernels.linear_stats import (
+    _programs_wanted,
+    blocks_per_split,
+    linear_stats,
+    linear_stats_reference,
+    merge_kernel,
+    split_kernel,
+)
+from fastpo.kernels.logits_epilogue import (
+    epilogue_kernel,
+    logits_epilogue,
+    logits_epilogue_reference,
+)
 from fastpo.kernels.tile import Config, chip_of
 
 MARGIN = 0.02
 FINALISTS = 4
 MATRIX_KERNELS = ("split_kernel", "coefficients_kernel")
-SHAPE, GATE_SHAPE = (8192, 4096, 32000), (192, 4096, 2085)
+SHAPE, ROW_SHAPE = (8192, 4096, 32016), (512, 64, 128256)
+"""(N, D, V) of matrix kernels and of the row kernels, which read products and see no D.
+
+32016 and 128256 are multiples of 16, which triton compiles for, and of no block that is tried. A
+row kernel's slab of 263 MB is beyond any cache, as that of a real vocabulary is.
+"""
+GATE_ROWS = 208
+"""The gate's N: a multiple of 16 and of no block. All else being as it is timed, both run the same
+binary."""
 
 Run = Callable[[Config], Outputs]
 Plain = Callable[[torch.dtype], Outputs]
@@ -66,14 +98,24 @@ def has_tma(chip: str) -> bool:
     return chip.startswith("sm_") and int(chip[3:]) >= 90
 
 
+FIRST = ("epilogue_kernel 32", "coefficients_kernel 16", "split_kernel 16")
+"""What every bf16 head runs: its rows, those of a trained head, those of few rows a slab."""
+
+
 def regimes(tma: bool) -> list[Regime]:
-    """Every row worth having. Row kernels read the fp32 products of a slab."""
+    """Every row worth having, by its worth. Row kernels read the fp32 products of a slab."""
     found = [Regime(kernel, 32) for kernel in TABLE if kernel not in MATRIX_KERNELS]
     for kernel, rich in itertools.product(MATRIX_KERNELS, ((), ("rich",))):
         found.append(Regime(kernel, 32, rich))
         for pointers in ((), ("pointers",)) if tma else ((),):
             found += [Regime(kernel, 16, (*rich, *pointers, *n)) for n in ((), ("narrow",))]
-    return sorted(found)
+
+    def worth(regime: Regime) -> tuple:
+        name = f"{regime.kernel} {regime.key}"
+        wide = regime.kernel in MATRIX_KERNELS and regime.bits == 32  # nobody trains in fp32
+        return FIRST.index(name) if name in FIRST else len(FIRST), wide, len(regime.words), regime
+
+    return sorted(found, key=worth)
 
 
 def candidates(regime: Regime, tma: bool) -> list[Config]:
@@ -94,6 +136,46 @@ def candidates(regime: Regime, tma: bool) -> list[Config]:
     ]
 
 
+ROW_BLOCKS = ((4096, 8), (8192, 16), (2048, 8), (4096, 16))
+"""(columns, warps)"""
+TILES = (
+    (128, 256, 64, 8, 3),
+    (128, 256, 64, 8, 4),
+    (256, 128, 64, 8, 4),
+    (128, 128, 64, 4, 4),  # two blocks a multiprocessor
+)
+"""(rows, columns, depth, warps, stages) of 16-bit operands"""
+RICH_TILES = ((128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (64, 256, 64, 8, 3), (128, 64, 64, 4, 4))
+"""The same with entropy or a soft-cap, whose registers 128 x 256 does not leave"""
+
+
+WIDE_TILES = ((64, 64, 32, 4, 3), (64, 64, 32, 8, 3), (64, 128, 32, 8, 3), (128, 64, 32, 8, 3))
+"""The same of fp32 operands, multiplied without tensor cores"""
+
+
+def likeliest(regime: Regime, tma: bool) -> list[Config]:
+    """Those of `candidates` to try where time is short, best guess first."""
+    if regime.kernel not in MATRIX_KERNELS:
+        first = [Config(1, columns, warps=warps) for columns, warps in ROW_BLOCKS]
+        of_two = (Config(1, 1024, warps=8), Config(1, 1024, warps=4))  # slabs, so fewer columns
+        return [*first, *of_two] if regime.kernel != "epilogue_kernel" else first
+    tiles = RICH_TILES if "rich" in regime.words else TILES
+    tiles = WIDE_TILES if regime.bits == 32 else tiles
+    if "narrow" in regime.words:
+        tiles = (*tiles, (64, 128, 64, 4, 4), (128, 64, 64, 4, 3))
+    tma = tma and regime.bits == 16 and "pointers" not in regime.words
+    return [Config(bn, bv, bd, 16, warps, stages, tma) for bn, bv, bd, warps, stages in tiles]
+
+
+class Found(NamedTuple):
+    """What a search gave."""
+
+    chosen: Config
+    seconds: dict[Config, float]  # of the finalists
+    refused: dict[Config, str]  # why others were left out
+    left: int  # how many were not started
+
+
 def search(
     current: Config,
     tried: Iterable[Config],
@@ -101,25 +183,30 @@ def search(
     wrong: Callable[[Config], str | None],
     timer: Timer,
     rounds: int,
-) -> tuple[Config, dict[Config, float], dict[Config, str]]:
-    """(the fastest right one, seconds of the finalists, why others were left out).
+    spent: Callable[[], bool] = lambda: False,
+) -> Found:
+    """The fastest right configuration.
 
     Args:
         current: kept unless another is faster by more than `MARGIN`; it has to be right.
         run: one timed call.
         wrong: why a configuration must not be used, None where it may; raises what compiling does.
         timer: (configuration -> call, rounds) -> seconds of each round.
+        spent: whether no further configuration may be started.
 
     Raises:
         RuntimeError: the current configuration is wrong.
     """
     refused: dict[Config, str] = {}
     able: list[Config] = []
-    for config in dict.fromkeys((current, *tried)):
+    every = list(dict.fromkeys((current, *tried)))
+    for config in every:
+        if config != current and spent():
+            break
         try:
             reason = wrong(config)
-        except (triton.runtime.errors.OutOfResources, triton.CompilationError) as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # ptxas, LLVM and the driver each raise their own
+            reason = first_line(error)
         if reason is None:
             able.append(config)
         else:
@@ -136,7 +223,7 @@ def search(
     last = timed([current, *best], rounds)
     fastest = min(last, key=last.__getitem__)
     chosen = fastest if last[fastest] < (1 - MARGIN) * last[current] else current
-    return chosen, last, refused
+    return Found(chosen, last, refused, len(every) - len(able) - len(refused))
 
 
 def updated(
@@ -188,24 +275,78 @@ def changes(old: Mapping[str, Mapping], new: Mapping[str, Mapping]) -> list[str]
     ]
 
 
-def bind(regime: Regime, shape: tuple[int, int, int], device: torch.device) -> tuple[Run, Plain]:
-    """(a call of the kernel, `plain(dtype)`: its reference in plain PyTorch) on peaked inputs."""
+def _inputs(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Peaked inputs; on `meta` their shapes alone."""
+    if device.type != "meta":
+        return make_inputs(shape, dtype, device)
+    n, d, v = shape
+    hidden, weight = (torch.empty(k, d, dtype=dtype, device=device) for k in (n, v))
+    labels = torch.empty(n, dtype=torch.int64, device=device)
+    return Inputs(hidden, weight, labels, hidden, torch.empty(n, device=device))
+
+
+def _hash_in_order() -> None:
+    """Give every kernel its key in triton's cache.
+
+    Triton 3.6 hashes a kernel together with what others that were hashed before left behind: in
+    another order of first launches a process misses what was compiled ahead.
+    """
+    for kernel in (
+        split_kernel,
+        merge_kernel,
+        coefficients_kernel,
+        epilogue_kernel,
+        divergence_kernel,
+        divergence_coefficients_kernel,
+    ):
+        _ = kernel.cache_key
+
+
+def bind(
+    regime: Regime,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    programs: int,
+    rows: int | None = None,
+) -> tuple[Run, Plain]:
+    """(a call of the kernel, `plain(dtype)`: its reference in plain PyTorch).
+
+    Args:
+        programs: how many `split_kernel` is cut for, at least.
+        rows: N, the launch being cut as for the shape's own.
+    """
+    _hash_in_order()
     n, d, v = shape
     d = NARROW if "narrow" in regime.words else d
     rich = "rich" in regime.words
-    x = make_inputs((n, d, v), torch.bfloat16 if regime.bits == 16 else torch.float32, device)
+    dtype = torch.bfloat16 if regime.bits == 16 else torch.float32
+    x = _inputs((rows or n, d, v), dtype, device)
     hidden, weight = x.hidden, x.weight
     if "pointers" in regime.words:
-        hidden = hidden.new_empty(n, d + 1)[:, :d].copy_(hidden)
+        hidden = hidden.new_empty(len(hidden), d + 1)[:, :d].copy_(hidden)
     facts: dict[str, Any] = {"softcap": 30.0} if rich else {}
     names = ("logps", "entropy") if rich else ("logps",)
     grads = {name: x.cotangents for name in names}
-    saved: dict[str, Any] = linear_stats(
-        hidden, weight, x.labels, want=("lse", "lse_rest", *names), **facts
+
+    def saved_for(kernel: str, wanted: tuple[str, ...], make: Callable[[], Outputs]) -> Outputs:
+        """Statistics that `kernel` alone reads; on `meta` their shapes."""
+        if regime.kernel != kernel:
+            return {}
+        return make() if device.type != "meta" else dict.fromkeys(wanted, x.cotangents)
+
+    needed = ("lse", "lse_rest", *names)
+    saved: dict[str, Any] = saved_for(
+        "coefficients_kernel",
+        needed,
+        lambda: linear_stats(hidden, weight, x.labels, want=needed, **facts),
     )
 
     def stats(config: Config) -> Outputs:
-        return linear_stats(hidden, weight, x.labels, want=names, config=config, **facts)
+        num_n, num_v = triton.cdiv(n, config.BN), triton.cdiv(v, config.BV)
+        blocks = blocks_per_split(num_n, num_v, programs)
+        return linear_stats(
+            hidden, weight, x.labels, want=names, config=config, blocks=blocks, **facts
+        )
 
     def plain_stats(dtype: torch.dtype) -> Outputs:
         wide = hidden.to(dtype), weight.to(dtype), x.labels
@@ -230,12 +371,10 @@ def bind(regime: Regime, shape: tuple[int, int, int], device: torch.device) -> t
         whole = {"split_kernel": (stats, plain_stats)}
         return whole.get(regime.kernel, (coefficients, plain_coefficients))
 
-    rows = min(n, 512)  # a workspace's worth
-    products = hidden[:rows].float() @ weight.T.float()
-    ref_products = x.ref_hidden[:rows].float() @ weight.T.float()
-    slabs, labels = (products, ref_products), x.labels[:rows]
+    products, ref_products = (h.float() @ weight.T.float() for h in (hidden, x.ref_hidden))
+    slabs, labels = (products, ref_products), x.labels
     want = ("logps", "kl_ref_policy", "kl_policy_ref")
-    one = torch.ones(rows, device=device)
+    one = torch.ones(len(labels), device=device)
 
     def epilogue(config: Config) -> Outputs:
         found, c = logits_epilogue(
@@ -258,6 +397,9 @@ def bind(regime: Regime, shape: tuple[int, int, int], device: torch.device) -> t
         return divergence_reference(products.to(dtype), ref_products.to(dtype), labels, want=want)
 
     needed = ("lse", "lse_rest", "logps", "ref_lse", "ref_lse_rest", "ref_logps", "kl_policy_ref")
+    of_both = saved_for(
+        "divergence_coefficients_kernel", needed, lambda: divergence(*slabs, labels, want=needed)
+    )
 
     def both_coefficients(config: Config) -> Outputs:
         c = divergence_coefficients(
@@ -270,7 +412,6 @@ def bind(regime: Regime, shape: tuple[int, int, int], device: torch.device) -> t
         kl = divergence_reference(leaf, ref_products.to(dtype), labels, want=("kl_policy_ref",))
         return {"c": torch.autograd.grad(kl["kl_policy_ref"].sum(), leaf)[0]}
 
-    of_both: dict[str, Tensor] = divergence(*slabs, labels, want=needed)
     return {
         "epilogue_kernel": (epilogue, plain_epilogue),
         "divergence_kernel": (both, plain_both),
@@ -278,11 +419,16 @@ def bind(regime: Regime, shape: tuple[int, int, int], device: torch.device) -> t
     }[regime.kernel]
 
 
+def shape_of(regime: Regime) -> tuple[int, int, int]:
+    """(N, D, V) that a regime is timed at."""
+    return SHAPE if regime.kernel in MATRIX_KERNELS else ROW_SHAPE
+
+
 def gate(
-    regime: Regime, device: torch.device, shape: tuple[int, int, int]
+    regime: Regime, shape: tuple[int, int, int], device: torch.device, programs: int
 ) -> Callable[[Config], str | None]:
-    """`wrong` of `search`, on a small shape with ragged ends."""
-    run, plain = bind(regime, shape, device)
+    """`wrong` of `search`, on the first rows of a shape, with ragged ends."""
+    run, plain = bind(regime, shape, device, programs, GATE_ROWS)
     truth, same = plain(torch.float64), plain(torch.float32)
     if regime.bits == 16 and "c" in same:
         same["c"] = same["c"].bfloat16()  # rounded once, as the kernel does
@@ -290,27 +436,52 @@ def gate(
     return lambda config: check(run(config), truth, same)[1]
 
 
-def tune(regime: Regime, chip: str, device: torch.device, rounds: int) -> tuple[Config, dict, dict]:
-    """`search` of one regime on this device."""
-    tma = has_tma(chip)
+def compile_candidate(job: tuple[Regime, Config], programs: int) -> None:
+    """Make the launches of a candidate in a process that only compiles."""
+    regime, config = job
+    run, _ = bind(regime, shape_of(regime), torch.device("meta"), programs)
+    run(config)
+
+
+def tune(
+    regime: Regime,
+    chip: str,
+    device: torch.device,
+    rounds: int,
+    tried: Sequence[Config],
+    ahead: Ahead,
+    deadline: float = math.inf,
+) -> Found:
+    """`search` of one regime on this device, until `time.monotonic()` is `deadline`."""
     dtype = torch.bfloat16 if regime.bits == 16 else torch.float32
     matrices: dict[str, Any] = {
         "rich": "rich" in regime.words,
         "width": NARROW if "narrow" in regime.words else SHAPE[1],
-        "described": tma and regime.bits == 16 and "pointers" not in regime.words,
+        "described": has_tma(chip) and regime.bits == 16 and "pointers" not in regime.words,
     }
     current = launch(
         regime.kernel, chip, dtype, **(matrices if regime.kernel in MATRIX_KERNELS else {})
     )
-    run, _ = bind(regime, SHAPE, device)
-    return search(
+    programs = _programs_wanted(device)
+    compiled = ahead.compile(
+        functools.partial(compile_candidate, programs=programs),
+        [(regime, config) for config in dict.fromkeys((current, *tried))],
+        deadline - time.monotonic(),
+    )
+    ready = [config for config in tried if (regime, config) in compiled]
+    shape = shape_of(regime)
+    run, _ = bind(regime, shape, device, programs)
+    right = gate(regime, shape, device, programs)
+    found = search(
         current,
-        candidates(regime, tma and regime.bits == 16),
+        ready,
         run,
-        gate(regime, device, GATE_SHAPE),
+        lambda config: compiled.get((regime, config)) or right(config),
         lambda runs, count: interleaved(runs, count, device),
         rounds,
+        lambda: time.monotonic() >= deadline,
     )
+    return found._replace(left=found.left + len(tried) - len(ready))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -318,35 +489,67 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.tune_head", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--kernel", action="append", choices=TABLE, help="instead of all")
+    parser.add_argument("--all", action="store_true", help="every candidate, not the likeliest")
+    parser.add_argument(
+        "--budget", type=float, default=math.inf, metavar="SECONDS",
+        help="start nothing after that; the table is written from what is finished",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=15, help="of the finalists")
     parser.add_argument("--fresh", action="store_true", help="discard what an earlier run measured")
     parser.add_argument("--dry-run", action="store_true", help="print changes, leave the table")
+    parser.add_argument("--out", type=Path, help="JSON; bench/results/DEVICE/tune_head.json if not")
     options = parser.parse_args(arguments)
+    deadline = time.monotonic() + options.budget
     if not torch.cuda.is_available():
         parser.error("it times kernels on a GPU and there is none; `launch_table` stays as it is")
     device = torch.device("cuda")
     chip = chip_of(device)
-    path = RESULTS / device_slug(device) / "tune_head.json"
-    record = Record(path, device, {"shape": SHAPE, "rounds": options.rounds}, options.fresh)
+    path = options.out or RESULTS / device_slug(device) / "tune_head.json"
+    # Lists, as they come back from JSON when a run resumes.
+    method = {"shape": [*SHAPE], "row_shape": [*ROW_SHAPE], "rounds": options.rounds}
+    record = Record(path, device, method, options.fresh)
+    # What an earlier run failed at or had no time for is tried again.
+    record.data["cases"] = [case for case in record.data["cases"] if case.get("left") == 0]
     tma = has_tma(chip)
+    target: Any = driver.active.get_current_target()
+    grid = "all" if options.all else "likeliest"
     asked = {
         f"{r.kernel} {r.key}": r for r in regimes(tma) if r.kernel in (options.kernel or TABLE)
     }
-    with tqdm(record.missing([{"regime": name} for name in asked]), disable=None) as progress:
+    keys = [{"regime": name, "candidates": grid} for name in asked]
+    with (
+        Ahead(target) as ahead,
+        tqdm(record.missing(keys), disable=None) as progress,
+    ):
         for key in progress:
+            if time.monotonic() >= deadline:
+                break
             progress.set_postfix_str(key["regime"])
-            chosen, seconds, refused = tune(asked[key["regime"]], chip, device, options.rounds)
-            finalists = [[*vars(c).values(), s] for c, s in seconds.items()]
-            reasons = {str(c): why for c, why in refused.items()}
-            record.add(key, config=vars(chosen), finalists=finalists, refused=reasons)
-    found = {
-        asked[case["key"]["regime"]]: Config(**case["config"])
-        for case in record.data["cases"]
-        if case["key"]["regime"] in asked
+            regime = asked[key["regime"]]
+            tried = (candidates if options.all else likeliest)(regime, tma and regime.bits == 16)
+            try:
+                found = tune(regime, chip, device, options.rounds, tried, ahead, deadline)
+            except Exception as error:  # a regime that fails keeps its row
+                record.add(key, failed=first_line(error))
+                continue
+            record.add(
+                key,
+                config=vars(found.chosen),
+                finalists=[[*vars(c).values(), s] for c, s in found.seconds.items()],
+                refused={str(c): why for c, why in found.refused.items()},
+                left=found.left,
+            )
+    cases = [case for case in record.data["cases"] if case["key"] in keys]
+    rows = {
+        asked[case["key"]["regime"]]: Config(**case["config"]) for case in cases if "config" in case
     }
-    new = updated(TABLE, chip, found)
+    new = updated(TABLE, chip, rows)
     print("\n".join(changes(TABLE, new)) or "no row changes")
-    if not options.dry_run:
+    for case in cases:
+        if "failed" in case:
+            print(f"{case['key']['regime']} failed: {case['failed']}")
+    print(f"{len(cases)} of {len(keys)} regimes were tried")
+    if rows and not options.dry_run:
         rewrite(Path(launch_table.__file__), render(new, {*MEASURED, chip}))
 
 

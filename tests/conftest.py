@@ -29,7 +29,13 @@ def pytest_unconfigure() -> None:
 
 INTERPRETED = "tests/kernels/interpreted"
 # Files without anything that their tests share, and long: their tests go wherever there is room.
-SCATTERED = ("tests/train/test_trajectory.py",)
+# On a GPU, `-m gpu -n 6`: 350 kernels to compile, about a second of one core each, and of the two
+# tests that hold most memory, 18 and 27 GB, six processes run two at once, no more.
+SCATTERED = (
+    "tests/train/test_trajectory.py",
+    "tests/kernels/test_gpu.py",
+    "tests/model/test_attention_gpu.py",
+)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -26,7 +27,9 @@ from fastpo.kernels.aot import TARGETS
 from fastpo.kernels.logits_epilogue import DIFFERENTIABLE
 from fastpo.kernels.online import STATISTICS
 from fastpo.kernels.tile import INTERPRETED, acc_dtype
+from fastpo.objectives import OBJECTIVES, fused
 from tests.kernels.cases import make
+from tests.objectives.battery import cast, make_scores
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET is set: nothing compiles")
 
@@ -240,3 +243,30 @@ def test_a_block_is_read_before_it_is_overwritten(launch, compiled):
     assert re.fullmatch("L+[|]S+", sweep(compiled[0]))
     launch_epilogue(x, coefficient_of="logps")
     assert re.fullmatch("L+S+", sweep(compiled[1]))
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that reach a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["dpo", "lipo"])
+def test_an_objective_asks_a_device_for_memory_and_one_kernel(name, compiled):
+    """The launches that `test_gpu.test_objective_is_one_launch` counts on a device."""
+    objective = OBJECTIVES[name]
+    sizes = {"pair": [2, 2], "list": [4, 2, 3]}[objective.family]
+    scores = cast(make_scores(objective, sizes), torch.float32)
+    fused.evaluate(objective, {}, scores)  # its plan runs the pure function once, on no groups
+    compiled.clear()
+    with Operators() as ran:
+        assert fused.evaluate(objective, {}, scores) is not None
+    assert [kernel.name for kernel in compiled] == [f"{objective.family}_kernel"]
+    assert len(ran.names) == 3, "losses, gradients and rewards"
+    assert set(ran.names) <= {"new_empty", "empty_like", "detach"}
