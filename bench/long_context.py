@@ -39,6 +39,7 @@ from fastpo.model.load import disable_dropout, load_model
 from fastpo.model.offload import LayerInputOffload
 from fastpo.model.random_init import model_config
 from fastpo.model.tiled_mlp import tile_mlps
+from fastpo.optional import require_transformers
 from fastpo.plan import CONTEXT, Job, Plan, Shape, plan
 
 # More than 1 GiB a step, from wide MLPs on a narrow attention: two cores spend a minute on it.
@@ -305,6 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--fresh", action="store_true", help="forget the record")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    require_transformers("bench.long_context")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.case:
         print(json.dumps(measure(json.loads(options.case), device)))

@@ -29,7 +29,6 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -53,6 +52,7 @@ from bench.harness import (
 from fastpo.data.groups import Group, Response
 from fastpo.data.packing import collate
 from fastpo.model.random_init import byte_tokenizer, random_model
+from fastpo.optional import require_transformers
 from fastpo.train.config import PreferenceConfig
 from fastpo.train.trainer import PreferenceTrainer
 
@@ -205,7 +205,9 @@ def fastpo_step(key: dict[str, Any], device: torch.device, shared: bool = True) 
 def trl_step(key: dict[str, Any], device: torch.device, compacted: bool = False) -> Step:
     """TRL's DPOTrainer on K - 1 pairs."""
     _require("trl", "trl")
+    _require("datasets", "datasets")
     import trl
+    from datasets import Dataset
 
     model = make_model(key["model"], getattr(torch, key["dtype"]), device)
     group, ref = make_group(key, model.config.vocab_size)
@@ -479,6 +481,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is missing, print the table."""
     options = parse(arguments)
+    require_transformers("bench.step")
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     if options.memory_of:

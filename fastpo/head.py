@@ -49,6 +49,9 @@ from fastpo.triton_tiles import TritonTiles
 
 logger = logging.getLogger(__name__)
 
+# Looked up once: it reads folders, every call of a head asks, and no compiled graph may.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 TokenStats: TypeAlias = dict[str, Tensor]
 Backend = Literal["auto", "torch", "triton"]
 Workspace = float | Literal["auto"]
@@ -124,13 +127,12 @@ def choose_backend(
     Raises:
         ValueError: an unknown name, or a backend that cannot run here; named ones never fall back.
     """
-    has_triton = _has_triton()
     if backend == "torch":
         return TorchTiles(), "torch was asked for"
     if backend == "triton":
         if plain_only:
             raise ValueError(f"backend='triton' has no {plain_only}: use 'torch' or 'auto'")
-        if not has_triton:
+        if not _HAS_TRITON:
             raise ValueError("backend='triton' needs the triton package: pip install triton")
         if device.type != "cuda" and not _interpreting():
             raise ValueError(
@@ -142,18 +144,11 @@ def choose_backend(
         raise ValueError(f"unknown backend {backend!r}: choose 'auto', 'torch' or 'triton'")
     if plain_only:
         return TorchTiles(), f"torch: {plain_only} was asked for"
-    if device.type == "cuda" and has_triton:
+    if device.type == "cuda" and _HAS_TRITON:
         return TritonTiles(), "triton: a GPU and the triton package are here"
     if device.type != "cuda":
         return TorchTiles(), f"torch: kernels do not run on {device.type}"
     return TorchTiles(), "torch: the triton package is missing"
-
-
-@torch.compiler.assume_constant_result
-@functools.cache
-def _has_triton() -> bool:
-    # Cached: every call of the head and of a loss asks, and looking it up reads folders.
-    return importlib.util.find_spec("triton") is not None
 
 
 def _interpreting() -> bool:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import NoReturn
 
+from fastpo.optional import PackageError
+
 USAGE_ERROR = 2
 INTERRUPTED = 130
 
@@ -444,7 +446,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         # transformers explains a missing model or package in a paragraph; its first line says it.
         text = str(error) if isinstance(error, ValueError) else str(error).strip().split("\n")[0]
-        if isinstance(error, ImportError):
+        if isinstance(error, ImportError) and not isinstance(error, PackageError):
             extra = _extra_of(text)
             text = f"{text}: pip install -U 'fastpo[{extra}]'"
             if extra is None:

@@ -1,6 +1,7 @@
 """Rows from wherever they are: the Hub, files, folders, globs, or objects already in memory.
 
 Reading is the `datasets` library's work; this file only finds out which of its readers to call.
+Only functions that read import it, since groups already made are trained on without it.
 """
 
 from __future__ import annotations
@@ -13,15 +14,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import datasets
-import datasets.config
-import pandas
-import pyarrow
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from fastpo.optional import require
 
-Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
+if TYPE_CHECKING:
+    import datasets
+
+    Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 READERS = {
     ".jsonl": "json",
@@ -32,7 +32,6 @@ READERS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-_UNREADABLE = (DatasetGenerationError, ValueError, OSError)  # Arrow's and pandas' are these
 COMPRESSIONS = {".gz", ".bz2", ".xz", ".zst"}
 FILE, ROW = "__file__", "__row__"
 """Columns that say which file a row was read from, and its number there, from 0."""
@@ -59,7 +58,16 @@ def _reader(files: list[str]) -> str:
     return reader
 
 
+def _unreadable() -> tuple[type[Exception], ...]:
+    from datasets.exceptions import DatasetGenerationError
+
+    return (DatasetGenerationError, ValueError, OSError)  # Arrow's and pandas' are these
+
+
 def _load_file(reader: str, file: str, streaming: bool) -> Any:
+    import datasets
+    import pandas
+
     options: dict[str, Any] = {}
     if reader == "csv":
         sep = "\t" if _suffix(file) == ".tsv" else ","
@@ -80,6 +88,8 @@ def _lines(file: str) -> Iterator[tuple[str, str]]:
     """(line, what is wrong with it or "") of a file of JSON lines; none of other files."""
     if _suffix(file) not in (".jsonl", ".ndjson"):
         return
+    import datasets
+
     # The text reader undoes every compression that the other ones undo.
     lines = datasets.load_dataset("text", data_files=[file], split="train", streaming=True)
     for number, line in enumerate(lines, 1):
@@ -94,6 +104,8 @@ def _lines(file: str) -> Iterator[tuple[str, str]]:
 
 def _mended(file: str) -> str | None:
     """A copy in the cache of `datasets` whose broken lines are `{TORN: reason}`; None of others."""
+    import datasets.config
+
     status = Path(file).stat()
     version = f"{Path(file).absolute()} {status.st_mtime_ns} {status.st_size}"
     name = hashlib.sha256(version.encode()).hexdigest()
@@ -118,7 +130,7 @@ def _naming(file: str) -> Iterator[None]:
         yield
     except StopIteration as error:  # what `datasets` makes of an empty file
         raise ValueError(f"cannot read {file}: it is empty; leave it out") from error
-    except _UNREADABLE as error:
+    except _unreadable() as error:
         broken = next((reason for _, reason in _lines(file) if reason), None)
         reason = broken or error.__cause__ or error
         message = f"cannot read {file}: {reason}; repair the file or leave it out"
@@ -151,6 +163,8 @@ def _read(reader: str, files: list[str], origin: bool) -> Iterator[dict[str, Any
 
 
 def _load_files(files: list[str], split: str, streaming: bool, origin: bool) -> Rows:
+    import datasets
+
     reader = _reader(files)
     if streaming:
         if split != "train":
@@ -164,7 +178,7 @@ def _load_files(files: list[str], split: str, streaming: bool, origin: bool) -> 
         with _naming(file):
             try:
                 part = _load_file(reader, file, streaming=False)
-            except _UNREADABLE:
+            except _unreadable():
                 mended = _mended(file) if origin else None
                 if mended is None:
                     raise
@@ -179,6 +193,9 @@ def _load_files(files: list[str], split: str, streaming: bool, origin: bool) -> 
 
 def _joined(parts: list[datasets.Dataset]) -> datasets.Dataset:
     """The parts in turn, with types that hold all of them: 1 and 0.5 are floats."""
+    import datasets
+    import pyarrow
+
     if len(parts) == 1:
         return parts[0]
     schemas = [part.features.arrow_schema.remove_metadata() for part in parts]
@@ -193,6 +210,8 @@ def _joined(parts: list[datasets.Dataset]) -> datasets.Dataset:
 
 
 def _load_folder(folder: Path, name: str | None, split: str, streaming: bool) -> Rows:
+    import datasets
+
     saved = (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
     if saved:  # written by Dataset.save_to_disk
         rows = _one_split(datasets.load_from_disk(str(folder)), split, str(folder))
@@ -232,7 +251,12 @@ def load_rows(
     Raises:
         FileNotFoundError: nothing there; the message lists every place that was tried.
         ValueError: unknown file format, mixed formats, unknown split, or an unreadable file.
+        PackageError: `datasets` is not installed.
     """
+    require("datasets", "reading rows")
+    import datasets
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
     wanted = split or "train"
     if isinstance(source, Mapping):
         return _one_split(source, wanted, "the dict of splits")

@@ -7,7 +7,10 @@ rule. Autograd sums the copies' dK and dV.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -115,11 +118,10 @@ def flash_varlen(
     if flash_source() == "torch":
         from torch.nn.attention.varlen import varlen_attn
 
+        # PyTorch 2.11 takes fewer key heads than query heads without being told.
+        grouped = {"enable_gqa": True} if _takes(varlen_attn, "enable_gqa") else {}
         return varlen_attn(
-            *given,
-            scale=scaling,
-            window_size=(-1 if window is None else window - 1, 0),
-            enable_gqa=True,
+            *given, scale=scaling, window_size=(-1 if window is None else window - 1, 0), **grouped
         )  # pyright: ignore[reportReturnType]
     flash: Any = importlib.import_module("flash_attn")
     return flash.flash_attn_varlen_func(
@@ -128,3 +130,8 @@ def flash_varlen(
         causal=True,
         window_size=(-1 if window is None else window - 1, -1 if window is None else 0),
     )
+
+
+@functools.cache
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    return name in inspect.signature(function).parameters

@@ -27,6 +27,7 @@ from transformers import (
 from fastpo.model.attention import NAME
 from fastpo.model.device import default_device, native_bf16
 from fastpo.model.random_init import model_config, random_model
+from fastpo.optional import require
 
 logger = logging.getLogger(__name__)
 
@@ -112,9 +113,11 @@ def load_model(
     Raises:
         ValueError: an encoder-decoder or other model that is no causal language model, an unknown
             option, or a combination that cannot be.
+        PackageError: a package that `gguf_file`, `quantization` or `lora` needs is not installed.
     """
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if gguf_file is not None:
+        require("gguf", f"gguf_file={gguf_file!r}")
         source["gguf_file"] = gguf_file
     if attn_implementation == NAME:
         raise ValueError(
@@ -174,6 +177,7 @@ def load_tokenizer(
     """
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if gguf_file is not None:
+        require("gguf", f"gguf_file={gguf_file!r}")
         source["gguf_file"] = gguf_file
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, **source)
     if tokenizer.pad_token is None:
@@ -190,6 +194,7 @@ def add_lora(model: nn.Module, lora: dict[str, Any]) -> nn.Module:
     Raises:
         ValueError: a name that LoraConfig does not have.
     """
+    require("peft", "a LoRA adapter")
     from peft import LoraConfig, get_peft_model
 
     known = {f.name for f in fields(LoraConfig)}

@@ -19,6 +19,8 @@ from transformers import (
 )
 from transformers.quantizers import AutoHfQuantizer
 
+from fastpo.optional import require
+
 _LLAMA3: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 128256,
@@ -139,6 +141,7 @@ def random_model(
 
     Raises:
         ValueError: a quantisation other than bitsandbytes' four bits.
+        PackageError: bitsandbytes is not installed.
     """
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     if quantization is None:
@@ -146,6 +149,7 @@ def random_model(
             return AutoModelForCausalLM.from_config(config, **options)
     if not quantization.load_in_4bit:
         raise ValueError("random weights are quantised to four bits only: quantization: nf4")
+    require("bitsandbytes", "quantization='nf4'")
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     with torch.device("meta"):

@@ -259,7 +259,7 @@ def pro(
     ranking = log1p_sum_exp(contrast * s[:, None, :] - steepest * s[:, :, None], worse)
     likelihood = nll(logps, mean_logps, label, mask, reduction=nll_reduction, weight=sft_weight)
     size = (mask.sum(-1) - 1).square()
-    likelihood = likelihood._replace(values=size * likelihood.values)
+    likelihood = Term(size * likelihood.values, likelihood.per, likelihood.weight)
     return Outcome((Term(ranking.sum(-1)), likelihood), s.detach())
 
 

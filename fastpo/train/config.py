@@ -17,6 +17,7 @@ from fastpo.data.positions import PositionSynthesis
 from fastpo.head import Head
 from fastpo.loss import PreferenceLoss
 from fastpo.model.device import default_device, native_bf16
+from fastpo.optional import require_transformers
 from fastpo.train.sync import UpdateRule
 
 log = logging.getLogger(__name__)
@@ -232,6 +233,7 @@ class PreferenceConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        require_transformers("fastpo.train")
         self._resolve_precision()
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
             self.activation_checkpointing = True

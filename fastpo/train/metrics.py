@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,27 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import ProgressCallback as HFProgressCallback
 from transformers import TrainerCallback
+from transformers.integrations import get_available_reporting_integrations
+
+from fastpo.optional import missing
 
 METRICS_FILE = "metrics.jsonl"
+# Of the Trainer's trackers those whose names are their packages' too.
+TRACKERS = ("clearml", "codecarbon", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 
 log = logging.getLogger(__name__)
+
+
+def refuse_missing_trackers(names: Iterable[str]) -> None:
+    """Check `report_to` before a model is copied: the Trainer would do so long after, at length.
+
+    Raises:
+        PackageError: a tracker that is not installed.
+    """
+    installed = get_available_reporting_integrations()
+    for name in names:
+        if name in TRACKERS and name not in installed:
+            raise missing(f"report_to={name!r}", name)
 
 
 class MetricWindow:

@@ -79,6 +79,7 @@ from fastpo.train.metrics import (
     ProgressCallback,
     Stopwatch,
     peak_memory_gib,
+    refuse_missing_trackers,
 )
 from fastpo.train.reference import (
     AdapterReference,
@@ -127,6 +128,7 @@ class PreferenceTrainer(Trainer):
     Raises:
         ValueError: several GPUs in one process, sequence parallelism, a stream without `max_steps`,
             a reference that does not fit the model or objective; each names its remedy.
+        PackageError: a tracker of `report_to` that is not installed.
     """
 
     # compute_loss divides by the counts of the whole step, so accumulation must not divide again.
@@ -147,6 +149,7 @@ class PreferenceTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
+        refuse_missing_trackers(args.report_to)
         if args.disable_dropout:
             for each in (model, ref_model, ref_model2):
                 if each is not None:

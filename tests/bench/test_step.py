@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("matplotlib")
-pytest.importorskip("trl")
 
 from bench import plot, step
 from bench.harness import count_flop, write_opening, write_section
@@ -19,7 +18,14 @@ KEY = {"model": step._TINY, "dtype": "float32", "prompt": 48, "response": 8, "ca
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
+def peer():
+    """TRL, which reads its data with `datasets`."""
+    for package in ("datasets", "trl"):
+        pytest.importorskip(package)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory, peer):
     out = tmp_path_factory.mktemp("bench") / "step.json"
     threads = torch.get_num_threads()
     options = ["--quick", "--case", "48,8,3", "--threads", "1", "--device", "cpu"]
@@ -177,6 +183,7 @@ def test_a_wrong_contender_gets_no_speed(monkeypatch, tmp_path):
     assert found[step.OURS]["status"] == "ok"
 
 
+@pytest.mark.usefixtures("peer")
 def test_the_peer_runs_pairs_and_a_compacted_head_the_responses_alone():
     whole, compacted = step.trl_step(KEY, CPU), step.trl_step(KEY, CPU, compacted=True)
     assert whole.inputs["input_ids"].shape == (2 * 2, 48 + 8)
@@ -205,6 +212,7 @@ def test_page_and_figure_come_from_the_record(quick, tmp_path):
     assert "TRL, compacted" in figure.read_text()
 
 
+@pytest.mark.usefixtures("peer")
 def test_memory_is_of_a_step_of_the_one_that_is_named(capsys, monkeypatch):
     def measured(run, device):
         run()

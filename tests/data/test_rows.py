@@ -8,13 +8,14 @@ import io
 import json
 from functools import partial
 
-import datasets
 import pytest
 import torch.utils.data
 
 from fastpo.data.build import BadRow, DataOptions, GroupStream, build_groups
 from fastpo.data.formats import BadField, read_row
 from fastpo.data.rows import load_rows
+
+datasets = pytest.importorskip("datasets")
 
 ROWS = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(3)]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.attention.varlen
 from torch import Tensor
 
 from fastpo.data.packing import GroupSpan, Layout
@@ -20,7 +22,7 @@ from fastpo.model.attention_merge import (
     merged_attention,
 )
 from fastpo.model.attention_segments import segment_attention
-from fastpo.model.attention_varlen import varlen_attention
+from fastpo.model.attention_varlen import flash_varlen, varlen_attention
 from fastpo.model.check import self_check
 from fastpo.model.facts import read_head
 from fastpo.model.hidden import attach
@@ -242,6 +244,42 @@ def test_choice_without_torchs_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_attention("merge", **BIG)
     monkeypatch.setattr(attention, "flash_source", lambda: None)
     assert choose_attention(**BIG)[0] == "segments"
+
+
+def accepts_groups(q, k, v, fq, fk, nq, nk, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+    """The arguments of PyTorch 2.13."""
+    return ("told", enable_gqa, scale, window_size)
+
+
+def knows_groups(q, k, v, fq, fk, nq, nk, *, scale=None, window_size=(-1, -1)):
+    """The arguments of PyTorch 2.11."""
+    return ("not told", scale, window_size)
+
+
+def as_installed(*given, **named):
+    """The arguments of the PyTorch that is here."""
+    inspect.signature(INSTALLED).bind(*given, **named)
+    return ("bound",)
+
+
+INSTALLED = torch.nn.attention.varlen.varlen_attn
+as_installed.__signature__ = inspect.signature(INSTALLED)  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("kernel", "result"),
+    [
+        (accepts_groups, ("told", True, 0.3, (6, 0))),
+        (knows_groups, ("not told", 0.3, (6, 0))),
+        (as_installed, ("bound",)),
+    ],
+)
+def test_arguments_of_torchs_kernel(
+    monkeypatch: pytest.MonkeyPatch, kernel: Any, result: tuple
+) -> None:
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", kernel)
+    q, kv, starts = torch.zeros(5, 4, 8), torch.zeros(5, 2, 8), torch.tensor([0, 5])
+    assert flash_varlen(q, kv, kv, starts, starts, 5, 5, scaling=0.3, window=7) == result
 
 
 def test_a_named_back_end_never_falls_back() -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from liger_kernel.transformers import monkey_patch
 
 from fastpo.model.layer_kernels import use_layer_kernels
 from fastpo.model.load import add_lora
 from tests.model.tiny import family
 
+monkey_patch = pytest.importorskip("liger_kernel.transformers.monkey_patch")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
