@@ -17,10 +17,11 @@ from fastpo.kernels.divergence import (
     divergence_coefficients,
     divergence_reference,
 )
+from fastpo.kernels.kept_coefficients import kept_coefficients
 from fastpo.kernels.linear_coefficients import linear_coefficients, linear_coefficients_reference
 from fastpo.kernels.linear_stats import linear_stats, linear_stats_reference
 from fastpo.kernels.listwise import MAX_CANDIDATES
-from fastpo.kernels.logits_epilogue import DIFFERENTIABLE, logits_epilogue
+from fastpo.kernels.logits_epilogue import DIFFERENTIABLE, logits_epilogue, over
 from fastpo.kernels.online import STATISTICS, statistics_reference
 from fastpo.kernels.segment_reduce import (
     REDUCTIONS,
@@ -29,6 +30,7 @@ from fastpo.kernels.segment_reduce import (
 )
 from fastpo.kernels.tile import transform_reference
 from fastpo.objectives import fused
+from fastpo.tiles import put_matmul_
 from tests.kernels.cases import (
     FACTS,
     P_LABEL,
@@ -156,6 +158,78 @@ def test_confident_labels_keep_every_digit(dtype):
             terms = (truth[name][at].abs().max() * size).item()
             what = f"{name} at {p_label}"
             assert_three_way(value[at], plain[name][at], truth[name][at], what, terms=terms)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("v", [1, 4096, 4097, 32000, 32001, 131072])
+def test_coefficients_over_their_products(dtype, v):
+    """The same bits as elsewhere, time after time: what an interpreter cannot see is a race."""
+    g = torch.Generator(DEVICE).manual_seed(0)
+    products = torch.empty(N, v, device=DEVICE).normal_(std=4, generator=g)
+    labels = torch.randint(v, (N,), generator=g, device=DEVICE)
+    want = ("lse", "lse_rest", "logps")
+    apart = torch.empty(N, v, dtype=dtype, device=DEVICE)
+    stats, _ = logits_epilogue(products, labels, want=want, coefficient_of="logps", out=apart)
+    given = {"v_start": 0, "vocab_size": v, "grad_logps": torch.ones(N, device=DEVICE), **stats}
+    kept = kept_coefficients(products, labels, out=torch.empty_like(apart), **given)
+    for _ in range(10):
+        slab = products.clone()
+        again, c = logits_epilogue(
+            slab, labels, want=want, coefficient_of="logps", out=over(slab, dtype)
+        )
+        assert torch.equal(c, apart)
+        assert all(torch.equal(again[name], stats[name]) for name in want)
+        slab = products.clone()
+        assert torch.equal(kept_coefficients(slab, labels, out=over(slab, dtype), **given), kept)
+    truth = statistics_reference(products.double(), labels, ("logps",))["logps"]
+    assert_three_way(
+        stats["logps"], statistics_reference(products, labels, ("logps",))["logps"], truth
+    )
+    if v > 1:
+        probabilities = products.double().softmax(1)
+        true_c = torch.zeros_like(probabilities).scatter_(1, labels[:, None], 1) - probabilities
+        plain = (
+            products.softmax(1)
+            .neg_()
+            .scatter_add_(1, labels[:, None], torch.ones(N, 1, device=DEVICE))
+        )
+        for c in (apart, kept):
+            assert_three_way(c, plain.to(dtype), true_c, "C")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("m", "k", "n"), [(512, 4096, 1024), (100, 77, 300), (256, 32000, 512)])
+def test_products_add_in_fp32(dtype, m, k, n):
+    """`addmm` with an fp32 result: exact to fp32, into columns of a wider sum too."""
+    g = torch.Generator(DEVICE).manual_seed(0)
+    a = torch.empty(m, k, device=DEVICE).normal_(generator=g).to(dtype)
+    b = torch.empty(k, n, device=DEVICE).normal_(generator=g).to(dtype)
+    sums = torch.empty(m, n + 16, device=DEVICE).normal_(generator=g)
+    once, twice = a.float() @ b.float(), a.double() @ b.double()
+    for add in (False, True):
+        plain = once + sums[:, :n] if add else once
+        truth = twice + sums[:, :n].double() if add else twice
+        for out in (sums[:, :n].clone(), sums.clone()[:, :n]):
+            assert put_matmul_(out, a, b, add=add) is out
+            assert_three_way(out, plain, truth, f"add={add}", terms=k)
+
+
+def test_a_weights_gradient_is_rounded_once():
+    """No half-precision partial sums, which PyTorch's default allows cuBLAS where K is split."""
+    n, d, v = 16384, 256, 512
+    x = make(n, d, v, torch.bfloat16, device=DEVICE)
+    weight = x.weight.clone().requires_grad_()
+    out = fastpo.linear_logps(x.hidden, weight, x.labels, backend="triton")
+    (ours,) = torch.autograd.grad(out.sum(), weight)
+    wide = x.double()
+    truth = wide.weight.requires_grad_()
+    logps = (wide.hidden @ truth.T).log_softmax(1).gather(1, x.labels[:, None])
+    (true,) = torch.autograd.grad(logps.sum(), truth)
+    plain = x.weight.float().requires_grad_()
+    logps = (x.hidden.float() @ plain.T).log_softmax(1)
+    c = torch.zeros_like(logps).scatter_(1, x.labels[:, None], 1) - logps.exp()
+    same = (c.detach().bfloat16().float().T @ x.hidden.float()).bfloat16()
+    assert_three_way(ours, same, true, "dW")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -337,8 +411,12 @@ HEADS = {
     "forward": ((), DIFFERENTIABLE, 64),
     "forward thin": ((), DIFFERENTIABLE, 8),
     "recompute thin": (("hidden", "weight", "bias"), ("logps",), 8),
+    "recompute by rows": (("hidden", "weight", "bias"), ("logps",), 1),
+    "kept": (("hidden", "weight", "bias"), DIFFERENTIABLE, 256),
 }
-"""name -> (leaves, statistics, MiB). At 8 MiB a block has 32 rows: the fused kernel's case."""
+"""name -> (leaves, statistics, MiB). At 8 MiB a block has fewer rows than a tile, the fused kernel's
+case. At 1 MiB slabs of coefficients are cut by rows too.
+"""
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -347,7 +425,7 @@ def test_head_is_as_exact_as_plain_tiles(dtype, name):
     leaves, names, mib = HEADS[name]
     x = make(N, D, V, dtype, bias=True, device=DEVICE)
     _, chosen, _ = plan_head(
-        N, V, device=DEVICE, dtype=dtype, stats=names, num_grad_stats=len(names),
+        N, V, D, device=DEVICE, dtype=dtype, stats=names, num_grad_stats=len(names),
         needs_hidden="hidden" in leaves, needs_head="weight" in leaves, backend="triton",
         workspace_mib=mib,
     )  # fmt: skip
@@ -362,7 +440,7 @@ def test_head_is_as_exact_as_plain_tiles(dtype, name):
         assert_three_way(grads[key], same_grads[key], true_grads[key], f"d{key}")
 
 
-@pytest.mark.parametrize("mib", [64, 8])
+@pytest.mark.parametrize("mib", [256, 64, 8])
 def test_policy_and_reference_agree_to_the_bit(mib):
     x = make(N, D, V, torch.bfloat16, bias=True, device=DEVICE)
     forward, _ = head(x, (), ("logps",), "triton", mib)
