@@ -414,8 +414,8 @@ HEADS = {
     "recompute by rows": (("hidden", "weight", "bias"), ("logps",), 1),
     "kept": (("hidden", "weight", "bias"), DIFFERENTIABLE, 256),
 }
-"""name -> (leaves, statistics, MiB). At 8 MiB a block has fewer rows than a tile, the fused kernel's
-case. At 1 MiB slabs of coefficients are cut by rows too.
+"""name -> (leaves, statistics, MiB). At 8 MiB a block has fewer rows than a tile, which are the
+fused kernel's. At 1 MiB slabs of coefficients are cut by rows too.
 """
 
 
