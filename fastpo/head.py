@@ -127,8 +127,9 @@ def choose_backend(
     Raises:
         ValueError: an unknown name, or a backend that cannot run here; named ones never fall back.
     """
+    plain = TorchTiles(device_type=device.type)
     if backend == "torch":
-        return TorchTiles(), "torch was asked for"
+        return plain, "torch was asked for"
     if backend == "triton":
         if plain_only:
             raise ValueError(f"backend='triton' has no {plain_only}: use 'torch' or 'auto'")
@@ -143,12 +144,12 @@ def choose_backend(
     if backend != "auto":
         raise ValueError(f"unknown backend {backend!r}: choose 'auto', 'torch' or 'triton'")
     if plain_only:
-        return TorchTiles(), f"torch: {plain_only} was asked for"
+        return plain, f"torch: {plain_only} was asked for"
     if device.type == "cuda" and _HAS_TRITON:
         return TritonTiles(), "triton: a GPU and the triton package are here"
     if device.type != "cuda":
-        return TorchTiles(), f"torch: kernels do not run on {device.type}"
-    return TorchTiles(), "torch: the triton package is missing"
+        return plain, f"torch: kernels do not run on {device.type}"
+    return plain, "torch: the triton package is missing"
 
 
 def _interpreting() -> bool:

@@ -23,6 +23,9 @@ from fastpo.tiles import NOTHING_KEPT, Heads, Kept, Link, accumulator, blocks, c
 # 8 MiB of float32 stay in a CPU's cache beside the weight's rows and the states, and in blocks that
 # its allocator reuses. With 32 MiB of L3, 1024 tokens take 6 % longer at 16 MiB and 2 % at 4.
 LARGEST_SLAB = 1 << 21
+# A GPU's caches hold no slab worth its launches: 256 MiB are 32 slabs at N 8192, V 131072, where
+# 8 MiB would be 1000 of 15 small kernels each, 4 to 5 times the bare products by prediction.
+LARGEST_SLAB_OF_A_GPU = 1 << 26
 
 
 def online_statistics(

@@ -54,10 +54,9 @@ class Plan(NamedTuple):
     def shard(self) -> Shard:
         return Shard(self.group, self.rank, tuple(self.rows), tuple(self.tokens))
 
-    @property
-    def tiles(self) -> Tiles:
+    def tiles(self, device: torch.device) -> Tiles:
         if self.backend == "torch":
-            return TorchTiles(self.shard, self.skip_below)
+            return TorchTiles(self.shard, self.skip_below, device.type)
         return TritonTiles()
 
     @property
@@ -105,7 +104,7 @@ def linear_stats(*args: Any) -> list[Tensor]:
     grads = tuple(plan.grads) if plan.schedule == "frozen" else ()
     keep = _to_keep(heads, plan)
     with torch.autocast(heads.hidden.device.type, enabled=False):
-        stats, buffers = plan.tiles.forward(
+        stats, buffers = plan.tiles(heads.hidden.device).forward(
             heads, plan.link, plan.found, grads, plan.row_block, plan.vocab_block, keep
         )
     waiting = _flat(keep, heads.hidden) if plan.late else []
@@ -211,7 +210,7 @@ def _backward_by_vocabulary(
     spend: bool,
 ) -> list[Tensor]:
     """`linear_stats_backward` with its arguments sorted."""
-    tiles, shard, fields = plan.tiles, plan.shard, heads._asdict()
+    tiles, shard, fields = plan.tiles(heads.hidden.device), plan.shard, heads._asdict()
     acc = accumulator(heads.hidden.dtype)
     adds = {n: n == "weight" and into is not None for n in ("weight", "bias", "lora_b") if needs[n]}
     grads = {n: torch.empty_like(fields[n]) for n, add in adds.items() if not add}

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from fastpo.online import LARGEST_SLAB, online_statistics
+from fastpo.online import LARGEST_SLAB, LARGEST_SLAB_OF_A_GPU, online_statistics
 from fastpo.sharding import Shard
 from fastpo.tiles import (
     NOTHING_KEPT,
@@ -33,13 +33,18 @@ class TorchTiles:
     Args:
         shard: which rows of the head these are.
         skip_below: see `fastpo.head.linear_stats`.
+        device_type: where the tensors are.
     """
 
     largest_slab: int | None = LARGEST_SLAB
     tile = 1
 
-    def __init__(self, shard: Shard | None = None, skip_below: float = 0.0) -> None:
+    def __init__(
+        self, shard: Shard | None = None, skip_below: float = 0.0, device_type: str = "cpu"
+    ) -> None:
         self.shard, self.skip_below = shard or Shard(None, 0, ()), skip_below
+        if device_type != "cpu":
+            self.largest_slab = LARGEST_SLAB_OF_A_GPU
 
     def num_slabs(self, link: Link, want: tuple[str, ...], with_reference: bool) -> int:
         # p and log p; the soft-cap's slope; the entropy's factor; the same again for a reference.
@@ -57,12 +62,13 @@ class TorchTiles:
         keep: Kept = NOTHING_KEPT,
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         if heads.ref_hidden is None and grads in ((), ("logps",)):
+            assert self.largest_slab is not None
             stats, gradient = online_statistics(
                 heads,
                 link,
                 want,
                 # The same on every rank, since a row block is where they meet.
-                row_block=min(row_block * max(self.shard.rows), LARGEST_SLAB) // vocab_block,
+                row_block=min(row_block * max(self.shard.rows), self.largest_slab) // vocab_block,
                 columns=vocab_block,
                 with_gradient=bool(grads),
                 keep=keep,

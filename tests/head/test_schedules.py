@@ -140,6 +140,17 @@ def test_late_slabs_on_a_card_fit_at_any_size():
             assert late.name == "kept" or size <= mib << 20
 
 
+def test_plain_slabs_are_a_caches_on_a_cpu_and_larger_on_a_card():
+    cut = {"needs_hidden": True, "backend": "torch", "workspace_mib": 256}
+    cpu, card = (
+        plan_head(8192, 131072, 4096, device=d, dtype=torch.bfloat16, **cut)[1]
+        for d in ("cpu", "cuda")
+    )
+    assert cpu.vocab_block == 1024
+    assert card.vocab_block == 4096  # 8192 rows of them, 128 MiB; a second slab beside it
+    assert card.row_block * 131072 // card.vocab_block == 8192
+
+
 def test_auto_workspace():
     gib = 1 << 30
     assert [auto_workspace_mib(size) for size in (None, 139 * gib, 24 * gib)] == [256, 1024, 491]
