@@ -15,15 +15,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -31,10 +29,11 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from tqdm import tqdm
 
-from bench.harness import RESULTS, device_slug, environment
+from bench.gpu_book import BOOK, Book
+from bench.harness import RESULTS, device_slug
 
 ROOT = Path(__file__).resolve().parent.parent
-BOOK, LOG = "gpu.json", "log.txt"
+LOG = "log.txt"
 TAIL_LINES = 20
 TABLE_LINES = 58
 # A part of which less than half could run would end without its answer: others get the time.
@@ -74,61 +73,6 @@ PARTS = (
 )
 """In order of value: what the budget does not reach is last."""
 FILES = tuple(dict.fromkeys((BOOK, LOG, *(file for part in PARTS for file in part.files))))
-
-
-class Book:
-    """gpu.json: how every part ended, and the results that have no file of their own.
-
-    Only one process writes at a time: the runner before and after a part, the part in between.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / BOOK
-        self._lock = threading.Lock()
-
-    def read(self) -> dict[str, Any]:
-        """The whole file; an empty book where there is none."""
-        return json.loads(self.path.read_text()) if self.path.exists() else {"parts": {}}
-
-    def part(self, name: str) -> dict[str, Any]:
-        """What is known of a part."""
-        return self.read()["parts"].get(name, {})
-
-    def put(self, name: str, **facts: Any) -> None:
-        """Add facts to a part."""
-        with self._change() as data:
-            data["parts"].setdefault(name, {}).update(facts)
-
-    def add(self, name: str, case: str, **result: Any) -> None:
-        """Add the result of one case to a part."""
-        with self._change() as data:
-            data["parts"].setdefault(name, {}).setdefault("results", {})[case] = result
-
-    def open(self, device: torch.device, forget: Sequence[str] = ()) -> None:
-        """Stamp the environment and drop the parts named in `forget`.
-
-        Raises:
-            ValueError: the file holds results of another environment.
-        """
-        with self._change() as data:
-            for name in forget:
-                data["parts"].pop(name, None)
-            here = environment(device)
-            # One without a result belongs to nobody.
-            if data["parts"] and data.get("environment") != here:
-                raise ValueError(f"{BOOK} holds results of another environment: pass --fresh")
-            data["environment"] = here
-
-    @contextlib.contextmanager
-    def _change(self) -> Iterator[dict[str, Any]]:
-        """The content, to be changed; a torn file is never left behind."""
-        with self._lock:
-            data = self.read()
-            yield data
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            torn = self.path.with_suffix(".part")
-            torn.write_text(json.dumps(data, indent=1) + "\n")
-            torn.replace(self.path)
 
 
 class Ended(NamedTuple):
@@ -176,7 +120,7 @@ def run_child(command: Sequence[str], limit: float, log: Path, title: str, **env
 
 def child_of(part: Part, out: Path, device: torch.device, limit: float) -> Ended:
     """The process of a part."""
-    command = [sys.executable, "-m", "bench.gpu_parts", part.name, "--out", str(out)]
+    command = [sys.executable, "-m", f"bench.gpu_{part.phase}", part.name, "--out", str(out)]
     command += ["--device", str(device), "--seconds", f"{limit:.0f}"]
     env = {}
     if device.type == "cpu":

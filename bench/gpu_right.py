@@ -230,7 +230,7 @@ def _kernel_results(kernel: str, x: Inputs, dtype: torch.dtype | None) -> Output
         assert coefficients is not None
         return {k: v for k, v in found.items() if k != "lse_rest"} | {"c": coefficients}
     if dtype is None:
-        stats = s.linear_stats(*given, want=want)
+        stats: dict[str, Any] = s.linear_stats(*given, want=want)
         coefficients = c.linear_coefficients(
             *given, v_start=0, vocab_size=len(x.weight), grad_logps=x.cotangents, **stats
         )
@@ -260,7 +260,7 @@ def make_trainer(
     dtype: torch.dtype,
     folder: str,
     *,
-    attention: str = "auto",
+    attention: Any = "auto",
     prompt: int = 65,
     response: int = 33,
     callbacks: Sequence[Any] = (),
