@@ -58,9 +58,9 @@ class Part(NamedTuple):
 
 
 PARTS = (
-    Part("smoke", "env", 25, "versions; speed of copies and of the head's bare products"),
-    Part("smoke", "right", 45, "kernels, losses, attention against float64; equal bits twice"),
-    Part("smoke", "tests", 100, "the test suite's GPU tests", ("gpu_tests.xml",)),
+    Part("smoke", "env", 20, "versions; speed of copies and of the head's bare products"),
+    Part("smoke", "right", 55, "kernels, losses, attention against float64; equal bits twice"),
+    Part("smoke", "tests", 95, "the test suite's GPU tests", ("gpu_tests.xml",)),
     Part("smoke", "syncs", 20, "how often the host waits for the device, and where"),
     Part("measure", "tune", 50, "launch rows of the kernels that are hot", ("tune_head.json",)),
     Part("measure", "head_a", 80, "the head at 8192 x 4096 x 131072 beside peers", ("head.json",)),

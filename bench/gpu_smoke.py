@@ -160,7 +160,7 @@ def _chunk_alone(name: str, device: torch.device) -> Iterator[gpu_right.Verdict]
 
 
 def right(book: Book, options: Options) -> int:
-    """Every chunk of `gpu_right`, six at a time on a GPU; how many cases were not right."""
+    """Every chunk of `gpu_right`, ten at a time on a GPU; how many cases were not right."""
     device = options.device
     done = set(book.part("right").get("chunks", []))
     names = [n for n in gpu_right.chunks(gpu_right.FULL) if n not in done]
@@ -182,7 +182,7 @@ def right(book: Book, options: Options) -> int:
         stale = [f"{name}: stopped", f"{name}: ended"]
         results = {k: v for k, v in book.part("right").get("results", {}).items() if k not in stale}
         book.put("right", results=results)
-    with ThreadPoolExecutor(1 if options.toy else 6) as pool:
+    with ThreadPoolExecutor(1 if options.toy else 10) as pool:
         list(pool.map(chunk, names))
     results = book.part("right")["results"]
     count = Counter(found["status"] for found in results.values())
@@ -235,8 +235,8 @@ def tests(book: Book, options: Options) -> int:
     child = subprocess.Popen(
         [sys.executable, "-m", "pytest", *suite(options.device, report)], cwd=ROOT
     )
-    # Six workers take a few seconds to say what they have.
-    spare = 10 if options.seconds > 40 else 2
+    # An interrupted run of several workers writes its report 9 s later.
+    spare = 15 if options.seconds > 60 else 2
     cut = False
     try:
         code = child.wait(options.seconds - spare - (time.monotonic() - begin))

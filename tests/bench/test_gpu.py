@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -319,3 +320,70 @@ def test_measure_runs_to_its_last_line_on_a_cpu(tmp_path: Path) -> None:
     assert statuses(tmp_path) == dict.fromkeys(parts, "ok")
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"gpu.json", "head.json", "losses.json", "log.txt"}
+
+
+def test_a_gpus_waits_are_the_drivers_own_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with gpu_smoke.waits(torch.device("cuda")) as found:
+        for _ in range(3):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert found.total() == 3
+    assert len(found) == 1
+    assert modes == ["warn", 0]
+
+
+def test_a_chunk_alone_says_what_it_found_and_how_it_ended(monkeypatch) -> None:
+    assert [found["status"] for _, found in gpu_smoke._chunk_alone("attention flex", CPU)] == [
+        "skipped"
+    ]
+    monkeypatch.setattr(gpu_smoke.sys, "executable", "false")
+    (case, found), *more = gpu_smoke._chunk_alone("attention flex", CPU)
+    assert not more
+    assert case == "attention flex: ended"
+    assert found["status"] == "failed"
+
+
+def test_the_tuners_record_lies_beside_the_others(tmp_path, monkeypatch) -> None:
+    from bench import gpu_measure, tune_head
+
+    given: list[str] = []
+
+    def tune(arguments: list[str]) -> None:
+        given.extend(arguments)
+        folder = tune_head.RESULTS / tune_head.device_slug(CPU)
+        (folder / "tune_head.json").write_text('{"cases": [1, 2]}')
+
+    monkeypatch.setattr(tune_head, "main", tune)
+    book = Book(tmp_path)
+    assert gpu_measure.tune(book, Options(tmp_path, torch.device("cuda"), 50)) == 0
+    assert given == ["--dry-run", "--budget", "35"]
+    assert book.part("tune")["digest"][0].startswith("2 rows")
+
+
+@pytest.mark.parametrize("part", ["8b", "70b"])
+def test_long_contexts_can_be_planned(part: str) -> None:
+    from bench import gpu_measure, long_context
+
+    for case in gpu_measure.long_cases(part, toy=False):
+        assert 2**34 < long_context.planned(case).peak < 141e9
+
+
+def test_every_case_of_the_head_has_whole_groups() -> None:
+    for part in ("head_a", "head_b"):
+        for case in gpu_head.head_cases(part, toy=False):
+            tokens = case.shape[0] // gpu_head.NUM_PAIRS
+            assert case.shape[0] == tokens * gpu_head.NUM_PAIRS
+            # A group's logits in fp32 fit the smallest workspace.
+            fits = tokens * case.shape[2] * 4 <= gpu_head.MIB[gpu_head.SMALLEST] << 20
+            assert fits or case.task == "logps"
+
+
+def test_the_page_has_every_part_and_its_limit() -> None:
+    page = (gpu.ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    for part in gpu.PARTS:
+        (row,) = re.findall(rf"^\| `{part.name}` \| (\d+) \|", page, flags=re.M)
+        assert int(row) == part.seconds
+    assert all(name in page for name in gpu.FILES)
