@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -387,3 +388,44 @@ def test_the_page_has_every_part_and_its_limit() -> None:
         (row,) = re.findall(rf"^\| `{part.name}` \| (\d+) \|", page, flags=re.M)
         assert int(row) == part.seconds
     assert all(name in page for name in gpu.FILES)
+
+
+def test_a_packed_cache_is_put_where_its_keys_are_right(tmp_path, monkeypatch, capsys) -> None:
+    from bench import gpu_warm
+
+    def compile_into(command: list[str], env: dict[str, str], **_: Any) -> Any:
+        (Path(env["TRITON_CACHE_DIR"]) / "key").mkdir(parents=True)
+        (Path(env["TRITON_CACHE_DIR"]) / "key" / "kernel.cubin").write_bytes(b"x" * 1000)
+        return subprocess.CompletedProcess(command, 0, "1 compiled, 0 were there, 0 refused\n")
+
+    monkeypatch.setattr(gpu_warm, "place", lambda: tmp_path / "cache")
+    monkeypatch.setattr(gpu_warm.subprocess, "run", compile_into)
+    monkeypatch.setattr(gpu_pack, "download", downloader(1))
+    monkeypatch.setattr(gpu_pack, "repository_bytes", lambda *_: 0)
+    folder = tmp_path / "pack"
+    assert gpu_pack.pack(folder, tmp_path) == 0
+    assert (folder / "triton" / "key" / "kernel.cubin").exists()
+    script = (folder / "run.sh").read_text()
+    assert f"TRITON_CACHE_DIR={tmp_path}/cache" in script
+    assert len(script) < 2000
+    assert "triton" in capsys.readouterr().out
+
+
+def test_a_cache_that_cannot_be_made_is_left_out(tmp_path, monkeypatch, capsys) -> None:
+    from bench import gpu_warm
+
+    monkeypatch.setattr(gpu_warm, "place", lambda: tmp_path / "cache")
+    monkeypatch.setattr(gpu_warm.sys, "executable", "false")
+    assert gpu_warm.warm(tmp_path / "triton") is None
+    assert "compiled there" in capsys.readouterr().out
+
+
+def test_launches_to_compile_are_those_of_the_part_right() -> None:
+    from bench import gpu_warm
+
+    names = list(gpu_warm.launches())
+    full = gpu_right.FULL
+    for n, d, v, dtype in itertools.product(
+        full.tokens, full.widths, full.vocabularies, full.dtypes
+    ):
+        assert f"{n}x{d}x{v} {dtype}" in names
