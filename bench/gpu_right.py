@@ -206,7 +206,10 @@ def losses(name: str, device: torch.device, sizes: Sizes) -> Iterator[Verdict]:
             ours, again = (run(backend="triton", dtype=dtype) for _ in range(2))
             plain = run(backend="torch", dtype=dtype)
             truth = run(backend="torch", dtype=torch.float64)
-            terms = {"loss": nats}
+            # A gradient carries the margin's rounding too: beta times it, as a share of itself.
+            terms = {k: 0.1 * nats * v.abs().max().item() for k, v in truth.items()} | {
+                "loss": nats
+            }
             yield f"{name} {schedule} {kind}", verdict(ours, again, truth, plain, terms)
 
 

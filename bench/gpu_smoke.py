@@ -177,6 +177,8 @@ def right(book: Book, options: Options) -> int:
         if fine:
             done.add(name)
             book.put("right", chunks=sorted(done))
+        results = book.part("right").get("results", {})
+        book.put("right", digest=right_lines(results))
 
     for name in names:  # what an earlier run found wrong is found again, or not
         stale = [f"{name}: stopped", f"{name}: ended"]
@@ -184,15 +186,25 @@ def right(book: Book, options: Options) -> int:
         book.put("right", results=results)
     with ThreadPoolExecutor(1 if options.toy else 10) as pool:
         list(pool.map(chunk, names))
-    results = book.part("right")["results"]
+    results = book.part("right").get("results", {})
+    book.put("right", digest=right_lines(results))
+    return sum(found["status"] in ("wrong", "failed") for found in results.values())
+
+
+def right_lines(results: dict[str, Any]) -> list[str]:
+    """How many cases ended how, then what is wrong, noted or skipped."""
     count = Counter(found["status"] for found in results.values())
-    bad = {k: v for k, v in results.items() if v["status"] in ("wrong", "failed")}
-    noted = [f"{k}: {v['note']}" for k, v in results.items() if "note" in v]
     said = ", ".join(f"{n} {status}" for status, n in count.most_common())
-    wrong = [f"{k}: {v['status']}: {v.get('why')}" for k, v in bad.items()]
-    skipped = [f"{k}: {v['why']}" for k, v in results.items() if v["status"] == "skipped"]
-    book.put("right", digest=[said, *wrong, *noted, *skipped])
-    return len(bad)
+    why = {
+        status: [
+            f"{k}: {v['status']}: {v.get('why')}"
+            for k, v in results.items()
+            if v["status"] == status
+        ]
+        for status in ("wrong", "failed", "skipped")
+    }
+    noted = [f"{k}: {v['note']}" for k, v in results.items() if "note" in v]
+    return [said, *why["wrong"], *why["failed"], *noted, *why["skipped"]]
 
 
 def suite(device: torch.device, report: Path) -> list[str]:
