@@ -90,7 +90,7 @@ def run_child(command: Sequence[str], limit: float, log: Path, title: str, **env
         sink.write(f"\n==== {title}, limit {limit:.0f} s\n".encode())
         sink.flush()
         start = sink.tell()
-        # A group of its own, not a session: what kills this command's session kills it too.
+        # A group of its own, so that all of it can be ended; not detached from this command's.
         child = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
