@@ -5,6 +5,7 @@
 # make families  one objective of every family on a real model; writes docs/real-runs.md
 # make long      LOGO and LongPO on a real model; their part of docs/real-runs.md
 # make bench     the benchmarks behind the README's figures
+# make gpu       what is right and how fast it is on this machine's GPU; eleven minutes
 # make clean     remove what these made, except .venv
 #
 # Everything is installed into .venv, once: a stamp in .venv/.make marks each finished part.
@@ -18,7 +19,7 @@ TORCH := 2.13.0
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq  # errors only
 
-.PHONY: demo test lint listwise families long bench clean
+.PHONY: demo test lint listwise families long bench gpu clean
 .DEFAULT_GOAL := demo
 
 demo: $(MADE)/train $(MADE)/smollm2
@@ -50,6 +51,9 @@ bench: $(MADE)/dev $(MADE)/bench
 	@$(BIN)/python -m bench.plot losses
 	@$(BIN)/python -m bench.numerics --page docs/head.md
 	@$(BIN)/python -m bench.account --page docs/head.md
+
+gpu: $(MADE)/dev $(MADE)/bench
+	@$(BIN)/python -m bench.gpu --smoke && $(BIN)/python -m bench.gpu --measure
 
 clean:
 	rm -rf runs/json_person runs/listwise_proposals runs/families runs/long_context .cache build dist *.egg-info

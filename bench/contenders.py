@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,8 +91,8 @@ def _on_token_op(build: Callable[[torch.device], TokenOp]) -> Callable[[torch.de
     return builder
 
 
-def fastpo_step(device: torch.device) -> Step:
-    """`fastpo.PreferenceLoss`, padded layout."""
+def fastpo_step(device: torch.device, **options: Any) -> Step:
+    """`fastpo.PreferenceLoss`, padded layout; options of its call."""
     loss = fastpo.PreferenceLoss("dpo", beta=BETA)
 
     def step(h: Tensor, w: Tensor, y: Tensor, ref_hidden: Tensor, num_pairs: int) -> Tensor:
@@ -102,6 +103,7 @@ def fastpo_step(device: torch.device) -> Step:
             weight=w,
             ref_hidden=ref_hidden.view(rows, -1, h.shape[-1]),
             ref_weight=w.detach(),
+            **options,
         ).loss
 
     return step

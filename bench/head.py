@@ -104,9 +104,9 @@ def make_inputs(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.d
     return Inputs(hidden.to(dtype), weight.to(dtype), labels, ref_hidden.to(dtype), normal(n))
 
 
-def dpo(logps: Tensor, ref_logps: Tensor) -> Tensor:
+def dpo(logps: Tensor, ref_logps: Tensor, num_pairs: int = NUM_PAIRS) -> Tensor:
     """The loss of `contenders.STEPS`, for the truth."""
-    chosen, rejected = (logps - ref_logps).view(2, NUM_PAIRS, -1).sum(-1)
+    chosen, rejected = (logps - ref_logps).view(2, num_pairs, -1).sum(-1)
     return -F.logsigmoid(BETA * (chosen - rejected)).mean()
 
 
@@ -166,8 +166,14 @@ def bind(name: str, task: str, mode: str, inputs: Inputs) -> Callable[[], Output
         Unavailable: the contender cannot run here.
     """
     device = inputs.hidden.device
-    op: Callable[..., Tensor] = (TOKEN_OPS if task == "logps" else STEPS)[name](device)
-    more = () if task == "logps" else (inputs.ref_hidden, NUM_PAIRS)
+    return called((TOKEN_OPS if task == "logps" else STEPS)[name](device), task, mode, inputs)
+
+
+def called(
+    op: Callable[..., Tensor], task: str, mode: str, inputs: Inputs, num_pairs: int = NUM_PAIRS
+) -> Callable[[], Outputs]:
+    """`bind` of a token op or step that is there already."""
+    more = () if task == "logps" else (inputs.ref_hidden, num_pairs)
 
     def run() -> Outputs:
         hidden = inputs.hidden.detach().requires_grad_(mode != "forward")

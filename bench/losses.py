@@ -215,6 +215,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--grid", choices=GRIDS, default="gpu" if on_gpu else "cpu")
+    parser.add_argument(
+        "--case", action="append", metavar="NAME,B,K", help="these of the grid only"
+    )
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=20)
@@ -245,6 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for names, shapes in GRIDS[options.grid]
         for name in names
         for b, k in shapes
+        if not options.case or f"{name},{b},{k}" in options.case
     ]
     call, who = (" ".join(part.split()) for part in (__doc__ or "").split("\n\n")[-2:])
     method = {

@@ -1,0 +1,402 @@
+"""Is everything right on this device? The part `right` of `bench.gpu`.
+
+    python -m bench.gpu_right "head bfloat16" --device cuda   # one chunk, a JSON line a case
+
+Every answer is compared with float64 by the rule of `bench.harness.check`, and computed twice: the
+bits must be equal. Chunks run in processes of their own on a GPU, where compiling is most of the
+time, and one after the other on a CPU, where kernels are interpreted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastpo
+from bench.harness import Outputs, check
+from bench.head import Inputs, make_inputs
+from fastpo.loss import PreferenceLoss
+from fastpo.scores import Segments
+
+
+class Sizes(NamedTuple):
+    """Sizes of the cases: ragged ones, and ones that launches specialise on."""
+
+    tokens: tuple[int, ...]
+    widths: tuple[int, ...]
+    vocabularies: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    groups: int
+    response: int  # tokens
+    model: dict[str, Any]
+
+
+_MODEL: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.1,  # far enough from uniform that gradients are not all rounding
+}
+# N = 1 and multiples of 16 are constants to the compiler, rows of 511 numbers no descriptors.
+FULL = Sizes(
+    (1000, 17, 1),
+    (512, 511),
+    (32000, 32001),
+    ("bfloat16", "float16", "float32"),
+    6,
+    100,
+    _MODEL,
+)
+# The interpreter takes milliseconds an instruction.
+TOY = Sizes((5, 1), (32, 31), (64, 65), ("float32",), 2, 3, {**_MODEL, "hidden_size": 64})
+
+Verdict = tuple[str, dict[str, Any]]
+Checks = Callable[[torch.device, Sizes], Iterator[Verdict]]
+
+LOSSES: dict[str, Any] = {
+    "dpo": "dpo",
+    "simpo": "simpo",
+    "kto": "kto",
+    "lipo": "lipo",
+    "kl": {"dpo": 1.0, "kl_retain": 1.0},
+}
+# name -> what the workspace holds, in groups: two, and less than one.
+SCHEDULES = {"frozen": 2.5, "by groups": 2.5, "late": 0.4}
+
+
+def verdict(
+    ours: Outputs,
+    again: Outputs,
+    truth: Outputs,
+    plain: Outputs,
+    terms: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """How a case ended: `ok`, or `wrong` and why."""
+    errors, why = check(ours, truth, plain, terms)
+    moved = [name for name, value in ours.items() if not torch.equal(value, again[name])]
+    if moved:
+        why = f"other bits the second time: {', '.join(moved)}" + (f"; {why}" if why else "")
+    found = {name: e["relative"] for name, e in errors.items()}
+    return {"status": "wrong", "why": why, "errors": found} if why else {"status": "ok"}
+
+
+def _wide(x: Inputs) -> Inputs:
+    return Inputs(*(t.double() if t.is_floating_point() else t for t in x))
+
+
+def frozen_head(name: str, device: torch.device, sizes: Sizes) -> Iterator[Verdict]:
+    """`linear_stats` of a frozen head: its coefficients are written over the products' own rows."""
+    for n, d, v in itertools.product(sizes.tokens, sizes.widths, sizes.vocabularies):
+        x = make_inputs((n, d, v), getattr(torch, name), device)
+        # Three blocks of rows, the last one shorter.
+        mib = n * v * 8 / 2.5 / 2**20
+
+        def run(backend: Any, x: Inputs, mib: float = mib) -> Outputs:
+            leaf = x.hidden.detach().requires_grad_()
+            logps = fastpo.linear_stats(
+                leaf, x.weight, x.labels, backend=backend, workspace_mib=mib
+            )["logps"]
+            (grad,) = torch.autograd.grad(logps, leaf, x.cotangents.to(logps))
+            return {"logps": logps.detach(), "grad_hidden": grad}
+
+        ours, again = run("triton", x), run("triton", x)
+        yield (
+            f"head {name} {n}x{d}x{v}",
+            verdict(ours, again, run("torch", _wide(x)), run("torch", x)),
+        )
+
+
+class Batch(NamedTuple):
+    """Groups of responses of equal length, a few of whose tokens are not scored."""
+
+    x: Inputs
+    labels: Tensor  # [N]
+    segments: Segments
+    ref_logps: Tensor  # [N]
+
+
+def make_batch(
+    objective: str, name: str, sizes: Sizes, device: torch.device, shape: tuple[int, int]
+) -> Batch:
+    """Groups of single responses for `kto`, of four for `lipo`, otherwise of pairs.
+
+    Args:
+        shape: (D, V).
+    """
+    groups, length, dtype = sizes.groups, sizes.response, getattr(torch, name)
+    candidates = {"kto": 1, "lipo": 4}.get(objective, 2)
+    responses = groups * candidates
+    x = make_inputs((responses * length, *shape), dtype, device)
+    labels = x.labels.clone()
+    labels.view(responses, length)[:, 0] = -100
+    desirable = torch.arange(candidates, device=device).expand(groups, candidates) == 0
+    extras = {}
+    if objective == "kto":
+        desirable = torch.arange(groups, device=device)[:, None] % 2 == 0
+        extras = {"mismatched": torch.arange(groups, device=device).roll(1)}
+    generator = torch.Generator(device).manual_seed(1)
+    segments = Segments(
+        response=torch.arange(responses, device=device).repeat_interleave(length),
+        grid=torch.arange(responses, device=device).view(groups, candidates),
+        label=desirable,
+        num_responses=responses,
+        score=torch.rand(groups, candidates, generator=generator, device=device),
+        extras=extras,
+    )
+    noise = torch.randn(len(labels), generator=generator, device=device)
+    with torch.no_grad():
+        logps = fastpo.linear_logps(x.hidden.float(), x.weight.float(), labels, backend="torch")
+    return Batch(x, labels, segments, (logps + 0.1 * noise).where(labels >= 0, 0.0))
+
+
+def run_loss(
+    objective: str, batch: Batch, backend: Any, trained: bool, mib: float, dtype: torch.dtype
+) -> Outputs:
+    """Loss and gradients of one call."""
+    hidden = batch.x.hidden.detach().to(dtype).requires_grad_()
+    weight = batch.x.weight.detach().to(dtype).requires_grad_(trained)
+    loss = PreferenceLoss(LOSSES[objective])
+    given: dict[str, Any] = {"ref_logps": batch.ref_logps} if loss.needs_reference else {}
+    if loss.needs_kl:
+        given = {"ref_hidden": batch.x.ref_hidden.to(dtype), "ref_weight": weight.detach()}
+    out = loss(
+        hidden,
+        batch.labels,
+        batch.segments,
+        weight=weight,
+        backend=backend,
+        workspace_mib=mib,
+        **given,
+    )
+    out.loss.backward()
+    outputs = {"loss": out.loss.detach(), "grad_hidden": hidden.grad, "grad_weight": weight.grad}
+    return {name: value for name, value in outputs.items() if value is not None}
+
+
+def losses(name: str, device: torch.device, sizes: Sizes) -> Iterator[Verdict]:
+    """A preference loss by kernels, next to the same loss by plain PyTorch."""
+    shape = sizes.widths[0], sizes.vocabularies[-1]
+    for kind in dict.fromkeys((sizes.dtypes[0], sizes.dtypes[-1])):
+        dtype = getattr(torch, kind)
+        batch = make_batch(name, kind, sizes, device, shape)
+        tokens = sizes.response * batch.segments.grid.shape[1]
+        # A sum of log-probs is rounded as what cancels in the margin is.
+        nats = batch.ref_logps.double().abs().sum().item() / batch.segments.num_responses
+        # Interpreted, a schedule takes seconds: one objective has them all.
+        brief = sizes is TOY and name != "dpo"
+        for schedule, held in SCHEDULES.items():
+            if brief and schedule != "by groups":
+                continue
+            heads = 2 if name == "kl" else 1
+            mib = heads * held * tokens * shape[1] * 4 / 2**20
+            run = partial(run_loss, name, batch, trained=schedule != "frozen", mib=mib)
+            ours, again = (run(backend="triton", dtype=dtype) for _ in range(2))
+            plain = run(backend="torch", dtype=dtype)
+            truth = run(backend="torch", dtype=torch.float64)
+            # A gradient carries the margin's rounding too: beta times it, as a share of itself.
+            terms = {k: 0.1 * nats * v.abs().max().item() for k, v in truth.items()} | {
+                "loss": nats
+            }
+            yield f"{name} {schedule} {kind}", verdict(ours, again, truth, plain, terms)
+
+
+def _kernel_results(kernel: str, x: Inputs, dtype: torch.dtype | None) -> Outputs:
+    """One kernel's outputs; with a dtype those of its plain PyTorch reference."""
+    from fastpo.kernels import linear_coefficients as c
+    from fastpo.kernels import linear_stats as s
+    from fastpo.kernels import logits_epilogue as e
+
+    want = ("logps", "lse", "lse_rest", "entropy")
+    given = (x.hidden, x.weight, x.labels)
+    wide = given if dtype is None else (x.hidden.to(dtype), x.weight.to(dtype), x.labels)
+    if kernel == "linear_stats":
+        call = s.linear_stats if dtype is None else s.linear_stats_reference
+        return {k: v for k, v in call(*wide, want=want).items() if k != "lse_rest"}
+    if kernel == "logits_epilogue":
+        products = x.hidden.float() @ x.weight.float().T
+        call = e.logits_epilogue if dtype is None else e.logits_epilogue_reference
+        raw = products if dtype is None else products.to(dtype)
+        found, coefficients = call(raw, x.labels, want=want, coefficient_of="logps")
+        assert coefficients is not None
+        return {k: v for k, v in found.items() if k != "lse_rest"} | {"c": coefficients}
+    if dtype is None:
+        stats: dict[str, Any] = s.linear_stats(*given, want=want)
+        coefficients = c.linear_coefficients(
+            *given, v_start=0, vocab_size=len(x.weight), grad_logps=x.cotangents, **stats
+        )
+    else:
+        cotangents = x.cotangents.to(torch.promote_types(x.cotangents.dtype, dtype))
+        coefficients = c.linear_coefficients_reference(*wide, logps=cotangents)
+        if dtype != torch.float64:
+            coefficients = coefficients.to(x.hidden.dtype)  # rounded once, as the kernel does
+    return {"c": coefficients}
+
+
+def kernels(kernel: str, name: str, device: torch.device, sizes: Sizes) -> Iterator[Verdict]:
+    """One kernel by itself, at every combination of sizes."""
+    for n, d, v in itertools.product(sizes.tokens, sizes.widths, sizes.vocabularies):
+        x = make_inputs((n, d, v), getattr(torch, name), device)
+        ours, again = _kernel_results(kernel, x, None), _kernel_results(kernel, x, None)
+        plain, truth = (_kernel_results(kernel, x, dt) for dt in (torch.float32, torch.float64))
+        terms = {"entropy": torch.tensor(float(v)).log().item()}
+        terms |= {name: value.abs().max().item() for name, value in truth.items() if name == "lse"}
+        terms["logps"] = terms.get("lse", 0.0)
+        yield f"{kernel} {name} {n}x{d}x{v}", verdict(ours, again, truth, plain, terms)
+
+
+def make_trainer(
+    model: Mapping[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    folder: str,
+    *,
+    attention: Any = "auto",
+    prompt: int = 65,
+    response: int = 33,
+    callbacks: Sequence[Any] = (),
+    steps: int = 1,
+) -> Any:
+    """A trainer of SimPO steps over two groups that share their prompts."""
+    import numpy as np
+    from transformers import AutoConfig
+
+    from fastpo.data.groups import Group, Response
+    from fastpo.model.random_init import byte_tokenizer, random_model
+    from fastpo.train.config import PreferenceConfig
+    from fastpo.train.trainer import PreferenceTrainer
+
+    torch.manual_seed(0)
+    # The same rounded weights for every dtype of the computation.
+    policy: Any = random_model(
+        AutoConfig.for_model(**model),
+        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+        device=device,
+    ).to(dtype)
+    rng = np.random.default_rng(0)
+
+    def ids(count: int) -> Any:
+        return rng.integers(0, model["vocab_size"], count).astype(np.int32)
+
+    def answer(slot: int) -> Response:
+        size = response + 3 * slot
+        return Response(ids(size), np.ones(size, dtype=bool), label=slot == 0, rank=slot)
+
+    data = [Group(ids(prompt + row), [answer(0), answer(1)], row=row) for row in range(2)]
+    args = PreferenceConfig(
+        output_dir=folder,
+        objective="simpo",
+        attention_backend=attention,
+        per_device_train_batch_size=len(data),
+        max_steps=steps,
+        max_grad_norm=0.0,  # clipping would hide a wrong scale
+        logging_steps=1,
+        save_strategy="no",
+        use_cpu=device.type == "cpu",
+        bf16=False,
+        report_to="none",
+        disable_tqdm=True,
+        self_check=False,
+        dataloader_pin_memory=False,
+    )
+    return PreferenceTrainer(
+        policy,
+        args,
+        train_dataset=data,
+        processing_class=byte_tokenizer(policy.config),
+        callbacks=list(callbacks),
+    )
+
+
+def _trained(model: Any, device: torch.device, dtype: torch.dtype, attention: str) -> Outputs:
+    """Loss and gradient of a trainer's only step."""
+    from transformers import TrainerCallback
+
+    found: dict[str, Tensor] = {}
+
+    class Gradient(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model: Any = None, **more) -> None:
+            found["gradient"] = torch.cat([p.grad.detach().flatten() for p in model.parameters()])
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(
+            model, device, dtype, folder, attention=attention, callbacks=[Gradient()]
+        )
+        trainer.train()
+        record = trainer.state.log_history[0]
+    return {"loss": torch.tensor(record["loss"], dtype=torch.float32), **found}
+
+
+def attention(name: str, device: torch.device, sizes: Sizes) -> Iterator[Verdict]:
+    """A whole training step by one attention back end, next to dense segments in float64."""
+    from fastpo.model.attention import choose_attention
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    width = sizes.model["hidden_size"] // sizes.model["num_attention_heads"]
+    case = f"step {name}"
+    try:
+        choose_attention(name, device=device, dtype=dtype, width=width)
+    except ValueError as why:
+        yield case, {"status": "skipped", "why": str(why)}
+        return
+    ours, again = (_trained(sizes.model, device, dtype, name) for _ in range(2))
+    plain = ours if name == "segments" else _trained(sizes.model, device, dtype, "segments")
+    truth = _trained(sizes.model, device, torch.float64, "segments")
+    found = verdict(ours, again, truth, plain)
+    if "other bits" in (found.get("why") or "") and name in ("varlen", "merge", "flex"):
+        # A flash backward adds dQ in any order: the library's choice, not ours.
+        errors, why = check(ours, truth, plain)
+        note = {
+            "note": "bits differ between runs",
+            "errors": {k: errors[k]["relative"] for k in errors},
+        }
+        found = {"status": "wrong", "why": why, **note} if why else {"status": "ok", **note}
+    yield case, found
+
+
+def chunks(sizes: Sizes) -> dict[str, Checks]:
+    """name -> checks, the ones that no interpreter can vouch for first."""
+    found: dict[str, Checks] = {f"head {dt}": partial(frozen_head, dt) for dt in sizes.dtypes}
+    found |= {f"loss {name}": partial(losses, name) for name in LOSSES}
+    for kernel in ("logits_epilogue", "linear_stats", "linear_coefficients"):
+        found |= {f"{kernel} {dt}": partial(kernels, kernel, dt) for dt in sizes.dtypes}
+    for name in ("segments", "varlen", "merge", "flex"):
+        found[f"attention {name}"] = partial(attention, name)
+    return found
+
+
+def run_chunk(name: str, device: torch.device) -> Iterator[Verdict]:
+    """The cases of a chunk; an exception is its last one."""
+    sizes = TOY if device.type == "cpu" else FULL
+    try:
+        yield from chunks(sizes)[name](device, sizes)
+    except Exception as error:  # the next chunk may still be right
+        why = f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
+        yield f"{name}: stopped", {"status": "failed", "why": why}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """One chunk, a line of JSON a case."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_right", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("chunk", choices=chunks(FULL))
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args(arguments)
+    for case, found in run_chunk(options.chunk, torch.device(options.device)):
+        print(json.dumps([case, found]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

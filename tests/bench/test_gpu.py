@@ -1,0 +1,431 @@
+"""`python -m bench.gpu`: its runner, its parts' tools, the folder that it packs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import time
+import warnings
+import zipfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import gpu, gpu_book, gpu_head, gpu_pack, gpu_right, gpu_smoke, head
+from bench.gpu import Ended, Part
+from bench.gpu_book import Book, Options
+
+CPU = torch.device("cpu")
+A, B, C = (Part("smoke", name, seconds, f"what of {name}?") for name, seconds in
+           (("a", 10), ("b", 20), ("c", 40)))  # fmt: skip
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
+    """(part, limit) of every child; none is started. Time stands still but for what a part took."""
+    seen: list[tuple[str, float]] = []
+    clock = [0.0]
+
+    def child(part: Part, out: Path, device: torch.device, limit: float) -> Ended:
+        seen.append((part.name, limit))
+        code = CODES.get(part.name, 0)
+        spent = limit if code is None else TOOK.get(part.name, 1.0)
+        clock[0] += spent
+        return Ended(code, spent, ["the last line"])
+
+    monkeypatch.setattr(gpu, "child_of", child)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(gpu, "SECONDS_ON_CPU", None)
+    CODES.clear()
+    TOOK.clear()
+    return seen
+
+
+CODES: dict[str, int | None] = {}
+TOOK: dict[str, float] = {}
+CUDA = torch.device("cuda")  # of the limits alone
+
+
+def statuses(out: Path) -> dict[str, str]:
+    return {name: part["status"] for name, part in Book(out).read()["parts"].items()}
+
+
+def test_a_hanging_child_ends_at_its_limit_with_all_that_it_started(tmp_path: Path) -> None:
+    text = "import subprocess, sys, time; print('begun', flush=True)\n"
+    text += "subprocess.Popen(['sleep', '77.125']); time.sleep(77)"
+    begin = time.monotonic()
+    ended = gpu.run_child([sys.executable, "-c", text], 2, tmp_path / "log.txt", "hanging")
+    assert ended.code is None
+    assert time.monotonic() - begin < 20
+    assert ended.tail == ["begun"]
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            assert b"77.125" not in command.read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+
+
+def test_the_last_lines_of_a_failing_child_are_kept(tmp_path: Path) -> None:
+    text = "print(*range(100), sep='\\n'); raise SystemExit(3)"
+    ended = gpu.run_child([sys.executable, "-c", text], 60, tmp_path / "log.txt", "failing")
+    assert ended.code == 3
+    assert ended.tail == [str(n) for n in range(80, 100)]
+    assert "==== failing" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_failure_does_not_stop_the_next_part(started, tmp_path: Path) -> None:
+    CODES.update(a=1, b=None)
+    assert not gpu.run([A, B, C], tmp_path, CUDA, 70)
+    assert [name for name, _ in started] == ["a", "b", "c"]
+    assert statuses(tmp_path) == {"a": "failed", "b": "over its limit", "c": "ok"}
+    assert Book(tmp_path).part("a")["tail"] == ["the last line"]
+
+
+def test_a_rerun_does_what_is_missing(started, tmp_path: Path) -> None:
+    CODES.update(b=1)
+    gpu.run([A, B, C], tmp_path, CUDA, 70)
+    CODES.clear()
+    started.clear()
+    assert gpu.run([A, B, C], tmp_path, CUDA, 70)
+    assert [name for name, _ in started] == ["b"]
+    assert "tail" in Book(tmp_path).part("b")
+    assert not Book(tmp_path).part("b")["tail"]
+
+
+def test_limits_are_scaled_to_the_budget_and_pass_on_what_is_left(started, tmp_path: Path) -> None:
+    gpu.run([A, B, C], tmp_path, CUDA, 140)
+    assert started == [("a", 20), ("b", 140 - 1 - 80), ("c", 138)]
+
+
+def test_what_a_budget_does_not_reach_is_no_failure(started, tmp_path: Path) -> None:
+    TOOK.update(a=5, b=10)
+    assert gpu.run([A, B, C], tmp_path, CUDA, 20)
+    # At half speed b gets its 10 s; the 5 s after it are less than half of c's 20.
+    assert [name for name, _ in started] == ["a", "b"]
+    assert statuses(tmp_path)["c"] == "not reached"
+
+
+def test_parts_are_in_order_of_value_and_write_eight_files() -> None:
+    options = gpu.parse(["--measure", "--only", "step", "tune"])
+    assert [part.name for part in gpu.chosen(options)] == ["tune", "step"]
+    assert [part.name for part in gpu.chosen(gpu.parse(["--only", "70b", "env"]))] == ["env", "70b"]
+    assert len(gpu.FILES) == 8
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in gpu.FILES)
+    assert sum(part.seconds for part in gpu.PARTS if part.phase == "measure") <= 480
+
+
+def test_a_torn_book_is_never_left(tmp_path: Path) -> None:
+    book = Book(tmp_path)
+    book.add("env", "one", value=1)
+    with pytest.raises(TypeError):
+        book.add("env", "two", value=object())
+    assert book.part("env")["results"] == {"one": {"value": 1}}
+    json.loads((tmp_path / gpu_book.BOOK).read_text())
+
+
+def test_results_of_another_environment_are_refused(tmp_path: Path) -> None:
+    book = Book(tmp_path)
+    book.open(CPU)
+    book.put("env", status="ok")
+    data = book.read() | {"environment": {"device": "another"}}
+    book.path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="--fresh"):
+        book.open(CPU)
+    book.open(CPU, forget=["env"])
+    assert book.read()["parts"] == {}
+
+
+def test_the_table_fits_a_screen_whatever_parts_say(tmp_path: Path) -> None:
+    book = Book(tmp_path)
+    for part in gpu.PARTS:
+        book.put(part.name, status="failed", digest=["words " * 60] * 30, tail=["end"])
+    lines = gpu.table(book, gpu.PARTS).splitlines()
+    assert len(lines) < 60
+    assert max(map(len, lines)) < 120
+    assert all(any(line.startswith(part.name) for line in lines) for part in gpu.PARTS)
+
+
+@pytest.mark.parametrize("task", ["logps", "dpo"])
+def test_a_sampled_truth_is_the_whole_ones(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "NUM_PAIRS", gpu_head.NUM_PAIRS)
+    monkeypatch.setattr(gpu_head, "TRUTH_BLOCK", 24)
+    monkeypatch.setattr(head, "dpo", lambda a, b: DPO(a, b, gpu_head.NUM_PAIRS))
+    inputs = head.make_inputs((64, 16, 96), torch.float64, CPU)
+    rows, columns = torch.tensor([0, 1, 30, 63]), [0, 9]
+    whole, _ = head.by_hand(inputs, task, "trained", torch.float64)
+    whole = gpu_head.picked(whole, task, rows, columns)
+    found = gpu_head.sampled(inputs, task, "trained", torch.float64, rows, columns)
+    assert list(found) == list(whole)
+    for name, value in found.items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-12, atol=1e-14)
+
+
+DPO = head.dpo
+
+
+def test_waits_of_the_host_are_counted_where_they_are() -> None:
+    x = torch.arange(4.0)
+    with gpu_smoke.waits(CPU) as found:
+        x.sum().item()
+        x[x > 1].tolist()
+        x[1:]
+    assert found.total() == 3
+    assert all(re.fullmatch(r"bench/test_gpu.py:\d+", place) for place in found)
+    before = found.total()
+    x.sum().item()
+    assert found.total() == before
+
+
+def test_other_bits_are_wrong_however_small_the_error() -> None:
+    one = {"x": torch.ones(3)}
+    other = {"x": torch.ones(3).nextafter(torch.tensor(2.0))}
+    assert gpu_right.verdict(one, one, one, one) == {"status": "ok"}
+    assert "other bits" in gpu_right.verdict(one, other, one, one)["why"]
+    assert gpu_right.verdict(other, other, {"x": torch.zeros(3)}, one)["status"] == "ok"
+    far = {"x": torch.full((3,), 30.0)}
+    assert gpu_right.verdict(far, far, one, one)["status"] == "wrong"
+
+
+def test_an_exception_is_the_last_case_of_its_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        yield "first", {"status": "ok"}
+        raise RuntimeError("no such\ninstruction")
+
+    monkeypatch.setattr(gpu_right, "chunks", lambda sizes: {"a": broken})
+    found = dict(gpu_right.run_chunk("a", CPU))
+    assert found == {
+        "first": {"status": "ok"},
+        "a: stopped": {"status": "failed", "why": "RuntimeError: no such"},
+    }
+
+
+def test_every_chunk_can_be_asked_for_by_name() -> None:
+    names = list(gpu_right.chunks(gpu_right.FULL))
+    # What runs over its own input goes first: an interpreter is one thread and sees no race.
+    assert names[0].startswith("head")
+    assert names[3].startswith("loss")
+    kinds = Counter(name.split()[0] for name in names)
+    assert kinds["linear_stats"] == kinds["logits_epilogue"] == kinds["linear_coefficients"] == 3
+
+
+def test_junit_outcomes_are_counted(tmp_path: Path) -> None:
+    report = tmp_path / "gpu_tests.xml"
+    report.write_text(
+        "<testsuites><testsuite><testcase classname='a.b' name='one'/>"
+        "<testcase classname='a.b' name='two'><failure message='1 is 2&#10;more'/></testcase>"
+        "<testcase classname='a.b' name='three'><skipped/></testcase></testsuite></testsuites>"
+    )
+    count, failed = gpu_smoke.counted(report)
+    assert count == {"passed": 1, "failure": 1, "skipped": 1}
+    assert failed == ["b::two: 1 is 2"]
+
+
+def test_a_test_run_that_is_cut_short_leaves_its_report(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    (tmp_path / "test_slow.py").write_text(
+        "import time\ndef test_quick(): pass\ndef test_hangs(): time.sleep(60)\n"
+    )
+
+    def arguments(device: torch.device, report: Path) -> list[str]:
+        return ["-q", "--junitxml", str(report), "--rootdir", str(tmp_path), str(tmp_path)]
+
+    monkeypatch.setattr(gpu_smoke, "suite", arguments)
+    monkeypatch.setattr(gpu_smoke, "ROOT", tmp_path)
+    assert gpu_smoke.tests(Book(tmp_path), Options(tmp_path, CPU, 8)) != 0
+    said = Book(tmp_path).part("tests")
+    assert said["results"]["count"]["passed"] >= 1
+    assert "cut short" in said["digest"][0]
+
+
+def wheel(path: Path, files: dict[str, bytes]) -> None:
+    record = "".join(f"{name},,\n" for name in files) + "x-1.dist-info/RECORD,,\n"
+    with zipfile.ZipFile(path, "w") as made:
+        for name, content in files.items():
+            made.writestr(name, content)
+        made.writestr("x-1.dist-info/RECORD", record)
+
+
+def downloader(size: int) -> Any:
+    def download(requirement: str, folder: Path) -> None:
+        name = requirement.partition("==")[0]
+        libraries = (f"bitsandbytes/libbitsandbytes_{k}.so" for k in ("cpu", "cuda118", "cuda130"))
+        files = dict.fromkeys(libraries, b"x") if name == "bitsandbytes" else {}
+        wheel(folder / f"{name}-1-py3-none-any.whl", {**files, "a.py": bytes(range(256)) * size})
+
+    return download
+
+
+def test_a_packed_folder_has_trimmed_wheels_and_a_script(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(gpu_pack, "download", downloader(1))
+    folder = tmp_path / "pack"
+    assert gpu_pack.pack(folder, tmp_path, cache=False) == 0
+    assert len(list((folder / "wheels").glob("*.whl"))) == len(gpu_pack.WHEELS)
+    with zipfile.ZipFile(folder / "wheels" / "bitsandbytes-1-py3-none-any.whl") as made:
+        libraries = [name for name in made.namelist() if name.endswith(".so")]
+        assert libraries == ["bitsandbytes/libbitsandbytes_cuda130.so"]
+        record = made.read("x-1.dist-info/RECORD").decode()
+    assert "cuda130" in record
+    assert "cuda118" not in record
+    script = (folder / "run.sh").read_text()
+    assert len(script) < 2000
+    assert "://" not in script
+    subprocess.run(["bash", "-n", str(folder / "run.sh")], check=True)
+    said = capsys.readouterr().out
+    assert "MiB  together, of 64" in said
+    assert f"bash {folder}/run.sh --smoke" in said
+
+
+def test_a_folder_that_is_too_large_is_refused_in_one_line(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(gpu_pack, "download", downloader(1))
+    monkeypatch.setattr(gpu_pack, "MOST_BYTES", 1000)
+    assert gpu_pack.pack(tmp_path / "pack", tmp_path, cache=False) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_wheel_that_does_not_exist_is_refused_in_one_line(tmp_path, monkeypatch, capsys) -> None:
+    def absent(requirement: str, folder: Path) -> None:
+        raise RuntimeError(f"{requirement}: no matching distribution")
+
+    monkeypatch.setattr(gpu_pack, "download", absent)
+    assert gpu_pack.pack(tmp_path / "pack", tmp_path, cache=False) == 1
+    assert "transformers==" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_smoke_runs_to_its_last_line_on_a_cpu(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench.gpu", "--smoke", "--device", "cpu"]
+    command += ["--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=gpu.ROOT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert statuses(tmp_path) == dict.fromkeys(("env", "right", "tests", "syncs"), "ok")
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "gpu_tests.xml", "log.txt"}
+    assert "nothing failed, 0 not reached" in done.stdout.splitlines()[-1]
+    again = subprocess.run(command, capture_output=True, text=True, cwd=gpu.ROOT, check=True)
+    assert again.stdout.count("done before") == 4
+
+
+@pytest.mark.slow
+def test_measure_runs_to_its_last_line_on_a_cpu(tmp_path: Path) -> None:
+    """The parts that start fastest; step and the long contexts are their own benchmarks' tests."""
+    parts = ("tune", "head_b", "losses")
+    command = [sys.executable, "-m", "bench.gpu", "--measure", "--device", "cpu"]
+    command += ["--out", str(tmp_path), "--only", *parts]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=gpu.ROOT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert statuses(tmp_path) == dict.fromkeys(parts, "ok")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"gpu.json", "head.json", "losses.json", "log.txt"}
+
+
+def test_a_gpus_waits_are_the_drivers_own_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with gpu_smoke.waits(torch.device("cuda")) as found:
+        for _ in range(3):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert found.total() == 3
+    assert len(found) == 1
+    assert modes == ["warn", 0]
+
+
+def test_a_chunk_alone_says_what_it_found_and_how_it_ended(monkeypatch) -> None:
+    assert [found["status"] for _, found in gpu_smoke._chunk_alone("attention flex", CPU)] == [
+        "skipped"
+    ]
+    monkeypatch.setattr(gpu_smoke.sys, "executable", "false")
+    (case, found), *more = gpu_smoke._chunk_alone("attention flex", CPU)
+    assert not more
+    assert case == "attention flex: ended"
+    assert found["status"] == "failed"
+
+
+def test_the_tuners_record_lies_beside_the_others(tmp_path, monkeypatch) -> None:
+    from bench import gpu_measure, tune_head
+
+    given: list[str] = []
+
+    def tune(arguments: list[str]) -> None:
+        given.extend(arguments)
+        folder = tune_head.RESULTS / tune_head.device_slug(CPU)
+        (folder / "tune_head.json").write_text('{"cases": [1, 2]}')
+
+    monkeypatch.setattr(tune_head, "main", tune)
+    book = Book(tmp_path)
+    assert gpu_measure.tune(book, Options(tmp_path, torch.device("cuda"), 50)) == 0
+    assert given == ["--dry-run", "--budget", "35"]
+    assert book.part("tune")["digest"][0].startswith("2 rows")
+
+
+@pytest.mark.parametrize("part", ["8b", "70b"])
+def test_long_contexts_can_be_planned(part: str) -> None:
+    from bench import gpu_measure, long_context
+
+    for case in gpu_measure.long_cases(part, toy=False):
+        assert 2**34 < long_context.planned(case).peak < 141e9
+
+
+def test_every_case_of_the_head_has_whole_groups() -> None:
+    for part in ("head_a", "head_b"):
+        for case in gpu_head.head_cases(part, toy=False):
+            tokens = case.shape[0] // gpu_head.NUM_PAIRS
+            assert case.shape[0] == tokens * gpu_head.NUM_PAIRS
+            # A group's logits in fp32 fit the smallest workspace.
+            fits = tokens * case.shape[2] * 4 <= gpu_head.MIB[gpu_head.SMALLEST] << 20
+            assert fits or case.task == "logps"
+
+
+def test_the_page_has_every_part_and_its_limit() -> None:
+    page = (gpu.ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    for part in gpu.PARTS:
+        (row,) = re.findall(rf"^\| `{part.name}` \| (\d+) \|", page, flags=re.M)
+        assert int(row) == part.seconds
+    assert all(name in page for name in gpu.FILES)
+
+
+def test_a_packed_cache_is_put_where_its_keys_are_right(tmp_path, monkeypatch, capsys) -> None:
+    from bench import gpu_warm
+
+    def compile_into(command: list[str], env: dict[str, str], **_: Any) -> Any:
+        (Path(env["TRITON_CACHE_DIR"]) / "key").mkdir(parents=True)
+        (Path(env["TRITON_CACHE_DIR"]) / "key" / "kernel.cubin").write_bytes(b"x" * 1000)
+        return subprocess.CompletedProcess(command, 0, "1 compiled, 0 were there, 0 refused\n")
+
+    monkeypatch.setattr(gpu_warm, "place", lambda: tmp_path / "cache")
+    monkeypatch.setattr(gpu_warm.subprocess, "run", compile_into)
+    monkeypatch.setattr(gpu_pack, "download", downloader(1))
+    monkeypatch.setattr(gpu_pack, "repository_bytes", lambda *_: 0)
+    folder = tmp_path / "pack"
+    assert gpu_pack.pack(folder, tmp_path) == 0
+    assert (folder / "triton" / "key" / "kernel.cubin").exists()
+    script = (folder / "run.sh").read_text()
+    assert f"TRITON_CACHE_DIR={tmp_path}/cache" in script
+    assert len(script) < 2000
+    assert "triton" in capsys.readouterr().out
+
+
+def test_a_cache_that_cannot_be_made_is_left_out(tmp_path, monkeypatch, capsys) -> None:
+    from bench import gpu_warm
+
+    monkeypatch.setattr(gpu_warm, "place", lambda: tmp_path / "cache")
+    monkeypatch.setattr(gpu_warm.sys, "executable", "false")
+    assert gpu_warm.warm(tmp_path / "triton") is None
+    assert "compiled there" in capsys.readouterr().out
+
+
+def test_launches_to_compile_are_those_of_the_part_right() -> None:
+    from bench import gpu_warm
+
+    names = list(gpu_warm.launches())
+    full = gpu_right.FULL
+    for n, d, v, dtype in itertools.product(
+        full.tokens, full.widths, full.vocabularies, full.dtypes
+    ):
+        assert f"{n}x{d}x{v} {dtype}" in names
