@@ -1,4 +1,4 @@
-"""What the tuner times is right by its own gate, and the gate is no formality."""
+"""What the tuner times and judges: right kernels pass its gate, wrong ones do not."""
 
 from __future__ import annotations
 
@@ -6,30 +6,46 @@ import pytest
 import torch
 
 from bench import tune_head
-from bench.tune_head import Regime
+from bench.tune_head import GATE_ROWS, regimes
 from fastpo.kernels.tile import Config
 
-CPU, SHAPE = torch.device("cpu"), (33, 64, 300)
-BLOCKS = {
-    Regime("split_kernel", 16, ("pointers",)): Config(32, 128, 64),
-    Regime("split_kernel", 32, ("rich",)): Config(32, 128, 64),
-    Regime("coefficients_kernel", 32, ("rich",)): Config(32, 128, 64),
-    Regime("coefficients_kernel", 32): Config(32, 128, 64),
-    Regime("epilogue_kernel", 32): Config(32, 128),
-    Regime("divergence_kernel", 32): Config(32, 128),
-    Regime("divergence_coefficients_kernel", 32): Config(32, 128),
-}
+SHAPE = (64, 32, 272)
+CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("regime", BLOCKS, ids=lambda r: f"{r.kernel} {r.key}")
-def test_gate(regime, monkeypatch):
-    wrong = tune_head.gate(regime, CPU, SHAPE)
-    assert wrong(BLOCKS[regime]) is None
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(tune_head, "NARROW", 16)
+    monkeypatch.setattr(tune_head, "_hash_in_order", lambda: None)  # nothing compiles
+
+
+@pytest.mark.parametrize("regime", regimes(tma=True), ids=lambda r: f"{r.kernel} {r.key}")
+def test_the_gate_lets_right_kernels_pass_and_no_others(regime, monkeypatch):
+    config = Config(64, 64, 16)
+    assert tune_head.gate(regime, SHAPE, CPU, programs=4)(config) is None
+
     bind = tune_head.bind
 
-    def broken(*args):
-        run, plain = bind(*args)
-        return lambda config: {name: x * 1.001 for name, x in run(config).items()}, plain
+    def wrong(*arguments):
+        run, plain = bind(*arguments)
 
-    monkeypatch.setattr(tune_head, "bind", broken)
-    assert "is off by" in tune_head.gate(regime, CPU, SHAPE)(BLOCKS[regime])
+        def run_wrong(config):
+            found = run(config)
+            name, value = next(iter(found.items()))
+            value[-1] += value.abs().max() / 8  # of the last row alone, which is ragged
+            return {**found, name: value}
+
+        return run_wrong, plain
+
+    monkeypatch.setattr(tune_head, "bind", wrong)
+    assert "is off by" in tune_head.gate(regime, SHAPE, CPU, programs=4)(config)
+
+
+@pytest.mark.parametrize("regime", regimes(tma=False), ids=lambda r: f"{r.kernel} {r.key}")
+def test_the_gate_runs_the_first_rows_of_what_is_timed(regime):
+    timed, _ = tune_head.bind(regime, SHAPE, CPU, 4)
+    judged, _ = tune_head.bind(regime, SHAPE, CPU, 4, GATE_ROWS)
+    config = Config(64, 64, 16)
+    for name, value in timed(config).items():
+        assert value.shape == (SHAPE[0], *value.shape[1:])
+        assert judged(config)[name].shape == (GATE_ROWS, *value.shape[1:])
