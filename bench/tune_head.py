@@ -328,18 +328,11 @@ def bind(
     names = ("logps", "entropy") if rich else ("logps",)
     grads = {name: x.cotangents for name in names}
 
-    def saved_for(kernel: str, wanted: tuple[str, ...], make: Callable[[], Outputs]) -> Outputs:
-        """Statistics that `kernel` alone reads; on `meta` their shapes."""
-        if regime.kernel != kernel:
-            return {}
-        return make() if device.type != "meta" else dict.fromkeys(wanted, x.cotangents)
-
-    needed = ("lse", "lse_rest", *names)
-    saved: dict[str, Any] = saved_for(
-        "coefficients_kernel",
-        needed,
-        lambda: linear_stats(hidden, weight, x.labels, want=needed, **facts),
-    )
+    # By plain PyTorch, so that a regime compiles and trusts no kernel but its own.
+    saved: dict[str, Any] = {}
+    if regime.kernel == "coefficients_kernel":
+        needed = ("lse", "lse_rest", *names)
+        saved = linear_stats_reference(hidden, weight, x.labels, want=needed, **facts)
 
     def stats(config: Config) -> Outputs:
         num_n, num_v = triton.cdiv(n, config.BN), triton.cdiv(v, config.BV)
@@ -396,10 +389,10 @@ def bind(
     def plain_both(dtype: torch.dtype) -> Outputs:
         return divergence_reference(products.to(dtype), ref_products.to(dtype), labels, want=want)
 
-    needed = ("lse", "lse_rest", "logps", "ref_lse", "ref_lse_rest", "ref_logps", "kl_policy_ref")
-    of_both = saved_for(
-        "divergence_coefficients_kernel", needed, lambda: divergence(*slabs, labels, want=needed)
-    )
+    of_both: Outputs = {}
+    if regime.kernel == "divergence_coefficients_kernel":
+        needed = ("lse", "lse_rest", "logps", "ref_lse", "ref_lse_rest", "ref_logps")
+        of_both = divergence_reference(*slabs, labels, want=(*needed, "kl_policy_ref"))
 
     def both_coefficients(config: Config) -> Outputs:
         c = divergence_coefficients(

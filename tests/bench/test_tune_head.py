@@ -31,9 +31,7 @@ from bench.tune_head import (
     search,
 )
 from bench.tune_head import updated as updated_rows
-from fastpo.kernels import divergence as divergence_module
 from fastpo.kernels import launch_table
-from fastpo.kernels import linear_stats as stats_module
 from fastpo.kernels.aot import TARGETS
 from fastpo.kernels.launch_table import MEASURED, TABLE, launch
 from fastpo.kernels.tile import INTERPRETED, Config
@@ -216,6 +214,9 @@ def test_gate_and_timing_launch_what_was_compiled_ahead(monkeypatch, tmp_path):
         labels = torch.zeros(n, dtype=torch.int64)
         return Inputs(hidden, torch.zeros(v, d, dtype=dtype), labels, hidden, cotangents)
 
+    def some_statistics(first, *_, want, **__):
+        return {name: torch.zeros(len(first)) for name in want}
+
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     jobs = [(regime, likeliest(regime, tma=regime.bits == 16)[0]) for regime in SPECIALISED]
     call = functools.partial(tune_head.compile_candidate, programs=528)
@@ -228,45 +229,47 @@ def test_gate_and_timing_launch_what_was_compiled_ahead(monkeypatch, tmp_path):
     monkeypatch.setattr(JITFunction, "run", JITFunction.run)  # both put back afterwards
     ahead.pretend(TARGETS["sm_90"])
     monkeypatch.setattr(tune_head, "make_inputs", zeros)
-    for module in (stats_module, divergence_module):
-        monkeypatch.setattr(module, "chip_of", lambda device: "sm_90")
+    for name in ("linear_stats_reference", "divergence_reference"):
+        monkeypatch.setattr(tune_head, name, some_statistics)
     runs = [
         tune_head.bind(regime, tune_head.shape_of(regime), torch.device("cpu"), 528, rows)[0]
         for rows in (None, tune_head.GATE_ROWS, tune_head.GATE_ROWS - 1)
         for regime, _ in jobs
     ]
-    bound = set(tmp_path.rglob("*.cubin"))  # the statistics that coefficients are formed from
     timed_and_gated, odd = runs[: 2 * len(jobs)], runs[2 * len(jobs) :]
     for run, (_, config) in zip(timed_and_gated, 2 * jobs, strict=True):
         run(config)
-    assert set(tmp_path.rglob("*.cubin")) == bound
+    assert set(tmp_path.rglob("*.cubin")) == before
     for run, (_, config) in zip(odd, jobs, strict=True):
         run(config)
-    assert len(set(tmp_path.rglob("*.cubin"))) >= len(bound) + len(jobs), "another N compiles"
+    assert len(set(tmp_path.rglob("*.cubin"))) >= len(before) + len(jobs), "another N compiles"
 
 
+GONE = "the compiler died or took over 6 s"
 FAULTS = {
     "pass": None,
     "raise RuntimeError('PassManager::run failed\\nand a page of IR')": (
         "RuntimeError: PassManager::run failed"
     ),
-    "import os; os._exit(1)": "the compiler died or took over 12 s",
-    "import time; time.sleep(60)": "the compiler died or took over 12 s",
     "1": None,
+    "import time; time.sleep(600)": GONE,
+    "import os; os._exit(1)": GONE,
 }
-"""What a compiler may do -> what is said of it. The process that takes the dead one's place imports
-triton first, for about 3 s."""
+"""What a compiler may do -> what is said of it."""
 
 
 @pytest.mark.slow
 def test_a_compiler_that_hangs_or_dies_costs_its_candidate_alone(monkeypatch):
-    monkeypatch.setattr(ahead, "SECONDS", 4.0)
     with ahead.Ahead(TARGETS["sm_90"], processes=2) as processes:
-        processes.compile(exec, ["2", "3"])
+        monkeypatch.setattr(ahead, "SECONDS", 60.0)
+        assert processes.compile(exec, ["2", "3"]) == {"2": None, "3": None}
+        monkeypatch.setattr(ahead, "SECONDS", 2.0)
         assert processes.compile(exec, list(FAULTS)) == FAULTS
+        monkeypatch.setattr(ahead, "SECONDS", 60.0)  # the dead one's successor imports triton first
+        assert processes.compile(exec, ["4"]) == {"4": None}
         start = time.monotonic()
-        assert processes.compile(exec, ["import time; time.sleep(60)"], seconds=0.5) == {}
-        assert time.monotonic() - start < 5
+        assert processes.compile(exec, ["import time; time.sleep(600)"], seconds=0.5) == {}
+        assert time.monotonic() - start < 60
 
 
 def test_the_first_regimes_finish_within_a_budget(gpu, monkeypatch):
