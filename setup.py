@@ -20,12 +20,12 @@ train = [
     "sentencepiece>=0.2",
     "protobuf>=4.25",
 ]
-bench = ["trl>=1.16,<1.17", "liger-kernel==0.8.5", "cut-cross-entropy>=25.1.1", "matplotlib>=3.8"]
+bench = ["trl>=1.16,<1.17", "liger-kernel==0.8.5", "cut-cross-entropy>=25.1.1", "matplotlib>=3.9"]
 dev = [
     "pytest>=8",
     "pytest-xdist>=3.6.1",
     "mpmath>=1.3",
-    "matplotlib>=3.8",
+    "matplotlib>=3.9",
     "ruff==0.17.6",
     "basedpyright==1.40.2",
     "import-linter>=2.5",
@@ -43,7 +43,7 @@ setup(
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["fastpo", "fastpo.*"]),
     package_data={"fastpo": ["py.typed"]},
-    install_requires=["torch>=2.11", "numpy>=1.26", "triton>=3.6; platform_system == 'Linux'"],
+    install_requires=["torch>=2.11", "numpy>=2.0", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={
         "train": train,
         "bench": bench,

@@ -284,7 +284,7 @@ def test_arguments_of_torchs_kernel(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_merged_attention_compiles(dtype: torch.dtype) -> None:
-    """Forward and backward of the graph are eager's to the bit, whether the result is cast or not."""
+    """Forward and backward are eager's to the bit, whether the result is cast or not."""
     torch._dynamo.reset()
     expected = results(merged_attention, dtype, None, WIDTH)
     compiled = torch.compile(merged_attention, backend="eager", fullgraph=True)
