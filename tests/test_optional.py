@@ -104,7 +104,7 @@ def test_a_package_without_its_own_needs_is_missing_too(
 ) -> None:
     (tmp_path / "half_there.py").write_text("import nowhere_to_be_found")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(PackageError, match="a test needs half-there .*nowhere_to_be_found"):
+    with pytest.raises(PackageError, match=r"a test needs half-there .*nowhere_to_be_found"):
         require("half_there", "a test", "half-there")
     assert require("json", "a test").loads("1") == 1
 
