@@ -11,12 +11,12 @@ from setuptools import find_namespace_packages, setup
 train = [
     "transformers>=5.23",
     "accelerate>=1.10.1",
-    "datasets>=4.7",
+    "datasets>=4.8",
     "peft>=0.18",
     "safetensors>=0.8",
     "pyyaml>=6.0.1",
-    "jinja2>=3.1",
-    "gguf>=0.10",
+    "jinja2>=3.1.6",
+    "gguf>=0.16",
     "sentencepiece>=0.2",
     "protobuf>=4.25",
 ]
@@ -31,6 +31,7 @@ dev = [
     "import-linter>=2.5",
     "kernels>=0.12",
     "bitsandbytes>=0.46.1",
+    "setuptools>=70.1",  # a test builds the wheel
 ]
 
 setup(
