@@ -1,25 +1,27 @@
 # make demo      train a real model on real preferences; table and report in under ten minutes
 # make test      the test suite
+# make test-oldest  the same with the oldest releases that setup.py allows, in .venv-oldest
 # make lint      ruff, basedpyright, import-linter
 # make listwise  K-way lists on long prompts, one prompt copy each
 # make families  one objective of every family on a real model; writes docs/real-runs.md
 # make long      LOGO and LongPO on a real model; their part of docs/real-runs.md
 # make bench     the benchmarks behind the README's figures
 # make gpu       what is right and how fast it is on this machine's GPU; eleven minutes
-# make clean     remove what these made, except .venv
+# make clean     remove what these made, except .venv and .venv-oldest
 #
 # Everything is installed into .venv, once: a stamp in .venv/.make marks each finished part.
 # PYTHON names another interpreter: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 VENV := .venv
+OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 MADE := $(VENV)/.make
 TORCH := 2.13.0
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq  # errors only
 
-.PHONY: demo test lint listwise families long bench gpu clean
+.PHONY: demo test test-oldest lint listwise families long bench gpu clean
 .DEFAULT_GOAL := demo
 
 demo: $(MADE)/train $(MADE)/smollm2
@@ -27,6 +29,13 @@ demo: $(MADE)/train $(MADE)/smollm2
 
 test: $(MADE)/dev $(MADE)/bench $(MADE)/smollm2
 	@$(BIN)/python -m pytest -q -n auto
+
+# pip reads PIP_CONSTRAINT, and so whatever is installed there has the version that is written here.
+test-oldest:
+	@mkdir -p $(OLDEST)
+	@$(PYTHON) tests/oldest.py > $(OLDEST)/constraints.txt
+	@PIP_CONSTRAINT=$(abspath $(OLDEST)/constraints.txt) $(MAKE) --no-print-directory test \
+	  VENV=$(OLDEST) TORCH=$$(sed -n 's/^torch==//p' $(OLDEST)/constraints.txt)
 
 lint: $(MADE)/dev
 	@$(BIN)/ruff check .
@@ -58,13 +67,13 @@ gpu: $(MADE)/dev $(MADE)/bench
 clean:
 	rm -rf runs/json_person runs/listwise_proposals runs/families runs/long_context .cache build dist *.egg-info
 	rm -rf .pytest_cache .ruff_cache .import_linter_cache
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 $(MADE)/venv:
 	@command -v $(PYTHON) >/dev/null || { \
-	  echo "fastpo needs Python 3.10 or newer, and there is no $(PYTHON) here" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-	  echo "fastpo needs Python 3.10 or newer, but $(PYTHON) is $$($(PYTHON) -V 2>&1):" \
+	  echo "fastpo needs Python 3.11 or newer, and there is no $(PYTHON) here" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "fastpo needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) -V 2>&1):" \
 	    "make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	@echo "Creating $(VENV)"
 	@$(PYTHON) -m venv $(VENV) || { \

@@ -9,28 +9,29 @@ from pathlib import Path
 from setuptools import find_namespace_packages, setup
 
 train = [
-    "transformers>=5.17",
-    "accelerate>=1.10",
-    "datasets>=4.0",
+    "transformers>=5.23",
+    "accelerate>=1.10.1",
+    "datasets>=4.8",
     "peft>=0.18",
-    "safetensors>=0.5",
-    "pyyaml>=6.0",
-    "jinja2>=3.1",
-    "gguf>=0.10",
+    "safetensors>=0.8",
+    "pyyaml>=6.0.1",
+    "jinja2>=3.1.6",
+    "gguf>=0.16",
     "sentencepiece>=0.2",
-    "protobuf>=4",
+    "protobuf>=4.25",
 ]
-bench = ["trl>=1.16,<1.17", "liger-kernel==0.8.5", "cut-cross-entropy", "matplotlib>=3.8"]
+bench = ["trl>=1.16,<1.17", "liger-kernel==0.8.5", "cut-cross-entropy>=25.1.1", "matplotlib>=3.9"]
 dev = [
     "pytest>=8",
-    "pytest-xdist>=3.6",
+    "pytest-xdist>=3.6.1",
     "mpmath>=1.3",
-    "matplotlib>=3.8",
+    "matplotlib>=3.9",
     "ruff==0.17.6",
     "basedpyright==1.40.2",
     "import-linter>=2.5",
-    "kernels>=0.10",
-    "bitsandbytes>=0.48",
+    "kernels>=0.12",
+    "bitsandbytes>=0.46.1",
+    "setuptools>=70.1",  # a test builds the wheel
 ]
 
 setup(
@@ -40,14 +41,14 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_namespace_packages(include=["fastpo", "fastpo.*"]),
     package_data={"fastpo": ["py.typed"]},
-    install_requires=["torch>=2.8", "numpy>=1.26", "triton>=3.4; platform_system == 'Linux'"],
+    install_requires=["torch>=2.11", "numpy>=2.0", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={
         "train": train,
         "bench": bench,
-        "quant": ["bitsandbytes>=0.46"],
+        "quant": ["bitsandbytes>=0.46.1"],
         "flash": ["flash-attn>=2.7"],
         "dev": train + dev,
     },

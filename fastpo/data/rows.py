@@ -115,7 +115,8 @@ def _mended(file: str) -> str | None:
     with partial.open("w", encoding="utf-8") as out:
         for text, reason in _lines(file):
             torn = torn or bool(reason)
-            out.write(f"{json.dumps({TORN: reason}) if reason else text}\n")
+            if text.strip():  # no row, and an error to some releases
+                out.write(f"{json.dumps({TORN: reason}) if reason else text}\n")
     if not torn:
         partial.unlink()
         return None

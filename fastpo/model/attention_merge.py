@@ -242,7 +242,9 @@ class MergedAttention(torch.autograd.Function):
             old, new = ((each - total).exp().T[..., None] for each in (lse[:, q], more_lse))
             out[q] = old * out[q] + new * more
             lse[:, q] = total
-        out = out.to(query.dtype)
+        # PyTorch 2.11 compiles wrong gradients where what is saved is a cast that casts nothing.
+        if out.dtype != query.dtype:
+            out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.parts, ctx.scaling, ctx.kernel = parts, scaling, kernel
         return out

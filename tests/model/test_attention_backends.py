@@ -282,6 +282,16 @@ def test_arguments_of_torchs_kernel(
     assert flash_varlen(q, kv, kv, starts, starts, 5, 5, scaling=0.3, window=7) == result
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_merged_attention_compiles(dtype: torch.dtype) -> None:
+    """Forward and backward are eager's to the bit, whether the result is cast or not."""
+    torch._dynamo.reset()
+    expected = results(merged_attention, dtype, None, WIDTH)
+    compiled = torch.compile(merged_attention, backend="eager", fullgraph=True)
+    for found, wanted in zip(results(compiled, dtype, None, WIDTH), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
 def test_a_named_back_end_never_falls_back() -> None:
     for name, kind in (("varlen", "llama"), ("merge", "mistral-window"), ("flex", "llama")):
         model = attach(family(kind), attention_backend=name)
