@@ -138,13 +138,14 @@ def groups(n: int, d: int, v: int, mib: int) -> Case:
     most = most_kept_tokens(v, d, workspace_mib=mib, **_BY_KERNELS)
     part = even_blocks(n, most, 128)
     plan = _schedule(part, d, v, mib, needs_head=True, needs_weight=True)
-    seconds = sweep(v * d, 4)  # zeros that dW is added to
+    several = part < n
+    seconds = sweep(v * d, 4) if several else 0.0  # zeros that dW is added to
     for lo, hi in blocks(n, part):
         rows = hi - lo
         seconds += _forward(rows, d, v, plan.row_block) + sweep(rows * v, 4 + 2)
         seconds += product(rows, d, v) + sweep(rows * d, 4 + 2)
         columns = (last - first for first, last in blocks(v, plan.vocab_block))
-        seconds += sum(product(c, d, rows, add=True) for c in columns)
+        seconds += sum(product(c, d, rows, add=several) for c in columns)
     seconds += sweep(v * d, 4 + 2)  # dW, rounded
     return _case("groups", (n, d, v), mib, seconds, f"{part}")
 
@@ -189,7 +190,7 @@ Cells are predicted ms of one bf16 call, the fraction of it that bare products a
 take, and in brackets the rows of a slab (late: rows x columns of coefficients; groups: tokens of a
 part). A product takes whole tiles in whole waves of {MULTIPROCESSORS} multiprocessors. Products of
 few rows hang on how cuBLAS splits K: +-25 % there. `groups` holds the fp32 sum of dW beside its
-workspace.
+workspace where there are several parts.
 
 {chr(10).join(lines)}
 
