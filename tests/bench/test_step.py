@@ -10,6 +10,7 @@ pytest.importorskip("matplotlib")
 
 from bench import plot, step
 from bench.harness import count_flop, write_opening, write_section
+from fastpo.optional import OLDEST_TRANSFORMERS
 from tests.numerics import error
 
 CPU = torch.device("cpu")
@@ -34,6 +35,7 @@ def quick(tmp_path_factory, peer):
 
 
 def test_truth_is_one_graph_over_all_sequences():
+    pytest.importorskip("transformers", minversion=OLDEST_TRANSFORMERS)
     model = step.make_model(step._TINY, torch.float32, CPU).double()
     group, ref = step.make_group(KEY, 512)
     sums = []
@@ -65,6 +67,8 @@ def test_everyone_passes_the_gate_and_is_timed(quick):
 
 
 def test_a_wrong_contender_gets_no_speed(monkeypatch, tmp_path):
+    pytest.importorskip("transformers", minversion=OLDEST_TRANSFORMERS)
+
     def wrong(key, device):
         made = step.fastpo_step(key, device)
         made.pairs *= 1.0001
