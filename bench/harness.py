@@ -46,7 +46,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     present = {
         d.name.lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()
     }
-    return {**stamp, **{package: present.get(package) for package in PACKAGES}}
+    versions = {package: present.get(package) for package in PACKAGES}
+    return {**stamp, **versions, "torch": torch.__version__}  # it alone names the build: +cu130
 
 
 def check(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fastpo.cli.doctor import _extras
 from fastpo.optional import OLDEST_TRANSFORMERS, PackageError, require, require_transformers
 from tests.oldest import requirements
 
@@ -111,7 +112,10 @@ def test_a_package_without_its_own_needs_is_missing_too(
 
 @pytest.mark.parametrize(("found", "enough"), [("5.17.0", False), ("5.23.0", True), ("6.0", True)])
 def test_training_needs_a_new_transformers(
-    monkeypatch: pytest.MonkeyPatch, found: str, enough: bool
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    found: str,
+    enough: bool,
 ) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda _: found)
     if enough:
@@ -119,10 +123,10 @@ def test_training_needs_a_new_transformers(
         return
     with pytest.raises(PackageError) as refused:
         require_transformers("fastpo.train")
-    assert str(refused.value) == (
-        "fastpo.train needs transformers>=5.23, 5.17.0 is installed: "
-        'pip install "transformers>=5.23"'
-    )
+    line = 'needs transformers>=5.23, 5.17.0 is installed: pip install "transformers>=5.23"'
+    assert str(refused.value) == f"fastpo.train {line}"
+    _extras()
+    assert f"  train        train {line}\n" in capsys.readouterr().out
 
 
 def test_packaging_asks_for_what_training_does() -> None:

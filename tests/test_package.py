@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import importlib.metadata
 import pkgutil
 import subprocess
 import sys
@@ -48,6 +49,8 @@ def test_import_loads_nothing_heavy():
 
 def test_kernels_folder_does_not_shadow_hugging_faces_package():
     """From the root, where `python -m` puts the folder `kernels/` on sys.path first."""
+    if not any(found.name == "kernels" for found in importlib.metadata.distributions()):
+        pytest.skip("could not import 'kernels'")
     code = (
         "import sys; sys.path.insert(0, '.'); import transformers, kernels;"
         "from kernels import get_kernel; from fastpo.kernels import linear_stats;"

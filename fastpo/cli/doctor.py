@@ -28,6 +28,7 @@ from fastpo.head import (
     workspace_in_mib,
 )
 from fastpo.model.device import default_device, native_bf16
+from fastpo.optional import PackageError, require_transformers
 
 VERSIONS = ("torch", "triton", "transformers", "accelerate", "peft", "datasets", "numpy")
 
@@ -177,6 +178,11 @@ def _extras() -> None:
     for extra, modules in EXTRAS.items():
         missing = [m for m in modules if importlib.util.find_spec(m) is None]
         text = f"no {', '.join(missing)}: pip install 'fastpo[{extra}]'" if missing else "installed"
+        if extra == "train" and "transformers" not in missing:
+            try:
+                require_transformers(extra)
+            except PackageError as old:
+                text = str(old)
         _line(extra, text)
 
 

@@ -119,7 +119,7 @@ def flash_varlen(
         from torch.nn.attention.varlen import varlen_attn
 
         # PyTorch 2.11 takes fewer key heads than query heads without being told.
-        grouped = {"enable_gqa": True} if _takes(varlen_attn, "enable_gqa") else {}
+        grouped: dict[str, Any] = {"enable_gqa": True} if _takes(varlen_attn, "enable_gqa") else {}
         return varlen_attn(
             *given, scale=scaling, window_size=(-1 if window is None else window - 1, 0), **grouped
         )  # pyright: ignore[reportReturnType]

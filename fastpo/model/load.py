@@ -117,6 +117,8 @@ def load_model(
     """
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if gguf_file is not None:
+        if random_init:
+            raise ValueError(f"random_init reads no weights: drop gguf_file={gguf_file!r}")
         require("gguf", f"gguf_file={gguf_file!r}")
         source["gguf_file"] = gguf_file
     if attn_implementation == NAME:
@@ -134,8 +136,6 @@ def load_model(
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if random_init:
-        if gguf_file is not None:
-            raise ValueError(f"random_init reads no weights: drop gguf_file={gguf_file!r}")
         logger.warning("%s has random weights: for memory and speed alone", name_or_path)
         packed = None if quantization is None else _quantization(quantization, options["dtype"])
         model = random_model(

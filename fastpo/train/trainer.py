@@ -149,7 +149,7 @@ class PreferenceTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        refuse_missing_trackers(args.report_to)
+        refuse_missing_trackers(args.report_to or ())
         if args.disable_dropout:
             for each in (model, ref_model, ref_model2):
                 if each is not None:

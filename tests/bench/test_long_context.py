@@ -9,6 +9,7 @@ import torch
 
 from bench.harness import RESULTS
 from bench.long_context import LiveBytes, cases, main, markdown, planned
+from fastpo.optional import OLDEST_TRANSFORMERS
 from tests.test_plan import case
 
 
@@ -27,6 +28,7 @@ def test_live_bytes_counts_storages_once() -> None:
 
 
 def test_a_case_runs_in_this_process(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers", minversion=OLDEST_TRANSFORMERS)
     given = {**case("llama", "lora", offload=True), "context": 256}
     main(["--case", json.dumps(given)])
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -11,6 +11,7 @@ pytest.importorskip("matplotlib")
 
 from bench import plot, step
 from bench.harness import count_flop, write_opening, write_section
+from fastpo.optional import OLDEST_TRANSFORMERS
 from tests.numerics import assert_three_way, error
 
 CPU = torch.device("cpu")
@@ -36,6 +37,7 @@ def quick(tmp_path_factory, peer):
 
 @pytest.mark.parametrize("scores", [step._TRUTH_SCORES, 1000])
 def test_truth_is_one_graph_over_all_sequences(scores, monkeypatch):
+    pytest.importorskip("transformers", minversion=OLDEST_TRANSFORMERS)
     monkeypatch.setattr(step, "_TRUTH_SCORES", scores)
     blocks, checkpoint = [], step.checkpoint
 
@@ -169,6 +171,8 @@ def test_everyone_passes_the_gate_and_is_timed(quick):
 
 
 def test_a_wrong_contender_gets_no_speed(monkeypatch, tmp_path):
+    pytest.importorskip("transformers", minversion=OLDEST_TRANSFORMERS)
+
     def wrong(key, device):
         made = step.fastpo_step(key, device)
         made.pairs *= 1.0001

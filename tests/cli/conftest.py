@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.absent import absent_packages_skip  # noqa: F401
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -219,6 +219,7 @@ def test_bad_rows_stop_or_are_listed(
 
 def test_an_interrupt_saves_and_says_how_to_go_on(recipe: Path) -> None:
     """One subprocess: the signal, the message, the status, and that the command then resumes."""
+    pytest.importorskip("datasets")  # of a process of its own
     code = "import sys; from fastpo.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "train", str(recipe), "--max_steps", "100000"]
     folder = recipe.parent / "run"
@@ -264,6 +265,7 @@ def test_a_killed_run_ends_with_the_same_weights(
     capsys: pytest.CaptureFixture[str], recipe: Path
 ) -> None:
     """SIGKILL before the first checkpoint and after one: the fresh adapter is drawn again."""
+    pytest.importorskip("datasets")  # of a process of its own
     words = ["train", str(recipe), "--max_steps", "4", "--save_steps", "2", "--output_dir"]
     whole, killed = recipe.parent / "whole", recipe.parent / "killed"
     for step, checkpoints in ((1, []), (3, ["checkpoint-2"])):
@@ -421,9 +423,7 @@ def test_score_without_sharing_where_it_fails(
 
 def gguf_of(model: Any, path: Path) -> None:
     """The tensors of a tiny Llama under their GGUF names; the tokenizer lies elsewhere."""
-    from gguf import GGUFWriter
-
-    config, writer = model.config, GGUFWriter(path, "llama")
+    config, writer = model.config, pytest.importorskip("gguf").GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

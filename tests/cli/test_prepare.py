@@ -72,6 +72,7 @@ def die_after_two(arguments: list[str]) -> None:
 def test_killed_run_writes_the_same_rows(
     capsys: Any, tiny: Path, documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("datasets")  # of a process of its own
     out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
     process = start(die_after_two, words(tiny, documents, out))
     process.join(120)

@@ -66,6 +66,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[families.Result]:
     """Four groups, trained on whole and measured: nothing but a wrong gradient goes wrong there."""
+    pytest.importorskip("datasets")
     folder = tmp_path_factory.mktemp("families")
     families.write_data(folder)
     for name in ("pairs", "lists"):

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from fastpo.data.groups import Group
 from fastpo.train.config import PreferenceConfig
 from fastpo.train.trainer import PreferenceTrainer
+from tests.absent import absent_packages_skip  # noqa: F401
 from tests.train import tiny
 
 torch.set_num_threads(1)
