@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch_table import launch
+from .linear_coefficients import row_arguments
 from .logits_epilogue import in_place, put_coefficients
 from .tile import (
     Config,
@@ -145,23 +146,22 @@ def kept_coefficients(
     if N == 0 or V_slice == 0:
         return out
     config = config or launch("epilogue_kernel", chip_of(products.device), products.dtype)
-    # Cotangents of a sum arrive expanded (stride 0); [N] copies are cheaper than a stride each.
-    rows = {
-        "lse": lse,
-        "lse_rest": lse_rest,
-        "logps": logps,
-        "entropy": entropy,
-        "grad_logps": grad_logps,
-        "grad_lse": grad_lse,
-        "grad_mean_logit": grad_mean_logit,
-        "grad_entropy": grad_entropy,
-    }
+    rows = row_arguments(
+        lse=lse,
+        lse_rest=lse_rest,
+        logps=logps,
+        entropy=entropy,
+        grad_logps=grad_logps,
+        grad_lse=grad_lse,
+        grad_mean_logit=grad_mean_logit,
+        grad_entropy=grad_entropy,
+    )
     with on_device_of(products):
         kept_kernel[(triton.cdiv(N, config.BN),)](
             products,
             None if bias_slice is None else bias_slice.contiguous(),
             labels.contiguous(),
-            **{f"{name}_ptr": x if x is None else x.contiguous() for name, x in rows.items()},
+            **rows,
             out_ptr=out,
             stride_pn=products.stride(0),
             stride_on=out.stride(0),
@@ -171,11 +171,6 @@ def kept_coefficients(
             V=vocab_size,
             BLOCKS=triton.cdiv(V_slice, config.BV),
             HAS_BIAS=bias_slice is not None,
-            HAS_REST=lse_rest is not None,
-            HAS_LOGPS=grad_logps is not None,
-            HAS_LSE=grad_lse is not None,
-            HAS_MEAN=grad_mean_logit is not None,
-            HAS_ENTROPY=grad_entropy is not None,
             IN_PLACE=in_place(out, products),
             **transform_arguments(softcap, logit_scale, temperature),
             ACC=precision(products.dtype)["ACC"],

@@ -20,6 +20,8 @@ One matrix product, 2 N Vs D FLOP, and N Vs elements written. Products that were
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -150,6 +152,19 @@ def coefficients_kernel(
     tl.store(out_ptrs, b_c.to(out_ptr.dtype.element_ty), mask=m_n[:, None] & m_v[None, :])
 
 
+def row_arguments(**rows: Tensor | None) -> dict[str, Any]:
+    """Return the arguments for the statistics and cotangents of the rows, [N] each or None."""
+    # Cotangents of a sum arrive expanded (stride 0); [N] copies are cheaper than a stride each.
+    found = {f"{name}_ptr": x if x is None else x.contiguous() for name, x in rows.items()}
+    return found | {
+        "HAS_REST": rows["lse_rest"] is not None,
+        "HAS_LOGPS": rows["grad_logps"] is not None,
+        "HAS_LSE": rows["grad_lse"] is not None,
+        "HAS_MEAN": rows["grad_mean_logit"] is not None,
+        "HAS_ENTROPY": rows["grad_entropy"] is not None,
+    }
+
+
 def linear_coefficients(
     hidden: Tensor,  # [N, D (+ R)]
     weight_slice: Tensor,  # [Vs, D]
@@ -214,22 +229,21 @@ def linear_coefficients(
         described=described(matrices),
     )
     num_n, num_v = triton.cdiv(N, config.BN), triton.cdiv(V_slice, config.BV)
-    # Cotangents of a sum arrive expanded (stride 0); [N] copies are cheaper than a stride each.
-    rows = {
-        "lse": lse,
-        "lse_rest": lse_rest,
-        "logps": logps,
-        "entropy": entropy,
-        "grad_logps": grad_logps,
-        "grad_lse": grad_lse,
-        "grad_mean_logit": grad_mean_logit,
-        "grad_entropy": grad_entropy,
-    }
+    rows = row_arguments(
+        lse=lse,
+        lse_rest=lse_rest,
+        logps=logps,
+        entropy=entropy,
+        grad_logps=grad_logps,
+        grad_lse=grad_lse,
+        grad_mean_logit=grad_mean_logit,
+        grad_entropy=grad_entropy,
+    )
     with on_device_of(hidden):
         coefficients_kernel[(num_n * num_v,)](
             bias_ptr=None if bias_slice is None else bias_slice.contiguous(),
             labels_ptr=labels.contiguous(),
-            **{f"{name}_ptr": x if x is None else x.contiguous() for name, x in rows.items()},
+            **rows,
             out_ptr=out,
             stride_on=out.stride(0),
             v_start=v_start,
@@ -237,11 +251,6 @@ def linear_coefficients(
             V_slice=V_slice,
             V=vocab_size,
             HAS_BIAS=bias_slice is not None,
-            HAS_REST=lse_rest is not None,
-            HAS_LOGPS=grad_logps is not None,
-            HAS_LSE=grad_lse is not None,
-            HAS_MEAN=grad_mean_logit is not None,
-            HAS_ENTROPY=grad_entropy is not None,
             **(matrices | blocks_of(config, matrices)),
             **transform_arguments(softcap, logit_scale, temperature),
             **precision(hidden.dtype),
