@@ -22,7 +22,7 @@ train = [
 ]
 bench = ["trl>=1.16,<1.17", "liger-kernel==0.8.5", "cut-cross-entropy>=25.1.1", "matplotlib>=3.9"]
 dev = [
-    "pytest>=8",
+    "pytest>=9.1",
     "pytest-xdist>=3.6.1",
     "mpmath>=1.3",
     "matplotlib>=3.9",
@@ -30,7 +30,7 @@ dev = [
     "basedpyright==1.40.2",
     "import-linter>=2.5",
     "kernels>=0.12",
-    "bitsandbytes>=0.46.1",
+    "bitsandbytes>=0.50.0",
     "setuptools>=70.1",  # a test builds the wheel
 ]
 
@@ -48,7 +48,7 @@ setup(
     extras_require={
         "train": train,
         "bench": bench,
-        "quant": ["bitsandbytes>=0.46.1"],
+        "quant": ["bitsandbytes>=0.50.0"],
         "flash": ["flash-attn>=2.7"],
         "dev": train + dev,
     },
