@@ -1,6 +1,6 @@
 """Is everything right on this device? The part `right` of `bench.gpu`.
 
-    python -m bench.gpu_right "head bfloat16" --device cuda   # one chunk, a JSON line a case
+    python -m bench.gpu.right "head bfloat16" --device cuda   # one chunk, a JSON line a case
 
 Every answer is compared with float64 by the rule of `bench.harness.check`, and computed twice: the
 bits must be equal. Chunks run in processes of their own on a GPU, where compiling is most of the
@@ -389,7 +389,7 @@ def run_chunk(name: str, device: torch.device) -> Iterator[Verdict]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """One chunk, a line of JSON a case."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_right", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.right", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("chunk", choices=chunks(FULL))
     parser.add_argument("--device", default="cuda")

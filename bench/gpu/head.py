@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.contenders import OURS, STEPS, TOKEN_OPS, Unavailable, fastpo_step
-from bench.gpu_book import Book, Options, each, tidy
+from bench.gpu.book import Book, Options, each, tidy
 from bench.harness import (
     GATE,
     Outputs,

@@ -29,10 +29,10 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from tqdm import tqdm
 
-from bench.gpu_book import BOOK, Book
+from bench.gpu.book import BOOK, Book
 from bench.harness import RESULTS, device_slug
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LOG = "log.txt"
 TAIL_LINES = 20
 TABLE_LINES = 58
@@ -120,7 +120,7 @@ def run_child(command: Sequence[str], limit: float, log: Path, title: str, **env
 
 def child_of(part: Part, out: Path, device: torch.device, limit: float) -> Ended:
     """The process of a part."""
-    command = [sys.executable, "-m", f"bench.gpu_{part.phase}", part.name, "--out", str(out)]
+    command = [sys.executable, "-m", f"bench.gpu.{part.phase}", part.name, "--out", str(out)]
     command += ["--device", str(device), "--seconds", f"{limit:.0f}"]
     env = {}
     if device.type == "cpu":
@@ -233,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{part.phase:8} {part.name:9} {part.seconds:4} s  {part.question}")
         return 0
     if options.pack:
-        from bench.gpu_pack import pack
+        from bench.gpu.pack import pack
 
         return pack(options.pack, ROOT, cache=not options.no_cache)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,4 +1,4 @@
-"""Compile the kernels of `bench.gpu` for Hopper without a GPU: `python -m bench.gpu_warm FOLDER`.
+"""Compile the kernels of `bench.gpu` for Hopper without a GPU: `python -m bench.gpu.warm FOLDER`.
 
 Launches compile for real, specialisation included, and a driver that does not exist runs nothing.
 Keys of triton's cache hold the absolute folder and the triton wheel: both must be the same on the
@@ -46,11 +46,11 @@ def warm(folder: Path) -> Path | None:
     shutil.rmtree(cache, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
     env = {**os.environ, "TRITON_CACHE_DIR": str(cache), "TRITON_STORE_BINARY_ONLY": "1"}
-    command = [sys.executable, "-m", "bench.gpu_warm"]
+    command = [sys.executable, "-m", "bench.gpu.warm"]
     done = subprocess.run(
         command,
         env=env,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         stdout=subprocess.PIPE,
         text=True,
         check=False,
@@ -137,7 +137,7 @@ def launches() -> dict[str, Callable[[], Any]]:
     """name -> a call that launches; no memory is touched, however large the tensors are."""
     import torch
 
-    from bench.gpu_right import FULL
+    from bench.gpu.right import FULL
     from fastpo.kernels.linear_coefficients import linear_coefficients
     from fastpo.kernels.linear_stats import linear_stats
     from fastpo.kernels.listwise import ListForm, list_losses

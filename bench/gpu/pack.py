@@ -130,7 +130,7 @@ def pack(folder: Path, root: Path, cache: bool = True, wheels: Sequence[str] = W
         return 1
     place = None
     if cache:
-        from bench.gpu_warm import warm
+        from bench.gpu.warm import warm
 
         place = warm(folder / "triton")
     text = RUN.format(folder=folder.name, cache=CACHE.format(place=place) if place else "")
