@@ -127,7 +127,7 @@ def child_of(part: Part, out: Path, device: torch.device, limit: float) -> Ended
         # Barriers of several threads cost more than toy tensors do.
         env["OMP_NUM_THREADS"] = "1"
         # Read once, when a kernel is defined: one process compiles kernels or interprets them.
-        env |= {"TRITON_INTERPRET": "1"} if part.name == "right" else {}
+        env |= {"TRITON_INTERPRET": "1"} if part.name in ("right", "head_a") else {}
     return run_child(command, limit, out / LOG, part.name, **env)
 
 

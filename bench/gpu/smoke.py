@@ -365,8 +365,7 @@ def syncs(book: Book, options: Options) -> int:
 
     def loss(schedule: str) -> None:
         batch = checks.make_batch("dpo", kind, sizes, device, shape)
-        held = checks.SCHEDULES[schedule] * 2 * sizes.response
-        mib = held * shape[1] * 4 / 2**20
+        mib = checks.schedule_mib(schedule, "dpo", batch, sizes)
         backend = "torch" if options.toy else "triton"
 
         def run() -> None:

@@ -1,38 +1,52 @@
-"""Compile the kernels of `bench.gpu` for Hopper without a GPU: `python -m bench.gpu.warm FOLDER`.
+"""Compile the kernels of `bench.gpu` for Hopper without a GPU: `python -m bench.gpu.warm`.
 
-Launches compile for real, specialisation included, and a driver that does not exist runs nothing.
+The calls of `right` and of the head run as they do there, but for matrix products, up to the point
+where a binary would run (`bench.ahead.pretend`).
 Keys of triton's cache hold the absolute folder and the triton wheel: both must be the same on the
 machine that reads it. A miss there costs what compiling costs.
 """
 
 from __future__ import annotations
 
-import importlib
+import contextlib
 import itertools
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
-CHIP, WARP, MULTIPROCESSORS = 90, 32, 132
-SHARED_BYTES, REGISTERS = 232448, 65536
-MODULES = (
-    "tile",
-    "linear_stats",
-    "linear_coefficients",
-    "logits_epilogue",
-    "divergence",
-    "pairwise",
-    "listwise",
-    "segment_reduce",
+from bench.gpu.head import SMALLEST, Case, head_cases, head_contenders
+from bench.gpu.pieces import ROWS, SLAB, SLICE, to_recompute, to_write
+from bench.gpu.right import (
+    FULL,
+    KERNELS,
+    LOSSES,
+    SCHEDULES,
+    Sizes,
+    frozen_mib,
+    kept_mib,
+    kernel_results,
+    make_batch,
+    run_frozen,
+    run_loss,
+    run_twice,
+    schedule_mib,
+    written,
 )
+from bench.head import Inputs
+
+CHIP, MULTIPROCESSORS = 90, 132
 
 
 def place() -> Path:
@@ -40,11 +54,11 @@ def place() -> Path:
     return Path(tempfile.gettempdir()) / "fastpo-triton"
 
 
-def warm(folder: Path) -> Path | None:
-    """Fill the folder with a cache that works under the path returned; None where it cannot be."""
+def warm(archive: Path) -> Path | None:
+    """Pack a cache that works under the path returned; None where it cannot be made."""
     cache = place()
     shutil.rmtree(cache, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    archive.unlink(missing_ok=True)
     env = {**os.environ, "TRITON_CACHE_DIR": str(cache), "TRITON_STORE_BINARY_ONLY": "1"}
     command = [sys.executable, "-m", "bench.gpu.warm"]
     done = subprocess.run(
@@ -60,139 +74,158 @@ def warm(folder: Path) -> Path | None:
     if done.returncode or not cache.exists():
         print("kernels are compiled there, on first use")
         return None
-    shutil.copytree(cache, folder)
+    # A quarter of the size.
+    with tarfile.open(archive, "w:gz") as made:
+        made.add(cache, ".")
     return cache
 
 
-def fake_driver() -> list[bool]:
-    """Make launches compile for Hopper and run nothing; whether each kernel was in the cache."""
-    import torch
+def watched() -> list[bool]:
+    """Whether each kernel that is launched from now on was in the cache."""
     from triton import knobs
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.driver import driver
-
-    class Launcher:
-        def __init__(self, *_: Any) -> None:
-            pass
-
-        def __call__(self, *_: Any) -> None:
-            pass
-
-    class Utils:
-        def load_binary(self, *_: Any) -> tuple[int, ...]:
-            return 1, 1, 0, 0, 1024
-
-        def get_device_properties(self, _: int) -> dict[str, int]:
-            return {
-                "max_shared_mem": SHARED_BYTES,
-                "multiprocessor_count": MULTIPROCESSORS,
-                "max_num_regs": REGISTERS,
-                "warpSize": WARP,
-            }
-
-        def unload_module(self, *_: Any) -> None:
-            pass
-
-    class Fake:
-        launcher_cls, utils = Launcher, Utils()
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, _: Any = None) -> int:
-            return 0
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", CHIP, WARP)
-
-        def get_active_torch_device(self) -> torch.device:
-            return torch.device("cpu")
-
-        def map_python_to_cpp_type(self, _: str) -> str:
-            return "x"
-
-        def is_active(self) -> bool:
-            return True
 
     hits: list[bool] = []
 
     def listener(*, cache_hit: bool, **_: Any) -> None:
         hits.append(cache_hit)
 
-    fake: Any = Fake()
-    driver.set_active(fake)
     knobs.compilation.listener = listener
-    for name in MODULES:
-        module: Any = importlib.import_module(f"fastpo.kernels.{name}")
-        for attribute, value in (
-            ("chip_of", f"sm_{CHIP}"),
-            ("_programs_wanted", 4 * MULTIPROCESSORS),
-        ):
-            if hasattr(module, attribute):
-                setattr(module, attribute, lambda device, value=value: value)
     return hits
 
 
-def launches() -> dict[str, Callable[[], Any]]:
-    """name -> a call that launches; no memory is touched, however large the tensors are."""
-    import torch
+@contextlib.contextmanager
+def without_products() -> Iterator[None]:
+    """Tensors of a CPU pass for a GPU's; matrix products are left out.
 
-    from bench.gpu.right import FULL
-    from fastpo.kernels.linear_coefficients import linear_coefficients
-    from fastpo.kernels.linear_stats import linear_stats
-    from fastpo.kernels.listwise import ListForm, list_losses
-    from fastpo.kernels.logits_epilogue import logits_epilogue
-    from fastpo.kernels.pairwise import PairForm, pair_losses
-    from fastpo.kernels.segment_reduce import segment_reduce
+    All else is the code that runs on a GPU, so that its launches are those.
+    """
+    import fastpo.head
+    import fastpo.loss
+    import fastpo.scores
+    import fastpo.tiles
+    from bench.ahead import kernel_modules
+    from bench.gpu import pieces
+    from fastpo.tiles import accumulator
 
-    f32, ids = torch.float32, torch.int64
+    choose = fastpo.head.choose_backend
 
-    def of(*size: int, dtype: torch.dtype = f32) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype)
+    def on_gpu(backend: Any, device: torch.device, plain_only: str = "") -> Any:
+        return choose(backend, torch.device("cuda"), plain_only)
 
-    def one(n: int, d: int, v: int, dtype: torch.dtype) -> None:
-        hidden, weight, labels = of(n, d, dtype=dtype), of(v, d, dtype=dtype), of(n, dtype=ids)
-        want = ("logps", "lse", "lse_rest", "entropy")
-        linear_stats(hidden, weight, labels, want=want)
-        linear_stats(hidden, weight, labels, want=("logps",))
-        row: dict[str, Any] = {name: of(n) for name in ("lse", "logps", "lse_rest", "grad_logps")}
-        linear_coefficients(hidden, weight, labels, v_start=0, vocab_size=v, **row)
-        logits_epilogue(of(n, v), labels, want=want, coefficient_of="logps")
-        logits_epilogue(of(n, v), labels, want=("logps",))
-        products = of(n, v)
-        narrow = products if dtype == f32 else of(n, v, dtype=dtype)
-        logits_epilogue(products, labels, want=("logps",), coefficient_of="logps", out=narrow)
+    def unmultiplied(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        size, dtype = (a.shape[0], b.shape[1]), accumulator(a.dtype)
+        return a.new_empty(size, dtype=dtype) if out is None else out
 
+    def unput(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> Tensor:
+        return out
+
+    with contextlib.ExitStack() as stack:
+        for module in (fastpo.head, fastpo.loss, fastpo.scores):
+            stack.enter_context(mock.patch.object(module, "choose_backend", on_gpu))
+        for module in (fastpo.tiles, pieces):
+            stack.enter_context(mock.patch.object(module, "matmul", unmultiplied))
+            stack.enter_context(mock.patch.object(module, "put_matmul_", unput))
+        for module in kernel_modules():
+            for name, value in (
+                ("chip_of", f"sm_{CHIP}"),
+                ("_programs_wanted", 4 * MULTIPROCESSORS),
+            ):
+                if hasattr(module, name):
+                    stack.enter_context(mock.patch.object(module, name, lambda _, v=value: v))
+        yield
+
+
+def blank(n: int, d: int, v: int, dtype: torch.dtype) -> Inputs:
+    """Inputs that take no memory until they are touched."""
+    hidden, weight = torch.empty(n, d, dtype=dtype), torch.empty(v, d, dtype=dtype)
+    return Inputs(hidden, weight, torch.zeros(n, dtype=torch.int64), hidden, torch.ones(n))
+
+
+def launches(sizes: Sizes = FULL) -> dict[str, Callable[[], Any]]:
+    """name -> calls of the parts `right` and `head_a`, in the dtypes and sizes that these have."""
     found: dict[str, Callable[[], Any]] = {}
-    shapes = itertools.product(FULL.tokens, FULL.widths, FULL.vocabularies, FULL.dtypes)
-    # Counts that 16 divides are specialised on: blocks of rows are such.
-    large = [(n, 4096, 131072, "bfloat16") for n in (8192, 256)]
-    large += [(512, d, v, "bfloat16") for d in FULL.widths for v in FULL.vocabularies]
-    for n, d, v, name in [*large, *shapes]:
-        found[f"{n}x{d}x{v} {name}"] = partial(one, n, d, v, getattr(torch, name))
-    for groups in (1, 16, 6):
-        mask = of(groups, 2, dtype=torch.bool)
-        form = PairForm(chosen=0.1, rejected=0.1, reward=0.1)
-        found[f"pairs {groups}"] = lambda g=groups, m=mask, f=form: pair_losses(f, of(g, 2), m)
-    lists = ListForm("logistic", 0.1, lambda_weights=True)
-    found["lists"] = lambda: list_losses(
-        lists, of(6, 4), of(6, 4, dtype=torch.bool), grade=of(6, 4), tie_key=of(6, 4, dtype=ids)
-    )
-    found["segments"] = lambda: segment_reduce(of(100), of(13, dtype=ids))
+    for kind, n, v in itertools.product(sizes.dtypes, sizes.tokens[:1], sizes.slabs):
+        dtype = getattr(torch, kind)
+        found[f"in place {n}x{v} {kind}"] = partial(in_place, n, v, dtype)
+    for case in [*head_cases("head_a", toy=False), *head_cases("head_b", toy=False)]:
+        name = " ".join((case.task, case.mode, *map(str, case.shape)))
+        found[name] = partial(head, case._replace(peers=(), sizes=(SMALLEST,)))
+    found["recompute"] = recompute
+    for rows in ROWS:
+        found[f"slab of {rows} rows"] = partial(slab, rows)
+    for shape in itertools.product(sizes.tokens, sizes.widths, sizes.vocabularies):
+        for kind in sizes.dtypes:
+            name = f"{'x'.join(map(str, shape))} {kind}"
+            found[name] = partial(kernels, shape, getattr(torch, kind), sizes)
+    for name, kind in itertools.product(LOSSES, dict.fromkeys((sizes.dtypes[0], sizes.dtypes[-1]))):
+        found[f"{name} {kind}"] = partial(loss, name, kind, sizes)
     return found
+
+
+def in_place(n: int, v: int, dtype: torch.dtype) -> None:
+    """Of `right.in_place`."""
+    slab, labels = torch.empty(n, v), torch.zeros(n, dtype=torch.int64)
+    written(slab, labels, dtype, apart=True)
+    written(slab, labels, dtype)
+
+
+def head(case: Case) -> None:
+    """Of `head.measure_head`."""
+    cpu = torch.device("cpu")
+    for make in head_contenders(case, blank(*case.shape, torch.bfloat16), cpu).values():
+        make()()
+
+
+def recompute() -> None:
+    """Of `pieces.recompute`."""
+    x = blank(*SLICE, torch.bfloat16)
+    stats = {name: torch.empty(len(x.labels)) for name in ("logps", "lse", "lse_rest")}
+    for way in to_recompute(x, stats).values():
+        way()
+
+
+def slab(rows: int) -> None:
+    """Of `pieces.slab`."""
+    for way in to_write(blank(max(ROWS), *SLAB, torch.bfloat16), rows).values():
+        way()
+
+
+def kernels(shape: tuple[int, int, int], dtype: torch.dtype, sizes: Sizes) -> None:
+    """Of `right.heads` and `right.kernels`."""
+    x, (n, _, v) = blank(*shape, dtype), shape
+    run_frozen("triton", x, frozen_mib(n, v))
+    if n == sizes.tokens[0]:
+        run_twice("triton", x, sizes.thin, walks=1)
+        run_twice("triton", x, kept_mib(n, v))
+    for kernel in KERNELS:
+        kernel_results(kernel, x, None)
+
+
+def loss(name: str, kind: str, sizes: Sizes) -> None:
+    """Of `right.losses`."""
+    shape = sizes.widths[0], sizes.vocabularies[-1]
+    batch = make_batch(name, kind, sizes, torch.device("cpu"), shape)
+    for schedule in SCHEDULES:
+        mib = schedule_mib(schedule, name, batch, sizes)
+        run_loss(name, batch, "triton", schedule != "frozen", mib, getattr(torch, kind))
 
 
 def main() -> int:
     """Compile every launch; a form that is refused is a miss on the card and no failure here."""
-    hits = fake_driver()
+    from triton.backends.compiler import GPUTarget
+
+    from bench.ahead import first_line, pretend
+
+    pretend(GPUTarget("cuda", CHIP, 32))
+    hits = watched()
     refused = 0
-    for name, launch in tqdm(launches().items(), unit="launch", disable=None):
-        try:
-            launch()
-        except Exception as why:  # compilers raise anything
-            refused += 1
-            said = (str(why).strip() or "?").splitlines()[-1]
-            print(f"{name}: {type(why).__name__}: {said}", flush=True)
+    with without_products():
+        for name, launch in tqdm(launches().items(), unit="launch", disable=None):
+            try:
+                launch()
+            except Exception as why:  # compilers raise anything
+                refused += 1
+                print(f"{name}: {first_line(why)}", flush=True)
     print(f"{len(hits) - sum(hits)} compiled, {sum(hits)} were there, {refused} refused")
     return 0 if hits else 1
 
