@@ -16,7 +16,7 @@ from torch import Tensor
 from bench import predict
 from bench.contenders import OURS, STEPS, TOKEN_OPS, Unavailable, fastpo_step
 from bench.gpu.book import Book, Options, each, tidy
-from bench.gpu.pieces import piece_lines, pieces
+from bench.gpu.pieces import measure_piece, missing_pieces, piece_lines
 from bench.harness import (
     GATE,
     Outputs,
@@ -293,17 +293,17 @@ def head(part: str, book: Book, options: Options) -> int:
         of_cases = head_lines(c for c in record.data["cases"] if c["key"] in keys)
         return [*of_cases, *piece_lines(part, book)]
 
-    def one(case: Case | None) -> None:
-        if case is None:
-            pieces(part, book, options)
+    def one(case: Case | str) -> None:
+        if isinstance(case, str):
+            measure_piece(case, part, book, options)
             return
         found = measure_head(case, getattr(torch, dtype), options.device)
         record.add(case.key(dtype), **found)
         book.put(part, digest=lines())
 
-    todo: list[Case | None] = [case for case in cases if case.key(dtype) in missing]
+    todo: list[Case | str] = [case for case in cases if case.key(dtype) in missing]
     if part == "head_a":
-        todo.insert(PIECES_AFTER, None)
+        todo[PIECES_AFTER:PIECES_AFTER] = missing_pieces(part, book, options.toy)
     failed = each(todo, one, options.device)
     print("\n".join(lines()))
     mine = [

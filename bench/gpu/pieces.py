@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench import predict
-from bench.gpu.book import Book, Options, tidy
+from bench.gpu.book import Book, Options
 from bench.harness import check, interleaved, summary
 from bench.head import Inputs, make_inputs
 from fastpo.tiles import matmul, put_matmul_
@@ -150,37 +150,33 @@ def slab(
     return measure(to_write(x, rows), some, dense, {"in place": predicted}, device)
 
 
-def wanted(toy: bool) -> list[str]:
-    """The names of all pieces."""
+def missing_pieces(part: str, book: Book, toy: bool) -> list[str]:
+    """The names of those that the book lacks, or has as wrong."""
     size = "x".join(map(str, TOY_SLICE if toy else SLICE))
-    slabs = [f"{SLAB_OF} {rows} rows" for rows in (TOY_ROWS if toy else ROWS)]
-    return [f"recompute {size}: fused or products", *slabs]
+    names = [f"recompute {size}: fused or products"]
+    names += [f"{SLAB_OF} {rows} rows" for rows in (TOY_ROWS if toy else ROWS)]
+    results = book.part(part).get("results", {})
+    right = [k for k, ways in results.items() if all(w["status"] == "ok" for w in ways.values())]
+    return [name for name in names if name not in right]
 
 
-def pieces(part: str, book: Book, options: Options) -> None:
-    """Measure what the book lacks.
+def measure_piece(what: str, part: str, book: Book, options: Options) -> None:
+    """Measure one.
 
     Raises:
         RuntimeError: one of fastpo's own ways was not right.
     """
     device, toy = options.device, options.toy
     dtype = torch.float32 if toy else torch.bfloat16
-    done = book.part(part).get("results", {})
-    slabs = None
-    for what in wanted(toy):
-        if what in done:
-            continue
-        if what.startswith(SLAB_OF):
-            rows = int(what.split()[-2])
-            every, (d, v) = (TOY_ROWS, TOY_SLAB) if toy else (ROWS, SLAB)
-            slabs = slabs or make_inputs((max(every), d, v), dtype, device)
-            found = slab(slabs, rows, dtype, device)
-        else:
-            found = recompute(dtype, device, toy)
-        book.add(part, what, **found)
-        tidy(device)
-        if wrong := [way["reason"] for way in found.values() if "reason" in way]:
-            raise RuntimeError(f"{what}: {'; '.join(wrong)}")
+    if what.startswith(SLAB_OF):
+        rows = int(what.split()[-2])
+        x = make_inputs((rows, *(TOY_SLAB if toy else SLAB)), dtype, device)
+        found = slab(x, rows, dtype, device)
+    else:
+        found = recompute(dtype, device, toy)
+    book.add(part, what, **found)
+    if wrong := [way["reason"] for way in found.values() if "reason" in way]:
+        raise RuntimeError(f"{what}: {'; '.join(wrong)}")
 
 
 def piece_lines(part: str, book: Book) -> list[str]:

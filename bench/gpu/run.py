@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LOG = "log.txt"
 TAIL_LINES = 20
 TABLE_LINES = 58
+LEAST_LINES = 4  # of a part, whatever those before it say
 # A part of which less than half could run would end without its answer: others get the time.
 LEAST = 0.5
 # Toy shapes take seconds, imports on a busy machine take more.
@@ -182,7 +183,8 @@ def table(book: Book, parts: Sequence[Part]) -> str:
             for text in facts.get("digest", []) + facts.get("tail", [])[-1:]
             for line in textwrap.wrap(text, 110, subsequent_indent="    ")
         ]
-        share = room // (len(parts) - number)
+        after = len(parts) - number - 1
+        share = max(room // (after + 1), room - LEAST_LINES * after)
         if len(said) > share:
             said = [*said[: max(0, share - 1)], f"... {len(said) - share + 1} more: {BOOK}, {LOG}"]
         lines += [f"  {line}" for line in said]

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import head, long_context, tune_head
+from bench import head, long_context, predict, tune_head
 from bench.gpu import head as gpu_head
-from bench.gpu import measure, pack, right, run, smoke, warm
+from bench.gpu import measure, pack, pieces, right, run, smoke, warm
 from bench.gpu.book import BOOK, Book, Options
 from bench.gpu.run import Ended, Part
 from fastpo.head import plan_head
@@ -413,6 +413,40 @@ def test_every_case_of_the_head_has_whole_groups() -> None:
             # A group's logits in fp32 fit the smallest workspace.
             fits = tokens * case.shape[2] * 4 <= gpu_head.MIB[gpu_head.SMALLEST] << 20
             assert fits or case.task == "logps"
+
+
+def test_a_prediction_stands_beside_every_time_of_the_head_on_its_card(monkeypatch) -> None:
+    for case in gpu_head.head_cases("head_a", toy=False):
+        n, d, v = case.shape
+        count = {"forward": 1, "frozen": 2, "trained": 3}[case.mode] + (case.task == "dpo")
+        bare = count * 2 * n * d * v / predict.FLOP_PER_SECOND
+        for size in case.sizes:
+            assert bare < gpu_head.predicted(case, gpu_head.MIB[size]) < 2 * bare
+    assert not predict.holds_for(CPU)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert predict.holds_for(CUDA)
+    made = {"seconds": {"median": 0.025}, "of_limit": 0.9, "predicted_seconds": 0.024}
+    case = {
+        "key": {"task": "logps", "mode": "frozen", "shape": [1, 2, 3]},
+        "contenders": {"fastpo": made, "CCE": {"status": "skipped"}},
+        "limit": {"seconds": {"median": 0.0225}},
+    }
+    (line,) = gpu_head.head_lines([case])
+    said = "limit 22.5, fastpo 25 (predicted 24; 0.90 of bare), CCE skipped"
+    assert line == f"logps frozen 1x2x3, ms: {said}"
+
+
+def test_a_piece_that_is_wrong_is_recorded_and_said(tmp_path, monkeypatch) -> None:
+    made = {"fused": {"status": "rejected", "reason": "value is off by 1, bound 0"}}
+    monkeypatch.setattr(pieces, "recompute", lambda *_: made)
+    book = Book(tmp_path)
+    names = pieces.missing_pieces("head_a", book, toy=True)
+    with pytest.raises(RuntimeError, match="fused or products: value is off by 1"):
+        pieces.measure_piece(names[0], "head_a", book, Options(tmp_path, CPU, 50))
+    assert pieces.missing_pieces("head_a", book, toy=True) == names
+    assert pieces.piece_lines("head_a", book) == [
+        "recompute 16x32x64: fused or products, ms: fused rejected: value is off by 1, bound 0"
+    ]
 
 
 def test_the_page_has_every_part_and_its_limit() -> None:
