@@ -29,7 +29,7 @@ ROWS = (256, 261, 512)
 TOY_SLICE, TOY_SLAB, TOY_ROWS = (16, 32, 64), (32, 64), (4, 5)
 GATED = 64
 SLAB_OF = "frozen slab of"
-FUSED, BY_PRODUCTS = "fused", "products, then in place"
+FUSED, BY_PRODUCTS = "fused", "products and a sweep"
 
 Ways = dict[str, Callable[[], Tensor]]
 
@@ -169,8 +169,8 @@ def measure_piece(what: str, part: str, book: Book, options: Options) -> None:
     device, toy = options.device, options.toy
     dtype = torch.float32 if toy else torch.bfloat16
     if what.startswith(SLAB_OF):
-        rows = int(what.split()[-2])
-        x = make_inputs((rows, *(TOY_SLAB if toy else SLAB)), dtype, device)
+        rows, (d, v) = int(what.split()[-2]), TOY_SLAB if toy else SLAB
+        x = make_inputs((rows, d, v), dtype, device)
         found = slab(x, rows, dtype, device)
     else:
         found = recompute(dtype, device, toy)
