@@ -170,7 +170,8 @@ def long_context(part: str, book: Book, options: Options) -> int:
         if not case["fits"]:
             digest.append(f"{size}: does not fit")
             continue
-        over = case["predicted_extra_bytes"] / case["peak_extra_bytes"] - 1
+        # A toy step may fit what the process holds already.
+        over = case["predicted_extra_bytes"] / max(1, case["peak_extra_bytes"]) - 1
         digest.append(
             f"{size}: {case['seconds']:.3g} s a step, {case['peak_extra_bytes'] / 2**30:.2f} GiB "
             f"beyond the model (planned {over:+.1%}), "

@@ -38,10 +38,10 @@ GLIBC = ("2_39", "2_34", "2_28", "2_27", "2_24", "2_17", "2_12", "2_5")
 RUN = r"""#!/usr/bin/env bash
 set -eu
 if [ $# = 0 ] || [ "$1" = -h ] || [ "$1" = --help ]; then
-  cat <<'END'
+  cat <<END
 Measure a GPU without a network. From the repository's root:
-  OUT=results bash {folder}/run.sh --smoke                 # is everything right? 3 minutes
-  OUT=results bash {folder}/run.sh --measure --budget 480  # how fast is it?
+  OUT=results bash $0 --smoke                 # is everything right? 3 minutes
+  OUT=results bash $0 --measure --budget 480  # how fast is it?
 OUT is the folder of the results, runs/gpu if it is not set. What follows run.sh is what
 python3 -m bench.gpu takes: --only PART..., --list, --fresh; docs/gpu.md has it all.
 END
@@ -147,7 +147,7 @@ def pack(folder: Path, root: Path, cache: bool = True, wheels: Sequence[str] = W
 
         place = warm(folder / KERNELS)
     text = CACHE.format(place=place, kernels=KERNELS) if place else ""
-    text = RUN.format(folder=folder, cache=text)
+    text = RUN.format(cache=text)
     (folder / "run.sh").write_text(text)
     sizes = {wheel.name: wheel.stat().st_size for wheel in sorted(store.glob("*.whl"))}
     if place:
