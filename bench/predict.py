@@ -57,6 +57,11 @@ class Case(NamedTuple):
     block: str  # rows of a slab, rows x columns of a late one, tokens of a part
 
 
+def holds_for(device: torch.device) -> bool:
+    """Tell whether the two rates were measured on such a device."""
+    return device.type == "cuda" and "H200" in torch.cuda.get_device_name(device)
+
+
 def filled(m: int, n: int) -> float:
     """Return the share of a product's time on the chip that goes into [m, n], not into padding."""
     found = 0.0

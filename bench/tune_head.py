@@ -30,20 +30,17 @@ import triton
 from tqdm import tqdm
 from triton.runtime import driver
 
-from bench.ahead import Ahead, first_line
+from bench.ahead import Ahead, first_line, hash_in_order
 from bench.harness import RESULTS, Outputs, Record, check, device_slug, interleaved
 from bench.head import Inputs, make_inputs
 from fastpo.kernels import launch_table
 from fastpo.kernels.divergence import (
     divergence,
     divergence_coefficients,
-    divergence_coefficients_kernel,
-    divergence_kernel,
     divergence_reference,
 )
 from fastpo.kernels.launch_table import MEASURED, NARROW, TABLE, launch
 from fastpo.kernels.linear_coefficients import (
-    coefficients_kernel,
     linear_coefficients,
     linear_coefficients_reference,
 )
@@ -52,11 +49,8 @@ from fastpo.kernels.linear_stats import (
     blocks_per_split,
     linear_stats,
     linear_stats_reference,
-    merge_kernel,
-    split_kernel,
 )
 from fastpo.kernels.logits_epilogue import (
-    epilogue_kernel,
     logits_epilogue,
     logits_epilogue_reference,
     over,
@@ -286,23 +280,6 @@ def _inputs(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.devic
     return Inputs(hidden, weight, labels, hidden, torch.empty(n, device=device))
 
 
-def _hash_in_order() -> None:
-    """Give every kernel its key in triton's cache.
-
-    Triton 3.6 hashes a kernel together with what others that were hashed before left behind: in
-    another order of first launches a process misses what was compiled ahead.
-    """
-    for kernel in (
-        split_kernel,
-        merge_kernel,
-        coefficients_kernel,
-        epilogue_kernel,
-        divergence_kernel,
-        divergence_coefficients_kernel,
-    ):
-        _ = kernel.cache_key
-
-
 def bind(
     regime: Regime,
     shape: tuple[int, int, int],
@@ -316,7 +293,7 @@ def bind(
         programs: how many `split_kernel` is cut for, at least.
         rows: N, the launch being cut as for the shape's own.
     """
-    _hash_in_order()
+    hash_in_order()
     n, d, v = shape
     d = NARROW if "narrow" in regime.words else d
     rich = "rich" in regime.words

@@ -297,6 +297,7 @@ def over(products: Tensor, dtype: torch.dtype) -> Tensor:
 
 def in_place(out: Tensor | None, products: Tensor) -> bool:
     """Tell whether C is written over its products; elsewhere in their memory it would clobber."""
+    # Addresses say nothing on `meta`, where the tuner's processes compile: all of them are 0.
     if out is None or out.untyped_storage()._cdata != products.untyped_storage()._cdata:
         return False
     place = over(products, out.dtype)

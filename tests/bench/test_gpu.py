@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import tarfile
 import time
 import warnings
 import zipfile
@@ -17,9 +18,12 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu, gpu_book, gpu_head, gpu_pack, gpu_right, gpu_smoke, head
-from bench.gpu import Ended, Part
-from bench.gpu_book import Book, Options
+from bench import head, long_context, predict, tune_head
+from bench.gpu import head as gpu_head
+from bench.gpu import measure, pack, pieces, right, run, smoke, warm
+from bench.gpu.book import BOOK, Book, Options
+from bench.gpu.run import Ended, Part
+from fastpo.head import plan_head
 
 CPU = torch.device("cpu")
 A, B, C = (Part("smoke", name, seconds, f"what of {name}?") for name, seconds in
@@ -39,9 +43,9 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
         clock[0] += spent
         return Ended(code, spent, ["the last line"])
 
-    monkeypatch.setattr(gpu, "child_of", child)
-    monkeypatch.setattr(gpu.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(gpu, "SECONDS_ON_CPU", None)
+    monkeypatch.setattr(run, "child_of", child)
+    monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(run, "SECONDS_ON_CPU", None)
     CODES.clear()
     TOOK.clear()
     return seen
@@ -60,7 +64,7 @@ def test_a_hanging_child_ends_at_its_limit_with_all_that_it_started(tmp_path: Pa
     text = "import subprocess, sys, time; print('begun', flush=True)\n"
     text += "subprocess.Popen(['sleep', '77.125']); time.sleep(77)"
     begin = time.monotonic()
-    ended = gpu.run_child([sys.executable, "-c", text], 2, tmp_path / "log.txt", "hanging")
+    ended = run.run_child([sys.executable, "-c", text], 2, tmp_path / "log.txt", "hanging")
     assert ended.code is None
     assert time.monotonic() - begin < 20
     assert ended.tail == ["begun"]
@@ -73,7 +77,7 @@ def test_a_hanging_child_ends_at_its_limit_with_all_that_it_started(tmp_path: Pa
 
 def test_the_last_lines_of_a_failing_child_are_kept(tmp_path: Path) -> None:
     text = "print(*range(100), sep='\\n'); raise SystemExit(3)"
-    ended = gpu.run_child([sys.executable, "-c", text], 60, tmp_path / "log.txt", "failing")
+    ended = run.run_child([sys.executable, "-c", text], 60, tmp_path / "log.txt", "failing")
     assert ended.code == 3
     assert ended.tail == [str(n) for n in range(80, 100)]
     assert "==== failing" in (tmp_path / "log.txt").read_text()
@@ -81,7 +85,7 @@ def test_the_last_lines_of_a_failing_child_are_kept(tmp_path: Path) -> None:
 
 def test_a_failure_does_not_stop_the_next_part(started, tmp_path: Path) -> None:
     CODES.update(a=1, b=None)
-    assert not gpu.run([A, B, C], tmp_path, CUDA, 70)
+    assert not run.run([A, B, C], tmp_path, CUDA, 70)
     assert [name for name, _ in started] == ["a", "b", "c"]
     assert statuses(tmp_path) == {"a": "failed", "b": "over its limit", "c": "ok"}
     assert Book(tmp_path).part("a")["tail"] == ["the last line"]
@@ -89,35 +93,35 @@ def test_a_failure_does_not_stop_the_next_part(started, tmp_path: Path) -> None:
 
 def test_a_rerun_does_what_is_missing(started, tmp_path: Path) -> None:
     CODES.update(b=1)
-    gpu.run([A, B, C], tmp_path, CUDA, 70)
+    run.run([A, B, C], tmp_path, CUDA, 70)
     CODES.clear()
     started.clear()
-    assert gpu.run([A, B, C], tmp_path, CUDA, 70)
+    assert run.run([A, B, C], tmp_path, CUDA, 70)
     assert [name for name, _ in started] == ["b"]
     assert "tail" in Book(tmp_path).part("b")
     assert not Book(tmp_path).part("b")["tail"]
 
 
 def test_limits_are_scaled_to_the_budget_and_pass_on_what_is_left(started, tmp_path: Path) -> None:
-    gpu.run([A, B, C], tmp_path, CUDA, 140)
+    run.run([A, B, C], tmp_path, CUDA, 140)
     assert started == [("a", 20), ("b", 140 - 1 - 80), ("c", 138)]
 
 
 def test_what_a_budget_does_not_reach_is_no_failure(started, tmp_path: Path) -> None:
     TOOK.update(a=5, b=10)
-    assert gpu.run([A, B, C], tmp_path, CUDA, 20)
+    assert run.run([A, B, C], tmp_path, CUDA, 20)
     # At half speed b gets its 10 s; the 5 s after it are less than half of c's 20.
     assert [name for name, _ in started] == ["a", "b"]
     assert statuses(tmp_path)["c"] == "not reached"
 
 
 def test_parts_are_in_order_of_value_and_write_eight_files() -> None:
-    options = gpu.parse(["--measure", "--only", "step", "tune"])
-    assert [part.name for part in gpu.chosen(options)] == ["tune", "step"]
-    assert [part.name for part in gpu.chosen(gpu.parse(["--only", "70b", "env"]))] == ["env", "70b"]
-    assert len(gpu.FILES) == 8
-    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in gpu.FILES)
-    assert sum(part.seconds for part in gpu.PARTS if part.phase == "measure") <= 480
+    options = run.parse(["--measure", "--only", "step", "tune"])
+    assert [part.name for part in run.chosen(options)] == ["tune", "step"]
+    assert [part.name for part in run.chosen(run.parse(["--only", "70b", "env"]))] == ["env", "70b"]
+    assert len(run.FILES) == 8
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in run.FILES)
+    assert sum(part.seconds for part in run.PARTS if part.phase == "measure") <= 480
 
 
 def test_a_torn_book_is_never_left(tmp_path: Path) -> None:
@@ -126,7 +130,7 @@ def test_a_torn_book_is_never_left(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         book.add("env", "two", value=object())
     assert book.part("env")["results"] == {"one": {"value": 1}}
-    json.loads((tmp_path / gpu_book.BOOK).read_text())
+    json.loads((tmp_path / BOOK).read_text())
 
 
 def test_results_of_another_environment_are_refused(tmp_path: Path) -> None:
@@ -143,12 +147,12 @@ def test_results_of_another_environment_are_refused(tmp_path: Path) -> None:
 
 def test_the_table_fits_a_screen_whatever_parts_say(tmp_path: Path) -> None:
     book = Book(tmp_path)
-    for part in gpu.PARTS:
+    for part in run.PARTS:
         book.put(part.name, status="failed", digest=["words " * 60] * 30, tail=["end"])
-    lines = gpu.table(book, gpu.PARTS).splitlines()
+    lines = run.table(book, run.PARTS).splitlines()
     assert len(lines) < 60
     assert max(map(len, lines)) < 120
-    assert all(any(line.startswith(part.name) for line in lines) for part in gpu.PARTS)
+    assert all(any(line.startswith(part.name) for line in lines) for part in run.PARTS)
 
 
 @pytest.mark.parametrize("task", ["logps", "dpo"])
@@ -171,7 +175,7 @@ DPO = head.dpo
 
 def test_waits_of_the_host_are_counted_where_they_are() -> None:
     x = torch.arange(4.0)
-    with gpu_smoke.waits(CPU) as found:
+    with smoke.waits(CPU) as found:
         x.sum().item()
         x[x > 1].tolist()
         x[1:]
@@ -185,11 +189,11 @@ def test_waits_of_the_host_are_counted_where_they_are() -> None:
 def test_other_bits_are_wrong_however_small_the_error() -> None:
     one = {"x": torch.ones(3)}
     other = {"x": torch.ones(3).nextafter(torch.tensor(2.0))}
-    assert gpu_right.verdict(one, one, one, one) == {"status": "ok"}
-    assert "other bits" in gpu_right.verdict(one, other, one, one)["why"]
-    assert gpu_right.verdict(other, other, {"x": torch.zeros(3)}, one)["status"] == "ok"
+    assert right.verdict(one, one, one, one) == {"status": "ok"}
+    assert "other bits" in right.verdict(one, other, one, one)["why"]
+    assert right.verdict(other, other, {"x": torch.zeros(3)}, one)["status"] == "ok"
     far = {"x": torch.full((3,), 30.0)}
-    assert gpu_right.verdict(far, far, one, one)["status"] == "wrong"
+    assert right.verdict(far, far, one, one)["status"] == "wrong"
 
 
 def test_an_exception_is_the_last_case_of_its_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,8 +201,8 @@ def test_an_exception_is_the_last_case_of_its_chunk(monkeypatch: pytest.MonkeyPa
         yield "first", {"status": "ok"}
         raise RuntimeError("no such\ninstruction")
 
-    monkeypatch.setattr(gpu_right, "chunks", lambda sizes: {"a": broken})
-    found = dict(gpu_right.run_chunk("a", CPU))
+    monkeypatch.setattr(right, "chunks", lambda sizes: {"a": broken})
+    found = dict(right.run_chunk("a", CPU))
     assert found == {
         "first": {"status": "ok"},
         "a: stopped": {"status": "failed", "why": "RuntimeError: no such"},
@@ -206,12 +210,45 @@ def test_an_exception_is_the_last_case_of_its_chunk(monkeypatch: pytest.MonkeyPa
 
 
 def test_every_chunk_can_be_asked_for_by_name() -> None:
-    names = list(gpu_right.chunks(gpu_right.FULL))
+    names = list(right.chunks(right.FULL))
     # What runs over its own input goes first: an interpreter is one thread and sees no race.
-    assert names[0].startswith("head")
-    assert names[3].startswith("loss")
+    assert [name.split()[0] for name in names[::3][:4]] == ["in", "head", "products", "loss"]
     kinds = Counter(name.split()[0] for name in names)
     assert kinds["linear_stats"] == kinds["logits_epilogue"] == kinds["linear_coefficients"] == 3
+
+
+def test_what_moves_in_place_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`written` agrees with itself; a race would be bits that differ in one of ten runs."""
+    calls = itertools.count()
+
+    def racing(products: Any, labels: Any, dtype: Any, apart: bool = False) -> Any:
+        late = next(calls) == 4
+        log_p = products.log_softmax(1)
+        c = -log_p.exp()
+        c[torch.arange(len(c)), labels] += 1 + late
+        logps = log_p.gather(1, labels[:, None]).squeeze(1)
+        return {"logps": logps, "epilogue": c, "kept": c}
+
+    monkeypatch.setattr(right, "written", racing)
+    sizes = right.TOY._replace(slabs=(64, 65))
+    (first, moved), (second, fine) = right.in_place("float32", CPU, sizes)
+    assert first == "in place float32 5x64"
+    assert moved["why"].endswith("epilogue 1 of 10 times, kept 1 of 10 times")
+    assert second == "in place float32 5x65"
+    assert fine == {"status": "ok"}
+
+
+def test_late_and_kept_heads_of_right_are_what_they_are_called() -> None:
+    for sizes, kinds in ((right.FULL, right.FULL.dtypes), (right.TOY, right.TOY.dtypes)):
+        n, d = sizes.tokens[0], sizes.widths[0]
+        for v, kind in itertools.product(sizes.vocabularies, kinds):
+            asked: dict[str, Any] = {"device": "cuda", "backend": "triton", "needs_head": True}
+            asked["dtype"] = getattr(torch, kind)
+            late = plan_head(n, v, d, workspace_mib=sizes.thin, **asked)[1]
+            assert late.name == "recompute"
+            assert late.late_rows < n
+            kept = plan_head(n, v, d, workspace_mib=right.kept_mib(n, v), **asked)[1]
+            assert kept.name == "kept"
 
 
 def test_junit_outcomes_are_counted(tmp_path: Path) -> None:
@@ -221,7 +258,7 @@ def test_junit_outcomes_are_counted(tmp_path: Path) -> None:
         "<testcase classname='a.b' name='two'><failure message='1 is 2&#10;more'/></testcase>"
         "<testcase classname='a.b' name='three'><skipped/></testcase></testsuite></testsuites>"
     )
-    count, failed = gpu_smoke.counted(report)
+    count, failed = smoke.counted(report)
     assert count == {"passed": 1, "failure": 1, "skipped": 1}
     assert failed == ["b::two: 1 is 2"]
 
@@ -235,9 +272,9 @@ def test_a_test_run_that_is_cut_short_leaves_its_report(tmp_path: Path, monkeypa
     def arguments(device: torch.device, report: Path) -> list[str]:
         return ["-q", "--junitxml", str(report), "--rootdir", str(tmp_path), str(tmp_path)]
 
-    monkeypatch.setattr(gpu_smoke, "suite", arguments)
-    monkeypatch.setattr(gpu_smoke, "ROOT", tmp_path)
-    assert gpu_smoke.tests(Book(tmp_path), Options(tmp_path, CPU, 8)) != 0
+    monkeypatch.setattr(smoke, "suite", arguments)
+    monkeypatch.setattr(smoke, "ROOT", tmp_path)
+    assert smoke.tests(Book(tmp_path), Options(tmp_path, CPU, 8)) != 0
     said = Book(tmp_path).part("tests")
     assert said["results"]["count"]["passed"] >= 1
     assert "cut short" in said["digest"][0]
@@ -261,11 +298,11 @@ def downloader(size: int) -> Any:
     return download
 
 
-def test_a_packed_folder_has_trimmed_wheels_and_a_script(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(gpu_pack, "download", downloader(1))
+def test_a_packed_folder_has_trimmed_wheels_and_a_script(tmp_path, monkeypatch, capfd) -> None:
+    monkeypatch.setattr(pack, "download", downloader(1))
     folder = tmp_path / "pack"
-    assert gpu_pack.pack(folder, tmp_path, cache=False) == 0
-    assert len(list((folder / "wheels").glob("*.whl"))) == len(gpu_pack.WHEELS)
+    assert pack.pack(folder, tmp_path, cache=False) == 0
+    assert len(list((folder / "wheels").glob("*.whl"))) == len(pack.WHEELS)
     with zipfile.ZipFile(folder / "wheels" / "bitsandbytes-1-py3-none-any.whl") as made:
         libraries = [name for name in made.namelist() if name.endswith(".so")]
         assert libraries == ["bitsandbytes/libbitsandbytes_cuda130.so"]
@@ -276,15 +313,15 @@ def test_a_packed_folder_has_trimmed_wheels_and_a_script(tmp_path, monkeypatch, 
     assert len(script) < 2000
     assert "://" not in script
     subprocess.run(["bash", "-n", str(folder / "run.sh")], check=True)
-    said = capsys.readouterr().out
+    said = capfd.readouterr().out
     assert "MiB  together, of 64" in said
-    assert f"bash {folder}/run.sh --smoke" in said
+    assert f"OUT=results bash {folder}/run.sh --smoke" in said  # by the script itself
 
 
 def test_a_folder_that_is_too_large_is_refused_in_one_line(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(gpu_pack, "download", downloader(1))
-    monkeypatch.setattr(gpu_pack, "MOST_BYTES", 1000)
-    assert gpu_pack.pack(tmp_path / "pack", tmp_path, cache=False) == 1
+    monkeypatch.setattr(pack, "download", downloader(1))
+    monkeypatch.setattr(pack, "MOST_BYTES", 1000)
+    assert pack.pack(tmp_path / "pack", tmp_path, cache=False) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
@@ -292,8 +329,8 @@ def test_a_wheel_that_does_not_exist_is_refused_in_one_line(tmp_path, monkeypatc
     def absent(requirement: str, folder: Path) -> None:
         raise RuntimeError(f"{requirement}: no matching distribution")
 
-    monkeypatch.setattr(gpu_pack, "download", absent)
-    assert gpu_pack.pack(tmp_path / "pack", tmp_path, cache=False) == 1
+    monkeypatch.setattr(pack, "download", absent)
+    assert pack.pack(tmp_path / "pack", tmp_path, cache=False) == 1
     assert "transformers==" in capsys.readouterr().err
 
 
@@ -301,12 +338,12 @@ def test_a_wheel_that_does_not_exist_is_refused_in_one_line(tmp_path, monkeypatc
 def test_smoke_runs_to_its_last_line_on_a_cpu(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench.gpu", "--smoke", "--device", "cpu"]
     command += ["--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=gpu.ROOT, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=run.ROOT, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert statuses(tmp_path) == dict.fromkeys(("env", "right", "tests", "syncs"), "ok")
     assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "gpu_tests.xml", "log.txt"}
     assert "nothing failed, 0 not reached" in done.stdout.splitlines()[-1]
-    again = subprocess.run(command, capture_output=True, text=True, cwd=gpu.ROOT, check=True)
+    again = subprocess.run(command, capture_output=True, text=True, cwd=run.ROOT, check=True)
     assert again.stdout.count("done before") == 4
 
 
@@ -316,7 +353,7 @@ def test_measure_runs_to_its_last_line_on_a_cpu(tmp_path: Path) -> None:
     parts = ("tune", "head_b", "losses")
     command = [sys.executable, "-m", "bench.gpu", "--measure", "--device", "cpu"]
     command += ["--out", str(tmp_path), "--only", *parts]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=gpu.ROOT, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=run.ROOT, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert statuses(tmp_path) == dict.fromkeys(parts, "ok")
     names = {path.name for path in tmp_path.iterdir()}
@@ -327,7 +364,7 @@ def test_a_gpus_waits_are_the_drivers_own_warnings(monkeypatch: pytest.MonkeyPat
     modes: list[Any] = []
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
-    with gpu_smoke.waits(torch.device("cuda")) as found:
+    with smoke.waits(torch.device("cuda")) as found:
         for _ in range(3):
             warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
         warnings.warn("something else", stacklevel=1)
@@ -337,19 +374,17 @@ def test_a_gpus_waits_are_the_drivers_own_warnings(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_chunk_alone_says_what_it_found_and_how_it_ended(monkeypatch) -> None:
-    assert [found["status"] for _, found in gpu_smoke._chunk_alone("attention flex", CPU)] == [
+    assert [found["status"] for _, found in smoke._chunk_alone("attention flex", CPU)] == [
         "skipped"
     ]
-    monkeypatch.setattr(gpu_smoke.sys, "executable", "false")
-    (case, found), *more = gpu_smoke._chunk_alone("attention flex", CPU)
+    monkeypatch.setattr(smoke.sys, "executable", "false")
+    (case, found), *more = smoke._chunk_alone("attention flex", CPU)
     assert not more
     assert case == "attention flex: ended"
     assert found["status"] == "failed"
 
 
 def test_the_tuners_record_lies_beside_the_others(tmp_path, monkeypatch) -> None:
-    from bench import gpu_measure, tune_head
-
     given: list[str] = []
 
     def tune(arguments: list[str]) -> None:
@@ -359,16 +394,14 @@ def test_the_tuners_record_lies_beside_the_others(tmp_path, monkeypatch) -> None
 
     monkeypatch.setattr(tune_head, "main", tune)
     book = Book(tmp_path)
-    assert gpu_measure.tune(book, Options(tmp_path, torch.device("cuda"), 50)) == 0
+    assert measure.tune(book, Options(tmp_path, torch.device("cuda"), 50)) == 0
     assert given == ["--dry-run", "--budget", "35"]
     assert book.part("tune")["digest"][0].startswith("2 rows")
 
 
 @pytest.mark.parametrize("part", ["8b", "70b"])
 def test_long_contexts_can_be_planned(part: str) -> None:
-    from bench import gpu_measure, long_context
-
-    for case in gpu_measure.long_cases(part, toy=False):
+    for case in measure.long_cases(part, toy=False):
         assert 2**34 < long_context.planned(case).peak < 141e9
 
 
@@ -382,50 +415,122 @@ def test_every_case_of_the_head_has_whole_groups() -> None:
             assert fits or case.task == "logps"
 
 
+def test_a_prediction_stands_beside_every_time_of_the_head_on_its_card(monkeypatch) -> None:
+    for case in gpu_head.head_cases("head_a", toy=False):
+        n, d, v = case.shape
+        count = {"forward": 1, "frozen": 2, "trained": 3}[case.mode] + (case.task == "dpo")
+        bare = count * 2 * n * d * v / predict.FLOP_PER_SECOND
+        for size in case.sizes:
+            assert bare < gpu_head.predicted(case, gpu_head.MIB[size]) < 2 * bare
+    assert not predict.holds_for(CPU)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert predict.holds_for(CUDA)
+    made = {"seconds": {"median": 0.025}, "of_limit": 0.9, "predicted_seconds": 0.024}
+    case = {
+        "key": {"task": "logps", "mode": "frozen", "shape": [1, 2, 3]},
+        "contenders": {"fastpo": made, "CCE": {"status": "skipped"}},
+        "limit": {"seconds": {"median": 0.0225}},
+    }
+    (line,) = gpu_head.head_lines([case])
+    said = "limit 22.5, fastpo 25 (predicted 24; 0.90 of bare), CCE skipped"
+    assert line == f"logps frozen 1x2x3, ms: {said}"
+
+
+def test_a_piece_that_is_wrong_is_recorded_and_said(tmp_path, monkeypatch) -> None:
+    made = {"fused": {"status": "rejected", "reason": "value is off by 1, bound 0"}}
+    monkeypatch.setattr(pieces, "recompute", lambda *_: made)
+    book = Book(tmp_path)
+    names = pieces.missing_pieces("head_a", book, toy=True)
+    with pytest.raises(RuntimeError, match="fused or products: value is off by 1"):
+        pieces.measure_piece(names[0], "head_a", book, Options(tmp_path, CPU, 50))
+    assert pieces.missing_pieces("head_a", book, toy=True) == names
+    assert pieces.piece_lines("head_a", book) == [
+        "recompute 16x32x64: fused or products, ms: fused rejected: value is off by 1, bound 0"
+    ]
+
+
 def test_the_page_has_every_part_and_its_limit() -> None:
-    page = (gpu.ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
-    for part in gpu.PARTS:
+    page = (run.ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    for part in run.PARTS:
         (row,) = re.findall(rf"^\| `{part.name}` \| (\d+) \|", page, flags=re.M)
         assert int(row) == part.seconds
-    assert all(name in page for name in gpu.FILES)
+    assert all(name in page for name in run.FILES)
 
 
 def test_a_packed_cache_is_put_where_its_keys_are_right(tmp_path, monkeypatch, capsys) -> None:
-    from bench import gpu_warm
+    start = subprocess.run
 
-    def compile_into(command: list[str], env: dict[str, str], **_: Any) -> Any:
+    def compile_into(command: list[str], env: dict[str, str] | None = None, **more: Any) -> Any:
+        if env is None:  # the script, which says how it is used
+            return start(command, **more)
         (Path(env["TRITON_CACHE_DIR"]) / "key").mkdir(parents=True)
         (Path(env["TRITON_CACHE_DIR"]) / "key" / "kernel.cubin").write_bytes(b"x" * 1000)
         return subprocess.CompletedProcess(command, 0, "1 compiled, 0 were there, 0 refused\n")
 
-    monkeypatch.setattr(gpu_warm, "place", lambda: tmp_path / "cache")
-    monkeypatch.setattr(gpu_warm.subprocess, "run", compile_into)
-    monkeypatch.setattr(gpu_pack, "download", downloader(1))
-    monkeypatch.setattr(gpu_pack, "repository_bytes", lambda *_: 0)
+    monkeypatch.setattr(warm, "place", lambda: tmp_path / "cache")
+    monkeypatch.setattr(warm.subprocess, "run", compile_into)
+    monkeypatch.setattr(pack, "download", downloader(1))
+    monkeypatch.setattr(pack, "repository_bytes", lambda *_: 0)
+    monkeypatch.setattr(pack, "PYTHON", f"{sys.version_info.major}.{sys.version_info.minor}")
     folder = tmp_path / "pack"
-    assert gpu_pack.pack(folder, tmp_path) == 0
-    assert (folder / "triton" / "key" / "kernel.cubin").exists()
+    assert pack.pack(folder, tmp_path) == 0
+    with tarfile.open(folder / pack.KERNELS) as made:
+        assert "./key/kernel.cubin" in made.getnames()
     script = (folder / "run.sh").read_text()
     assert f"TRITON_CACHE_DIR={tmp_path}/cache" in script
     assert len(script) < 2000
-    assert "triton" in capsys.readouterr().out
+    assert pack.KERNELS in capsys.readouterr().out
+    monkeypatch.setattr(pack, "PYTHON", "2.7")
+    assert pack.pack(folder, tmp_path) == 0
+    assert "left out" in capsys.readouterr().out
+    assert "TRITON_CACHE_DIR" not in (folder / "run.sh").read_text()
 
 
 def test_a_cache_that_cannot_be_made_is_left_out(tmp_path, monkeypatch, capsys) -> None:
-    from bench import gpu_warm
-
-    monkeypatch.setattr(gpu_warm, "place", lambda: tmp_path / "cache")
-    monkeypatch.setattr(gpu_warm.sys, "executable", "false")
-    assert gpu_warm.warm(tmp_path / "triton") is None
+    monkeypatch.setattr(warm, "place", lambda: tmp_path / "cache")
+    monkeypatch.setattr(warm.sys, "executable", "false")
+    assert warm.warm(tmp_path / pack.KERNELS) is None
     assert "compiled there" in capsys.readouterr().out
 
 
-def test_launches_to_compile_are_those_of_the_part_right() -> None:
-    from bench import gpu_warm
-
-    names = list(gpu_warm.launches())
-    full = gpu_right.FULL
+def test_launches_to_compile_are_those_of_right_and_of_the_head() -> None:
+    names, full = list(warm.launches()), right.FULL
     for n, d, v, dtype in itertools.product(
         full.tokens, full.widths, full.vocabularies, full.dtypes
     ):
         assert f"{n}x{d}x{v} {dtype}" in names
+    for v, dtype in itertools.product(full.slabs, full.dtypes):
+        assert f"in place 1000x{v} {dtype}" in names
+    assert "logps trained 8192 4096 131072" in names
+    assert {"recompute", "slab of 261 rows"} < set(names)
+
+
+PACKED = """
+import sys, torch
+from triton.backends.compiler import GPUTarget
+from bench.ahead import pretend
+from bench.gpu import warm
+pretend(GPUTarget("cuda", 90, 32))
+hits = warm.watched()
+names = ("slab of 261 rows", "kto float32")
+with warm.without_products():
+    every = warm.launches(warm.FULL._replace(dtypes=("float32",)))
+    for name in names[:: int(sys.argv[1])]:
+        every[name]()
+print(len(hits), sum(hits))
+"""
+
+
+@pytest.mark.slow
+def test_a_packed_kernel_is_found_whatever_is_launched_first(tmp_path, monkeypatch) -> None:
+    """Of a slab in place and of a loss by groups, in either order, each in a process of its own."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    found = []
+    for order in ("1", "-1"):
+        command = [sys.executable, "-c", PACKED, order]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=run.ROOT, check=True)
+        found.append(list(map(int, done.stdout.split())))
+    (count, first), (again, second) = found
+    assert count == again == second > 4
+    assert first < count

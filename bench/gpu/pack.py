@@ -1,8 +1,8 @@
 """Prepare `bench.gpu` for a machine without a network: `python -m bench.gpu --pack .pack`.
 
 The folder gets the wheels that such a machine lacks and `run.sh`, which installs them beside its
-own packages and starts `bench.gpu`. Repository and folder together stay below 64 MiB. torch, triton
-and numpy are expected there.
+own packages and starts `bench.gpu`. Repository and folder together stay below 64 MiB, so that they
+can be sent along. torch, triton and numpy are expected there.
 """
 
 from __future__ import annotations
@@ -32,11 +32,21 @@ WHEELS = (
     "gguf==0.19.0",
     "bitsandbytes==0.50.2",
 )
+KERNELS = "triton.tar.gz"
 GLIBC = ("2_39", "2_34", "2_28", "2_27", "2_24", "2_17", "2_12", "2_5")
 
 RUN = r"""#!/usr/bin/env bash
-# From the repository's root:  OUT=results bash {folder}/run.sh --smoke
 set -eu
+if [ $# = 0 ] || [ "$1" = -h ] || [ "$1" = --help ]; then
+  cat <<END
+Measure a GPU without a network. From the repository's root:
+  OUT=results bash $0 --smoke                 # is everything right? 3 minutes
+  OUT=results bash $0 --measure --budget 480  # how fast is it?
+OUT is the folder of the results, runs/gpu if it is not set. What follows run.sh is what
+python3 -m bench.gpu takes: --only PART..., --list, --fresh; docs/gpu.md has it all.
+END
+  exit
+fi
 here=$(cd "$(dirname "$0")" && pwd)
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
@@ -47,7 +57,7 @@ export PYTHONPATH="$site${{PYTHONPATH:+:$PYTHONPATH}}" PYTHONUNBUFFERED=1 HF_HUB
 """
 CACHE = r"""# Kernels compiled beforehand are found under this very path alone.
 export TRITON_CACHE_DIR={place}
-mkdir -p "$TRITON_CACHE_DIR" && cp -r "$here"/triton/. "$TRITON_CACHE_DIR"
+mkdir -p "$TRITON_CACHE_DIR" && tar -xzf "$here"/{kernels} -C "$TRITON_CACHE_DIR"
 """
 
 
@@ -129,16 +139,19 @@ def pack(folder: Path, root: Path, cache: bool = True, wheels: Sequence[str] = W
         print(f"--pack: {why}", file=sys.stderr)
         return 1
     place = None
-    if cache:
-        from bench.gpu_warm import warm
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if cache and here != PYTHON:
+        print(f"kernels: left out, Python {PYTHON} would not find those of {here}'s triton")
+    elif cache:
+        from bench.gpu.warm import warm
 
-        place = warm(folder / "triton")
-    text = RUN.format(folder=folder.name, cache=CACHE.format(place=place) if place else "")
+        place = warm(folder / KERNELS)
+    text = CACHE.format(place=place, kernels=KERNELS) if place else ""
+    text = RUN.format(cache=text)
     (folder / "run.sh").write_text(text)
     sizes = {wheel.name: wheel.stat().st_size for wheel in sorted(store.glob("*.whl"))}
     if place:
-        kernels = (folder / "triton").rglob("*")
-        sizes["triton"] = sum(path.stat().st_size for path in kernels if path.is_file())
+        sizes[KERNELS] = (folder / KERNELS).stat().st_size
     sizes["the repository"] = repository_bytes(root, folder)
     for name, size in sizes.items():
         print(f"{size / 2**20:8.2f} MiB  {name}")
@@ -147,6 +160,6 @@ def pack(folder: Path, root: Path, cache: bool = True, wheels: Sequence[str] = W
     if total > MOST_BYTES:
         print(f"--pack: {total / 2**20:.1f} MiB are more than {MOST_BYTES >> 20}", file=sys.stderr)
         return 1
-    print(f"\nThere, from the repository's root:\n  OUT=results bash {folder}/run.sh --smoke")
-    print(f"  OUT=results bash {folder}/run.sh --measure --budget 480")
+    print("\nThere:", flush=True)
+    subprocess.run(["bash", str(folder / "run.sh"), "--help"], check=True)
     return 0

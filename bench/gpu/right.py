@@ -1,6 +1,6 @@
 """Is everything right on this device? The part `right` of `bench.gpu`.
 
-    python -m bench.gpu_right "head bfloat16" --device cuda   # one chunk, a JSON line a case
+    python -m bench.gpu.right "head bfloat16" --device cuda   # one chunk, a JSON line a case
 
 Every answer is compared with float64 by the rule of `bench.harness.check`, and computed twice: the
 bits must be equal. Chunks run in processes of their own on a GPU, where compiling is most of the
@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 import fastpo
+from bench.gpu.book import find_packed_kernels
 from bench.harness import Outputs, check
 from bench.head import Inputs, make_inputs
 from fastpo.loss import PreferenceLoss
@@ -37,6 +39,8 @@ class Sizes(NamedTuple):
     groups: int
     response: int  # tokens
     model: dict[str, Any]
+    slabs: tuple[int, ...]  # vocabularies of what is written in place
+    thin: float  # MiB of a workspace that cuts slabs of a late pass by rows too
 
 
 _MODEL: dict[str, Any] = {
@@ -59,9 +63,12 @@ FULL = Sizes(
     6,
     100,
     _MODEL,
+    (32000, 32001, 131072),
+    1.0,
 )
 # The interpreter takes milliseconds an instruction.
-TOY = Sizes((5, 1), (32, 31), (64, 65), ("float32",), 2, 3, {**_MODEL, "hidden_size": 64})
+_SMALL = {**_MODEL, "hidden_size": 64}
+TOY = Sizes((5, 1), (32, 31), (64, 65), ("float32",), 2, 3, _SMALL, (64, 65), 5e-5)
 
 Verdict = tuple[str, dict[str, Any]]
 Checks = Callable[[torch.device, Sizes], Iterator[Verdict]]
@@ -73,6 +80,7 @@ LOSSES: dict[str, Any] = {
     "lipo": "lipo",
     "kl": {"dpo": 1.0, "kl_retain": 1.0},
 }
+KERNELS = ("logits_epilogue", "linear_stats", "linear_coefficients")
 # name -> what the workspace holds, in groups: two, and less than one.
 SCHEDULES = {"frozen": 2.5, "by groups": 2.5, "late": 0.4}
 
@@ -97,26 +105,139 @@ def _wide(x: Inputs) -> Inputs:
     return Inputs(*(t.double() if t.is_floating_point() else t for t in x))
 
 
-def frozen_head(name: str, device: torch.device, sizes: Sizes) -> Iterator[Verdict]:
-    """`linear_stats` of a frozen head: its coefficients are written over the products' own rows."""
-    for n, d, v in itertools.product(sizes.tokens, sizes.widths, sizes.vocabularies):
-        x = make_inputs((n, d, v), getattr(torch, name), device)
-        # Three blocks of rows, the last one shorter.
-        mib = n * v * 8 / 2.5 / 2**20
+TIMES = 10
+"""A race need not show the first time."""
 
-        def run(backend: Any, x: Inputs, mib: float = mib) -> Outputs:
-            leaf = x.hidden.detach().requires_grad_()
-            logps = fastpo.linear_stats(
-                leaf, x.weight, x.labels, backend=backend, workspace_mib=mib
-            )["logps"]
-            (grad,) = torch.autograd.grad(logps, leaf, x.cotangents.to(logps))
-            return {"logps": logps.detach(), "grad_hidden": grad}
 
-        ours, again = run("triton", x), run("triton", x)
-        yield (
-            f"head {name} {n}x{d}x{v}",
-            verdict(ours, again, run("torch", _wide(x)), run("torch", x)),
+def in_place(name: str, device: torch.device, sizes: Sizes) -> Iterator[Verdict]:
+    """Coefficients over their products, time after time: the bits that they have elsewhere."""
+    dtype, n = getattr(torch, name), sizes.tokens[0]
+    rows = torch.arange(min(n, 64), device=device)
+    for v in sizes.slabs:
+        generator = torch.Generator(device).manual_seed(0)
+        products = torch.empty(n, v, device=device).normal_(std=4, generator=generator)
+        labels = torch.randint(v, (n,), generator=generator, device=device)
+        elsewhere = written(products, labels, dtype, apart=True)
+        moved = Counter[str]()
+        for _ in range(TIMES):
+            for output, value in written(products, labels, dtype).items():
+                moved[output] += not torch.equal(value, elsewhere[output])
+        case = f"in place {name} {n}x{v}"
+        if moved.total():
+            said = ", ".join(
+                f"{output} {count} of {TIMES} times" for output, count in moved.items()
+            )
+            yield case, {"status": "wrong", "why": f"other bits than elsewhere: {said}"}
+            continue
+
+        def dense(wide: torch.dtype, p: Tensor = products, y: Tensor = labels) -> Outputs:
+            log_p = p[rows].to(wide).log_softmax(1)
+            at = y[rows, None]
+            logps = log_p.gather(1, at)
+            c = log_p.exp().neg_().scatter_(1, at, -logps.expm1())
+            c = c if wide == torch.float64 else c.to(dtype)  # rounded once, as the kernel does
+            return {"logps": logps.squeeze(1), "epilogue": c, "kept": c}
+
+        mine = {output: value[rows] for output, value in elsewhere.items()}
+        yield case, verdict(mine, mine, dense(torch.float64), dense(torch.float32))
+
+
+def written(products: Tensor, labels: Tensor, dtype: torch.dtype, apart: bool = False) -> Outputs:
+    """Statistics and C by both kernels that write it, over copies of the products or `apart`."""
+    from fastpo.kernels.kept_coefficients import kept_coefficients
+    from fastpo.kernels.logits_epilogue import logits_epilogue, over
+
+    def place() -> tuple[Tensor, Tensor]:
+        slab = products if apart else products.clone()
+        return slab, torch.empty_like(slab, dtype=dtype) if apart else over(slab, dtype)
+
+    slab, out = place()
+    want = ("logps", "lse", "lse_rest")
+    stats, c = logits_epilogue(slab, labels, want=want, coefficient_of="logps", out=out)
+    assert c is not None
+    slab, out = place()
+    given: dict[str, Any] = {**stats, "grad_logps": torch.ones_like(stats["logps"])}
+    kept = kept_coefficients(
+        slab, labels, v_start=0, vocab_size=products.shape[1], out=out, **given
+    )
+    return {"logps": stats["logps"], "epilogue": c, "kept": kept}
+
+
+def products(name: str, device: torch.device, sizes: Sizes) -> Iterator[Verdict]:
+    """Products in half precision into fp32, put or added, as the head's gradients are."""
+    from fastpo.tiles import put_matmul_
+
+    dtype, v = getattr(torch, name), sizes.vocabularies[-1]
+    for (m, k, n), add in itertools.product(
+        ((sizes.tokens[0], v, sizes.widths[0]), (v, sizes.tokens[0], sizes.widths[-1])),
+        (False, True),
+    ):
+        generator = torch.Generator(device).manual_seed(0)
+        a, b, sums = (
+            torch.empty(size, device=device).normal_(generator=generator)
+            for size in ((m, k), (k, n), (m, n))
         )
+        a, b = a.to(dtype), b.to(dtype)
+
+        def run(a: Tensor = a, b: Tensor = b, sums: Tensor = sums, add: bool = add) -> Outputs:
+            return {"sum": put_matmul_(sums.clone(), a, b, add=add)}
+
+        wide = a.double() @ b.double() + (sums if add else 0.0)
+        plain = a.float() @ b.float() + (sums if add else 0.0)
+        # Tensor cores cut a sum of k terms off at every step, in the same direction.
+        found = verdict(run(), run(), {"sum": wide}, {"sum": plain}, {"sum": float(k)})
+        yield f"product {name} {m}x{k}x{n}{', added' if add else ''}", found
+
+
+def run_frozen(backend: Any, x: Inputs, mib: float) -> Outputs:
+    """Log-probs and the gradient to the hidden states."""
+    leaf = x.hidden.detach().requires_grad_()
+    logps = fastpo.linear_logps(leaf, x.weight, x.labels, backend=backend, workspace_mib=mib)
+    (grad,) = torch.autograd.grad(logps, leaf, x.cotangents.to(logps))
+    return {"logps": logps.detach(), "grad_hidden": grad}
+
+
+def frozen_mib(n: int, v: int) -> float:
+    """A workspace of three blocks of rows, the last one shorter."""
+    return n * v * 4 / 2.5 / 2**20
+
+
+def kept_mib(n: int, v: int) -> float:
+    """A workspace that holds the products of n tokens."""
+    return n * v * 4.01 / 2**20
+
+
+def run_twice(backend: Any, x: Inputs, mib: float, walks: int = 2) -> Outputs:
+    """Log-probs of a trained head and its gradients, as often as the graph is walked."""
+    leaves = hidden, weight = [t.detach().requires_grad_() for t in (x.hidden, x.weight)]
+    logps = fastpo.linear_logps(hidden, weight, x.labels, backend=backend, workspace_mib=mib)
+    found = {"logps": logps.detach()}
+    for walk in range(walks):
+        more = walk + 1 < walks
+        grads = torch.autograd.grad(logps, leaves, x.cotangents.to(logps), retain_graph=more)
+        found |= {f"{what} {walk}": g for what, g in zip(("dH", "dW"), grads, strict=True)}
+    return found
+
+
+def heads(name: str, device: torch.device, sizes: Sizes) -> Iterator[Verdict]:
+    """The head by kernels: frozen at every size, then trained late by rows, and kept."""
+    dtype = getattr(torch, name)
+
+    def case(what: str, run: Callable[..., Outputs], x: Inputs, mib: float) -> Verdict:
+        ours, again = run("triton", x, mib), run("triton", x, mib)
+        size = "x".join(map(str, (*x.hidden.shape, len(x.weight))))
+        found = verdict(ours, again, run("torch", _wide(x), mib), run("torch", x, mib))
+        return f"{what} {name} {size}", found
+
+    for n, d, v in itertools.product(sizes.tokens, sizes.widths, sizes.vocabularies):
+        x = make_inputs((n, d, v), dtype, device)
+        yield case("head", run_frozen, x, frozen_mib(n, v))
+    n, d = sizes.tokens[0], sizes.widths[0]
+    for v in sizes.vocabularies:
+        x = make_inputs((n, d, v), dtype, device)
+        yield case("late by rows", partial(run_twice, walks=1), x, sizes.thin)
+        # The second walk finds its products spent, and forms them again.
+        yield case("kept, walked twice", run_twice, x, kept_mib(n, v))
 
 
 class Batch(NamedTuple):
@@ -186,22 +307,27 @@ def run_loss(
     return {name: value for name, value in outputs.items() if value is not None}
 
 
+def schedule_mib(schedule: str, objective: str, batch: Batch, sizes: Sizes) -> float:
+    """A workspace that makes it the schedule."""
+    tokens = sizes.response * batch.segments.grid.shape[1]
+    heads = 2 if objective == "kl" else 1
+    return heads * SCHEDULES[schedule] * tokens * len(batch.x.weight) * 4 / 2**20
+
+
 def losses(name: str, device: torch.device, sizes: Sizes) -> Iterator[Verdict]:
     """A preference loss by kernels, next to the same loss by plain PyTorch."""
     shape = sizes.widths[0], sizes.vocabularies[-1]
     for kind in dict.fromkeys((sizes.dtypes[0], sizes.dtypes[-1])):
         dtype = getattr(torch, kind)
         batch = make_batch(name, kind, sizes, device, shape)
-        tokens = sizes.response * batch.segments.grid.shape[1]
         # A sum of log-probs is rounded as what cancels in the margin is.
         nats = batch.ref_logps.double().abs().sum().item() / batch.segments.num_responses
         # Interpreted, a schedule takes seconds: one objective has them all.
         brief = sizes is TOY and name != "dpo"
-        for schedule, held in SCHEDULES.items():
+        for schedule in SCHEDULES:
             if brief and schedule != "by groups":
                 continue
-            heads = 2 if name == "kl" else 1
-            mib = heads * held * tokens * shape[1] * 4 / 2**20
+            mib = schedule_mib(schedule, name, batch, sizes)
             run = partial(run_loss, name, batch, trained=schedule != "frozen", mib=mib)
             ours, again = (run(backend="triton", dtype=dtype) for _ in range(2))
             plain = run(backend="torch", dtype=dtype)
@@ -213,7 +339,7 @@ def losses(name: str, device: torch.device, sizes: Sizes) -> Iterator[Verdict]:
             yield f"{name} {schedule} {kind}", verdict(ours, again, truth, plain, terms)
 
 
-def _kernel_results(kernel: str, x: Inputs, dtype: torch.dtype | None) -> Outputs:
+def kernel_results(kernel: str, x: Inputs, dtype: torch.dtype | None) -> Outputs:
     """One kernel's outputs; with a dtype those of its plain PyTorch reference."""
     from fastpo.kernels import linear_coefficients as c
     from fastpo.kernels import linear_stats as s
@@ -249,8 +375,8 @@ def kernels(kernel: str, name: str, device: torch.device, sizes: Sizes) -> Itera
     """One kernel by itself, at every combination of sizes."""
     for n, d, v in itertools.product(sizes.tokens, sizes.widths, sizes.vocabularies):
         x = make_inputs((n, d, v), getattr(torch, name), device)
-        ours, again = _kernel_results(kernel, x, None), _kernel_results(kernel, x, None)
-        plain, truth = (_kernel_results(kernel, x, dt) for dt in (torch.float32, torch.float64))
+        ours, again = kernel_results(kernel, x, None), kernel_results(kernel, x, None)
+        plain, truth = (kernel_results(kernel, x, dt) for dt in (torch.float32, torch.float64))
         terms = {"entropy": torch.tensor(float(v)).log().item()}
         terms |= {name: value.abs().max().item() for name, value in truth.items() if name == "lse"}
         terms["logps"] = terms.get("lse", 0.0)
@@ -368,9 +494,11 @@ def attention(name: str, device: torch.device, sizes: Sizes) -> Iterator[Verdict
 
 def chunks(sizes: Sizes) -> dict[str, Checks]:
     """name -> checks, the ones that no interpreter can vouch for first."""
-    found: dict[str, Checks] = {f"head {dt}": partial(frozen_head, dt) for dt in sizes.dtypes}
+    found: dict[str, Checks] = {f"in place {dt}": partial(in_place, dt) for dt in sizes.dtypes}
+    found |= {f"head {dt}": partial(heads, dt) for dt in sizes.dtypes}
+    found |= {f"products {dt}": partial(products, dt) for dt in sizes.dtypes}
     found |= {f"loss {name}": partial(losses, name) for name in LOSSES}
-    for kernel in ("logits_epilogue", "linear_stats", "linear_coefficients"):
+    for kernel in KERNELS:
         found |= {f"{kernel} {dt}": partial(kernels, kernel, dt) for dt in sizes.dtypes}
     for name in ("segments", "varlen", "merge", "flex"):
         found[f"attention {name}"] = partial(attention, name)
@@ -389,12 +517,15 @@ def run_chunk(name: str, device: torch.device) -> Iterator[Verdict]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """One chunk, a line of JSON a case."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_right", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.right", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("chunk", choices=chunks(FULL))
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args(arguments)
-    for case, found in run_chunk(options.chunk, torch.device(options.device)):
+    device = torch.device(options.device)
+    if device.type != "cpu":
+        find_packed_kernels()
+    for case, found in run_chunk(options.chunk, device):
         print(json.dumps([case, found]), flush=True)
 
 

@@ -29,13 +29,14 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from tqdm import tqdm
 
-from bench.gpu_book import BOOK, Book
+from bench.gpu.book import BOOK, Book
 from bench.harness import RESULTS, device_slug
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LOG = "log.txt"
 TAIL_LINES = 20
 TABLE_LINES = 58
+LEAST_LINES = 4  # of a part, whatever those before it say
 # A part of which less than half could run would end without its answer: others get the time.
 LEAST = 0.5
 # Toy shapes take seconds, imports on a busy machine take more.
@@ -120,14 +121,14 @@ def run_child(command: Sequence[str], limit: float, log: Path, title: str, **env
 
 def child_of(part: Part, out: Path, device: torch.device, limit: float) -> Ended:
     """The process of a part."""
-    command = [sys.executable, "-m", f"bench.gpu_{part.phase}", part.name, "--out", str(out)]
+    command = [sys.executable, "-m", f"bench.gpu.{part.phase}", part.name, "--out", str(out)]
     command += ["--device", str(device), "--seconds", f"{limit:.0f}"]
     env = {}
     if device.type == "cpu":
         # Barriers of several threads cost more than toy tensors do.
         env["OMP_NUM_THREADS"] = "1"
         # Read once, when a kernel is defined: one process compiles kernels or interprets them.
-        env |= {"TRITON_INTERPRET": "1"} if part.name == "right" else {}
+        env |= {"TRITON_INTERPRET": "1"} if part.name in ("right", "head_a") else {}
     return run_child(command, limit, out / LOG, part.name, **env)
 
 
@@ -182,7 +183,8 @@ def table(book: Book, parts: Sequence[Part]) -> str:
             for text in facts.get("digest", []) + facts.get("tail", [])[-1:]
             for line in textwrap.wrap(text, 110, subsequent_indent="    ")
         ]
-        share = room // (len(parts) - number)
+        after = len(parts) - number - 1
+        share = max(room // (after + 1), room - LEAST_LINES * after)
         if len(said) > share:
             said = [*said[: max(0, share - 1)], f"... {len(said) - share + 1} more: {BOOK}, {LOG}"]
         lines += [f"  {line}" for line in said]
@@ -233,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{part.phase:8} {part.name:9} {part.seconds:4} s  {part.question}")
         return 0
     if options.pack:
-        from bench.gpu_pack import pack
+        from bench.gpu.pack import pack
 
         return pack(options.pack, ROOT, cache=not options.no_cache)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -26,10 +26,10 @@ from xml.etree import ElementTree
 import torch
 from torch import Tensor
 
-from bench import gpu_right
-from bench.gpu_book import Book, Options, each, run_part, tidy
+from bench.gpu import right as checks
+from bench.gpu.book import Book, Options, each, run_part, tidy
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def seconds_of(run: Callable[[], object], device: torch.device, rounds: int = 10) -> float:
@@ -140,9 +140,9 @@ def env(book: Book, options: Options) -> int:
     return 0
 
 
-def _chunk_alone(name: str, device: torch.device) -> Iterator[gpu_right.Verdict]:
+def _chunk_alone(name: str, device: torch.device) -> Iterator[checks.Verdict]:
     """A chunk in a process of its own: a crash there is the chunk's last case."""
-    command = [sys.executable, "-m", "bench.gpu_right", name, "--device", str(device)]
+    command = [sys.executable, "-m", "bench.gpu.right", name, "--device", str(device)]
     with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT
@@ -160,15 +160,15 @@ def _chunk_alone(name: str, device: torch.device) -> Iterator[gpu_right.Verdict]
 
 
 def right(book: Book, options: Options) -> int:
-    """Every chunk of `gpu_right`, ten at a time on a GPU; how many cases were not right."""
+    """Every chunk of `bench.gpu.right`, ten at a time on a GPU; how many cases were not right."""
     device = options.device
     done = set(book.part("right").get("chunks", []))
-    names = [n for n in gpu_right.chunks(gpu_right.FULL) if n not in done]
+    names = [n for n in checks.chunks(checks.FULL) if n not in done]
     if options.toy:
-        names = [n for n in gpu_right.chunks(gpu_right.TOY) if n not in done]
+        names = [n for n in checks.chunks(checks.TOY) if n not in done]
 
     def chunk(name: str) -> None:
-        alone = gpu_right.run_chunk if options.toy else _chunk_alone
+        alone = checks.run_chunk if options.toy else _chunk_alone
         fine = True
         for case, found in alone(name, device):
             book.add("right", case, **found)
@@ -289,7 +289,7 @@ def _ours(stack: Iterable[traceback.FrameSummary]) -> str | None:
 
     None for checks of a CPU's tensors alone: on a GPU those return at once.
     """
-    frames = [f for f in stack if "gpu_smoke" not in f.filename]
+    frames = [f for f in stack if f.filename != __file__]
     inner = [f for f in frames if "/fastpo/" in f.filename] or frames
     place = Path(inner[-1].filename)
     if place.name == "scores.py" and inner[-1].name == "__post_init__":
@@ -353,7 +353,7 @@ def waits(device: torch.device) -> Iterator[Counter[str]]:
 
 def syncs(book: Book, options: Options) -> int:
     """Host waits of a loss, frozen and by groups, and of a trainer's step."""
-    device, sizes = options.device, gpu_right.TOY if options.toy else gpu_right.FULL
+    device, sizes = options.device, checks.TOY if options.toy else checks.FULL
     kind, shape = sizes.dtypes[0], (sizes.widths[0], sizes.vocabularies[0])
     dtype = getattr(torch, kind)
     digest: list[str] = []
@@ -364,13 +364,12 @@ def syncs(book: Book, options: Options) -> int:
         digest.append(f"{case}: {found.total()} waits" + (f" ({places})" if places else ""))
 
     def loss(schedule: str) -> None:
-        batch = gpu_right.make_batch("dpo", kind, sizes, device, shape)
-        held = gpu_right.SCHEDULES[schedule] * 2 * sizes.response
-        mib = held * shape[1] * 4 / 2**20
+        batch = checks.make_batch("dpo", kind, sizes, device, shape)
+        mib = checks.schedule_mib(schedule, "dpo", batch, sizes)
         backend = "torch" if options.toy else "triton"
 
         def run() -> None:
-            gpu_right.run_loss("dpo", batch, backend, schedule != "frozen", mib, dtype)
+            checks.run_loss("dpo", batch, backend, schedule != "frozen", mib, dtype)
 
         run()  # compiles
         with waits(device) as found:
@@ -397,7 +396,7 @@ def syncs(book: Book, options: Options) -> int:
 
         with tempfile.TemporaryDirectory() as folder:
             wide = torch.float32 if options.toy else torch.bfloat16
-            trainer = gpu_right.make_trainer(
+            trainer = checks.make_trainer(
                 sizes.model, device, wide, folder, callbacks=[Counting()], steps=2
             )
             trainer.train()

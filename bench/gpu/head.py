@@ -1,6 +1,7 @@
 """The head beside its peers on a GPU, with a truth that takes a second instead of minutes.
 
 `bench.head` compares every number with float64; this looks at 512 rows and two columns of dW.
+What fastpo takes stands beside what `bench.predict` says.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bench import predict
 from bench.contenders import OURS, STEPS, TOKEN_OPS, Unavailable, fastpo_step
-from bench.gpu_book import Book, Options, each, tidy
+from bench.gpu.book import Book, Options, each, tidy
+from bench.gpu.pieces import measure_piece, missing_pieces, piece_lines
 from bench.harness import (
     GATE,
     Outputs,
@@ -30,6 +33,7 @@ MIB = {"256 MiB": 256, "1 GiB": 1024, "4 GiB": 4096}
 SMALLEST = "256 MiB"
 NUM_PAIRS = 16  # of 512 tokens at N = 8192, so that a group fits the smallest workspace
 GIVEN = "dpo, reference given"
+PIECES_AFTER = 4  # cases of fastpo's own schedules, which come first
 TRUTH_ROWS, TRUTH_BLOCK = 512, 512
 
 
@@ -57,9 +61,9 @@ def head_cases(part: str, toy: bool) -> list[Case]:
         return [
             Case("logps", "frozen", shape, tokens),
             Case(GIVEN, "trained", shape, sizes=tuple(MIB)),
+            Case("logps", "trained", shape, tokens),
             Case("logps", "forward", shape, tokens),
             Case("dpo", "trained", shape, steps, tuple(MIB)),
-            Case("logps", "trained", shape, tokens),
         ]
     shapes = [(64, 32, 512)] if toy else [(2048, 4096, 128256), (32768, 4096, 128256)]
     return [
@@ -161,9 +165,23 @@ def head_contenders(
 
     found: dict[str, Callable[[], Callable[[], Outputs]]] = {}
     for size in case.sizes:
-        name = OURS if size == SMALLEST else f"{OURS}, {size}"
-        found[name] = lambda size=size: ours(MIB[size])
+        found[own_name(size)] = lambda size=size: ours(MIB[size])
     return found | {name: lambda name=name: theirs(name) for name in case.peers}
+
+
+def predicted(case: Case, mib: int) -> float:
+    """Seconds that fastpo should take on an H200."""
+    n, d, v = case.shape
+    if case.task == "logps":
+        of_mode = {"forward": predict.forward, "frozen": predict.frozen, "trained": predict.late}
+        return of_mode[case.mode](n, d, v, mib).seconds
+    reference = predict.forward(n, d, v, mib).seconds if case.task == "dpo" else 0.0
+    return predict.groups(n, d, v, mib).seconds + reference
+
+
+def own_name(size: str) -> str:
+    """Of fastpo with a workspace."""
+    return OURS if size == SMALLEST else f"{OURS}, {size}"
 
 
 def measure_head(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -220,23 +238,38 @@ def measure_head(case: Case, dtype: torch.dtype, device: torch.device) -> dict[s
         if device.type == "cuda":
             tidy(device)
             found[name]["peak_extra_bytes"] = peak_extra_bytes(runs[name], device)
+    if predict.holds_for(device):
+        for size in case.sizes:
+            found[own_name(size)]["predicted_seconds"] = round(predicted(case, MIB[size]), 6)
     speed = round(limit_products * 2 * n * d * v / bare["median"])
     limits = {"products": limit_products, "seconds": bare, "flop_per_second": speed}
     return {"limit": limits, "contenders": found}
 
 
 def head_lines(cases: Iterable[dict[str, Any]]) -> list[str]:
-    """A line a case: milliseconds of everyone, fastest first."""
+    """A line a case: milliseconds of everyone, fastest first.
+
+    Beside fastpo's stand those predicted, and the share of it that its bare products take.
+    """
     lines = []
     for case in cases:
         key, every = case["key"], case["contenders"]
         timed = {n: c["seconds"]["median"] for n, c in every.items() if "seconds" in c}
         timed["limit"] = case["limit"]["seconds"]["median"]
-        said = [f"{n} {1e3 * t:.3g}" for n, t in sorted(timed.items(), key=lambda item: item[1])]
+        said = [
+            f"{n} {1e3 * t:.3g}{_beside(every.get(n, {}))}"
+            for n, t in sorted(timed.items(), key=lambda item: item[1])
+        ]
         said += [f"{n} {c['status']}" for n, c in every.items() if "seconds" not in c]
         size = "x".join(map(str, key["shape"]))
         lines.append(f"{key['task']} {key['mode']} {size}, ms: {', '.join(said)}")
     return lines
+
+
+def _beside(found: dict[str, Any]) -> str:
+    if "predicted_seconds" not in found:
+        return ""
+    return f" (predicted {1e3 * found['predicted_seconds']:.3g}; {found['of_limit']:.2f} of bare)"
 
 
 def head(part: str, book: Book, options: Options) -> int:
@@ -257,14 +290,20 @@ def head(part: str, book: Book, options: Options) -> int:
     missing = record.missing(keys)
 
     def lines() -> list[str]:
-        return head_lines(c for c in record.data["cases"] if c["key"] in keys)
+        of_cases = head_lines(c for c in record.data["cases"] if c["key"] in keys)
+        return [*of_cases, *piece_lines(part, book)]
 
-    def one(case: Case) -> None:
+    def one(case: Case | str) -> None:
+        if isinstance(case, str):
+            measure_piece(case, part, book, options)
+            return
         found = measure_head(case, getattr(torch, dtype), options.device)
         record.add(case.key(dtype), **found)
         book.put(part, digest=lines())
 
-    todo = [case for case in cases if case.key(dtype) in missing]
+    todo: list[Case | str] = [case for case in cases if case.key(dtype) in missing]
+    if part == "head_a":
+        todo[PIECES_AFTER:PIECES_AFTER] = missing_pieces(part, book, options.toy)
     failed = each(todo, one, options.device)
     print("\n".join(lines()))
     mine = [

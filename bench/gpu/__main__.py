@@ -1,0 +1,5 @@
+"""Start `bench.gpu.run`."""
+
+from bench.gpu.run import main
+
+raise SystemExit(main())
