@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -61,18 +63,25 @@ def statuses(out: Path) -> dict[str, str]:
 
 
 def test_a_hanging_child_ends_at_its_limit_with_all_that_it_started(tmp_path: Path) -> None:
+    mine = f"77.{os.getpid()}"  # nobody else's
     text = "import subprocess, sys, time; print('begun', flush=True)\n"
-    text += "subprocess.Popen(['sleep', '77.125']); time.sleep(77)"
+    text += f"subprocess.Popen(['sleep', '{mine}']); time.sleep(77)"
     begin = time.monotonic()
     ended = run.run_child([sys.executable, "-c", text], 2, tmp_path / "log.txt", "hanging")
     assert ended.code is None
     assert time.monotonic() - begin < 20
     assert ended.tail == ["begun"]
-    for command in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            assert b"77.125" not in command.read_bytes()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
+
+    def alive() -> list[bytes]:
+        found = []
+        for command in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                found.append(command.read_bytes())
+        return [words for words in found if words.split(b"\0")[:2] == [b"sleep", mine.encode()]]
+
+    while alive() and time.monotonic() - begin < 20:
+        time.sleep(0.1)  # a signal takes a moment to end what it was sent to
+    assert not alive()
 
 
 def test_the_last_lines_of_a_failing_child_are_kept(tmp_path: Path) -> None:
