@@ -25,6 +25,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import math
+import numbers
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
@@ -213,8 +215,9 @@ def plan_head(
 
 def workspace_in_mib(workspace_mib: Workspace, device: torch.device) -> float:
     """Return the workspace of a call on `device`; `auto` is `schedules.auto_workspace_mib`."""
+    check_workspace(workspace_mib)
     if not isinstance(workspace_mib, str):
-        return workspace_mib
+        return float(workspace_mib)
     if device.type != "cuda":
         return auto_workspace_mib(None)
     return auto_workspace_mib(torch.cuda.get_device_properties(device).total_memory)
@@ -334,6 +337,12 @@ def linear_stats(
     leaf = into = None
     if isinstance(accumulate_grad, Tensor):
         into = accumulate_grad
+        fits = is_cut(weight) or into.shape == weight.shape
+        if not (fits and into.is_floating_point()):
+            raise ValueError(
+                f"accumulate_grad must be {list(weight.shape)} of floating point: got "
+                f"{list(into.shape)} of {into.dtype}"
+            )
     elif accumulate_grad and not torch.compiler.is_compiling():
         leaf = weight
     rows: dict[str, Tensor | None] = {"weight": weight, "bias": bias}
@@ -512,12 +521,15 @@ def _check(
 
 
 def check_workspace(workspace_mib: Workspace) -> None:
-    """Raise ValueError for what is neither a positive number of MiB nor `auto`."""
-    number = None
-    if isinstance(workspace_mib, int | float) and not isinstance(workspace_mib, bool):
-        number = workspace_mib
-    if not (workspace_mib == "auto" if number is None else number > 0):
-        raise ValueError(f"workspace_mib must be positive, or 'auto': got {workspace_mib!r}")
+    """Raise ValueError for what is neither a positive finite number of MiB nor `auto`."""
+    if isinstance(workspace_mib, numbers.Real) and not isinstance(workspace_mib, bool):
+        fine = 0 < workspace_mib < math.inf
+    else:
+        fine = isinstance(workspace_mib, str) and workspace_mib == "auto"
+    if not fine:
+        raise ValueError(
+            f"workspace_mib must be positive and finite, or 'auto': got {workspace_mib!r}"
+        )
 
 
 def _check_lora(lora: Lora, weight: Tensor) -> None:

@@ -77,7 +77,7 @@ class Plan(NamedTuple):
             return tuple(self.want)
         needed = (*self.want, "lse", "lse_rest", "logps")
         if any(name.startswith(("ref_", "kl_", "jsd")) for name in self.want):
-            needed += ("ref_lse", "ref_lse_rest")
+            needed += ("ref_lse", "ref_lse_rest", "ref_logps")
         if "jsd" in self.grads:
             needed += ("kl_policy_mix",)
         return tuple(dict.fromkeys(needed))

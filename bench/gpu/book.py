@@ -35,8 +35,20 @@ class Book:
         self._lock = threading.Lock()
 
     def read(self) -> dict[str, Any]:
-        """The whole file; an empty book where there is none."""
-        return json.loads(self.path.read_text()) if self.path.exists() else {"parts": {}}
+        """The whole file; an empty book where there is none.
+
+        Raises:
+            ValueError: the file is not such a book.
+        """
+        if not self.path.exists():
+            return {"parts": {}}
+        try:
+            data = json.loads(self.path.read_text())
+            if isinstance(data["parts"], dict):
+                return data
+        except (ValueError, TypeError, KeyError):
+            pass
+        raise ValueError(f"{self.path} is torn, or no book of bench.gpu: remove it")
 
     def part(self, name: str) -> dict[str, Any]:
         """What is known of a part."""
@@ -64,7 +76,10 @@ class Book:
             here = environment(device)
             # One without a result belongs to nobody.
             if data["parts"] and data.get("environment") != here:
-                raise ValueError(f"{BOOK} holds results of another environment: pass --fresh")
+                raise ValueError(
+                    f"{BOOK} holds results of another environment: pass --fresh with "
+                    f"{', '.join(data['parts'])}, or another --out"
+                )
             data["environment"] = here
 
     @contextlib.contextmanager

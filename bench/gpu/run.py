@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
+import math
 import os
 import signal
 import subprocess
@@ -24,7 +26,7 @@ import time
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import torch
 from tqdm import tqdm
@@ -220,7 +222,30 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not (options.smoke or options.measure or options.only or options.list or options.pack):
         parser.error("say what to do: --smoke, --measure, --only PART, --pack DIR or --list")
+    if options.only and not chosen(options):
+        parser.error(f"--only {' '.join(options.only)}: of the other phase; leave its flag out")
+    if options.budget is not None and not 0 < options.budget < math.inf:
+        parser.error(f"--budget {options.budget:g} must be a positive number of seconds")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no GPU here")
     return options
+
+
+def lock(out: Path) -> BinaryIO:
+    """The log, held by one run at a time.
+
+    Raises:
+        ValueError: another run holds it.
+    """
+    held = (out / LOG).open("ab")
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        held.close()
+        raise ValueError(f"another run writes to {out}: pass another --out") from None
+    except OSError:
+        pass  # a file system without locks
+    return held
 
 
 def _stop(number: int, frame: Any) -> NoReturn:
@@ -228,7 +253,7 @@ def _stop(number: int, frame: Any) -> NoReturn:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the parts, print the table last; 0 where none failed."""
+    """Run the parts, print the table last; 0 where none failed, 2 where none could start."""
     options = parse(arguments)
     if options.list:
         for part in PARTS:
@@ -243,16 +268,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Toy results must not take the place of a CPU's own records.
     default = Path("runs/gpu-cpu") if device.type == "cpu" else RESULTS / device_slug(device)
     out = (options.out or default).resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    if options.fresh:
-        for file in (file for part in parts for file in part.files):
-            (out / file).unlink(missing_ok=True)
-    book = Book(out)
-    book.open(device, [part.name for part in parts] if options.fresh else ())
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        held = lock(out)
+        book = Book(out)
+        book.open(device, [part.name for part in parts] if options.fresh else ())
+        if options.fresh:
+            for file in (file for part in parts for file in part.files):
+                (out / file).unlink(missing_ok=True)
+    except (OSError, ValueError) as why:
+        print(f"bench.gpu: {why}", file=sys.stderr)
+        return 2
     on_cpu = device.type == "cpu"
     expected = sum(SECONDS_ON_CPU if on_cpu else part.seconds for part in parts)
     signal.signal(signal.SIGTERM, _stop)
-    fine = run(parts, out, device, options.budget or expected)
+    with held:
+        fine = run(parts, out, device, options.budget or expected)
     print(f"\n{table(book, parts)}")
     if on_cpu:
         print("toy shapes on a CPU: the command ran, nothing was measured")

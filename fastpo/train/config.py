@@ -14,7 +14,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from fastpo.data.build import DataOptions
 from fastpo.data.positions import PositionSynthesis
-from fastpo.head import Head
+from fastpo.head import Head, check_workspace
 from fastpo.loss import PreferenceLoss
 from fastpo.model.device import default_device, native_bf16
 from fastpo.optional import require_transformers
@@ -298,6 +298,7 @@ class PreferenceConfig(TrainingArguments):
             value = getattr(self, name)
             if isinstance(value, str) and value != "auto":
                 raise ValueError(f"{name}={value!r} is neither a number of {what} nor 'auto'")
+        check_workspace(self.workspace_mib)  # pyright: ignore[reportArgumentType]
         if self.offload_activations and not self.activation_checkpointing:
             raise ValueError(
                 "offload_activations=True moves the inputs of checkpointed layers: it needs "

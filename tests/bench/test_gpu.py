@@ -154,6 +154,39 @@ def test_results_of_another_environment_are_refused(tmp_path: Path) -> None:
     assert book.read()["parts"] == {}
 
 
+@pytest.mark.parametrize("text", ['{"parts": {"en', "[]", "{}", '{"parts": []}'])
+def test_what_is_no_book_is_refused_in_one_line(text, tmp_path: Path, capsys) -> None:
+    (tmp_path / BOOK).write_text(text)
+    assert run.main(["--only", "tune", "--device", "cpu", "--out", str(tmp_path)]) == 2
+    assert re.fullmatch(r"bench.gpu: .* remove it\n", capsys.readouterr().err)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").touch()
+    assert run.main(["--only", "tune", "--device", "cpu", "--out", str(tmp_path / "file")]) == 2
+    assert re.fullmatch(r"bench.gpu: .*File exists.*\n", capsys.readouterr().err)
+
+
+def test_a_second_run_into_a_folder_is_refused(tmp_path: Path, capsys) -> None:
+    with run.lock(tmp_path):
+        assert run.main(["--only", "tune", "--device", "cpu", "--out", str(tmp_path)]) == 2
+    assert "another run writes to" in capsys.readouterr().err
+    assert not (tmp_path / BOOK).exists()
+
+
+@pytest.mark.parametrize("seconds", ["0", "-5", "nan", "inf"])
+def test_a_budget_is_a_positive_number(seconds, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run.parse(["--measure", "--budget", seconds])
+    assert f"--budget {seconds} must be a positive number" in capsys.readouterr().err
+
+
+def test_parts_of_the_other_phase_alone_are_refused(capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run.parse(["--smoke", "--only", "head_a"])
+    assert "--only head_a: of the other phase" in capsys.readouterr().err
+
+
 def test_the_table_fits_a_screen_whatever_parts_say(tmp_path: Path) -> None:
     book = Book(tmp_path)
     for part in run.PARTS:

@@ -390,6 +390,9 @@ def test_autocast_computes_in_its_dtype():
         ({"softcap": 0.0}, "softcap must be positive"),
         ({"temperature": -1.0}, "temperature must be positive"),
         ({"workspace_mib": 0}, "workspace_mib must be positive"),
+        ({"accumulate_grad": torch.zeros(V, D + 1)}, r"accumulate_grad must be \[507, \d+\]"),
+        ({"accumulate_grad": torch.zeros(V - 1, D)}, r"got \[506, \d+\] of torch.float32"),
+        ({"accumulate_grad": torch.zeros(V, D).long()}, "of torch.int64"),
     ],
 )
 def test_bad_arguments_are_named(change, message):

@@ -6,12 +6,13 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastpo import linear_logps, linear_stats, ops
+from fastpo import PreferenceLoss, linear_logps, linear_stats, ops
 from fastpo.head import choose_backend, plan_head
 from fastpo.schedules import auto_workspace_mib, choose_schedule, even_blocks
 from fastpo.tiles import DIFFERENTIABLE, put_matmul_
@@ -158,11 +159,23 @@ def test_auto_workspace():
     assert cpu == plan_head(4096, 131072, 64, device="cpu", needs_head=True, workspace_mib=256)[1]
 
 
-@pytest.mark.parametrize("mib", [0, -1, "256", "most", True, float("nan"), None])
+@pytest.mark.parametrize("mib", [0, -1, "256", "most", True, float("nan"), float("inf"), None])
 def test_what_is_no_workspace_is_refused_by_name(mib):
     x, labels = torch.randn(4, 8), torch.zeros(4, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"workspace_mib must be positive, or 'auto': got"):
+    message = r"workspace_mib must be positive and finite, or 'auto': got"
+    with pytest.raises(ValueError, match=message):
         linear_logps(x, torch.randn(16, 8), labels, workspace_mib=mib)
+    # Before a loss is cut into groups by it.
+    loss = PreferenceLoss("simpo", torch.nn.Linear(8, 16), beta=2.0)
+    with pytest.raises(ValueError, match=message):
+        loss(torch.randn(2, 3, 8), torch.zeros(2, 3, dtype=torch.long), workspace_mib=mib)
+
+
+@pytest.mark.parametrize("mib", [np.float32(3), np.int64(3)], ids=repr)
+def test_a_workspace_may_be_any_number(mib):
+    x, w, labels = torch.randn(4, 8), torch.randn(16, 8), torch.zeros(4, dtype=torch.long)
+    expected = linear_logps(x, w, labels, workspace_mib=3)
+    torch.testing.assert_close(linear_logps(x, w, labels, workspace_mib=mib), expected)
 
 
 class Calls(torch.utils._python_dispatch.TorchDispatchMode):
