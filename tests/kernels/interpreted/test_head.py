@@ -152,18 +152,19 @@ def test_any_part_may_be_the_trained_one(leaves):
 @pytest.mark.parametrize("mib", [THIN, 2 * WHOLE], ids=["recompute", "kept"])
 def test_a_trained_head_beside_a_reference(name, mib):
     """With a divergence alone: what its coefficients take besides was not asked for."""
-    x = make(N, D, V, torch.float64, bias=True)
-    ref_hidden = x.hidden.flip(0)
-    found = []
-    for backend in ("triton", "torch"):
-        leaves = [getattr(x, leaf).clone().requires_grad_() for leaf in LEAVES]
+    x = make(N, D, V, torch.float32, bias=True)
+
+    def run(y: Inputs, backend: str) -> tuple[Tensor, ...]:
+        leaves = [getattr(y, leaf).clone().requires_grad_() for leaf in LEAVES]
         stats = linear_stats(
-            *leaves[:2], x.labels, bias=leaves[2], stats=(name,), ref_hidden=ref_hidden,
+            *leaves[:2], y.labels, bias=leaves[2], stats=(name,), ref_hidden=y.hidden.flip(0),
             backend=backend, workspace_mib=mib,
         )  # fmt: skip
-        found.append(torch.autograd.grad(stats[name].sum(), leaves))
-    for ours, plain in zip(*found, strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-11)
+        return torch.autograd.grad(stats[name].sum(), leaves)
+
+    ours, plain, truth = run(x, "triton"), run(x, "torch"), run(x.double(), "torch")
+    for triple in zip(ours, plain, truth, strict=True):
+        assert_three_way(*triple, name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
