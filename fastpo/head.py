@@ -522,11 +522,11 @@ def _check(
 
 def check_workspace(workspace_mib: Workspace) -> None:
     """Raise ValueError for what is neither a positive finite number of MiB nor `auto`."""
-    if isinstance(workspace_mib, numbers.Real) and not isinstance(workspace_mib, bool):
-        fine = 0 < workspace_mib < math.inf
-    else:
-        fine = isinstance(workspace_mib, str) and workspace_mib == "auto"
-    if not fine:
+    number: Any = None
+    # NumPy's are numbers too; torch.compile knows a float it traces by its class alone.
+    if isinstance(workspace_mib, int | float | numbers.Real):
+        number = None if isinstance(workspace_mib, bool) else workspace_mib
+    if not (workspace_mib == "auto" if number is None else 0 < number < math.inf):
         raise ValueError(
             f"workspace_mib must be positive and finite, or 'auto': got {workspace_mib!r}"
         )
