@@ -182,7 +182,7 @@ def _extras() -> None:
             try:
                 require_transformers(extra)
             except PackageError as old:
-                text = str(old)
+                text = f"{old}; {text}" if missing else str(old)
         _line(extra, text)
 
 
