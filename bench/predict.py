@@ -1,8 +1,8 @@
 """How long should a call of the head take on an H200, before one has run it?
 
 Arithmetic on the schedules that `fastpo.head.plan_head` chooses: matrix products at the rate of
-whole tiles in whole waves, everything else at the rate of a copy. Two figures were measured on an
-H200, everything that follows from them is a prediction: to be checked by `python -m bench.gpu`.
+whole tiles in whole waves, everything else at the rate of a copy. What follows from these two rates
+is a prediction, to be checked by `python -m bench.gpu`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from fastpo.head import most_kept_tokens, plan_head
 from fastpo.schedules import Schedule, even_blocks
 from fastpo.tiles import blocks
 
-# Measured: PyTorch's bf16 product of 8192^3 on random data, and a copy of 4.3 GB, read and written.
+# Seen on one H200 under PyTorch 2.11, of which no record is kept here: a bf16 product of 8192^3 on
+# random data, and a copy, bytes read and written. `python -m bench.gpu --only env` makes a record.
 FLOP_PER_SECOND, BYTES_PER_SECOND = 790e12, 4.3e12
 MULTIPROCESSORS = 132
 TILES = ((128, 256), (256, 128), (128, 128), (64, 256))
@@ -187,9 +188,10 @@ def section() -> str:
     )
     return f"""## What an H200 should take, by arithmetic
 
-`python -m bench.account --page docs/head.md` rewrites this section. None of it is a measurement but
-two rates, seen on an H200: {FLOP_PER_SECOND / 1e12:g} TFLOP/s of a bf16 product of 8192^3, and a
-copy of {BYTES_PER_SECOND / 1e12:g} TB/s.
+`python -m bench.account --page docs/head.md` rewrites this section. Nothing of it is a measurement.
+It rests on two rates that an H200 was seen to reach: {FLOP_PER_SECOND / 1e12:g} TFLOP/s of a bf16
+product of 8192^3, and a copy of {BYTES_PER_SECOND / 1e12:g} TB/s. `python -m bench.gpu --only env`
+looks at both.
 
 Cells are predicted ms of one bf16 call, the fraction of it that bare products at that rate would
 take, and in brackets the rows of a slab (late: rows x columns of coefficients; groups: tokens of a
@@ -199,12 +201,12 @@ workspace where there are several parts.
 
 {chr(10).join(lines)}
 
-Against the goals at {", ".join(map(str, GOAL_SHAPE))}, in ms: {goals}.
+Against this project's goals at {", ".join(map(str, GOAL_SHAPE))}, in ms: {goals}.
 
-`late` counts {FUSED} of cuBLAS's rate for the kernel that recomputes coefficients. A product by
-cuBLAS and a sweep in place would take {1e3 * by_cublas.seconds:.1f} ms at the same slab, at 4 bytes
-an element where the kernel takes 2. The kernel is ahead from {_even_rate(by_cublas.seconds):.2f} of
-cuBLAS's rate on.
+By this arithmetic `late` misses its goal. It counts {FUSED} of cuBLAS's rate for the kernel that
+recomputes coefficients. A product by cuBLAS and a sweep in place would take
+{1e3 * by_cublas.seconds:.1f} ms at the same slab, at 4 bytes an element where the kernel takes 2.
+The kernel is ahead from {_even_rate(by_cublas.seconds):.2f} of cuBLAS's rate on.
 """
 
 

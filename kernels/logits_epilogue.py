@@ -11,8 +11,8 @@ One launch, one program a row, two sweeps: online statistics, then C. Traffic 4 
 statistics and (4 + size of C) BV for the coefficients; no exponential is ever stored.
 
 C may take the place of the products that it is made of (`over`), so that a slab costs 4 bytes an
-element and not 4 + size of C. The second sweep walks backwards: what the first one read last is
-still in the L2 cache, 60 MB of the 200 MB that the rows in flight have on an H100.
+element and not 4 + size of C. The second sweep walks backwards, since what the first one read last
+may still be in the L2 cache: 60 MB on an H200, where the rows in flight have 200 at V = 131072.
 """
 
 from __future__ import annotations
