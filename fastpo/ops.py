@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from fastpo.sharding import Shard
-from fastpo.tiles import NOTHING_KEPT, Heads, Kept, Link, Tiles, accumulator, blocks
+from fastpo.tiles import NOTHING_KEPT, OF_REFERENCE, Heads, Kept, Link, Tiles, accumulator, blocks
 from fastpo.torch_tiles import TorchTiles, p_alone
 from fastpo.triton_tiles import TritonTiles
 
@@ -65,10 +65,14 @@ class Plan(NamedTuple):
         return self.schedule in ("kept", "recompute")
 
     @property
+    def of_reference(self) -> bool:
+        """Whether a second head's logits are formed too."""
+        return any(name in OF_REFERENCE for name in self.want)
+
+    @property
     def spends(self) -> bool:
         """Whether coefficients can take the place of the products that were kept for them."""
-        of_reference = any(name.startswith(("ref_", "kl_", "jsd")) for name in self.want)
-        return self.backend == "triton" and self.schedule == "kept" and not of_reference
+        return self.backend == "triton" and self.schedule == "kept" and not self.of_reference
 
     @property
     def found(self) -> tuple[str, ...]:
@@ -76,7 +80,7 @@ class Plan(NamedTuple):
         if not self.late:
             return tuple(self.want)
         needed = (*self.want, "lse", "lse_rest", "logps")
-        if any(name.startswith(("ref_", "kl_", "jsd")) for name in self.want):
+        if self.of_reference:
             needed += ("ref_lse", "ref_lse_rest", "ref_logps")
         if "jsd" in self.grads:
             needed += ("kl_policy_mix",)
