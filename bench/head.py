@@ -110,6 +110,12 @@ def dpo(logps: Tensor, ref_logps: Tensor, num_pairs: int = NUM_PAIRS) -> Tensor:
     return -F.logsigmoid(BETA * (chosen - rejected)).mean()
 
 
+def less_label(log_p: Tensor, labels: Tensor) -> Tensor:
+    """Return p - onehot [B, V] from log p, without cancellation at the label [B]."""
+    label = labels[:, None]
+    return log_p.exp().scatter_(1, label, log_p.gather(1, label).expm1())
+
+
 def by_hand(inputs: Inputs, task: str, mode: str, dtype: torch.dtype) -> tuple[Outputs, Tensor]:
     """(outputs, p_y) from the closed form in `dtype`, a block of rows at a time.
 
@@ -145,10 +151,8 @@ def by_hand(inputs: Inputs, task: str, mode: str, dtype: torch.dtype) -> tuple[O
     grad_hidden, grad_weight = [], torch.zeros_like(weight, dtype=wide)
     for lo in blocks:
         rows = slice(lo, lo + _TRUTH_ROWS)
-        hidden, label = inputs.hidden[rows].to(dtype), inputs.labels[rows, None]
-        log_p = log_probs(hidden)
-        c = log_p.exp()
-        c.scatter_(1, label, log_p.gather(1, label).expm1())  # p - onehot without cancellation
+        hidden = inputs.hidden[rows].to(dtype)
+        c = less_label(log_probs(hidden), inputs.labels[rows])
         c = (c * -cotangents[rows, None]).to(dtype)
         grad_hidden.append(c @ weight)
         if mode == "trained":

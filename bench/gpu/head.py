@@ -27,7 +27,7 @@ from bench.harness import (
     peak_extra_bytes,
     summary,
 )
-from bench.head import Inputs, called, dpo, make_inputs, matmul_limit
+from bench.head import Inputs, called, dpo, less_label, make_inputs, matmul_limit
 
 MIB = {"256 MiB": 256, "1 GiB": 1024, "4 GiB": 4096}
 SMALLEST = "256 MiB"
@@ -84,10 +84,7 @@ def sampled(
         return (hidden.to(dtype) @ weight.T).to(wide).log_softmax(1)
 
     def coefficients(pick: Tensor) -> Tensor:
-        label = inputs.labels[pick, None]
-        log_p = log_probs(inputs.hidden[pick])
-        c = log_p.exp()
-        c.scatter_(1, label, log_p.gather(1, label).expm1())
+        c = less_label(log_probs(inputs.hidden[pick]), inputs.labels[pick])
         return (c * -cotangents[pick, None]).to(dtype)
 
     everyone = torch.arange(len(inputs.labels), device=rows.device).split(TRUTH_BLOCK)

@@ -17,7 +17,7 @@ from torch import Tensor
 from bench import predict
 from bench.gpu.book import Book, Options
 from bench.harness import check, interleaved, summary
-from bench.head import Inputs, make_inputs
+from bench.head import Inputs, less_label, make_inputs
 from fastpo.tiles import matmul, put_matmul_
 
 SLICE = (8192, 4096, 8192)
@@ -119,8 +119,7 @@ def recompute(dtype: torch.dtype, device: torch.device, toy: bool) -> dict[str, 
 
     def dense(wide: torch.dtype) -> Tensor:
         log_p = (x.hidden[rows].to(wide) @ x.weight.to(wide).T).log_softmax(1)
-        at = x.labels[rows, None]
-        c = log_p.exp().neg_().scatter_(1, at, -log_p.gather(1, at).expm1())
+        c = less_label(log_p, x.labels[rows]).neg_()
         c *= x.cotangents[rows, None]
         return c if wide == torch.float64 else c.to(dtype)
 
@@ -140,8 +139,7 @@ def slab(
     def dense(wide: torch.dtype) -> Tensor:
         weight = x.weight.to(wide)
         log_p = (x.hidden[some].to(wide) @ weight.T).log_softmax(1)
-        at = x.labels[some, None]
-        c = log_p.exp().neg_().scatter_(1, at, -log_p.gather(1, at).expm1())
+        c = less_label(log_p, x.labels[some]).neg_()
         # In the inputs' dtype coefficients are rounded before the product.
         return c @ weight if wide == torch.float64 else c.to(dtype).float() @ weight
 

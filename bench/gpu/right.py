@@ -24,7 +24,7 @@ from torch import Tensor
 import fastpo
 from bench.gpu.book import find_packed_kernels
 from bench.harness import Outputs, check
-from bench.head import Inputs, make_inputs
+from bench.head import Inputs, less_label, make_inputs
 from fastpo.loss import PreferenceLoss
 from fastpo.scores import Segments
 
@@ -132,11 +132,10 @@ def in_place(name: str, device: torch.device, sizes: Sizes) -> Iterator[Verdict]
 
         def dense(wide: torch.dtype, p: Tensor = products, y: Tensor = labels) -> Outputs:
             log_p = p[rows].to(wide).log_softmax(1)
-            at = y[rows, None]
-            logps = log_p.gather(1, at)
-            c = log_p.exp().neg_().scatter_(1, at, -logps.expm1())
+            c = less_label(log_p, y[rows]).neg_()
             c = c if wide == torch.float64 else c.to(dtype)  # rounded once, as the kernel does
-            return {"logps": logps.squeeze(1), "epilogue": c, "kept": c}
+            logps = log_p.gather(1, y[rows, None]).squeeze(1)
+            return {"logps": logps, "epilogue": c, "kept": c}
 
         mine = {output: value[rows] for output, value in elsewhere.items()}
         yield case, verdict(mine, mine, dense(torch.float64), dense(torch.float32))
