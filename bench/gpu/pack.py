@@ -33,6 +33,7 @@ WHEELS = (
     "bitsandbytes==0.50.2",
 )
 KERNELS = "triton.tar.gz"
+EVERYTHING = b"*\n"  # what git is to ignore in the folder
 GLIBC = ("2_39", "2_34", "2_28", "2_27", "2_24", "2_17", "2_12", "2_5")
 
 RUN = r"""#!/usr/bin/env bash
@@ -122,14 +123,33 @@ def repository_bytes(root: Path, folder: Path) -> int:
     return sum(path.lstat().st_size for path in inside if path.exists() or path.is_symlink())
 
 
+def prepare(folder: Path) -> Path:
+    """Make the folder, or clear the wheels of an earlier pack; return where wheels go.
+
+    Raises:
+        RuntimeError: it cannot be written, or holds what no pack left there.
+    """
+    mark, store = folder / ".gitignore", folder / "wheels"
+    try:
+        found = {file.name for file in folder.iterdir()} if folder.exists() else set()
+        packed = mark.is_file() and mark.read_bytes() == EVERYTHING
+        strange = found - {mark.name, store.name, KERNELS, "run.sh"} if packed else found
+        if strange:
+            raise RuntimeError(f"{folder} holds {min(strange)}, not of a pack: name a new folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.write_bytes(EVERYTHING)
+        store.mkdir(exist_ok=True)
+        for old in store.glob("*.whl"):
+            old.unlink()
+    except OSError as why:
+        raise RuntimeError(f"{why.filename}: {why.strerror}: name a folder to write to") from None
+    return store
+
+
 def pack(folder: Path, root: Path, cache: bool = True, wheels: Sequence[str] = WHEELS) -> int:
     """Fill the folder, print the size of every item; 1 and one line where it cannot be."""
-    store = folder / "wheels"
-    store.mkdir(parents=True, exist_ok=True)
-    (folder / ".gitignore").write_text("*\n")
-    for old in store.glob("*.whl"):
-        old.unlink()
     try:
+        store = prepare(folder)
         for wheel in wheels:
             print(f"{wheel}", flush=True)
             download(wheel, store)

@@ -376,6 +376,28 @@ def test_a_wheel_that_does_not_exist_is_refused_in_one_line(tmp_path, monkeypatc
     assert "transformers==" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "left", "why"),
+    [
+        ("mine", ("mine/notes.txt", "x"), "holds notes.txt, not of a pack"),
+        ("mine", ("mine/.gitignore", "/build\n"), "holds .gitignore, not of a pack"),
+        ("mine", ("mine/run.sh", "x"), "holds run.sh, not of a pack"),
+        ("mine", ("mine", "x"), "mine: Not a directory"),
+        ("mine/pack", ("mine", "x"), "Not a directory"),
+    ],
+)
+def test_only_a_pack_is_packed_over(name, left, why, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(pack, "download", downloader(1))
+    file = tmp_path / left[0]
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(left[1])
+    assert run.main(["--pack", str(tmp_path / name), "--no-cache"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert why in line
+    assert file.read_text() == left[1]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [file.name]
+
+
 @pytest.mark.slow
 def test_smoke_runs_to_its_last_line_on_a_cpu(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench.gpu", "--smoke", "--device", "cpu"]

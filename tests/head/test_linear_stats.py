@@ -349,8 +349,12 @@ def test_double_backward_is_refused():
 
 @pytest.mark.parametrize(("rows", "vocab_size"), [(50257, 50257), (151936, 151665)])
 def test_large_vocabulary(rows, vocab_size):
-    """GPT-2's, and Qwen's with its padding."""
-    x = inputs(torch.float32, n=3, d=16, v=rows)
+    """GPT-2's, and Qwen's with its padding.
+
+    With 3 tokens the worst of few errors is chance: the BLAS sums 151665 products in an order of
+    its own for each number of threads.
+    """
+    x = inputs(torch.float32, n=16, d=16, v=rows)
     del x["ref_hidden"]
     x["labels"] %= vocab_size
     wide = {k: t if k == "labels" else t.double() for k, t in x.items()}
