@@ -134,10 +134,12 @@ def lipo(
     if discount not in ("log", "log2"):
         raise ValueError(f"unknown discount {discount!r} of lipo; use 'log' or 'log2'")
     u, q = live(ratio, mask), live(score, mask).to(ratio.dtype)
-    ranks = 1.0 + _ranks(u, tie_key, mask).to(u.dtype)
+    # Both differences cancel between near grades and between far ranks: in float64, as the kernel.
+    ranks = 1.0 + _ranks(u, tie_key, mask).double()
     inverse = 1 / (ranks.log() if discount == "log" else ranks.log2())
     better = graded_above(score, mask)
-    weight = live(differences(torch.exp2(q)) * differences(inverse), better).abs()
+    changes = differences(torch.exp2(q.double())) * differences(inverse)
+    weight = live(changes, better).abs().to(u.dtype)
     losses = live(weight * logistic(beta * live(differences(u), better)), better).sum((-2, -1))
     if normalise:
         ideal = _ideal_dcg(torch.expm1(LN2 * q), mask, discount).squeeze(-1)

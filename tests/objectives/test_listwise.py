@@ -183,6 +183,14 @@ def test_lipo_of_zero_grades_is_zero() -> None:
     assert (value(run("lipo", LISTS, 0 * GRADES, normalise=True)) == 0).all()
 
 
+def test_lipo_keeps_the_digits_of_near_grades() -> None:
+    """2^q of grades that differ by 1e-6: single precision would keep one digit of the weight."""
+    q = 0.5 + torch.arange(K).double().expand(B, K) * 2**-20
+    single = value(run("lipo", LISTS.float(), q.float()))
+    exact = value(run("lipo", LISTS.float().double(), q))
+    assert_three_way(single, exact.float(), exact)
+
+
 def test_lipo_size_is_that_of_the_live_list() -> None:
     mask = torch.arange(K) < torch.tensor([2, 3, 4, 2, 3, 4])[:, None]
     plain = value(run("lipo", LISTS, GRADES, mask))

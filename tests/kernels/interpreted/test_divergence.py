@@ -129,6 +129,7 @@ def test_statistics(dtype, facts, b, v):
     log_p, log_q = log_softmaxes(x.double(), widened(facts))
     of_p, of_q = ((p.exp() * (log_p - log_q).abs()).sum(1).max() for p in (log_p, log_q))
     terms |= {"kl_policy_ref": of_p, "kl_policy_mix": of_p, "kl_ref_policy": of_q}
+    terms["jsd"] = torch.maximum(of_p, of_q)
     terms = {name: value.item() for name, value in terms.items()}
     for name in COMPARED:
         same = [stats[name] for stats in plains]
