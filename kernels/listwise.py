@@ -69,11 +69,14 @@ def log1p_sum_exp(b_x, m_b):
 
 @triton.jit
 def soft_targets(c_q, m_c, TEMPERATURE: tl.constexpr):
-    """(max, sum) [BG] of a softmax of the grades: t = e^(q / TEMPERATURE - max) / sum."""
-    c_s = tl.where(m_c, c_q / TEMPERATURE, NEG_INF)
+    """(max, sum) [BG] of a softmax of the grades: t = e^((q - max) / TEMPERATURE) / sum.
+
+    Subtracted first, since 7.85 / 1e-4 is rounded by .004, which is as much of t.
+    """
+    c_s = tl.where(m_c, c_q, NEG_INF)
     top = tl.max(c_s, axis=1)
     top = tl.where(top == NEG_INF, 0.0, top)
-    total = tl.sum(tl.exp(c_s - top[:, None]), axis=1)
+    total = tl.sum(tl.exp((c_s - top[:, None]) / TEMPERATURE), axis=1)
     return top, tl.where(total == 0.0, 1.0, total)
 
 
@@ -112,7 +115,7 @@ def without_pairs(
         loss = tl.where(complete, logistic(z), 0.0)
     elif FORM == "nca":
         top, total = soft_targets(c_q, m_c, TEMPERATURE)
-        c_t = tl.exp(c_q / TEMPERATURE - top[:, None]) / total[:, None]
+        c_t = tl.exp((c_q - top[:, None]) / TEMPERATURE) / total[:, None]
         size = tl.sum(m_c.to(ACC), axis=1)
         c_n = (1.0 / tl.where(size == 0.0, 1.0, size))[:, None]
         loss = live_sum(logistic(-c_g) * c_n + c_t * logistic(c_g), m_c)
@@ -270,8 +273,8 @@ def list_kernel(
                 else:
                     if TARGETS == "softmax":
                         # An empty row's 0 may be far above the grades, and 0 * inf NaN.
-                        r_t = tl.exp(tl.where(m_i, r_q / TEMPERATURE, NEG_INF) - top[:, None])
-                        r_t /= total[:, None]
+                        r_t = (tl.where(m_i, r_q, NEG_INF) - top[:, None]) / TEMPERATURE
+                        r_t = tl.exp(r_t) / total[:, None]
                     else:  # shares of the grades, equal where all are 0
                         equal = (1.0 / tl.where(size == 0.0, 1.0, size))[:, None]
                         r_t = r_q / tl.where(total == 0.0, 1.0, total)[:, None]

@@ -76,8 +76,10 @@ def logo(
 
 def _soft_labels(score: Tensor, mask: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
     """[G, K] -> [G, K]: softmax of the grades over live slots, 0 elsewhere."""
-    q = live(score, mask).to(dtype) / temperature
-    return live(q.where(mask, torch.finfo(dtype).min).softmax(-1), mask)
+    q = score.to(dtype).where(mask, torch.finfo(dtype).min)
+    # Subtracted first: 7.85 / 1e-4 is rounded by .004, which is as much of a label.
+    best = q.sort(-1).values[:, -1:]  # `amax` refuses K = 0
+    return live(((q - best) / temperature).softmax(-1), mask)
 
 
 def infonca(

@@ -351,8 +351,8 @@ def test_double_backward_is_refused():
 def test_large_vocabulary(rows, vocab_size):
     """GPT-2's, and Qwen's with its padding.
 
-    With 3 tokens the worst of few errors is chance: the BLAS sums 151665 products in an order of
-    its own for each number of threads.
+    Of 16 tokens, since the worst error of 3 is chance: the BLAS sums 151665 products in an order
+    that depends on the number of threads.
     """
     x = inputs(torch.float32, n=16, d=16, v=rows)
     del x["ref_hidden"]

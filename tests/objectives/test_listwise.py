@@ -183,11 +183,12 @@ def test_lipo_of_zero_grades_is_zero() -> None:
     assert (value(run("lipo", LISTS, 0 * GRADES, normalise=True)) == 0).all()
 
 
-def test_lipo_keeps_the_digits_of_near_grades() -> None:
-    """2^q of grades that differ by 1e-6: single precision would keep one digit of the weight."""
+@pytest.mark.parametrize("name", ["lipo", "infonca", "nca"])
+def test_near_grades_keep_their_digits(name: str) -> None:
+    """Grades 1e-6 apart: single precision has one digit of 2^q's difference, two of q / 1e-4's."""
     q = 0.5 + torch.arange(K).double().expand(B, K) * 2**-20
-    single = value(run("lipo", LISTS.float(), q.float()))
-    exact = value(run("lipo", LISTS.float().double(), q))
+    single = value(run(name, LISTS.float(), q.float()))
+    exact = value(run(name, LISTS.float().double(), q))
     assert_three_way(single, exact.float(), exact)
 
 
