@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -24,6 +24,9 @@ from fastpo.head import (
 )
 from fastpo.objectives import get_objective
 from fastpo.objectives.base import Objective, Outcome, Statistic
+from fastpo.objectives.domain import Domain, Misfit, Positive, fitted
+from fastpo.objectives.elsewhere import answer
+from fastpo.objectives.links import check_smoothing
 from fastpo.objectives.lipo import tie_keys
 from fastpo.objectives.regularisers import REGULARISERS
 from fastpo.scores import STATISTIC_OF, Segments, score_responses
@@ -69,11 +72,6 @@ class Component(NamedTuple):
     hyper: dict[str, Any]
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(sorted(known))}"
-
-
 def resolve(objective: str | Mapping[str, float], hyper: Mapping[str, Any]) -> list[Component]:
     """Name or mixture, and its hyper-parameters, as components.
 
@@ -81,38 +79,54 @@ def resolve(objective: str | Mapping[str, float], hyper: Mapping[str, Any]) -> l
     A number may be two, [first, last], between which it moves linearly as training goes on.
 
     Raises:
-        ValueError: an unknown objective or hyper-parameter (with the nearest name), a list that is
-            not two numbers, a weight that is not a finite number, an empty mixture.
+        ValueError: an unknown objective or hyper-parameter (with its name here, or the nearest), a
+            value outside its domain, a weight that is not above 0, an empty mixture.
     """
+    if not isinstance(objective, str | Mapping):
+        raise ValueError(
+            f"objective={objective!r} is neither a name nor a mapping of names to weights"
+        )
     mixture = {objective: 1.0} if isinstance(objective, str) else dict(objective)
     if not mixture:
         raise ValueError("the mixture of objectives is empty: name at least one")
+    components = []
     for name, weight in mixture.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or weight - weight != 0:
-            raise ValueError(f"objective {name!r} has weight {weight!r}: give a finite number")
-    components = [Component(get_objective(name), float(w), {}) for name, w in mixture.items()]
-    known = {key for c in components for key in c.objective.hyper}
-    known |= {f"{c.objective.name}.{key}" for c in components for key in c.objective.hyper}
+        try:
+            components.append(Component(get_objective(name), float(fitted(weight, Positive)), {}))
+        except Misfit as misfit:
+            raise ValueError(
+                f"objective {name!r} has weight {weight!r}: it {misfit}; leave out what has none"
+            ) from None
+    owners: dict[str, list[Component]] = {}
+    for component in components:
+        for key in component.objective.hyper:
+            owners.setdefault(key, []).append(component)
+            owners[f"{component.objective.name}.{key}"] = [component]
     # "dpo.beta" after "beta", so that the particular overrides the general.
     for key in sorted(hyper, key=lambda k: "." in k):
-        if key not in known:
+        if key not in owners:
             raise ValueError(
                 f"{' + '.join(mixture)} has no hyper-parameter {key!r}: "
-                f"{_nearest(key, sorted(known))}"
+                + _hint(key, hyper[key], components, owners)
             )
-        owner, _, name = key.rpartition(".")
-        for component in components:
-            if name in component.objective.hyper and owner in ("", component.objective.name):
-                component.hyper[name] = _checked_move(key, hyper[key])
+        name = key.rpartition(".")[2]
+        for component in owners[key]:
+            try:
+                component.hyper[name] = component.objective.fitted(name, hyper[key])
+            except Misfit as misfit:
+                raise ValueError(f"{key}={hyper[key]!r} {misfit}") from None
+    for component in components:
+        in_force = {**component.objective.hyper, **component.hyper}
+        check_smoothing(in_force.get("loss_type", ""), in_force.get("label_smoothing", 0))
     return components
 
 
-def _checked_move(key: str, value: Any) -> Any:
-    if not isinstance(value, list | tuple):
-        return value
-    if len(value) != 2 or not all(type(end) in (int, float) for end in value):
-        raise ValueError(f"{key}={value!r}: one number, or two that it moves between over training")
-    return tuple(value)
+def _hint(key: str, value: Any, components: list[Component], owners: Iterable[str]) -> str:
+    """What an unknown hyper-parameter is called here, or the nearest name, or all names."""
+    known = sorted(owners)
+    said = answer(key, value, components[0].objective.name, known)
+    close = difflib.get_close_matches(key, known, n=1)
+    return said or (f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}")
 
 
 class PreferenceLoss(nn.Module):
@@ -183,6 +197,15 @@ class PreferenceLoss(nn.Module):
             for name in c.objective.needs
             if name not in c.objective.statistics
         )
+
+    @property
+    def grade_domains(self) -> list[tuple[str, Domain]]:
+        """Of every component that takes grades its name, and what they must be."""
+        return [
+            (c.objective.name, c.objective.grades(c.hyper))
+            for c in self.components
+            if "score" in c.objective.needs
+        ]
 
     @property
     def needs_kl(self) -> bool:
@@ -444,13 +467,18 @@ class PreferenceLoss(nn.Module):
             if not bool(taken.all()):
                 wrong = int((~taken).nonzero()[0])
                 raise ValueError(c.objective.size_error(int(sizes[wrong]), f"group {wrong}"))
-        if segments.score is not None and "score" in self.needs:
-            absent = segments.score.isnan() & segments.mask
-            if bool(absent.any()):
-                group, slot = absent.nonzero()[0].tolist()
+        for name, domain in () if segments.score is None else self.grade_domains:
+            wrong = ~domain.holds(segments.score) & segments.mask
+            if bool(wrong.any()):
+                group, slot = wrong.nonzero()[0].tolist()
+                grade = segments.score[group, slot].item()
+                absent = grade != grade
                 raise ValueError(
-                    f"{self._named()} needs every response's grade, but response {slot} of group "
-                    f"{group} has none: {_REMEDY['score']}"
+                    f"{name} needs every response's grade, but response {slot} of group {group} "
+                    f"has none: {_REMEDY['score']}"
+                    if absent
+                    else f"{name} takes grades that are {domain}, but response {slot} of group "
+                    f"{group} has {grade:g}"
                 )
         missing = [role for role in self.extras if role not in segments.extras]
         if missing:

@@ -8,6 +8,7 @@ from .base import Objective
 from .batchwise import BATCHWISE
 from .contexts import CONTEXTS
 from .diffusion import DIFFUSION
+from .elsewhere import called_here, plain
 from .lipo import LIPO
 from .listwise import LISTWISE
 from .pairwise import PAIRWISE
@@ -38,17 +39,32 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
+def unknown_objective(name: object) -> str:
+    """What to tell somebody who asks for an objective that there is not: its name, or the nearest.
+
+    >>> unknown_objective("sigmoid")
+    "unknown objective 'sigmoid': here it is dpo"
+    """
+    here = plain(name) if plain(name) in OBJECTIVES else called_here(name)
+    if here != str(name):
+        return f"unknown objective {name!r}: here it is {here}"
+    near = get_close_matches(plain(name), OBJECTIVES, n=5, cutoff=0)
+    listed = ", ".join(map(repr, near[:-1]))
+    return (
+        f"unknown objective {name!r}: did you mean {listed} or {near[-1]!r}? `fastpo objectives` "
+        "lists all"
+    )
+
+
 def get_objective(name: str) -> Objective:
     """The objective called `name`.
 
     Raises:
-        ValueError: no such name; the message has the nearest one and the whole list.
+        ValueError: no such name; the message has what it is called here, or the nearest five.
     """
-    if name in OBJECTIVES:
-        return OBJECTIVES[name]
-    near = get_close_matches(name, OBJECTIVES, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"unknown objective {name!r}: {hint}choose from {', '.join(OBJECTIVES)}")
+    if name not in OBJECTIVES:
+        raise ValueError(unknown_objective(name))
+    return OBJECTIVES[name]
 
 
-__all__ = ["OBJECTIVES", "SECTIONS", "get_objective"]
+__all__ = ["OBJECTIVES", "SECTIONS", "get_objective", "unknown_objective"]

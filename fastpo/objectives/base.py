@@ -2,7 +2,8 @@
 
 The names of a function's positional parameters are the scores it needs (`ratio`, `mean_logps`,
 `kl`, `score`, ...: the table in `fastpo.scores.score_responses`); its keyword-only parameters are
-its hyper-parameters. Nothing else has to be declared: the engine reads the signature.
+its hyper-parameters. Their annotations are their domains (`beta: Positive`, `score: Gains`; see
+`domain`). Nothing else has to be declared: the engine reads the signature.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 from torch import Tensor
+
+from .domain import FINITE, Domain, domain_of, moved
 
 Family = Literal["pair", "point", "list"]
 """pair: exactly two candidates. point: each candidate alone. list: two or more, ragged."""
@@ -96,6 +99,8 @@ class Objective:
         formula: one line of plain text for tables.
         statistics: batch statistics that `fn` takes by name.
         extras: roles of the extra responses that every group must bring.
+        labels: the labels of which the data need some, or there is nothing to learn.
+        grades_if: other domains of `score`, by a hyper-parameter and its value.
     """
 
     name: str
@@ -105,6 +110,8 @@ class Objective:
     formula: str
     statistics: Mapping[str, Statistic] = field(default_factory=dict)
     extras: tuple[str, ...] = ()
+    labels: tuple[bool, ...] = ()
+    grades_if: Mapping[tuple[str, Any], Domain] = field(default_factory=dict)
 
     def takes(self, count: Any) -> Any:
         """Whether groups of so many candidates can be compared; a number or a tensor of them."""
@@ -139,3 +146,23 @@ class Objective:
             for p in inspect.signature(self.fn).parameters.values()
             if p.kind is inspect.Parameter.KEYWORD_ONLY
         }
+
+    @cached_property
+    def annotations(self) -> dict[str, Any]:
+        """Parameter -> annotation, domains included."""
+        return get_type_hints(self.fn, include_extras=True)
+
+    def fitted(self, name: str, value: Any) -> Any:
+        """`value` as the hyper-parameter `name` takes it; see `domain.moved`.
+
+        Raises:
+            Misfit: it does not.
+        """
+        return moved(value, self.annotations.get(name, Any))
+
+    def grades(self, hyper: Mapping[str, Any]) -> Domain:
+        """What `score` must be under these hyper-parameters."""
+        for (name, value), domain in self.grades_if.items():
+            if hyper.get(name, self.hyper[name]) == value:
+                return domain
+        return domain_of(self.annotations.get("score")) or FINITE

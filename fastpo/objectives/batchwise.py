@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .base import Objective, Outcome, Statistic, mean
+from .domain import FlipRate, NonNegative, Positive, ProperShare
 from .links import live, logistic, smoothed_logistic
 from .pairwise import margin_of, pair_outcome
 
@@ -85,8 +86,8 @@ def aot(
     sorted_ref_margin: Tensor,  # [n]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.01,
-    label_smoothing: float = 0.0,
+    beta: Positive = 0.01,
+    label_smoothing: FlipRate = 0.0,
 ) -> Outcome:
     r"""Alignment via optimal transport, paired: the policy's margins dominate the reference's.
 
@@ -120,8 +121,8 @@ def aot_unpaired(
     sorted_rejected: Tensor,  # [n]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.01,
-    label_smoothing: float = 0.0,
+    beta: Positive = 0.01,
+    label_smoothing: FlipRate = 0.0,
 ) -> Outcome:
     r"""Alignment via optimal transport, unpaired: chosen log-ratios dominate rejected ones.
 
@@ -175,11 +176,11 @@ def beta_dpo(
     margin_std: Tensor,  # [1]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
-    alpha: float = 0.6,
-    rho: float = 0.2,
-    beta_min: float = 0.001,
-    momentum: float = 0.9,
+    beta: Positive = 0.1,
+    alpha: NonNegative = 0.6,
+    rho: ProperShare = 0.2,
+    beta_min: NonNegative = 0.001,
+    momentum: ProperShare = 0.9,
 ) -> Outcome:
     r"""DPO with dynamic beta: outlying pairs are dropped, and beta follows the batch's margin.
 
@@ -198,17 +199,12 @@ def beta_dpo(
     seed, step and row (Gumbel top-k), and so the same on every rank. Reward $\beta u$.
     Paper: https://arxiv.org/abs/2407.08639
 
-    Raises:
-        ValueError: `rho` is outside [0, 1).
-
     >>> import torch
     >>> u, keys = torch.tensor([[5.0, -5.0]]), torch.tensor([[7, 7]])
     >>> draws, M, s = torch.tensor([[10.0, 0.0]]), torch.tensor([5.0]), torch.tensor([1.0])
     >>> beta_dpo(u, keys, draws, M, s, torch.ones(1, 2).bool()).terms[0].values  # 0.1 * (1 + 3)
     tensor([0.0181])
     """
-    if not 0 <= rho < 1:
-        raise ValueError(f"rho is {rho}; it is the share of pairs dropped and must be in [0, 1)")
     size = len(draws)
     kept = max(1, int((1 - rho) * size))
 
@@ -235,11 +231,11 @@ def alpha_dpo(
     margin_std: Tensor,  # [1]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 2.5,
-    gamma_beta_ratio: float = 0.15,
-    alpha: float = 0.05,
-    label_smoothing: float = 0.0,
-    momentum: float = 0.9,
+    beta: Positive = 2.5,
+    gamma_beta_ratio: NonNegative = 0.15,
+    alpha: NonNegative = 0.05,
+    label_smoothing: FlipRate = 0.0,
+    momentum: ProperShare = 0.9,
 ) -> Outcome:
     r"""AlphaDPO: SimPO whose target margin follows how far the pair is from the reference.
 
@@ -283,9 +279,9 @@ def dr_dpo(
     log_mean_exp: Tensor,  # []
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
-    beta_prime: float = 1.0,
-    label_smoothing: float = 0.0,
+    beta: Positive = 0.1,
+    beta_prime: Positive = 1.0,
+    label_smoothing: FlipRate = 0.0,
 ) -> Outcome:
     r"""Distributionally robust DPO: pairs that the policy contradicts weigh less.
 
@@ -329,10 +325,10 @@ def maxmin(
     cohorts: Tensor,  # [C, 3] cohort, mean loss, share of the pairs
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
     reduction: Literal["max", "softmax"] = "max",
-    temperature: float = 1.0,
-    label_smoothing: float = 0.0,
+    temperature: Positive = 1.0,
+    label_smoothing: FlipRate = 0.0,
 ) -> Outcome:
     r"""MaxMin alignment on DPO: the population that is served worst decides.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .base import Objective, Outcome, Term
+from .domain import NonNegative, Positive
 from .links import live, logistic
 from .pairwise import dpo, pair_outcome
 from .reference_free import simpo
@@ -26,7 +27,7 @@ def re_align(
     context_chosen_ratio: Tensor,  # [G]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
 ) -> Outcome:
     r"""Re-Align's rDPO: DPO, and the chosen response is worth more after its own prompt.
 
@@ -50,7 +51,7 @@ def mdpo(
     context_chosen_ratio: Tensor,  # [G]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
     anchor: float = 0.0,
 ) -> Outcome:
     r"""Conditional DPO with an anchor: the chosen response must also gain likelihood by itself.
@@ -79,10 +80,10 @@ def svco(
     bare_rejected_ratio: Tensor,  # [G]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta_match: float = 0.1,
-    beta_mismatch: float = 0.1,
-    beta_other_match: float = 0.1,
-    beta_other_mismatch: float = 0.1,
+    beta_match: NonNegative = 0.1,
+    beta_mismatch: NonNegative = 0.1,
+    beta_other_match: NonNegative = 0.1,
+    beta_other_mismatch: NonNegative = 0.1,
 ) -> Outcome:
     r"""Symmetric contrastive optimisation: each response fits its own context and not the other's.
 
@@ -124,8 +125,8 @@ def solopo(
     context_chosen_ratio: Tensor,  # [G]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
-    alpha: float = 1.0,
+    beta: Positive = 0.1,
+    alpha: NonNegative = 1.0,
 ) -> Outcome:
     r"""Short-to-long preference optimisation: DPO on a short prompt, its reward on a long one.
 
@@ -150,9 +151,9 @@ def solopo_simpo(
     context_chosen_mean_logps: Tensor,  # [G]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 2.0,
-    gamma_beta_ratio: float = 0.25,
-    alpha: float = 1.0,
+    beta: Positive = 2.0,
+    gamma_beta_ratio: NonNegative = 0.25,
+    alpha: NonNegative = 1.0,
 ) -> Outcome:
     r"""Short-to-long preference optimisation with SimPO's reward: `solopo` without a reference.
 
@@ -177,8 +178,8 @@ def d2o(
     label: Tensor,  # [G, K] bool
     mask: Tensor,  # [G, K] bool
     *,
-    beta: float = 0.1,
-    alpha: float = 0.1,
+    beta: Positive = 0.1,
+    alpha: NonNegative = 0.1,
 ) -> Outcome:
     r"""Distributional dispreference optimisation: human negatives against the model's own samples.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .base import Objective, Outcome
+from .domain import Count, NonNegative, Positive
 from .links import live, logistic
 from .pairwise import dpo, pair_outcome
 
@@ -20,7 +21,7 @@ def diffusion_dpo(
     ref_error: Tensor,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 5000.0,
+    beta: Positive = 5000.0,
 ) -> Outcome:
     r"""Diffusion-DPO: DPO with $u = -(e - e_{ref})/2$.
 
@@ -70,9 +71,9 @@ def mapo(
     error: Tensor,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
-    k: float = 0.5,
-    num_train_timesteps: int = 1000,
+    beta: NonNegative = 0.1,
+    k: Positive = 0.5,
+    num_train_timesteps: Count = 1000,
 ) -> Outcome:
     r"""MaPO: margin-aware preference optimisation, reference-free.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import lipo, listwise, pairwise, pointwise, reference_free, token
 from .base import Outcome
+from .domain import FlipRate, NonNegative, Positive, in_domain
 
 
 class PairLoss(NamedTuple):
@@ -50,26 +51,30 @@ def _pairs(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
     return scores, _all(scores)
 
 
+@in_domain
 def _pair_loss(outcome: Outcome) -> PairLoss:
     return PairLoss(outcome.terms[0].values, *outcome.rewards.unbind(-1))
 
 
+@in_domain
 def _point_loss(outcome: Outcome) -> PointLoss:
     return PointLoss(outcome.terms[0].values, outcome.rewards.squeeze(-1))
 
 
+@in_domain
 def _list_loss(outcome: Outcome) -> ListLoss:
     return ListLoss(outcome.terms[0].values, outcome.rewards)
 
 
+@in_domain
 def dpo_loss(
     chosen: Tensor,
     rejected: Tensor,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
+    beta: Positive = 0.1,
+    label_smoothing: FlipRate = 0.0,
 ) -> PairLoss:
     """DPO, or cDPO with `label_smoothing`, on summed log-probs [B]: `pairwise.dpo`.
 
@@ -82,27 +87,29 @@ def dpo_loss(
     return _pair_loss(pairwise.dpo(ratio, mask, beta=beta, label_smoothing=label_smoothing))
 
 
+@in_domain
 def robust_loss(
     chosen: Tensor,
     rejected: Tensor,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.1,
+    beta: Positive = 0.1,
+    label_smoothing: FlipRate = 0.1,
 ) -> PairLoss:
     """Robust DPO on summed log-probs [B]: `pairwise.robust`."""
     ratio, mask = _pairs(chosen - ref_chosen, rejected - ref_rejected)
     return _pair_loss(pairwise.robust(ratio, mask, beta=beta, label_smoothing=label_smoothing))
 
 
+@in_domain
 def ipo_loss(
     chosen: Tensor,
     rejected: Tensor,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
 ) -> PairLoss:
     """IPO on log-probs [B]: `pairwise.ipo`.
 
@@ -113,26 +120,28 @@ def ipo_loss(
     return _pair_loss(pairwise.ipo(ratio, ratio, mask, beta=beta))
 
 
+@in_domain
 def hinge_loss(
     chosen: Tensor,
     rejected: Tensor,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
 ) -> PairLoss:
     """Hinge loss on summed log-probs [B]: `pairwise.hinge`."""
     ratio, mask = _pairs(chosen - ref_chosen, rejected - ref_rejected)
     return _pair_loss(pairwise.hinge(ratio, mask, beta=beta))
 
 
+@in_domain
 def sppo_loss(
     chosen: Tensor,
     rejected: Tensor,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     *,
-    beta: float = 0.001,
+    beta: Positive = 0.001,
     half: bool = False,
 ) -> PairLoss:
     """SPPO with hard labels on summed log-probs [B]: `pairwise.sppo`."""
@@ -140,26 +149,28 @@ def sppo_loss(
     return _pair_loss(pairwise.sppo(ratio, mask, beta=beta, half=half))
 
 
+@in_domain
 def bco_pair_loss(
     chosen: Tensor,
     rejected: Tensor,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
 ) -> PairLoss:
     """BCO of both sides without shift, on summed log-probs [B]: `pairwise.bco_pair`."""
     ratio, mask = _pairs(chosen - ref_chosen, rejected - ref_rejected)
     return _pair_loss(pairwise.bco_pair(ratio, mask, beta=beta))
 
 
+@in_domain
 def simpo_loss(
     chosen_mean: Tensor,
     rejected_mean: Tensor,
     *,
-    beta: float = 2.0,
-    gamma_beta_ratio: float = 0.25,
-    label_smoothing: float = 0.0,
+    beta: Positive = 2.0,
+    gamma_beta_ratio: NonNegative = 0.25,
+    label_smoothing: FlipRate = 0.0,
 ) -> PairLoss:
     """SimPO on per-token mean log-probs [B]: `reference_free.simpo`."""
     mean_logps, mask = _pairs(chosen_mean, rejected_mean)
@@ -174,23 +185,26 @@ def simpo_loss(
     )
 
 
+@in_domain
 def cpo_loss(
     chosen: Tensor,
     rejected: Tensor,
     *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
+    beta: Positive = 0.1,
+    label_smoothing: FlipRate = 0.0,
 ) -> PairLoss:
     """The preference part of CPO on summed log-probs [B], which is DPO's without a reference."""
     logps, mask = _pairs(chosen, rejected)
     return _pair_loss(pairwise.dpo(logps, mask, beta=beta, label_smoothing=label_smoothing))
 
 
-def orpo_loss(chosen_mean: Tensor, rejected_mean: Tensor, *, beta: float = 0.1) -> PairLoss:
+@in_domain
+def orpo_loss(chosen_mean: Tensor, rejected_mean: Tensor, *, beta: NonNegative = 0.1) -> PairLoss:
     """The odds-ratio part of ORPO on per-token mean log-probs [B]: `reference_free.odds_ratio`."""
     return _pair_loss(reference_free.odds_ratio(*_pairs(chosen_mean, rejected_mean), beta=beta))
 
 
+@in_domain
 def tdpo1_loss(
     chosen: Tensor,
     rejected: Tensor,
@@ -199,7 +213,7 @@ def tdpo1_loss(
     chosen_kl: Tensor,
     rejected_kl: Tensor,
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
 ) -> PairLoss:
     """TDPO1 on summed log-probs and summed KL(reference || policy) [B]: `token.tdpo1`."""
     ratio, mask = _pairs(chosen - ref_chosen, rejected - ref_rejected)
@@ -207,6 +221,7 @@ def tdpo1_loss(
     return _pair_loss(token.tdpo1(ratio, kl, mask, beta=beta))
 
 
+@in_domain
 def tdpo2_loss(
     chosen: Tensor,
     rejected: Tensor,
@@ -215,8 +230,8 @@ def tdpo2_loss(
     chosen_kl: Tensor,
     rejected_kl: Tensor,
     *,
-    beta: float = 0.1,
-    alpha: float = 0.5,
+    beta: Positive = 0.1,
+    alpha: NonNegative = 0.5,
 ) -> PairLoss:
     """TDPO2 on summed log-probs and summed KL(reference || policy) [B]: `token.tdpo2`."""
     ratio, mask = _pairs(chosen - ref_chosen, rejected - ref_rejected)
@@ -224,15 +239,16 @@ def tdpo2_loss(
     return _pair_loss(token.tdpo2(ratio, kl, mask, beta=beta, alpha=alpha))
 
 
+@in_domain
 def kto_loss(
     logps: Tensor,
     ref_logps: Tensor,
     label: Tensor,
     z0: Tensor,
     *,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
+    beta: Positive = 0.1,
+    desirable_weight: NonNegative = 1.0,
+    undesirable_weight: NonNegative = 1.0,
 ) -> PointLoss:
     """KTO on summed log-probs [B] with labels [B] bool: `pointwise.kto`.
 
@@ -253,8 +269,9 @@ def kto_loss(
     )
 
 
+@in_domain
 def bco_loss(
-    logps: Tensor, ref_logps: Tensor, label: Tensor, shift: Tensor, *, beta: float = 0.1
+    logps: Tensor, ref_logps: Tensor, label: Tensor, shift: Tensor, *, beta: Positive = 0.1
 ) -> PointLoss:
     """BCO on summed log-probs [B] with labels [B] bool: `pointwise.bco`.
 
@@ -264,20 +281,22 @@ def bco_loss(
     return _point_loss(pointwise.bco(ratio, shift, label[:, None], _all(ratio), beta=beta))
 
 
-def npo_loss(logps: Tensor, ref_logps: Tensor, *, beta: float = 0.1) -> PointLoss:
+@in_domain
+def npo_loss(logps: Tensor, ref_logps: Tensor, *, beta: Positive = 0.1) -> PointLoss:
     """NPO on summed log-probs [B] of responses to forget: `pointwise.npo`."""
     ratio = (logps - ref_logps)[:, None]
     forget = torch.zeros_like(ratio, dtype=torch.bool)
     return _point_loss(pointwise.npo(ratio, forget, _all(ratio), beta=beta))
 
 
+@in_domain
 def lipo_loss(
     ratio: Tensor,
     score: Tensor,
     *,
     mask: Tensor | None = None,
     tie_key: Tensor | None = None,
-    beta: float = 0.05,
+    beta: Positive = 0.05,
     discount: Literal["log", "log2"] = "log",
 ) -> ListLoss:
     """LiPO-lambda on summed log-ratios and grades [G, K]: `lipo.lipo`.
@@ -292,8 +311,9 @@ def lipo_loss(
     return _list_loss(lipo.lipo(ratio, score, tie_key, mask, beta=beta, discount=discount))
 
 
+@in_domain
 def plackett_luce_loss(
-    ratio: Tensor, rank: Tensor, *, mask: Tensor | None = None, beta: float = 0.1
+    ratio: Tensor, rank: Tensor, *, mask: Tensor | None = None, beta: Positive = 0.1
 ) -> ListLoss:
     """Plackett-Luce DPO on summed log-ratios and ranks [G, K], 0 best: `lipo.plackett_luce`.
 
@@ -303,12 +323,13 @@ def plackett_luce_loss(
     return _list_loss(lipo.plackett_luce(ratio, rank, mask, beta=beta))
 
 
+@in_domain
 def logo_loss(
     mean_logps: Tensor,
     *,
     mask: Tensor | None = None,
-    beta: float = 10.0,
-    gamma_beta_ratio: float = 0.3,
+    beta: Positive = 10.0,
+    gamma_beta_ratio: NonNegative = 0.3,
 ) -> ListLoss:
     """The preference part of LOGO on per-token mean log-probs [G, K], chosen first.
 

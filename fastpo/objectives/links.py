@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from .domain import FLIP_RATE, POSITIVE_FLIP_RATE
+
 LN2 = math.log(2.0)
 
 Link = Literal["sigmoid", "hinge"]
@@ -39,7 +41,7 @@ def smoothed_logistic(z: Tensor, label_smoothing: float) -> Tensor:
     Raises:
         ValueError: `label_smoothing` is outside [0, 0.5), where it would reverse the preference.
     """
-    return _flipped_logistic(z, _flip_rate(label_smoothing))
+    return _flipped_logistic(z, FLIP_RATE.check("label_smoothing", label_smoothing))
 
 
 def robust_logistic(z: Tensor, label_smoothing: float) -> Tensor:
@@ -51,17 +53,8 @@ def robust_logistic(z: Tensor, label_smoothing: float) -> Tensor:
     Raises:
         ValueError: `label_smoothing` is outside [0, 0.5).
     """
-    rate = _flip_rate(label_smoothing)
+    rate = FLIP_RATE.check("label_smoothing", label_smoothing)
     return _flipped_logistic(z, -rate / (1 - 2 * rate))
-
-
-def _flip_rate(label_smoothing: float) -> float:
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(
-            f"label_smoothing is {label_smoothing}; it is the rate of flipped labels and must be "
-            "in [0, 0.5)"
-        )
-    return label_smoothing
 
 
 def _flipped_logistic(z: Tensor, rate: float) -> Tensor:
@@ -72,7 +65,7 @@ def _flipped_logistic(z: Tensor, rate: float) -> Tensor:
 
 def log_smoothed_logistic(z: Tensor, label_smoothing: float) -> Tensor:
     r"""$\log$ of `smoothed_logistic`, right where that underflows: $-z$ for large $z$."""
-    if _flip_rate(label_smoothing) > 0:
+    if FLIP_RATE.check("label_smoothing", label_smoothing) > 0:
         return _flipped_logistic(z, label_smoothing).log()
     # log(log1p(x)) = log(x) - x / 2 + O(x^2), and x = e^-37 is below float64's rounding of 1.
     return torch.where(z > 37, -z, logistic(z.clamp(max=37)).log())
@@ -84,15 +77,21 @@ def sigmoid_or_hinge(z: Tensor, loss_type: Link, label_smoothing: float = 0.0) -
     Raises:
         ValueError: an unknown `loss_type`, or label smoothing of the hinge, which has none.
     """
+    check_smoothing(loss_type, label_smoothing)
     if loss_type == "sigmoid":
         return smoothed_logistic(z, label_smoothing)
     if loss_type != "hinge":
         raise ValueError(f"unknown loss_type {loss_type!r}; use 'sigmoid' or 'hinge'")
-    if label_smoothing:
-        raise ValueError(
-            f"label_smoothing is {label_smoothing}, but only loss_type 'sigmoid' smooths labels"
-        )
     return (1 - z).relu()
+
+
+def check_smoothing(loss_type: str, label_smoothing: float) -> None:
+    """ValueError for label smoothing of a link that has none: a hinge, IPO's square."""
+    if label_smoothing and loss_type in ("hinge", "ipo"):
+        raise ValueError(
+            f"label_smoothing={label_smoothing}, but loss_type={loss_type!r} smooths no labels: "
+            "use loss_type='sigmoid' or label_smoothing=0"
+        )
 
 
 def kl_to_label(z: Tensor, label_smoothing: float) -> Tensor:
@@ -103,8 +102,7 @@ def kl_to_label(z: Tensor, label_smoothing: float) -> Tensor:
     Raises:
         ValueError: `label_smoothing` is outside (0, 0.5); at 0 every z has infinite divergence.
     """
-    if not 0 < label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing is {label_smoothing}; EXO needs it in (0, 0.5)")
+    POSITIVE_FLIP_RATE.check("label_smoothing", label_smoothing)
     # Flat beyond |z| = 1000, where sigmoid is 0 in float64; there 0 * inf would be NaN.
     z = z.clamp(-1000, 1000)
     chosen = torch.sigmoid(z) * (logistic(z) + math.log1p(-label_smoothing))

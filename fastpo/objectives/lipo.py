@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .base import Objective, Outcome, Term
+from .domain import Domain, Exponents, Gains, NonNegatives, Positive, Probabilities
 from .links import LN2, live, logistic
 from .regression import copg
 
@@ -101,11 +102,11 @@ def _ideal_dcg(gain: Tensor, mask: Tensor, log: Literal["log", "log2"]) -> Tenso
 
 def lipo(
     ratio: Tensor,  # [G, K]
-    score: Tensor,  # [G, K]
+    score: Exponents,  # [G, K]
     tie_key: Tensor,  # [G, K] int64
     mask: Tensor,  # [G, K] bool
     *,
-    beta: float = 0.05,
+    beta: Positive = 0.05,
     discount: Literal["log", "log2"] = "log",
     normalise: bool = False,
     scale_by_size: bool = False,
@@ -119,8 +120,9 @@ def lipo(
     $\tau$ is the rank, from 1, by the current $g$; the weight carries no gradient. Rax's lambda
     weights differ in three ways, each an option: `discount="log2"` has the logarithm to base 2;
     `normalise` divides by the DCG of the ideal order (of gains $2^q - 1$), so that weights are
-    changes in NDCG; `scale_by_size` multiplies by K. Grades $q$ are expected in [0, 1]. At K = 2
-    with grades (1, 0) this is DPO times $1/D(1) - 1/D(2)$. Reward $g$.
+    changes in NDCG; `scale_by_size` multiplies by K. Grades $q$ are expected in [0, 1]; they may be
+    up to 100 and, but for `normalise`, negative. At K = 2 with grades (1, 0) this is DPO times
+    $1/D(1) - 1/D(2)$. Reward $g$.
 
     A policy that equals its reference gives every $g_i = 0$: all ranks tie, and the value would
     depend on the order of the row. Ties are broken by `tie_key`, the smaller number first;
@@ -154,7 +156,7 @@ def plackett_luce(
     rank: Tensor,  # [G, K] int64
     mask: Tensor,  # [G, K] bool
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
 ) -> Outcome:
     r"""DPO for rankings: the Plackett-Luce likelihood of the row's order (ListMLE).
 
@@ -179,7 +181,7 @@ def list_mle(
     score: Tensor,  # [G, K]
     mask: Tensor,  # [G, K] bool
     *,
-    beta: float = 0.05,
+    beta: Positive = 0.05,
 ) -> Outcome:
     r"""LiPO's list-MLE: `plackett_luce` with the order of the grades.
 
@@ -202,7 +204,7 @@ def point_mse(
     score: Tensor,  # [G, K]
     mask: Tensor,  # [G, K] bool
     *,
-    beta: float = 0.05,
+    beta: Positive = 0.05,
 ) -> Outcome:
     r"""LiPO's pointwise squared error: the implicit reward is regressed to the grade.
 
@@ -221,10 +223,10 @@ def point_mse(
 
 def point_sigmoid(
     ratio: Tensor,  # [G, K]
-    score: Tensor,  # [G, K] in [0, 1]
+    score: Probabilities,  # [G, K]
     mask: Tensor,  # [G, K] bool
     *,
-    beta: float = 0.05,
+    beta: Positive = 0.05,
 ) -> Outcome:
     r"""LiPO's pointwise cross-entropy: the grade is the probability of being a good response.
 
@@ -248,7 +250,7 @@ def pair_hinge(
     score: Tensor,  # [G, K]
     mask: Tensor,  # [G, K] bool
     *,
-    beta: float = 0.05,
+    beta: Positive = 0.05,
 ) -> Outcome:
     r"""LiPO's pairwise hinge: `hinge` on every pair of a list whose grades differ.
 
@@ -271,7 +273,7 @@ def pair_logistic(
     score: Tensor,  # [G, K]
     mask: Tensor,  # [G, K] bool
     *,
-    beta: float = 0.05,
+    beta: Positive = 0.05,
 ) -> Outcome:
     r"""LiPO's pairwise logistic loss, DPO-BT: `dpo` on every pair of a list whose grades differ.
 
@@ -294,7 +296,7 @@ def pair_mse(
     score: Tensor,  # [G, K]
     mask: Tensor,  # [G, K] bool
     *,
-    beta: float = 0.05,
+    beta: Positive = 0.05,
 ) -> Outcome:
     r"""Pairwise squared error: differences of rewards are regressed to differences of grades.
 
@@ -315,10 +317,10 @@ def pair_mse(
 
 def listnet(
     ratio: Tensor,  # [G, K]
-    score: Tensor,  # [G, K], not negative
+    score: NonNegatives,  # [G, K]
     mask: Tensor,  # [G, K] bool
     *,
-    beta: float = 0.05,
+    beta: Positive = 0.05,
 ) -> Outcome:
     r"""LiPO's softmax loss (ListNet): cross-entropy from the grades' shares to the policy's.
 
@@ -341,11 +343,11 @@ def listnet(
 
 def approx_ndcg(
     ratio: Tensor,  # [G, K]
-    score: Tensor,  # [G, K], not negative
+    score: Gains,  # [G, K]
     mask: Tensor,  # [G, K] bool
     *,
-    beta: float = 0.05,
-    temperature: float = 1.0,
+    beta: Positive = 0.05,
+    temperature: Positive = 1.0,
 ) -> Outcome:
     r"""ApproxNDCG: the ranking metric itself, with ranks made smooth.
 
@@ -378,6 +380,7 @@ LIPO: dict[str, Objective] = {
         "list",
         "2402.01878",
         "sum_{q_i>q_j} |2^q_i - 2^q_j| |1/D(rank_i) - 1/D(rank_j)| log(1 + e^(g_j - g_i))",
+        grades_if={("normalise", True): Domain(0, 100)},
     ),
     "plackett_luce": Objective(
         "plackett_luce",

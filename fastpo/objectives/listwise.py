@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .base import Objective, Outcome, Term
+from .domain import POSITIVE_FLIP_RATE, NonNegative, Positive, PositiveFlipRate
 from .links import live, logistic
 from .lipo import differences, graded_above, log1p_sum_exp, neg_log_softmax
 from .regularisers import Reduction, nll
@@ -21,8 +22,8 @@ def first_against_rest(
     mean_logps: Tensor,  # [G, K]
     mask: Tensor,  # [G, K] bool
     *,
-    beta: float = 10.0,
-    gamma_beta_ratio: float = 0.3,
+    beta: Positive = 10.0,
+    gamma_beta_ratio: NonNegative = 0.3,
 ) -> Outcome:
     r"""The preference part of LOGO: $-\log\sigma(\beta(s_1 - \mathrm{mean}_{j>1}\,s_j) - \gamma)$.
 
@@ -49,9 +50,9 @@ def logo(
     label: Tensor,  # [G, K] bool
     mask: Tensor,  # [G, K] bool
     *,
-    beta: float = 10.0,
-    gamma_beta_ratio: float = 0.3,
-    sft_weight: float = 0.1,
+    beta: Positive = 10.0,
+    gamma_beta_ratio: NonNegative = 0.3,
+    sft_weight: NonNegative = 0.1,
     nll_reduction: Reduction = "token_mean",
 ) -> Outcome:
     r"""LOGO: SimPO of the chosen response against the mean of all others, plus NLL on it.
@@ -87,8 +88,8 @@ def infonca(
     score: Tensor,  # [G, K]
     mask: Tensor,  # [G, K] bool
     *,
-    beta: float = 0.01,
-    alpha: float = 1e-4,
+    beta: Positive = 0.01,
+    alpha: Positive = 1e-4,
 ) -> Outcome:
     r"""InfoNCA: cross-entropy between a softmax of the grades and one of the implicit rewards.
 
@@ -115,8 +116,8 @@ def nca(
     score: Tensor,  # [G, K]
     mask: Tensor,  # [G, K] bool
     *,
-    beta: float = 0.01,
-    alpha: float = 1e-4,
+    beta: Positive = 0.01,
+    alpha: Positive = 1e-4,
 ) -> Outcome:
     r"""Noise contrastive alignment: good responses gain likelihood, and not only over the others.
 
@@ -151,8 +152,8 @@ def exo_rw(
     score: Tensor,  # [G, K]
     mask: Tensor,  # [G, K] bool
     *,
-    beta: float = 0.5,
-    beta_r: float = 0.5,
+    beta: Positive = 0.5,
+    beta_r: Positive = 0.5,
 ) -> Outcome:
     r"""Efficient exact optimisation of rewards: reverse KL from the policy to the grades.
 
@@ -176,8 +177,8 @@ def exo_pref(
     label: Tensor,  # [G, K] bool
     mask: Tensor,  # [G, K] bool
     *,
-    beta: float = 0.5,
-    label_smoothing: float = 1e-3,
+    beta: Positive = 0.5,
+    label_smoothing: PositiveFlipRate = 1e-3,
 ) -> Outcome:
     r"""Efficient exact optimisation of preferences: reverse KL from the policy to the labels.
 
@@ -197,8 +198,7 @@ def exo_pref(
     >>> exo_pref(u, best, torch.ones(1, 2).bool(), label_smoothing=0.25).terms[0].values
     tensor([0.1438])
     """
-    if not 0 < label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing is {label_smoothing}; EXO needs it in (0, 0.5)")
+    POSITIVE_FLIP_RATE.check("label_smoothing", label_smoothing)
     log_odds = math.log(label_smoothing) - math.log1p(-label_smoothing)
     return _reverse_kl(ratio, log_odds * (~label).to(ratio.dtype), mask, beta)
 
@@ -208,8 +208,8 @@ def dpo_rw(
     score: Tensor,  # [G, K]
     mask: Tensor,  # [G, K] bool
     *,
-    beta: float = 0.5,
-    beta_r: float = 0.5,
+    beta: Positive = 0.5,
+    beta_r: Positive = 0.5,
 ) -> Outcome:
     r"""DPO on rewards, as the EXO paper has it: cross-entropy from the grades to the policy.
 
@@ -232,7 +232,7 @@ def pro(
     label: Tensor,  # [G, K] bool
     mask: Tensor,  # [G, K] bool
     *,
-    sft_weight: float = 0.05,
+    sft_weight: NonNegative = 0.05,
     nll_reduction: Reduction = "sum",
 ) -> Outcome:
     r"""Preference ranking optimisation: each response against all worse ones, plus NLL on the best.
@@ -272,7 +272,7 @@ def rrhf(
     label: Tensor,  # [G, K] bool
     mask: Tensor,  # [G, K] bool
     *,
-    rrhf_weight: float = 1.0,
+    rrhf_weight: NonNegative = 1.0,
     nll_reduction: Reduction = "token_mean",
 ) -> Outcome:
     r"""RRHF: likelihoods should be ordered like the grades, plus NLL on the best response.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .base import Objective, Outcome, Term
+from .domain import Domain, FlipRate, NonNegative, Positive, PositiveFlipRate, Share
 from .links import (
     GPO_LINKS,
     GpoLink,
@@ -108,11 +109,11 @@ def dpo(
     ratio: Tensor,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
+    beta: Positive = 0.1,
+    label_smoothing: FlipRate = 0.0,
     f_divergence: Divergence = "reverse_kl",
     alpha_divergence: float = 0.5,
-    divergence_clamp: float | None = None,
+    divergence_clamp: Positive | None = None,
 ) -> Outcome:
     r"""Direct preference optimisation; with `label_smoothing` $\epsilon$, cDPO.
 
@@ -145,11 +146,11 @@ def robust(
     ratio: Tensor,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.1,
+    beta: Positive = 0.1,
+    label_smoothing: FlipRate = 0.1,
     f_divergence: Divergence = "reverse_kl",
     alpha_divergence: float = 0.5,
-    divergence_clamp: float | None = None,
+    divergence_clamp: Positive | None = None,
 ) -> Outcome:
     r"""Robust DPO: an unbiased estimate of the DPO loss when a rate $\epsilon$ of labels is wrong.
 
@@ -173,11 +174,11 @@ def ipo(
     mean_ratio: Tensor,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
     average: bool = True,
     f_divergence: Divergence = "reverse_kl",
     alpha_divergence: float = 0.5,
-    divergence_clamp: float | None = None,
+    divergence_clamp: Positive | None = None,
 ) -> Outcome:
     r"""Identity preference optimisation: regress the margin to a target instead of maximising it.
 
@@ -211,10 +212,10 @@ def hinge(
     ratio: Tensor,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
     f_divergence: Divergence = "reverse_kl",
     alpha_divergence: float = 0.5,
-    divergence_clamp: float | None = None,
+    divergence_clamp: Positive | None = None,
 ) -> Outcome:
     r"""Hinge loss on the normalised likelihood: SLiC-HF's link on DPO's margin, RSO hinge-norm.
 
@@ -236,7 +237,7 @@ def sppo(
     ratio: Tensor,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.001,
+    beta: Positive = 0.001,
     half: bool = False,
 ) -> Outcome:
     r"""Self-play preference optimisation with hard labels: the winner wins with probability 1.
@@ -260,7 +261,7 @@ def bco_pair(
     ratio: Tensor,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
 ) -> Outcome:
     r"""Binary classifier optimisation of both sides of a pair, without the reward shift.
 
@@ -282,11 +283,11 @@ def ln_dpo(
     mean_ratio: Tensor,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 5.0,
-    label_smoothing: float = 0.0,
+    beta: Positive = 5.0,
+    label_smoothing: FlipRate = 0.0,
     f_divergence: Divergence = "reverse_kl",
     alpha_divergence: float = 0.5,
-    divergence_clamp: float | None = None,
+    divergence_clamp: Positive | None = None,
 ) -> Outcome:
     r"""Length-normalised DPO: the log-ratio of each side is a mean over its tokens.
 
@@ -318,11 +319,11 @@ def exo_pair(
     ratio: Tensor,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
-    label_smoothing: float = 1e-3,
+    beta: Positive = 0.1,
+    label_smoothing: PositiveFlipRate = 1e-3,
     f_divergence: Divergence = "reverse_kl",
     alpha_divergence: float = 0.5,
-    divergence_clamp: float | None = None,
+    divergence_clamp: Positive | None = None,
 ) -> Outcome:
     r"""Efficient exact optimisation on pairs: reverse KL from the policy's to the label's odds.
 
@@ -346,11 +347,11 @@ def discopop(
     ratio: Tensor,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.05,
-    tau: float = 0.05,
+    beta: Positive = 0.05,
+    tau: Positive = 0.05,
     f_divergence: Divergence = "reverse_kl",
     alpha_divergence: float = 0.5,
-    divergence_clamp: float | None = None,
+    divergence_clamp: Positive | None = None,
 ) -> Outcome:
     r"""DiscoPOP: logistic loss, which gives way to an exponential one on pairs already right.
 
@@ -373,7 +374,7 @@ def nca_pair(
     ratio: Tensor,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.01,
+    beta: Positive = 0.01,
     biased: bool = False,
 ) -> Outcome:
     r"""Noise contrastive alignment on pairs: raises the chosen likelihood, not only the margin.
@@ -400,7 +401,7 @@ def apo_zero(
     ratio: Tensor,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
 ) -> Outcome:
     r"""Anchored preference optimisation, for chosen responses better than the model's own.
 
@@ -422,7 +423,7 @@ def apo_down(
     ratio: Tensor,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
 ) -> Outcome:
     r"""Anchored preference optimisation, for chosen responses worse than the model's own.
 
@@ -446,8 +447,8 @@ def wpo(
     mean_log_p2: Tensor,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.01,
-    label_smoothing: float = 0.0,
+    beta: Positive = 0.01,
+    label_smoothing: FlipRate = 0.0,
     clamp: bool = False,
 ) -> Outcome:
     r"""Weighted preference optimisation: DPO on pairs as if the current policy had drawn them.
@@ -480,8 +481,8 @@ def dpop(
     ratio: Tensor,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.3,
-    lam: float = 50.0,
+    beta: Positive = 0.3,
+    lam: NonNegative = 50.0,
 ) -> Outcome:
     r"""DPO-Positive (Smaug): DPO that is penalised where the chosen likelihood falls.
 
@@ -505,7 +506,7 @@ def rdpo(
     length: Tensor,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
     alpha: float = 0.2,
 ) -> Outcome:
     r"""R-DPO: DPO with a penalty of $\alpha$ on every token of a response.
@@ -529,8 +530,8 @@ def dpo_shift(
     ratio: Tensor,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.01,
-    lam: float = 0.7,
+    beta: Positive = 0.01,
+    lam: Share = 0.7,
 ) -> Outcome:
     r"""DPO-Shift: the rejected side counts less, so that the chosen likelihood falls less.
 
@@ -553,8 +554,8 @@ def odpo(
     score: Tensor,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
-    alpha: float = 1.0,
+    beta: Positive = 0.1,
+    alpha: NonNegative = 1.0,
     offset: Literal["difference", "ratio"] = "difference",
 ) -> Outcome:
     r"""DPO with an offset: the margin must exceed what the two grades $q$ are apart.
@@ -585,7 +586,7 @@ def gpo(
     ratio: Tensor,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
     link: GpoLink = "logistic",
 ) -> Outcome:
     r"""Generalised preference optimisation: any surrogate f of the 0-1 loss on DPO's margin.
@@ -618,8 +619,8 @@ def modpo(
     margin: Tensor,  # [G]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
-    w0: float = 0.5,
+    beta: Positive = 0.1,
+    w0: Positive = 0.5,
     margin_weight: float = 0.5,
     loss_type: Link = "sigmoid",
 ) -> Outcome:
@@ -648,8 +649,8 @@ def selm(
     ref_response_ratio: Tensor,  # [G]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.01,
-    alpha: float = 1e-3,
+    beta: Positive = 0.01,
+    alpha: NonNegative = 1e-3,
 ) -> Outcome:
     r"""Self-exploring language models: DPO, and less likelihood for what the reference would say.
 
@@ -673,8 +674,8 @@ def xpo(
     ref_response_logps: Tensor,  # [G]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
-    alpha: float = 1e-5,
+    beta: Positive = 0.1,
+    alpha: NonNegative = 1e-5,
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid",
 ) -> Outcome:
     r"""Exploratory preference optimisation: online DPO with an optimism term.
@@ -765,7 +766,12 @@ PAIRWISE: dict[str, Objective] = {
         "dpo_shift", dpo_shift, "pair", "2502.07599", "-logsig(beta (u_w - lam u_l))"
     ),
     "odpo": Objective(
-        "odpo", odpo, "pair", "2402.10571", "-logsig(beta (u_w - u_l) - alpha log(q_w - q_l))"
+        "odpo",
+        odpo,
+        "pair",
+        "2402.10571",
+        "-logsig(beta (u_w - u_l) - alpha log(q_w - q_l))",
+        grades_if={("offset", "ratio"): Domain(0, open_low=True)},
     ),
     "gpo": Objective("gpo", gpo, "pair", "2402.05749", "f(beta (u_w - u_l)), f = link"),
     "modpo": Objective(

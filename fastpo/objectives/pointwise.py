@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .base import Objective, Outcome, Per, Statistic, Term
+from .domain import Negative, NonNegative, Positive
 from .links import live, logistic
 
 
@@ -28,9 +29,9 @@ def kto(
     label: Tensor,  # [G, K] bool
     mask: Tensor,  # [G, K] bool
     *,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
+    beta: Positive = 0.1,
+    desirable_weight: NonNegative = 1.0,
+    undesirable_weight: NonNegative = 1.0,
 ) -> Outcome:
     r"""Kahneman-Tversky optimisation: gains and losses against a reference point.
 
@@ -65,11 +66,11 @@ def kto_humanline(
     label: Tensor,  # [G, K] bool
     mask: Tensor,  # [G, K] bool
     *,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-    log_epsilon_p: float = -1.5,
-    log_epsilon_r: float = 1.5,
+    beta: Positive = 0.1,
+    desirable_weight: NonNegative = 1.0,
+    undesirable_weight: NonNegative = 1.0,
+    log_epsilon_p: Negative = -1.5,
+    log_epsilon_r: Positive = 1.5,
 ) -> Outcome:
     r"""KTO under HALOs' `humanline=true`: `kto` with the log-ratio of every token clamped.
 
@@ -81,9 +82,6 @@ def kto_humanline(
     random instead of clamping. $z_0$ is that of `kto`, while HALOs clamps its tokens too. Reward
     $\beta u$. Paper: https://arxiv.org/abs/2509.24207
 
-    Raises:
-        ValueError: bounds that do not enclose 0, the log-ratio that training starts from.
-
     >>> import torch
     >>> logps, one = torch.tensor([[[-1.0, -9.0]]]), torch.ones(1, 1, 2)
     >>> kto_humanline(  # u = 1 - 1.5
@@ -91,11 +89,6 @@ def kto_humanline(
     ... ).rewards
     tensor([[-0.0500]])
     """
-    if not log_epsilon_p < 0 < log_epsilon_r:
-        raise ValueError(
-            f"log_epsilon_p={log_epsilon_p} and log_epsilon_r={log_epsilon_r} of kto_humanline "
-            "must lie on either side of 0"
-        )
     tokens = token_mask & mask[..., None]
     log_ratio = live(token_logps - token_ref_logps, tokens).clamp(log_epsilon_p, log_epsilon_r)
     ratio = (live(token_weights, tokens) * log_ratio).sum(-1)
@@ -125,7 +118,7 @@ def kto_pair(
     z_rejected: Tensor,  # []
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
 ) -> Outcome:
     r"""KTO on pairs in its first form: each side's reference point is the mean of the other side.
 
@@ -152,9 +145,9 @@ def apo_zero_unpaired(
     label: Tensor,  # [G, K] bool
     mask: Tensor,  # [G, K] bool
     *,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
+    beta: Positive = 0.1,
+    desirable_weight: NonNegative = 1.0,
+    undesirable_weight: NonNegative = 1.0,
 ) -> Outcome:
     r"""Anchored preference optimisation of single responses: `kto` with a reference point of 0.
 
@@ -185,7 +178,7 @@ def bco(
     label: Tensor,  # [G, K] bool
     mask: Tensor,  # [G, K] bool
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
 ) -> Outcome:
     r"""Binary classifier optimisation: a classifier whose logit is the shifted implicit reward.
 
@@ -220,7 +213,7 @@ def npo(
     label: Tensor,  # [G, K] bool
     mask: Tensor,  # [G, K] bool
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
 ) -> Outcome:
     r"""Negative preference optimisation: unlearn the undesirable responses.
 
@@ -253,7 +246,7 @@ def simnpo(
     label: Tensor,  # [G, K] bool
     mask: Tensor,  # [G, K] bool
     *,
-    beta: float = 4.5,
+    beta: Positive = 4.5,
     delta: float = 0.0,
 ) -> Outcome:
     r"""SimNPO: `npo` without a reference, on the mean log-probability.
@@ -315,7 +308,7 @@ def kto_unlearn(
     label: Tensor,  # [G, K] bool
     mask: Tensor,  # [G, K] bool
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
     link: Literal["sigmoid", "logsigmoid"] = "sigmoid",
 ) -> Outcome:
     r"""KTO for unlearning: undesirable responses against the desirable ones' mean log-ratio.
@@ -354,6 +347,7 @@ POINTWISE: dict[str, Objective] = {
         "lam_D sig(-beta (u - z0)) if desirable else lam_U sig(beta (u - z0))",
         {"z0": Statistic(_mismatched)},
         extras=("mismatched",),
+        labels=(True, False),
     ),
     "kto_humanline": Objective(
         "kto_humanline",
@@ -363,6 +357,7 @@ POINTWISE: dict[str, Objective] = {
         "kto, u = sum_t clip(logp_t - ref_t, eP, eR)",
         {"z0": Statistic(_mismatched)},
         extras=("mismatched",),
+        labels=(True, False),
     ),
     "kto_pair": Objective(
         "kto_pair",
@@ -378,6 +373,7 @@ POINTWISE: dict[str, Objective] = {
         "point",
         "2408.06266",
         "lam_D sig(-beta u) if desirable else lam_U sig(beta u)",
+        labels=(True, False),
     ),
     "bco": Objective(
         "bco",
@@ -386,9 +382,15 @@ POINTWISE: dict[str, Objective] = {
         "2404.04656",
         "-logsig(beta u - shift) if desirable else -logsig(shift - beta u)",
         {"shift": Statistic(_rewards, memory="mean")},
+        labels=(True, False),
     ),
     "npo": Objective(
-        "npo", npo, "point", "2404.05868", "-(2/beta) logsig(-beta u), undesirable only"
+        "npo",
+        npo,
+        "point",
+        "2404.05868",
+        "-(2/beta) logsig(-beta u), undesirable only",
+        labels=(False,),
     ),
     "simnpo": Objective(
         "simnpo",
@@ -396,8 +398,9 @@ POINTWISE: dict[str, Objective] = {
         "point",
         "2410.07163",
         "-(2/beta) logsig(-beta (s + delta)), undesirable only",
+        labels=(False,),
     ),
-    "ga": Objective("ga", ga, "point", "2404.05868", "S, undesirable only"),
+    "ga": Objective("ga", ga, "point", "2404.05868", "S, undesirable only", labels=(False,)),
     "kto_unlearn": Objective(
         "kto_unlearn",
         kto_unlearn,
@@ -405,5 +408,6 @@ POINTWISE: dict[str, Objective] = {
         "2404.05868",
         "1 - (2/beta) sig(z0 - beta u), undesirable only, z0 = mean u of desirable",
         {"z0": Statistic(_desirable)},
+        labels=(True, False),
     ),
 }

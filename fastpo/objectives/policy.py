@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .base import Objective, Outcome, Per, Term
+from .domain import Count, NonNegative, Positive, Probabilities
 from .links import live
 
 Aggregation = Literal["sequence_mean", "token_mean", "fixed_length"]
@@ -160,13 +161,13 @@ def grpo(
     score: Tensor,  # [G, K]
     mask: Tensor,  # [G, K] bool
     *,
-    epsilon_low: float = 0.2,
-    epsilon_high: float = 0.2,
-    delta: float | None = None,
+    epsilon_low: NonNegative = 0.2,
+    epsilon_high: NonNegative = 0.2,
+    delta: Positive | None = None,
     importance: Importance = "token",
     aggregation: Aggregation = "sequence_mean",
     scale_rewards: ScaleRewards = "group",
-    max_length: int = 3000,
+    max_length: Count = 3000,
 ) -> Outcome:
     r"""Group relative policy optimisation: PPO's clipped surrogate with the group as baseline.
 
@@ -212,9 +213,9 @@ def dr_grpo(
     score: Tensor,  # [G, K]
     mask: Tensor,  # [G, K] bool
     *,
-    epsilon_low: float = 0.2,
-    epsilon_high: float = 0.2,
-    max_length: int = 3000,
+    epsilon_low: NonNegative = 0.2,
+    epsilon_high: NonNegative = 0.2,
+    max_length: Count = 3000,
     scale_rewards: ScaleRewards = "none",
 ) -> Outcome:
     r"""Dr. GRPO: `grpo` without the two normalisations that favour long wrong answers.
@@ -255,8 +256,8 @@ def dapo(
     score: Tensor,  # [G, K]
     mask: Tensor,  # [G, K] bool
     *,
-    epsilon_low: float = 0.2,
-    epsilon_high: float = 0.28,
+    epsilon_low: NonNegative = 0.2,
+    epsilon_high: NonNegative = 0.28,
     scale_rewards: ScaleRewards = "group",
 ) -> Outcome:
     r"""DAPO: `grpo` averaged over tokens, with more room above than below.
@@ -296,8 +297,8 @@ def bnpo(
     score: Tensor,  # [G, K]
     mask: Tensor,  # [G, K] bool
     *,
-    epsilon_low: float = 0.2,
-    epsilon_high: float = 0.2,
+    epsilon_low: NonNegative = 0.2,
+    epsilon_high: NonNegative = 0.2,
     scale_rewards: ScaleRewards = "group",
 ) -> Outcome:
     r"""TRL's `bnpo` loss: `dapo` with symmetric clipping.
@@ -336,8 +337,8 @@ def gspo(
     score: Tensor,  # [G, K]
     mask: Tensor,  # [G, K] bool
     *,
-    epsilon_low: float = 3e-4,
-    epsilon_high: float = 4e-4,
+    epsilon_low: NonNegative = 3e-4,
+    epsilon_high: NonNegative = 4e-4,
     importance: Literal["sequence", "sequence_token"] = "sequence",
     scale_rewards: ScaleRewards = "group",
 ) -> Outcome:
@@ -378,8 +379,8 @@ def luspo(
     score: Tensor,  # [G, K]
     mask: Tensor,  # [G, K] bool
     *,
-    epsilon_low: float = 2e-3,
-    epsilon_high: float = 2.5e-3,
+    epsilon_low: NonNegative = 2e-3,
+    epsilon_high: NonNegative = 2.5e-3,
     scale_rewards: ScaleRewards = "group",
 ) -> Outcome:
     r"""LUSPO: `gspo` with every response's loss multiplied by its length.
@@ -419,7 +420,7 @@ def cispo(
     score: Tensor,  # [G, K]
     mask: Tensor,  # [G, K] bool
     *,
-    epsilon_high: float = 5.0,
+    epsilon_high: Positive = 5.0,
     scale_rewards: ScaleRewards = "group",
 ) -> Outcome:
     r"""CISPO: REINFORCE with clipped importance weights, so that no token loses its gradient.
@@ -453,8 +454,8 @@ def sapo(
     score: Tensor,  # [G, K]
     mask: Tensor,  # [G, K] bool
     *,
-    temperature_pos: float = 1.0,
-    temperature_neg: float = 1.05,
+    temperature_pos: Positive = 1.0,
+    temperature_neg: Positive = 1.05,
     scale_rewards: ScaleRewards = "group",
 ) -> Outcome:
     r"""SAPO: a sigmoid gate in place of the clip.
@@ -491,10 +492,10 @@ def vespo(
     score: Tensor,  # [G, K]
     mask: Tensor,  # [G, K] bool
     *,
-    k_pos: float = 2.0,
-    lambda_pos: float = 3.0,
-    k_neg: float = 3.0,
-    lambda_neg: float = 2.0,
+    k_pos: NonNegative = 2.0,
+    lambda_pos: NonNegative = 3.0,
+    k_neg: NonNegative = 3.0,
+    lambda_neg: NonNegative = 2.0,
     scale_rewards: ScaleRewards = "group",
 ) -> Outcome:
     r"""VESPO: REINFORCE weighted by a gamma density of the whole response's ratio.
@@ -534,8 +535,8 @@ def gmpo(
     score: Tensor,  # [G, K]
     mask: Tensor,  # [G, K] bool
     *,
-    epsilon_low: float = 0.4,
-    epsilon_high: float = 0.4,
+    epsilon_low: NonNegative = 0.4,
+    epsilon_high: NonNegative = 0.4,
     scale_rewards: ScaleRewards = "group",
 ) -> Outcome:
     r"""GMPO: the geometric mean over tokens of GRPO's clipped terms, instead of their mean.
@@ -569,9 +570,9 @@ def rloo(
     score: Tensor,  # [G, K]
     mask: Tensor,  # [G, K] bool
     *,
-    beta: float = 0.05,
-    epsilon_low: float = 0.2,
-    epsilon_high: float = 0.2,
+    beta: NonNegative = 0.05,
+    epsilon_low: NonNegative = 0.2,
+    epsilon_high: NonNegative = 0.2,
 ) -> Outcome:
     r"""RLOO: whole responses as actions, the others' mean reward as baseline.
 
@@ -603,8 +604,8 @@ def p3o(
     score: Tensor,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
-    epsilon: float = 0.2,
+    beta: NonNegative = 0.1,
+    epsilon: NonNegative = 0.2,
     clipping: Literal["separate", "joint"] = "separate",
 ) -> Outcome:
     r"""Pairwise PPO: the policy gradient of a reward difference.
@@ -643,10 +644,10 @@ def nash_md(
     token_logps: Tensor,  # [G, K, T]
     token_ref_logps: Tensor,  # [G, K, T]
     token_mask: Tensor,  # [G, K, T] bool
-    score: Tensor,  # [G, K]
+    score: Probabilities,  # [G, K]
     mask: Tensor,  # [G, K] bool
     *,
-    beta: float = 0.1,
+    beta: NonNegative = 0.1,
 ) -> Outcome:
     r"""Nash-MD: REINFORCE towards the Nash equilibrium of a preference model.
 
@@ -680,7 +681,7 @@ def dro(
     score: Tensor,  # [G, K]
     mask: Tensor,  # [G, K] bool
     *,
-    beta: float = 1.0,
+    beta: NonNegative = 1.0,
     aggregation: Literal["token_mean", "sequence_mean"] = "token_mean",
     scale_rewards: ScaleRewards = "none",
 ) -> Outcome:
@@ -712,7 +713,7 @@ def step_dapo(
     score: Tensor,  # [G, K]
     mask: Tensor,  # [G, K] bool
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
 ) -> Outcome:
     r"""Direct Advantage Policy Optimization: regression of a step's log-ratio on its advantage.
 

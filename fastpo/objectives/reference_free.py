@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from .base import Objective, Outcome
-from .links import Link, live, log_odds, logistic, sigmoid_or_hinge, smoothed_logistic
+from .domain import FlipRate, NonNegative, Positive
+from .links import (
+    Link,
+    check_smoothing,
+    live,
+    log_odds,
+    logistic,
+    sigmoid_or_hinge,
+    smoothed_logistic,
+)
 from .pairwise import divergence_margin, margin_of, pair_outcome
 from .regularisers import Reduction, gold_nll, nll
 
@@ -17,9 +26,9 @@ def simpo(
     mean_logps: Tensor,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 2.0,
-    gamma_beta_ratio: float = 0.25,
-    label_smoothing: float = 0.0,
+    beta: Positive = 2.0,
+    gamma_beta_ratio: NonNegative = 0.25,
+    label_smoothing: FlipRate = 0.0,
     loss_type: Link = "sigmoid",
 ) -> Outcome:
     r"""SimPO: length-normalised, reference-free, with a target margin $\gamma$.
@@ -53,10 +62,7 @@ def _link_losses(
         return sigmoid_or_hinge(beta * margin_of(logps, mask), loss_type, label_smoothing)
     if loss_type != "ipo":
         raise ValueError(f"unknown loss_type {loss_type!r}; use 'sigmoid', 'hinge' or 'ipo'")
-    if label_smoothing:
-        raise ValueError(
-            f"label_smoothing is {label_smoothing}, but only loss_type 'sigmoid' smooths labels"
-        )
+    check_smoothing(loss_type, label_smoothing)
     return (margin_of(mean_logps, mask) - 1 / (2 * beta)).square()
 
 
@@ -66,9 +72,9 @@ def cpo(
     label: Tensor,  # [G, 2] bool
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    cpo_alpha: float = 1.0,
+    beta: Positive = 0.1,
+    label_smoothing: FlipRate = 0.0,
+    cpo_alpha: NonNegative = 1.0,
     nll_reduction: Reduction = "token_mean",
     loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid",
 ) -> Outcome:
@@ -99,7 +105,7 @@ def odds_ratio(
     mean_logps: Tensor,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
+    beta: NonNegative = 0.1,
 ) -> Outcome:
     r"""The preference part of ORPO: $-\beta\log\sigma(\mathrm{logodds}_w - \mathrm{logodds}_l)$.
 
@@ -119,7 +125,7 @@ def orpo(
     label: Tensor,  # [G, 2] bool
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
+    beta: NonNegative = 0.1,
     nll_reduction: Reduction = "token_mean",
 ) -> Outcome:
     r"""ORPO: NLL on the chosen response plus a penalty on its odds ratio to the rejected one.
@@ -147,9 +153,9 @@ def alpha_po(
     mask: Tensor,  # [G, 2] bool
     *,
     alpha: float = 0.25,
-    beta: float = 2.5,
-    gamma_beta_ratio: float = 0.04,
-    label_smoothing: float = 0.0,
+    beta: Positive = 2.5,
+    gamma_beta_ratio: NonNegative = 0.04,
+    label_smoothing: FlipRate = 0.0,
 ) -> Outcome:
     r"""AlphaPO: SimPO with another shape of reward, a power of the likelihood for its logarithm.
 
@@ -201,8 +207,8 @@ def slic(
     label: Tensor,  # [G, 2] bool
     mask: Tensor,  # [G, 2] bool
     *,
-    delta: float = 1.0,
-    sft_weight: float = 0.1,
+    delta: NonNegative = 1.0,
+    sft_weight: NonNegative = 0.1,
     nll_reduction: Reduction = "token_mean",
 ) -> Outcome:
     r"""SLiC-HF: a hinge on the difference of log-probabilities, plus NLL on the chosen response.
@@ -230,7 +236,7 @@ def repo(
     mean_logps: Tensor,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    gamma: float = 0.4,
+    gamma: NonNegative = 0.4,
 ) -> Outcome:
     r"""RePO: SimPO's limit of large $\beta$, a hinge that ignores pairs with enough margin.
 
@@ -253,10 +259,10 @@ def tpo(
     gold_mean_logps: Tensor,  # [G]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.01,
-    tpo_alpha: float = 1.0,
-    gamma: float = 0.5,
-    label_smoothing: float = 0.0,
+    beta: Positive = 0.01,
+    tpo_alpha: NonNegative = 1.0,
+    gamma: NonNegative = 0.5,
+    label_smoothing: FlipRate = 0.0,
     loss_type: Literal["sigmoid", "hinge", "ipo", "tpo_l"] = "sigmoid",
     nll_reduction: Reduction = "token_mean",
 ) -> Outcome:

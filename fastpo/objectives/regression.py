@@ -13,16 +13,17 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .base import Objective, Outcome, Term
+from .domain import FLIP_RATE, Domain, FlipRate, Positive, Probabilities
 from .links import live
 from .pairwise import dpo, margin_of, pair_outcome, sppo
 
 
 def sppo_soft(
     ratio: Tensor,  # [G, 2]
-    score: Tensor,  # [G, 2] in [0, 1]
+    score: Probabilities,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.001,
+    beta: Positive = 0.001,
     single: bool = False,
     half: bool = False,
 ) -> Outcome:
@@ -52,7 +53,7 @@ def cal_dpo(
     ratio: Tensor,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.001,
+    beta: Positive = 0.001,
 ) -> Outcome:
     r"""Calibrated DPO: DPO without beta, and both log-ratios drawn to the scale of the rewards.
 
@@ -77,7 +78,7 @@ def rebel(
     score: Tensor,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    eta: float = 1.0,
+    eta: Positive = 1.0,
 ) -> Outcome:
     r"""REBEL: the difference of log-ratios is regressed to the difference of rewards.
 
@@ -99,11 +100,11 @@ def rebel(
 
 def irepo(
     ratio: Tensor,  # [G, 2]
-    score: Tensor,  # [G, 2] in [0, 1]
+    score: Probabilities,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
-    clip: float = 0.01,
+    beta: Positive = 0.1,
+    clip: FlipRate = 0.01,
 ) -> Outcome:
     r"""iREPO: the reward difference is regressed to the log-odds of an empirical preference.
 
@@ -124,8 +125,7 @@ def irepo(
     >>> irepo(u, h, torch.tensor([[True, True]]), beta=0.2).terms[0].values
     tensor([4.])
     """
-    if not 0 <= clip < 0.5:
-        raise ValueError(f"clip is {clip}; it bounds a probability and must be in [0, 0.5)")
+    FLIP_RATE.check("clip", clip)
     # A padded pair has h = 1/2, not 0, whose log-odds are infinite.
     h = score[:, 0].where(mask[:, 0], 0.5).to(ratio.dtype).clamp(clip, 1 - clip)
     odds = h.log() - torch.log1p(-h)
@@ -151,8 +151,8 @@ def reward_aware(
     score: Tensor,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.2,
-    eta: float = 1.0,
+    beta: Positive = 0.2,
+    eta: Positive = 1.0,
     distance: Literal["bwd", "fwd", "sq"] = "bwd",
 ) -> Outcome:
     r"""Reward-aware preference optimisation (Nemotron-4's RPO): match how much better, not which.
@@ -195,7 +195,7 @@ def copg(
     score: Tensor,  # [G, K]
     mask: Tensor,  # [G, K] bool
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
 ) -> Outcome:
     r"""Contrastive policy gradient: regularised rewards of one prompt are made equal.
 
@@ -225,8 +225,8 @@ def a2po(
     score: Tensor,  # [G, K]
     mask: Tensor,  # [G, K] bool
     *,
-    beta1: float = 0.5,
-    beta2: float = 0.001,
+    beta1: Positive = 0.5,
+    beta2: Positive = 0.001,
 ) -> Outcome:
     r"""A*-PO: the log-ratio is regressed to the optimal advantage.
 
@@ -269,7 +269,12 @@ REGRESSION: dict[str, Objective] = {
     ),
     "rebel": Objective("rebel", rebel, "pair", "2404.16767", "((u_1 - u_2) - eta (q_1 - q_2))^2"),
     "irepo": Objective(
-        "irepo", irepo, "pair", "2405.15230", "(beta (u_1 - u_2) - logit h)^2, h = P(y_1 > y_2)"
+        "irepo",
+        irepo,
+        "pair",
+        "2405.15230",
+        "(beta (u_1 - u_2) - logit h)^2, h = P(y_1 > y_2)",
+        grades_if={("clip", 0): Domain(0, 1, open_low=True, open_high=True)},
     ),
     "reward_aware": Objective(
         "reward_aware",

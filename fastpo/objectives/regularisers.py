@@ -194,7 +194,14 @@ def entropy(
 
 
 REGULARISERS: dict[str, Objective] = {
-    "sft": Objective("sft", sft, "point", "maximum likelihood", "-S_w, averaged over tokens"),
+    "sft": Objective(
+        "sft",
+        sft,
+        "point",
+        "maximum likelihood",
+        "-S_w, averaged over tokens",
+        labels=(True,),
+    ),
     "gold_sft": Objective(
         "gold_sft",
         gold_sft,
@@ -204,7 +211,12 @@ REGULARISERS: dict[str, Objective] = {
         extras=("gold",),
     ),
     "kl_retain": Objective(
-        "kl_retain", kl_retain, "point", "2404.05868", "sum_t KL(ref || policy)_t, desirable only"
+        "kl_retain",
+        kl_retain,
+        "point",
+        "2404.05868",
+        "sum_t KL(ref || policy)_t, desirable only",
+        labels=(True,),
     ),
     "entropy": Objective(
         "entropy", entropy, "point", "1602.01783", "-sum_t H_t, averaged over tokens"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .base import Objective, Outcome
+from .domain import NonNegative, Positive
 from .links import live, logistic
 from .pairwise import dpo, margin_of, pair_outcome
 
@@ -21,7 +22,7 @@ def tdpo1(
     kl: Tensor,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
 ) -> Outcome:
     r"""Token-level DPO, first form: DPO on $u + F$.
 
@@ -43,8 +44,8 @@ def tdpo2(
     kl: Tensor,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
-    alpha: float = 0.5,
+    beta: Positive = 0.1,
+    alpha: NonNegative = 0.5,
 ) -> Outcome:
     r"""Token-level DPO, second form: the divergence of the chosen response is a baseline.
 
@@ -72,9 +73,9 @@ def sparse_po(
     token_mask: Tensor,  # [G, 2, T] bool
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
-    l1_weight: float = 1e-3,
-    kl_l1_weight: float = 0.0,
+    beta: Positive = 0.1,
+    l1_weight: NonNegative = 1e-3,
+    kl_l1_weight: NonNegative = 0.0,
 ) -> Outcome:
     r"""SparsePO: `tdpo1` under masks of tokens, and a price on the masks.
 
@@ -106,8 +107,8 @@ def tis_dpo(
     kl_reverse: Tensor,  # [G, 2]
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
-    alpha: float = 0.5,
+    beta: Positive = 0.1,
+    alpha: NonNegative = 0.5,
 ) -> Outcome:
     r"""TIS-DPO: token-level importance sampling, with the sequence divergence in the margin.
 
@@ -133,7 +134,7 @@ def critical_dpo(
     token_mask: Tensor,  # [G, 2, T] bool
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
 ) -> Outcome:
     r"""cDPO of critical tokens, as its code has it: DPO's link at every position.
 
@@ -176,8 +177,8 @@ def treg(
     token_mask: Tensor,  # [G, 2, T] bool
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 0.1,
-    alpha: float = 0.25,
+    beta: Positive = 0.1,
+    alpha: NonNegative = 0.25,
     average: bool = False,
 ) -> Outcome:
     r"""T-REG: DPO, and a policy gradient of token rewards where DPO is not yet satisfied.
@@ -212,9 +213,9 @@ def treg_simpo(
     token_mask: Tensor,  # [G, 2, T] bool
     mask: Tensor,  # [G, 2] bool
     *,
-    beta: float = 2.0,
-    gamma_beta_ratio: float = 0.25,
-    alpha: float = 0.25,
+    beta: Positive = 2.0,
+    gamma_beta_ratio: NonNegative = 0.25,
+    alpha: NonNegative = 0.25,
     average: bool = True,
 ) -> Outcome:
     r"""T-REG on SimPO: `treg` with SimPO's margin, and no reference but the one behind the rewards.

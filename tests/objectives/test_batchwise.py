@@ -184,8 +184,6 @@ def test_beta_dpo_without_its_additions_is_dpo() -> None:
     shared = statistics("beta_dpo", scores)
     values = evaluate("beta_dpo", scores, shared, rho=0.0, alpha=0.0).terms[0].values
     assert torch.equal(values, dpo(scores["ratio"], scores["mask"]).terms[0].values)
-    with pytest.raises(ValueError, match="rho is 1"):
-        evaluate("beta_dpo", scores, shared, rho=1.0)
 
 
 def test_beta_dpo_keeps_beta_above_its_minimum() -> None:

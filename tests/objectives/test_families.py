@@ -45,10 +45,15 @@ def test_docstring_examples(module: str) -> None:
 
 def test_get_objective() -> None:
     assert get_objective("dpo") is OBJECTIVES["dpo"]
-    with pytest.raises(ValueError, match=r"'simp0': did you mean 'simpo'\? choose from dpo, "):
+    five = r"('\w+', ){3}'\w+' or '\w+'\? `fastpo objectives` lists all$"
+    with pytest.raises(ValueError, match=rf"'simp0': did you mean (?='simpo'){five}"):
         get_objective("simp0")
-    with pytest.raises(ValueError, match=r"'zzz': choose from dpo, "):
+    with pytest.raises(ValueError, match=rf"'zzz': did you mean {five}"):
         get_objective("zzz")
+    with pytest.raises(ValueError, match="'sigmoid_norm': here it is ln_dpo$"):
+        get_objective("sigmoid_norm")
+    with pytest.raises(ValueError, match="'Beta-DPO': here it is beta_dpo$"):
+        get_objective("Beta-DPO")
 
 
 def test_needs_follow_the_signature() -> None:

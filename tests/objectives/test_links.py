@@ -144,7 +144,7 @@ def test_log_odds_of_certainty(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rate", [-0.1, 0.5, 1.0, math.nan])
 @pytest.mark.parametrize("link", [links.smoothed_logistic, links.robust_logistic])
 def test_flip_rate_is_checked(link, rate: float) -> None:
-    with pytest.raises(ValueError, match=r"label_smoothing is .*\[0, 0\.5\)"):
+    with pytest.raises(ValueError, match=r"label_smoothing=.* must be in \[0, 0\.5\)"):
         link(torch.zeros(1), rate)
 
 
@@ -168,7 +168,7 @@ def test_kl_to_label_is_flat_at_the_ends(value: float) -> None:
 
 @pytest.mark.parametrize("rate", [-0.1, 0.0, 0.5, math.nan])
 def test_kl_to_label_needs_two_labels(rate: float) -> None:
-    with pytest.raises(ValueError, match=r"label_smoothing is .*\(0, 0\.5\)"):
+    with pytest.raises(ValueError, match=r"label_smoothing=.* must be in \(0, 0\.5\)"):
         links.kl_to_label(torch.zeros(1), rate)
 
 
@@ -176,7 +176,7 @@ def test_sigmoid_or_hinge_refuses() -> None:
     z = torch.zeros(1)
     with pytest.raises(ValueError, match="'tanh'; use 'sigmoid' or 'hinge'"):
         links.sigmoid_or_hinge(z, "tanh")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"label_smoothing is 0\.1, but only .* 'sigmoid'"):
+    with pytest.raises(ValueError, match=r"label_smoothing=0\.1, but loss_type='hinge' smooths no"):
         links.sigmoid_or_hinge(z, "hinge", 0.1)
 
 

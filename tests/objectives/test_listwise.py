@@ -282,7 +282,7 @@ def test_exo_pref_labels_need_not_be_one() -> None:
 
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_exo_pref_needs_smoothing(rate: float) -> None:
-    with pytest.raises(ValueError, match=rf"label_smoothing is {rate}; EXO needs it in \(0, 0.5\)"):
+    with pytest.raises(ValueError, match=rf"label_smoothing={rate} must be in \(0, 0.5\)"):
         exo_pref(PAIRS, CHOSEN, BOTH, label_smoothing=rate)
 
 

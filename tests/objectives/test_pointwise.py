@@ -94,11 +94,6 @@ def test_humanline_stops_the_gradient_of_tokens_outside() -> None:
     assert torch.equal(grad != 0, inside)
 
 
-def test_humanline_bounds_enclose_zero() -> None:
-    with pytest.raises(ValueError, match=r"log_epsilon_p=0.5 and log_epsilon_r=1.5"):
-        humanline(randn(B, 1, 4), log_epsilon_p=0.5)
-
-
 def test_kto_pair_takes_the_other_side() -> None:
     """Two runs of KTO, each with the reference point of the other side."""
     mask = BOTH.clone()

@@ -84,7 +84,7 @@ def test_irepo_clips_unanimous_annotators() -> None:
     assert value(irepo(u, sure, both, clip=0.0)).isinf()
     half = value(irepo(randn(1, 2), torch.full((1, 2), 0.5), both, beta=0.5))
     assert_three_way(half, (0.5 * (randn(1, 2)[:, 0] - randn(1, 2)[:, 1])) ** 2, half)
-    with pytest.raises(ValueError, match=r"clip is 0\.5"):
+    with pytest.raises(ValueError, match=r"clip=0\.5 must be in"):
         irepo(u, sure, both, clip=0.5)
 
 
