@@ -6,7 +6,6 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from transformers import (
 
 from fastpo.model.attention import NAME
 from fastpo.model.device import default_device, native_bf16
+from fastpo.model.lora import lora_faults
 from fastpo.model.random_init import model_config, random_model
 from fastpo.optional import require
 
@@ -192,15 +192,13 @@ def add_lora(model: nn.Module, lora: dict[str, Any]) -> nn.Module:
     """`model` with a fresh LoRA adapter from keyword arguments of peft.LoraConfig.
 
     Raises:
-        ValueError: a name that LoraConfig does not have.
+        ValueError: a name that LoraConfig does not have, or a number that makes no adapter.
     """
     require("peft", "a LoRA adapter")
     from peft import LoraConfig, get_peft_model
 
-    known = {f.name for f in fields(LoraConfig)}
-    for name in lora:
-        if name not in known:
-            raise ValueError(f"lora: LoraConfig has no {name!r}; it has {', '.join(sorted(known))}")
+    for _, fault in lora_faults(lora):
+        raise ValueError(fault)
     config = LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **lora})
     return get_peft_model(model, config)  # type: ignore[arg-type]
 

@@ -8,7 +8,7 @@ from .base import Objective
 from .batchwise import BATCHWISE
 from .contexts import CONTEXTS
 from .diffusion import DIFFUSION
-from .elsewhere import called_here, plain
+from .elsewhere import NOTHING, called_here, plain
 from .lipo import LIPO
 from .listwise import LISTWISE
 from .pairwise import PAIRWISE
@@ -47,7 +47,8 @@ def unknown_objective(name: object) -> str:
     """
     here = plain(name) if plain(name) in OBJECTIVES else called_here(name)
     if here != str(name):
-        return f"unknown objective {name!r}: here it is {here}"
+        said = here.removeprefix(NOTHING) if here.startswith(NOTHING) else f"here it is {here}"
+        return f"unknown objective {name!r}: {said}"
     near = get_close_matches(plain(name), OBJECTIVES, n=5, cutoff=0)
     listed = ", ".join(map(repr, near[:-1]))
     return (

@@ -16,7 +16,8 @@ from typing import Any, Literal, NamedTuple, get_type_hints
 
 from torch import Tensor
 
-from .domain import FINITE, Domain, domain_of, moved
+from .domain import FINITE, Domain, Misfit, domain_of, moved
+from .elsewhere import called_here
 
 Family = Literal["pair", "point", "list"]
 """pair: exactly two candidates. point: each candidate alone. list: two or more, ragged."""
@@ -158,7 +159,15 @@ class Objective:
         Raises:
             Misfit: it does not.
         """
-        return moved(value, self.annotations.get(name, Any))
+        try:
+            return moved(value, self.annotations.get(name, Any))
+        except Misfit as misfit:
+            if name != "loss_type":
+                raise
+            # Other tools' CPO has SimPO for a loss_type.
+            raise Misfit(
+                f"{misfit}; other losses are objectives: objective: {called_here(value)}"
+            ) from None
 
     def grades(self, hyper: Mapping[str, Any]) -> Domain:
         """What `score` must be under these hyper-parameters."""

@@ -8,6 +8,7 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union
 
 from torch import Tensor
@@ -45,20 +46,24 @@ class Domain:
     def __str__(self) -> str:
         if self.high < math.inf and self.low > -math.inf:
             left, right = "[("[self.open_low], "])"[self.open_high]
-            words = f"in {left}{self.low:g}, {self.high:g}{right}"
+            words = f"in {left}{_short(self.low)}, {_short(self.high)}{right}"
         elif self.low > -math.inf:
-            words = f"{'above' if self.open_low else 'at least'} {self.low:g}"
+            words = f"{'above' if self.open_low else 'at least'} {_short(self.low)}"
         elif self.high < math.inf:
-            words = f"{'below' if self.open_high else 'at most'} {self.high:g}"
+            words = f"{'below' if self.open_high else 'at most'} {_short(self.high)}"
         else:
             words = "finite"
-        return words if self.besides is None else f"{words}, or {self.besides:g}"
+        return words if self.besides is None else f"{words}, or {_short(self.besides)}"
 
     def check(self, name: str, value: float) -> float:
         """`value`, or ValueError with its name: for functions that are called by themselves."""
         if value is None or isinstance(value, bool | str) or not self.holds(value):
             raise ValueError(f"{name}={value!r} must be {self}")
         return value
+
+
+def _short(x: float) -> str:
+    return str(int(x)) if float(x).is_integer() else f"{x:g}"
 
 
 FINITE = Domain()
@@ -155,10 +160,10 @@ def fitted(value: Any, expected: Any) -> Any:
         domain = domain_of(option)
         base = typing.get_args(option)[0] if domain else option
         if base in (float, int):
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if isinstance(value, bool) or not isinstance(value, Real):
                 continue
-            if base is int and isinstance(value, float):
-                if not value.is_integer():
+            if base is int and not isinstance(value, Integral):
+                if not float(value).is_integer():
                     continue
                 value = int(value)
             if (domain or FINITE).holds(value):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+NOTHING = "nothing: "
+
 OBJECTIVES_ELSEWHERE: dict[str, str] = {
     # TRL 1.16: loss_type of its DPO, CPO, KTO and TPO trainers.
     "sigmoid": "dpo",
@@ -14,7 +16,7 @@ OBJECTIVES_ELSEWHERE: dict[str, str] = {
     # TRL before 0.29.
     "aot_pair": "aot",
     "sppo_soft_pair": "sppo_soft",
-    "rpo": "a mixture, {dpo: 1, sft: 1}",
+    "rpo": "{dpo: 1, sft: 1}",
     "generalized_sigmoid": "robust",
     # LLaMA-Factory 0.9.5 and axolotl 0.19: pref_loss, stage, rl.
     "gdpo": "nothing: fastpo has GRPO's relatives grpo, dr_grpo, dapo, but not this one",
@@ -22,10 +24,10 @@ OBJECTIVES_ELSEWHERE: dict[str, str] = {
     "ppo": "nothing: it generates while it trains; on graded samples, p3o, rloo and grpo are near",
     "rm": "nothing: fastpo trains no reward models, and needs none",
     "reward": "nothing: fastpo trains no reward models, and needs none",
-    "pt": "sft",
+    "pt": "nothing: fastpo trains on preferences, or on the answers to prompts (sft)",
     # open-instruct, HALOs, NeMo-Aligner, OpenRLHF.
     "dpo_norm": "ln_dpo",
-    "simpo_sft": "a mixture, {simpo: 1, sft: 0.1}",
+    "simpo_sft": "{simpo: 1, sft: 0.1}",
     "rpo_bwd_kl": "reward_aware",
     "rpo_fwd_kl": "reward_aware with distance: fwd",
     "rpo_sq": "reward_aware with distance: sq",
@@ -42,8 +44,8 @@ OBJECTIVES_ELSEWHERE: dict[str, str] = {
     "dpop_smaug": "dpop",
     "r_dpo": "rdpo",
     "tdpo": "tdpo2",
-    "mpo": "a mixture, {dpo: 0.8, bco_pair: 0.2, sft: 1}",
-    "iterative_rpo": "a mixture, {dpo: 1, sft: 1} with sft.reduction: sequence_mean",
+    "mpo": "{dpo: 0.8, bco_pair: 0.2, sft: 1}",
+    "iterative_rpo": "{dpo: 1, sft: 1} with sft.reduction: sequence_mean",
     "ld_dpo": "dpo with token_weights: {ld: 0.5}",
     "d2po": "dpo with token_weights: {decay: 0.98}",
     "sampo": "dpo with token_weights: {sampo: true}",
@@ -54,7 +56,7 @@ OBJECTIVES_ELSEWHERE: dict[str, str] = {
     "online_dpo": "dpo",
     "mask_dpo": "dpo with a `token_weights` column",
     "longpo": "dpo with reference_prompt: short_prompt",
-    "cpo_simpo": "a mixture, {simpo: 1, sft: 1}",
+    "cpo_simpo": "{simpo: 1, sft: 1}",
     "list_net": "listnet",
     "softmax": "listnet",
     "listmle": "list_mle",
@@ -62,7 +64,7 @@ OBJECTIVES_ELSEWHERE: dict[str, str] = {
     "lipo_lambda": "lipo",
     "dpo_pl": "plackett_luce",
     "gradient_ascent": "ga",
-    "grad_diff": "a mixture, {ga: 1, sft: 1}",
+    "grad_diff": "{ga: 1, sft: 1}",
     "nll": "sft",
     "kl": "kl_penalty",
     "nash": "nash_md",
@@ -148,14 +150,26 @@ def answer(key: str, value: object, objective: str, hyper: Iterable[str]) -> str
         hyper: its hyper-parameters, which are suggested as they are.
     """
     if key in LOSS_KEYS:
-        names = value if isinstance(value, list | tuple) else [value]
-        here = [called_here(name) for name in names]
-        if len(here) > 1:
-            return f"Here it is objective: {{{', '.join(f'{name}: 1' for name in here)}}}."
-        return f"Here it is objective: {here[0]}."
+        return _loss(value)
     if key in HYPERS:
         name, owner = HYPERS[key]
         return f"Here it is {name}." if name in hyper else f"Here it is {name}, of {owner}."
     if key in LOSS_NAMES:
         return f"Here it is {LOSS_NAMES[key].format(value=value, objective=objective)}."
     return None
+
+
+def _loss(value: object) -> str:
+    """A sentence for another tool's name of a loss, or for several."""
+    from . import OBJECTIVES, unknown_objective
+
+    names = value if isinstance(value, list | tuple) else [value]
+    here = [plain(n) if plain(n) in OBJECTIVES else called_here(n) for n in names]
+    for name, found in zip(names, here, strict=True):
+        if found.startswith(NOTHING):
+            return f"There is none: {found.removeprefix(NOTHING)}."
+        if found == str(name) and found not in OBJECTIVES:
+            return f"Here it is objective; {unknown_objective(name)}."
+    if len(here) > 1:
+        return f"Here it is objective: {{{', '.join(f'{name}: 1' for name in here)}}}."
+    return f"Here it is objective: {here[0]}."

@@ -13,6 +13,7 @@ import torch.utils.data
 from transformers import PreTrainedTokenizerBase
 
 from fastpo.data.build import GroupDataset, GroupStream, build_groups
+from fastpo.data.fit import Grades, check_grades
 from fastpo.data.groups import Group
 from fastpo.data.packing import collate, row_order
 from fastpo.data.rows import load_rows
@@ -88,16 +89,20 @@ class PaddedGroups(torch.utils.data.Dataset):
 class Collator:
     """Groups to a packed batch, with what error messages and the reference need beside it.
 
-    A live reference with a prompt of its own finds its batch under "reference".
+    A live reference with a prompt of its own finds its batch under "reference". Grades outside the
+    domain of an objective raise ValueError with source and row.
     """
 
     pad_token_id: int
     share_prompt: bool = True
     store: ReferenceStore | None = None
     store2: ReferenceStore | None = None
+    grades: Grades = ()
 
     def __call__(self, items: Sequence[Group | Filler]) -> dict[str, Any]:
         groups = [item for item in items if isinstance(item, Group)]
+        for group in groups:  # of a stream, whose rows nobody has looked at
+            check_grades(self.grades, group)
         filler = [item.group for item in items[:1] if isinstance(item, Filler)]
         packed = groups or filler
         logps = {

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from functools import partial
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -17,7 +19,19 @@ from fastpo.data.positions import PositionSynthesis
 from fastpo.head import Head, check_workspace
 from fastpo.loss import PreferenceLoss
 from fastpo.model.device import default_device, native_bf16
+from fastpo.objectives import OBJECTIVES
+from fastpo.objectives.domain import (
+    Count,
+    Misfit,
+    Natural,
+    NonNegative,
+    Positive,
+    domain_of,
+    fitted,
+)
 from fastpo.optional import require_transformers
+from fastpo.train.elsewhere import TRAINER, refuse_keywords, unknown
+from fastpo.train.ranges import TRAINING
 from fastpo.train.sync import UpdateRule
 
 log = logging.getLogger(__name__)
@@ -78,13 +92,13 @@ class PreferenceConfig(TrainingArguments):
     )
 
     # The data: see fastpo.data.build.DataOptions.
-    max_length: int | None = field(
+    max_length: Count | None = field(
         default=None, metadata={"help": "Longest prompt + response in tokens; None: no limit."}
     )
-    max_prompt_length: int | None = field(
+    max_prompt_length: Count | None = field(
         default=None, metadata={"help": "Longest prompt in tokens."}
     )
-    max_response_length: int | None = field(
+    max_response_length: Count | None = field(
         default=None, metadata={"help": "Longest response in tokens."}
     )
     truncation: Literal["keep_end", "keep_start", "cut_middle", "cut_chunks", "error"] = field(
@@ -127,7 +141,7 @@ class PreferenceConfig(TrainingArguments):
         default="auto",
         metadata={"help": "One prompt copy per group: auto (when the model can), true or false."},
     )
-    max_tokens_per_row: int | None = field(
+    max_tokens_per_row: Count | None = field(
         default=None,
         metadata={
             "help": "A device's batch runs in rows of at most so many tokens, one after the other; "
@@ -137,7 +151,7 @@ class PreferenceConfig(TrainingArguments):
     attention_backend: Literal["auto", "segments", "varlen", "merge", "flex"] = field(
         default="auto", metadata={"help": "Implementation of attention with shared prompts."}
     )
-    router_aux_loss_coef: float | None = field(
+    router_aux_loss_coef: NonNegative | None = field(
         default=None,
         metadata={
             "help": "Weight of the load-balance loss of a mixture of experts; None: the model's "
@@ -147,7 +161,7 @@ class PreferenceConfig(TrainingArguments):
     backend: Literal["auto", "torch", "triton"] = field(
         default="auto", metadata={"help": "Implementation of the head."}
     )
-    workspace_mib: int | str = field(
+    workspace_mib: Count | str = field(
         default="auto",
         metadata={
             "help": "Memory for logits in MiB, whatever the vocabulary is; auto: 256, on a GPU the "
@@ -158,7 +172,7 @@ class PreferenceConfig(TrainingArguments):
         default=False,
         metadata={"help": "Inputs of checkpointed layers wait in pinned host memory."},
     )
-    mlp_tile: int | str | None = field(
+    mlp_tile: Count | str | None = field(
         default=None,
         metadata={"help": "MLPs run in tiles of so many tokens; auto: the hidden size."},
     )
@@ -203,17 +217,17 @@ class PreferenceConfig(TrainingArguments):
     )
 
     # What is watched.
-    early_stopping_patience: int | None = field(
+    early_stopping_patience: Count | None = field(
         default=None, metadata={"help": "Stop after this many evaluations without improvement."}
     )
-    kl_budget: float | None = field(
+    kl_budget: Positive | None = field(
         default=None,
         metadata={"help": "Stop when kl/chosen or kl/rejected, nats a response, exceeds this."},
     )
-    num_samples: int = field(
+    num_samples: Natural = field(
         default=0, metadata={"help": "Generate for this many prompts before and after training."}
     )
-    sample_tokens: int = field(default=96, metadata={"help": "Longest such response in tokens."})
+    sample_tokens: Count = field(default=96, metadata={"help": "Longest such response in tokens."})
 
     # Defaults of TrainingArguments that preferences change.
     learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate."})
@@ -232,8 +246,14 @@ class PreferenceConfig(TrainingArguments):
         metadata={"help": "bfloat16 mixed precision; None: where the device has it."},
     )
 
+    def __new__(cls, *args: Any, **keywords: Any) -> PreferenceConfig:
+        """Unknown keywords are answered here, where `__init__` would only name them."""
+        refuse_keywords(cls, keywords, partial(unknown_setting, keywords.get("objective")))
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         require_transformers("fastpo.train")
+        self._check_numbers()
         self._resolve_precision()
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
             self.activation_checkpointing = True
@@ -266,6 +286,21 @@ class PreferenceConfig(TrainingArguments):
                 log.warning("bf16 is off: this CPU emulates bfloat16, float32 is faster")
                 self.bf16 = False
 
+    @classmethod
+    def annotations(cls) -> dict[str, Any]:
+        """Field -> type, with the domain of its numbers."""
+        return get_type_hints(cls, include_extras=True) | TRAINING
+
+    def _check_numbers(self) -> None:
+        """Before the Trainer's own checks, which compare text and let NaN pass."""
+        for name, expected in self.annotations().items():
+            if domain_of(expected) is not None:
+                value = getattr(self, name)
+                try:
+                    setattr(self, name, fitted(value, expected))
+                except Misfit as misfit:
+                    raise ValueError(f"{name}={value!r} {misfit}") from None
+
     def _validate(self) -> None:
         for name, hint in get_type_hints(PreferenceConfig).items():
             choices = [
@@ -278,22 +313,6 @@ class PreferenceConfig(TrainingArguments):
                 raise ValueError(
                     f"{name}={value!r} is not one of {', '.join(choices)}{_nearest(value, choices)}"
                 )
-        for name in (
-            "max_length",
-            "max_prompt_length",
-            "max_response_length",
-            "max_tokens_per_row",
-            "workspace_mib",
-            "sample_tokens",
-            "mlp_tile",
-        ):
-            value = getattr(self, name)
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if self.kl_budget is not None and not self.kl_budget > 0:
-            raise ValueError(f"kl_budget={self.kl_budget} must be a positive number of nats")
-        if self.num_samples < 0:
-            raise ValueError(f"num_samples={self.num_samples} must be 0 (none) or more")
         for name, what in (("mlp_tile", "tokens"), ("workspace_mib", "MiB")):
             value = getattr(self, name)
             if isinstance(value, str) and value != "auto":
@@ -317,16 +336,12 @@ class PreferenceConfig(TrainingArguments):
                 "no preference objective has; for noisy preferences set "
                 "objective_args: {label_smoothing: ...}"
             )
-        if self.early_stopping_patience is not None:
-            if self.early_stopping_patience < 1:
-                raise ValueError(
-                    f"early_stopping_patience={self.early_stopping_patience} must be at least 1"
-                )
-            if self.eval_strategy.value == "no":  # pyright: ignore[reportAttributeAccessIssue]
-                raise ValueError(
-                    f"early_stopping_patience={self.early_stopping_patience} needs evaluations: "
-                    "set eval_strategy to 'steps' or 'epoch'"
-                )
+        never = self.eval_strategy.value == "no"  # pyright: ignore[reportAttributeAccessIssue]
+        if self.early_stopping_patience is not None and never:
+            raise ValueError(
+                f"early_stopping_patience={self.early_stopping_patience} needs evaluations: "
+                "set eval_strategy to 'steps' or 'epoch'"
+            )
         if self.train_sampling_strategy == "batch_rebalance":
             raise ValueError(
                 "train_sampling_strategy='batch_rebalance' is not supported for groups: use "
@@ -440,8 +455,37 @@ class PreferenceConfig(TrainingArguments):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PreferenceConfig:
         """The configuration with these fields; an unknown one raises ValueError."""
-        known = [f.name for f in fields(cls) if f.init]
-        for name in values:
-            if name not in known:
-                raise ValueError(f"unknown setting {name!r}{_nearest(name, known)}")
         return cls(**values)
+
+
+def unknown_argument(name: str, value: Any) -> str:
+    """What to tell somebody whose keyword `PreferenceTrainer` does not take."""
+    if name in TRAINER:
+        said = TRAINER[name]
+    elif name in {f.name for f in fields(PreferenceConfig)}:
+        said = f"it is a setting: args=PreferenceConfig({name}=...)"
+    elif any(name in o.hyper for o in OBJECTIVES.values()):
+        said = f"it is a setting: args=PreferenceConfig(objective_args={{{name!r}: ...}})"
+    else:
+        return unknown_setting(None, name, value)
+    return f"PreferenceTrainer takes no {name!r}: {said}"
+
+
+def unknown_setting(objective: Any, name: str, value: Any) -> str:
+    """What to tell somebody whose keyword is no field of `PreferenceConfig`."""
+    from fastpo.train.recipe import OUTSIDE
+
+    named = objective if isinstance(objective, Mapping) else [objective or "dpo"]
+    chosen = {str(n): OBJECTIVES[n] for n in named if n in OBJECTIVES}
+    recipe = "key of recipes: from Python, models and data are arguments of PreferenceTrainer."
+    if name in OUTSIDE:
+        return f"unknown key {name!r}. It is a {recipe}"
+    if any(name in o.hyper for o in chosen.values()):
+        return f"unknown key {name!r}. Here it is objective_args={{{name!r}: {value!r}}}."
+    said = unknown(name, value, [f.name for f in fields(PreferenceConfig) if f.init], chosen)
+    here = re.search(r"Here it is (\w+)", said)
+    if here and here[1] in OUTSIDE:
+        return f"{said} That is a {recipe}"
+    if here and here[1] != "beta" and any(here[1] in o.hyper for o in chosen.values()):
+        return f"{said} It goes into objective_args."
+    return said

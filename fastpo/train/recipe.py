@@ -8,6 +8,7 @@ A flag reaches into a mapping with a dot: `--lora.r 32`.
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,10 @@ from typing import Any, Literal
 
 import yaml
 
-from fastpo.train.values import Entry, Loader, RecipeError, checked, describe, nearest, scalar
+from fastpo.model.lora import NUMBERS, lora_faults
+from fastpo.objectives.domain import Count, Misfit, Positive, ProperShare
+from fastpo.train.elsewhere import unknown
+from fastpo.train.values import Entry, Loader, RecipeError, checked, describe, scalar
 
 if typing.TYPE_CHECKING:
     from fastpo.objectives.base import Objective
@@ -82,19 +86,15 @@ class DataSection:
     split: str = "train"
     eval_dataset: str | None = None
     eval_split: str | None = None
-    eval_fraction: float = 0.0
+    eval_fraction: ProperShare = 0.0
     streaming: bool = False
-    max_rows: int | None = None
+    max_rows: Count | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eval_fraction < 1:
-            raise ValueError(f"eval_fraction={self.eval_fraction} is not in [0, 1)")
         if self.eval_fraction and (self.eval_dataset or self.eval_split):
             raise ValueError("eval_fraction and eval_dataset/eval_split exclude each other")
         if self.eval_fraction and self.streaming:
             raise ValueError("eval_fraction needs all rows at once: give eval_split when streaming")
-        if self.max_rows is not None and self.max_rows < 1:
-            raise ValueError(f"max_rows={self.max_rows} must be at least 1")
 
     @property
     def evaluates(self) -> bool:
@@ -123,6 +123,7 @@ class Recipe:
         report: the report section.
         given: every key that the file or a flag set, in the order of the classes.
         hyper: the hyper-parameters in force, defaults included, by objective.
+        places: where each key was set, for messages.
     """
 
     model: ModelSection
@@ -130,6 +131,7 @@ class Recipe:
     report: ReportSection
     given: dict[str, Any]
     hyper: dict[str, dict[str, Any]]
+    places: dict[str, str]
 
     def config(self) -> PreferenceConfig:
         """The trainer's configuration. It picks a device, so nothing before this call does.
@@ -143,7 +145,7 @@ class Recipe:
         try:
             return PreferenceConfig(**{k: v for k, v in self.given.items() if k in own})
         except (TypeError, ValueError) as error:
-            raise RecipeError(str(error)) from error
+            raise RecipeError(_placed(str(error), self.places)) from error
 
     def save(self, folder: str | Path) -> Path:
         """Write recipe.yaml, which trains the same run again, into `folder`."""
@@ -157,41 +159,16 @@ class Recipe:
         return path
 
 
-# What other tools call our keys; only named in error messages.
-ELSEWHERE = {
-    "model_name_or_path": "model",
-    "base_model": "model",
-    "model_revision": "revision",
-    "torch_dtype": "dtype",
-    "loss_type": "objective",
-    "pref_loss": "objective",
-    "rl": "objective",
-    "pref_beta": "beta",
-    "rl_beta": "beta",
-    "loss_weights": "objective, a mapping of names to weights",
-    "use_peft": "lora",
-    "adapter": "lora",
-    "finetuning_type": "lora",
-    "lora_r": "lora.r",
-    "lora_rank": "lora.r",
-    "lora_alpha": "lora.lora_alpha",
-    "lora_dropout": "lora.lora_dropout",
-    "lora_target_modules": "lora.target_modules",
-    "load_in_4bit": "quantization",
-    "load_in_8bit": "quantization",
-    "dataset_config": "dataset_name",
-    "dataset_train_split": "split",
-    "dataset_test_split": "eval_split",
-    "val_set_size": "eval_fraction",
-    "val_size": "eval_fraction",
-    "max_samples": "max_rows",
-    "max_completion_length": "max_response_length",
-    "cutoff_len": "max_length",
-    "sequence_len": "max_length",
-    "micro_batch_size": "per_device_train_batch_size",
-    "overwrite_output_dir": "the flag --overwrite",
-    "overwrite": "the flag --overwrite, without a value",
-}
+# Sections that `PreferenceConfig` knows nothing of, and their keys.
+SECTIONS = (ModelSection, DataSection, ReportSection)
+OUTSIDE = frozenset(f.name for cls in SECTIONS for f in dataclasses.fields(cls))
+
+
+def _placed(message: str, places: Mapping[str, str]) -> str:
+    """`message`, which begins with a key, after the place where the key was set."""
+    key = re.match(r"(?:--)?(\w*)", message)
+    place = places.get(key[1]) if key else None
+    return f"{place}: {message}" if place else message
 
 
 def read_file(path: str | Path) -> dict[str, Entry]:
@@ -216,15 +193,26 @@ def read_file(path: str | Path) -> dict[str, Entry]:
         return {}
     if not isinstance(root, yaml.MappingNode):
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values, not a {root.id}")  # type: ignore[union-attr]
-    lines: dict[str, int] = {}
-    for key, _ in root.value:
-        line = key.start_mark.line + 1
-        if key.value in lines:
-            raise RecipeError(
-                f"{path}:{line}: {key.value!r} was already set in line {lines[key.value]}"
-            )
-        lines[key.value] = line
-    return {str(k): Entry(v, f"{path}:{lines.get(str(k), 1)}") for k, v in values.items()}
+    lines = _lines(root, str(path))
+    entries = {}
+    for name, value in values.items():
+        parts = {k.partition(".")[2]: v for k, v in lines.items() if k.startswith(f"{name}.")}
+        entries[str(name)] = Entry(value, lines.get(str(name), f"{path}:1"), parts=parts)
+    return entries
+
+
+def _lines(mapping: yaml.MappingNode, path: str, prefix: str = "") -> dict[str, str]:
+    """Place of every key; `lora.r` for a key of a mapping inside."""
+    lines: dict[str, str] = {}
+    for key, value in mapping.value:
+        name, place = f"{prefix}{key.value}", f"{path}:{key.start_mark.line + 1}"
+        if name in lines:
+            before = lines[name].rpartition(":")[2]
+            raise RecipeError(f"{place}: {name!r} was already set in line {before}")
+        lines[name] = place
+        if isinstance(value, yaml.MappingNode):
+            lines |= _lines(value, path, f"{name}.")
+    return lines
 
 
 def read_flags(argv: Sequence[str]) -> dict[str, Entry]:
@@ -253,7 +241,8 @@ def read_flags(argv: Sequence[str]) -> dict[str, Entry]:
 
 
 def _types(cls: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
+    own = getattr(cls, "annotations", None)  # PreferenceConfig's, with TrainingArguments' domains
+    hints = own() if own is not None else typing.get_type_hints(cls, include_extras=True)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
 
 
@@ -262,7 +251,7 @@ def fields_of_recipe() -> dict[str, Any]:
     from fastpo.train.config import PreferenceConfig
 
     table: dict[str, Any] = {}
-    for cls in (ModelSection, DataSection, ReportSection, PreferenceConfig):
+    for cls in (*SECTIONS, PreferenceConfig):
         for name, kind in _types(cls).items():
             assert name not in table, f"{cls.__name__}.{name} repeats a key of another section"
             table[name] = kind
@@ -273,29 +262,17 @@ def fields_of_recipe() -> dict[str, Any]:
 
 def _objectives_of(entry: Entry, default: str) -> dict[str, Objective]:
     """The objectives that a recipe names."""
-    from fastpo.objectives import OBJECTIVES
+    from fastpo.objectives import OBJECTIVES, unknown_objective
 
     value = default if entry.value is None else entry.value
     weights = value if isinstance(value, Mapping) else {value: 1.0}
-    names = list(weights)
     for name, weight in weights.items():
-        checked(f"objective.{name}", Entry(weight, entry.where), float)
-    for name in names:
         if name not in OBJECTIVES:
-            raise RecipeError(
-                f"{entry.where}: unknown objective {name!r}.{nearest(str(name), OBJECTIVES)} "
-                "`fastpo objectives` lists them."
-            )
-    if not names:
+            raise RecipeError(f"{entry.place(name)}: {unknown_objective(name)}")
+        checked(f"objective.{name}", Entry(weight, entry.place(name)), Positive)
+    if not weights:
         raise RecipeError(f"{entry.where}: objective = {{}} names no objective")
-    return {name: OBJECTIVES[name] for name in names}
-
-
-def _hyper_types(objective: Objective) -> dict[str, Any]:
-    """A number may also be two, between which it moves over training."""
-    hints = typing.get_type_hints(objective.fn)
-    own = {name: hints.get(name, Any) for name in objective.hyper}
-    return {name: float | list[float] if kind is float else kind for name, kind in own.items()}
+    return {name: OBJECTIVES[name] for name in weights}
 
 
 def _place_hyper(
@@ -324,29 +301,6 @@ def _place_hyper(
     return placed
 
 
-def _unknown(
-    key: str, entry: Entry, keys: Iterable[str], objectives: Mapping[str, Objective]
-) -> str:
-    from fastpo.objectives import OBJECTIVES
-
-    hyper = {h: o.name for o in objectives.values() for h in o.hyper}
-    chosen = " + ".join(objectives)
-    elsewhere = [name for name, o in OBJECTIVES.items() if key in o.hyper]
-    message = f"{entry.where}: unknown key {key!r}."
-    if key in ELSEWHERE:
-        return f"{message} Here it is {ELSEWHERE[key]}."
-    if elsewhere:
-        some = ", ".join(elsewhere[:4]) + (", ..." if len(elsewhere) > 4 else "")
-        return (
-            f"{message} It is a hyper-parameter of {some}; "
-            f"{chosen} has {', '.join(hyper) or 'none'}."
-        )
-    hint = nearest(key, [*keys, *hyper])
-    if hint:
-        return message + hint
-    return message + nearest(key, {h for o in OBJECTIVES.values() for h in o.hyper})
-
-
 def _merge(values: dict[str, Entry], entries: Mapping[str, Entry], keys: Mapping[str, Any]) -> None:
     """Lay `entries` over `values`; dotted keys change one item of a mapping."""
     for key, entry in entries.items():
@@ -365,9 +319,10 @@ def _merge(values: dict[str, Entry], entries: Mapping[str, Entry], keys: Mapping
             before = Entry({before.value: 1.0}, before.where)  # --objective.sft 0.1 adds to it
         if before is not None and isinstance(before.value, Mapping):
             where = ", ".join(dict.fromkeys((*before.where.split(", "), entry.where)))
-            values[head] = Entry({**before.value, rest: entry.value}, where)
+            parts = {**before.parts, rest: entry.where}
+            values[head] = Entry({**before.value, rest: entry.value}, where, parts=parts)
         else:
-            values[head] = Entry({rest: entry.value}, entry.where)
+            values[head] = Entry({rest: entry.value}, entry.where, parts={rest: entry.where})
 
 
 def _forget_particulars(values: dict[str, Entry], flags: Mapping[str, Entry]) -> None:
@@ -379,7 +334,7 @@ def _forget_particulars(values: dict[str, Entry], flags: Mapping[str, Entry]) ->
             for key, value in before.value.items()
             if f"objective_args.{str(key).rpartition('.')[2]}" not in flags
         }
-        values["objective_args"] = Entry(kept, before.where)
+        values["objective_args"] = before._replace(value=kept)
 
 
 def load_recipe(path: str | Path | None, argv: Sequence[str] = ()) -> Recipe:
@@ -412,7 +367,7 @@ def load_recipe(path: str | Path | None, argv: Sequence[str] = ()) -> Recipe:
     for entries in (file_entries, flag_entries):
         placed = _place_hyper(entries, objectives, keys)
         problems += [
-            _unknown(key, entry, keys, objectives)
+            f"{entry.where}: {unknown(key, entry.value, keys, objectives)}"
             for key, entry in placed.items()
             if key.partition(".")[0] not in keys
         ]
@@ -421,7 +376,9 @@ def load_recipe(path: str | Path | None, argv: Sequence[str] = ()) -> Recipe:
         _merge(values, {k: e for k, e in placed.items() if k.partition(".")[0] in keys}, keys)
     for required in ("model", "dataset"):
         if required not in values:
-            problems.append(f"{path or 'flags'}: {required} is missing")
+            named = ", and dataset_name is one of its configurations"
+            hint = named if required == "dataset" and "dataset_name" in values else ""
+            problems.append(f"{path or 'flags'}: {required} is missing{hint}")
     if problems:
         raise RecipeError("\n".join(problems))
 
@@ -435,16 +392,17 @@ def load_recipe(path: str | Path | None, argv: Sequence[str] = ()) -> Recipe:
         for name, hyper_of in hyper.items()
         for key, value in hyper_of.items()
     }
+    places = {name: entry.where for name, entry in values.items()}
+    places |= values["objective_args"].parts if "objective_args" in values else {}
     if isinstance(given.get("lora"), dict):
         _check_lora(values["lora"])
     try:
         sections = [
-            cls(**{name: given[name] for name in _types(cls) if name in given})
-            for cls in (ModelSection, DataSection, ReportSection)
+            cls(**{name: given[name] for name in _types(cls) if name in given}) for cls in SECTIONS
         ]
     except ValueError as error:
-        raise RecipeError(f"{path or 'flags'}: {error}") from error
-    recipe = Recipe(*sections, given=given, hyper=hyper)  # type: ignore[arg-type]
+        raise RecipeError(_placed(str(error), places)) from error
+    recipe = Recipe(*sections, given=given, hyper=hyper, places=places)  # type: ignore[arg-type]
     _complete_model(recipe, values)
     _complete(recipe, Path(path).stem if path is not None else "-".join(objectives), values)
     return recipe
@@ -532,28 +490,29 @@ def _check_hyper(
     in_force = {name: dict(o.hyper) for name, o in objectives.items()}
     args = given.get("objective_args") or {}
     for key in sorted(args, key=lambda k: "." in str(k)):  # the particular after the general
+        place = values["objective_args"].place(key)
         owner, dot, name = str(key).partition(".")
         owners = [owner] if dot else [o for o in objectives if key in objectives[o].hyper]
         name = name if dot else str(key)
         if not owners or owners[0] not in objectives or name not in objectives[owners[0]].hyper:
-            every = sorted({h for o in objectives.values() for h in o.hyper})
             raise RecipeError(
-                f"{values['objective_args'].where}: {' + '.join(objectives)} has no "
-                f"hyper-parameter {key!r}.{nearest(name, every)} "
-                f"It has {', '.join(every) or 'none'}"
+                f"{place}: objective_args: {unknown(name, args[key], (), objectives)}"
             )
         for o in owners:
-            entry = Entry(args[key], values["objective_args"].where)
-            in_force[o][name] = checked(name, entry, _hyper_types(objectives[o])[name])
+            try:
+                value = objectives[o].fitted(name, args[key])
+            except Misfit as misfit:
+                raise RecipeError(f"{place}: {key} = {args[key]!r} {misfit}") from None
+            in_force[o][name] = list(value) if isinstance(value, tuple) else value
     return in_force
 
 
 def _check_lora(entry: Entry) -> None:
     from peft import LoraConfig
 
-    known = [f.name for f in dataclasses.fields(LoraConfig) if f.init]
-    for name in entry.value:
-        if name not in known:
-            raise RecipeError(
-                f"{entry.where}: lora has no argument {name!r}.{nearest(str(name), known)}"
-            )
+    for name, fault in lora_faults(entry.value):
+        raise RecipeError(f"{entry.place(name)}: {fault}")
+    # Some initialisations are patterns, pissa_niter_4: peft itself judges them.
+    types = typing.get_type_hints(LoraConfig) | NUMBERS | {"init_lora_weights": Any}
+    for name, value in entry.value.items():
+        checked(f"lora.{name}", Entry(value, entry.place(name)), types[name])

@@ -43,11 +43,11 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from fastpo.data.build import GroupStream
-from fastpo.data.fit import check_fit
+from fastpo.data.fit import check_fit, doubts
 from fastpo.data.groups import Group
 from fastpo.data.packing import counts_of
 from fastpo.data.token_budget import check_budget, token_rows
-from fastpo.loss import LossOutput
+from fastpo.loss import LossOutput, PreferenceLoss
 from fastpo.model.check import can_share_prompt, check_positions, self_check
 from fastpo.model.facts import read_head
 from fastpo.model.hidden import (
@@ -70,7 +70,8 @@ from fastpo.train.checkpoint import (
     publish,
     staging_dir,
 )
-from fastpo.train.config import PreferenceConfig
+from fastpo.train.config import PreferenceConfig, unknown_argument
+from fastpo.train.elsewhere import refuse_keywords
 from fastpo.train.masking import MaskTraining
 from fastpo.train.metrics import (
     JsonlCallback,
@@ -135,6 +136,11 @@ class PreferenceTrainer(Trainer):
     loss_is_scaled_for_ga = True
 
     args: PreferenceConfig
+
+    def __new__(cls, *args: Any, **keywords: Any) -> PreferenceTrainer:
+        """Keywords of other trainers are answered; `__init__` would only name them."""
+        refuse_keywords(cls, keywords, unknown_argument)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -225,7 +231,9 @@ class PreferenceTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator(pad if isinstance(pad, int) else 0, shares),
+            data_collator=Collator(
+                pad if isinstance(pad, int) else 0, shares, grades=loss.grade_domains
+            ),
             train_dataset=train_dataset,  # pyright: ignore[reportArgumentType]
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -235,6 +243,7 @@ class PreferenceTrainer(Trainer):
         # A second reference that is not stored is a whole model too.
         self._refuse_unsupported("copy" if ref_model2 is not None and kind != "store" else kind)
         self._warn_of_lost_steps()
+        self._warn_of_doubts(loss)
         self.loss = loss.to(self.args.device)
         self.reference_kind = kind
         self.reference: Reference = NoReference()
@@ -316,6 +325,23 @@ class PreferenceTrainer(Trainer):
                 100 * lost,
                 largest.dtype,
                 self.args.learning_rate,
+            )
+
+    def _warn_of_doubts(self, loss: PreferenceLoss) -> None:
+        """What can be trained, and hardly teaches anything."""
+        exact = self.args.batch_statistics == "exact"
+        seen = self.args.per_device_train_batch_size * self.args.world_size
+        seen *= self.args.gradient_accumulation_steps if exact else 1
+        if isinstance(self.train_dataset, Sized):  # of a stream nobody knows the rest
+            groups = [self.train_dataset[i] for i in range(len(self.train_dataset))]
+            for doubt in doubts(loss, groups, seen=seen):
+                log.warning("%s", doubt)
+        adapters = getattr(self.model, "peft_config", {}).values()
+        rates = [rate for a in adapters if (rate := getattr(a, "lora_dropout", 0))]
+        if rates and self.args.disable_dropout:
+            log.warning(
+                "lora_dropout=%g does nothing: disable_dropout=True switches every dropout off",
+                rates[0],
             )
 
     def _refuse_unsupported(self, kind: str) -> None:

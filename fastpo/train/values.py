@@ -12,9 +12,11 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, Union
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union
 
 import yaml
+
+from fastpo.objectives.domain import Misfit, fitted
 
 
 class RecipeError(ValueError):
@@ -59,15 +61,20 @@ class Entry(NamedTuple):
     value: Any
     where: str
     text: str | None = None  # what was typed, for flags whose field is a string
+    parts: Mapping[str, str] = types.MappingProxyType({})  # places of a mapping's own keys
+
+    def place(self, part: object) -> str:
+        """Where one key of a mapping was set."""
+        return self.parts.get(str(part), self.where)
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
     """` Did you mean 'x'?` with the most similar of `names`, or nothing if none is similar."""
     by_plain = {n.lower().replace("-", "_"): n for n in names}
     plain = name.lower().replace("-", "_")
     # `adamw` is adamw_torch cut short and no misspelt grokadamw.
     close = [n for n in by_plain if len(plain) > 2 and n.startswith(plain)]
-    close = close or difflib.get_close_matches(plain, by_plain, n=1, cutoff=0.6)
+    close = close or difflib.get_close_matches(plain, by_plain, n=1, cutoff=cutoff)
     return f" Did you mean {by_plain[close[0]]!r}?" if close else ""
 
 
@@ -79,6 +86,8 @@ def describe(expected: Any) -> str:
     if origin in (Union, types.UnionType):
         listed = [a for a in args if not (a is str and choices(expected))]
         return " or ".join(dict.fromkeys(describe(a) for a in listed))
+    if origin is Annotated:
+        return f"{describe(args[0])} {args[1]}"
     if origin is Literal:
         return " or ".join(map(str, args))
     if isinstance(expected, type) and issubclass(expected, enum.Enum):
@@ -96,7 +105,12 @@ class Mismatch(Exception):
 
 
 def _coerce(value: Any, expected: Any, text: str | None) -> Any:
-    """`value` as `expected`, a type annotation; raises Mismatch where it is not one."""
+    """`value` as `expected`, a type annotation.
+
+    Raises:
+        Mismatch: it is not of that type.
+        Misfit: it is, and outside the domain that the annotation declares.
+    """
     origin, args = typing.get_origin(expected), typing.get_args(expected)
     if expected is Any or expected is None:
         return value
@@ -111,6 +125,8 @@ def _coerce(value: Any, expected: Any, text: str | None) -> Any:
             except Mismatch:
                 continue
         raise Mismatch
+    if origin is Annotated:
+        return fitted(_coerce(value, args[0], text), expected)
     if origin is Literal:
         if value in args and type(value) in {type(a) for a in args}:
             return value
@@ -155,8 +171,15 @@ def _coerce(value: Any, expected: Any, text: str | None) -> Any:
 
 
 def checked(name: str, entry: Entry, expected: Any) -> Any:
+    """The entry's value as `expected`, a type annotation.
+
+    Raises:
+        RecipeError: it is none; names the place, the key, the value and what is expected.
+    """
     try:
         return _coerce(entry.value, expected, entry.text)
+    except Misfit as misfit:
+        raise RecipeError(f"{entry.where}: {name} = {entry.value!r} {misfit}") from None
     except Mismatch:
         hint = nearest(str(entry.value), map(str, choices(expected)))
         raise RecipeError(

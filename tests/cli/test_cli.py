@@ -73,7 +73,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["trian"], "Did you mean 'train'?"),
         (["score", "--modle", "m"], "did you mean --model?"),
         (["score", "--model", "m"], "--dataset"),
-        (["objectives", "dppo"], "did you mean 'dpo'?"),
+        (["objectives", "dppo"], "did you mean 'dpo', "),
         (["doctor", "--tokens", "0"], "--tokens 0"),
         (["doctor", "--workspace-mib", "0"], "positive and finite, or 'auto': got 0"),
         (["doctor", "--workspace-mib", "inf"], "positive and finite, or 'auto': got inf"),

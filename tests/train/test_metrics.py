@@ -84,7 +84,7 @@ def test_the_budget_ends_the_run_and_says_so(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kl_budget": 0.0}, "kl_budget=0.0 must be a positive"),
+        ({"kl_budget": 0.0}, "kl_budget=0.0 must be above 0"),
         ({"kl_budget": 2.0, "objective": "simpo"}, "'simpo' compares with no reference"),
     ],
 )
