@@ -23,7 +23,7 @@ from fastpo.head import (
     most_kept_tokens,
 )
 from fastpo.objectives import get_objective
-from fastpo.objectives.base import Objective, Outcome, Statistic
+from fastpo.objectives.base import DIVERGENCES, Objective, Outcome, Statistic
 from fastpo.objectives.domain import Domain, Misfit, Positive, fitted
 from fastpo.objectives.elsewhere import answer
 from fastpo.objectives.links import check_smoothing
@@ -49,9 +49,6 @@ _REMEDY = {
     "token_rewards": "pass token_rewards (per label token): a `token_rewards` column",
     "error": "denoising errors are no scores of a language model: call the objective's function",
 }
-_DIVERGENCES = ("kl", "kl_reverse")
-# What stands before or after a score's own name: mean_ratio, gold_logps, token_ref_logps.
-_PREFIXES = ("mean_", "token_")
 
 
 class LossOutput(NamedTuple):
@@ -210,28 +207,21 @@ class PreferenceLoss(nn.Module):
     @property
     def needs_kl(self) -> bool:
         """Whether the reference's whole distribution is needed."""
-        return any(name in self._bare_needs for name in _DIVERGENCES)
+        return any(c.objective.needs_kl for c in self.components)
 
     @property
     def needs_reference(self) -> bool:
         """Whether a reference model, or its log-probs, are needed."""
-        return self.needs_kl or not self._bare_needs.isdisjoint(("ratio", "ref_logps"))
+        return any(c.objective.needs_reference for c in self.components)
 
     @property
     def needs_second_reference(self) -> bool:
         """Whether log-probs of a second reference are needed too."""
-        return "ratio2" in self._bare_needs
+        return any(c.objective.needs_second_reference for c in self.components)
 
     @property
-    def _bare_needs(self) -> set[str]:
-        """`needs` without the roles and forms in front of a score's name."""
-        prefixes = (*(f"{role}_" for role in self.extras), *_PREFIXES)
-        bare = set()
-        for name in self.needs:
-            for prefix in prefixes:
-                name = name.removeprefix(prefix)
-            bare.add(name)
-        return bare
+    def _bare_needs(self) -> frozenset[str]:
+        return frozenset().union(*(c.objective.bare_needs for c in self.components))
 
     @property
     def extras(self) -> tuple[str, ...]:
@@ -419,7 +409,7 @@ class PreferenceLoss(nn.Module):
         wanted = {s: name for name, s in STATISTIC_OF.items() if name in self._bare_needs}
         if with_reference:
             return tuple(dict.fromkeys(("logps", *wanted, "ref_logps")))
-        names = (name for name, score in wanted.items() if score not in _DIVERGENCES)
+        names = (name for name, score in wanted.items() if score not in DIVERGENCES)
         return tuple(dict.fromkeys(("logps", *names)))
 
     def _token_stats(
@@ -467,18 +457,19 @@ class PreferenceLoss(nn.Module):
             if not bool(taken.all()):
                 wrong = int((~taken).nonzero()[0])
                 raise ValueError(c.objective.size_error(int(sizes[wrong]), f"group {wrong}"))
-        for name, domain in () if segments.score is None else self.grade_domains:
-            wrong = ~domain.holds(segments.score) & segments.mask
+        grades = segments.score
+        for name, domain in self.grade_domains if grades is not None else ():
+            wrong = ~domain.holds(grades) & segments.mask
             if bool(wrong.any()):
                 group, slot = wrong.nonzero()[0].tolist()
-                grade = segments.score[group, slot].item()
-                absent = grade != grade
+                grade, who = float(grades[group, slot]), f"response {slot} of group {group}"
+                if grade != grade:
+                    raise ValueError(
+                        f"{name} needs every response's grade, but {who} has none: "
+                        f"{_REMEDY['score']}"
+                    )
                 raise ValueError(
-                    f"{name} needs every response's grade, but response {slot} of group {group} "
-                    f"has none: {_REMEDY['score']}"
-                    if absent
-                    else f"{name} takes grades that are {domain}, but response {slot} of group "
-                    f"{group} has {grade:g}"
+                    f"{name} takes grades that are {domain}, but {who} has {grade:g}: rescale them"
                 )
         missing = [role for role in self.extras if role not in segments.extras]
         if missing:

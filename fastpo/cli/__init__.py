@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import NoReturn
 
@@ -407,9 +408,10 @@ def _run(words: Sequence[str]) -> int:
 
         return merge(arguments)
     if arguments.command == "objectives":
-        from fastpo.cli.objectives import objectives
+        with _no_torch():
+            from fastpo.cli.objectives import objectives
 
-        return objectives(arguments)
+            return objectives(arguments)
     if arguments.command == "plan":
         from fastpo.cli.plan import plan_step
 
@@ -419,6 +421,29 @@ def _run(words: Sequence[str]) -> int:
 
         return doctor(arguments)
     return _report(arguments)
+
+
+@contextmanager
+def _no_torch() -> Iterator[None]:
+    """Stand in for torch while the catalogue is printed, unless it is loaded anyway.
+
+    Its modules define functions that nobody calls here; importing torch takes two seconds. What was
+    imported meanwhile is forgotten.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    from unittest.mock import MagicMock
+
+    before = set(sys.modules)
+    stood_for = dict.fromkeys(("torch", "torch.nn", "torch.nn.functional"), MagicMock())
+    sys.modules |= stood_for
+    try:
+        yield
+    finally:
+        for name in set(sys.modules) - before:
+            if name in stood_for or name.startswith("fastpo."):
+                del sys.modules[name]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

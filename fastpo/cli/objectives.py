@@ -9,9 +9,9 @@ import shutil
 import textwrap
 
 from fastpo.data.formats import CONTEXTS
-from fastpo.loss import PreferenceLoss
 from fastpo.objectives import OBJECTIVES, SECTIONS, get_objective
 from fastpo.objectives.base import Objective
+from fastpo.objectives.domain import in_words
 
 FAMILIES = {
     "pair": "pairs: one chosen, one rejected response",
@@ -39,13 +39,12 @@ _MEMORY = {"none": "of the batch", "mean": "of all steps", "ema": "averaged over
 
 def needs(objective: Objective) -> str:
     """What an objective needs beside the policy, in words."""
-    loss = PreferenceLoss(objective.name)
     words = []
-    if loss.needs_kl:
+    if objective.needs_kl:
         words.append("reference distribution")
-    elif loss.needs_reference:
+    elif objective.needs_reference:
         words.append("reference")
-    if loss.needs_second_reference:
+    if objective.needs_second_reference:
         words.append("second reference")
     words += [_IN_WORDS.get(n, n) for n in objective.needs if n in _IN_WORDS or n in _COLUMNS]
     words += [f"{role} responses" for role in objective.extras if role not in CONTEXTS]
@@ -123,9 +122,16 @@ def _one(o: Objective) -> str:
         "compares": FAMILIES[o.family],
         "needs": needs(o),
         "defaults": _hyper(o),
+        **({"grades": str(o.grades({}))} if "score" in o.needs else {}),
         "paper": paper(o),
         "recipe": "\n".join(
-            [f"objective: {o.name}", *(f"{k}: {json.dumps(v)}" for k, v in o.hyper.items())]
+            [
+                f"objective: {o.name}",
+                *(
+                    f"{k}: {json.dumps(v)}  # {in_words(o.annotations[k])}"
+                    for k, v in o.hyper.items()
+                ),
+            ]
         ),
     }
     lines = [o.name, ""]

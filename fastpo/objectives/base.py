@@ -39,6 +39,13 @@ count of zero leaves a sum of zero: divide by max(count, 1).
 """
 
 
+DIVERGENCES = ("kl", "kl_reverse")
+"""Scores of the reference's whole distribution."""
+
+PREFIXES = ("mean_", "token_")
+"""What stands before a score's own name: mean_ratio, token_ref_logps."""
+
+
 class Term(NamedTuple):
     """One summand of a loss: weight * sum(values) / (global count of `per`)."""
 
@@ -138,6 +145,31 @@ class Objective:
             for p in inspect.signature(self.fn).parameters.values()
             if p.kind is not inspect.Parameter.KEYWORD_ONLY
         )
+
+    @cached_property
+    def bare_needs(self) -> frozenset[str]:
+        """`needs` without statistics, and without the roles and forms in front of a name."""
+        bare = set()
+        for name in self.needs:
+            for prefix in (*(f"{role}_" for role in self.extras), *PREFIXES):
+                name = name.removeprefix(prefix)
+            bare.add(name)
+        return frozenset(bare.difference(self.statistics))
+
+    @property
+    def needs_kl(self) -> bool:
+        """Whether the reference's whole distribution is needed."""
+        return not self.bare_needs.isdisjoint(DIVERGENCES)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a reference model, or its log-probs, are needed."""
+        return self.needs_kl or not self.bare_needs.isdisjoint(("ratio", "ref_logps"))
+
+    @property
+    def needs_second_reference(self) -> bool:
+        """Whether log-probs of a second reference are needed too."""
+        return "ratio2" in self.bare_needs
 
     @cached_property
     def hyper(self) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def fitted(value: Any, expected: Any) -> Any:
             if base is int and not isinstance(value, Integral):
                 if not float(value).is_integer():
                     continue
-                value = int(value)
+                value = int(float(value))
             if (domain or FINITE).holds(value):
                 return value
             misfit = f"must be {domain or FINITE}"

@@ -175,6 +175,7 @@ _LAUNCH = "There is none: start ranks with `torchrun` or `accelerate launch`, sh
 _KERNELS = "There is none: layer_kernels chooses kernels of norms and activations."
 _FREEZE = "There is none: train an adapter (lora), whose target_modules name what is trained."
 _RESPONSES = "Only responses are scored, always: leave it out."
+_LOSSES = "`fastpo objectives` lists the losses that there are: leave it out."
 _ALWAYS = "That is always so: leave it out."
 _UNSUPPORTED = "There is no such thing here: leave it out."
 
@@ -214,6 +215,12 @@ NOTES: dict[str, str] = {
     "max_new_tokens": "Samples before and after training have sample_tokens; answers to train on "
     "come from `fastpo sample`.",
     "temperature": _DRAWN,
+    "do_sample": _DRAWN,
+    "num_beams": _DRAWN,
+    "length_penalty": _DRAWN,
+    "eval_num_beams": _DRAWN,
+    "vllm": _DRAWN,
+    "rollout_func": _DRAWN,
     "top_p": _DRAWN,
     "top_k": _DRAWN,
     "min_p": _DRAWN,
@@ -441,6 +448,19 @@ NOTES: dict[str, str] = {
 """A key -> a sentence, where no key of ours is the same thing."""
 
 BY_PREFIX: dict[str, str] = {
+    "sample_packing_": _PACKED,
+    "pretrain": "There is none: rows are preferences, or prompts with answers.",
+    "profile": _UNSUPPORTED,
+    "enable_torch_profiler": _UNSUPPORTED,
+    "fp8": _UNSUPPORTED,
+    "scaling_softmax": _UNSUPPORTED,
+    "embeddings_": _UNSUPPORTED,
+    "llama4_": _UNSUPPORTED,
+    "eaft_": _LOSSES,
+    "use_eaft": _LOSSES,
+    "asft_": _LOSSES,
+    "use_asft": _LOSSES,
+    "use_dft": _LOSSES,
     "vllm_": _DRAWN,
     "sglang_": _DRAWN,
     "generation_": _DRAWN,

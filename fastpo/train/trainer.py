@@ -333,7 +333,7 @@ class PreferenceTrainer(Trainer):
         seen = self.args.per_device_train_batch_size * self.args.world_size
         seen *= self.args.gradient_accumulation_steps if exact else 1
         if isinstance(self.train_dataset, Sized):  # of a stream nobody knows the rest
-            groups = [self.train_dataset[i] for i in range(len(self.train_dataset))]
+            groups: Any = [self.train_dataset[i] for i in range(len(self.train_dataset))]
             for doubt in doubts(loss, groups, seen=seen):
                 log.warning("%s", doubt)
         adapters = getattr(self.model, "peft_config", {}).values()

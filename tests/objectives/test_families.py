@@ -50,9 +50,9 @@ def test_get_objective() -> None:
         get_objective("simp0")
     with pytest.raises(ValueError, match=rf"'zzz': did you mean {five}"):
         get_objective("zzz")
-    with pytest.raises(ValueError, match="'sigmoid_norm': here it is ln_dpo$"):
+    with pytest.raises(ValueError, match=r"'sigmoid_norm': here it is ln_dpo$"):
         get_objective("sigmoid_norm")
-    with pytest.raises(ValueError, match="'Beta-DPO': here it is beta_dpo$"):
+    with pytest.raises(ValueError, match=r"'Beta-DPO': here it is beta_dpo$"):
         get_objective("Beta-DPO")
 
 

@@ -97,7 +97,7 @@ def test_errors_name_value_and_remedy(config: Any, options: dict, message: str) 
 
 
 def test_unknown_setting() -> None:
-    with pytest.raises(ValueError, match="'learning_rat'. Did you mean 'learning_rate'"):
+    with pytest.raises(ValueError, match=r"'learning_rat'\. Did you mean 'learning_rate'"):
         PreferenceConfig.from_dict({"learning_rat": 1.0})
 
 
