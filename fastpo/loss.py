@@ -458,7 +458,9 @@ class PreferenceLoss(nn.Module):
                 wrong = int((~taken).nonzero()[0])
                 raise ValueError(c.objective.size_error(int(sizes[wrong]), f"group {wrong}"))
         grades = segments.score
-        for name, domain in self.grade_domains if grades is not None else ():
+        for name, domain in self.grade_domains:
+            if grades is None:  # its own remedy comes with the scores
+                break
             wrong = ~domain.holds(grades) & segments.mask
             if bool(wrong.any()):
                 group, slot = wrong.nonzero()[0].tolist()

@@ -34,10 +34,14 @@ def run(
     model = tiny.model().to(dtype)
     two = PreferenceLoss(objective).needs_second_reference
     short = options.get("reference_prompt") == "short_prompt"
+    groups = tiny.groups(8, CANDIDATES[family], extras=extras, short_prompt=short)
+    if any(domain.high == 1 for _, domain in PreferenceLoss(objective).grade_domains):
+        for response in (r for group in groups for r in group.responses):
+            response.score = (response.score or 0) / CANDIDATES[family]
     trainer = PreferenceTrainer(
         model,
         tiny.config(folder, objective=objective, max_steps=steps, optim="sgd", **options),
-        train_dataset=tiny.groups(8, CANDIDATES[family], extras=extras, short_prompt=short),
+        train_dataset=groups,
         ref_model=None if names[0] not in AT_REST else tiny.model(seed=1).to(dtype),
         ref_model2=tiny.model(seed=2).to(dtype) if two else None,
         processing_class=tiny.tokenizer(),
