@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from typing import NoReturn
 
 from fastpo.optional import PackageError
+from fastpo.redact import learn, redact
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -50,8 +51,8 @@ often      output_dir, objective, beta (any hyper-parameter of the objective), l
            per_device_train_batch_size (in groups), eval_fraction or eval_dataset
 
   --keys [WORD]  list every key with its default (or those with WORD in the name) and stop
-  --overwrite    forget the run that lies in output_dir; without it, train goes on from the
-                 newest complete checkpoint there
+  --overwrite    remove what an earlier run wrote to output_dir, nothing else; without it, train
+                 goes on from the newest complete checkpoint there
   --debug        show the traceback of an error
 
 Ctrl-C or SIGTERM: the step is finished, a checkpoint is saved, and the command that goes on is
@@ -254,6 +255,10 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         )
     for parser in (score, sample):
         parser.add_argument("--out", help="JSONL file; default: standard output")
+    for parser in (score, sample, preparing, data, weighing):
+        parser.add_argument(
+            "--overwrite", action="store_true", help="write over files that are there already"
+        )
 
     merge = command(
         "merge",
@@ -458,6 +463,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         an extra that is not installed; `--debug` shows the traceback instead. 130: interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    learn(words)
     try:
         return _run(words)
     except SystemExit as stop:
@@ -478,6 +484,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
         if "--debug" in words:
             raise
-        for line in (text or type(error).__name__).splitlines():
+        for line in redact(text or type(error).__name__).splitlines():
             sys.stderr.write(f"fastpo: {line}\n")
         return USAGE_ERROR

@@ -11,7 +11,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from fastpo.cli.models import json_lines, show_log
+from fastpo.cli.models import show_log
+from fastpo.cli.output import check_outputs, json_lines
 from fastpo.data.build import good_rows
 from fastpo.data.formats import BadField
 from fastpo.data.rows import load_rows
@@ -41,8 +42,8 @@ def _scored_lists(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {name: value for name, value in row.items() if value is not None}
 
 
-def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with json_lines(str(path)) as write:
+def _write(path: Path, rows: Sequence[Mapping[str, Any]], over: bool) -> None:
+    with json_lines(path, over=over) as write:
         for row in rows:
             write(dict(row))
     sys.stderr.write(f"{path}: {len(rows)} rows\n")
@@ -52,12 +53,26 @@ def data(arguments: argparse.Namespace) -> int:
     """Rejection sampling (`rso`) or stages of pairs (`curriculum`) from scored lists."""
     show_log(logging.WARNING)
     out = Path(arguments.out)
-    if arguments.action == "curriculum":
+    over, staged = arguments.overwrite, arguments.action == "curriculum"
+    there = sorted(out.glob("stage-*.jsonl"))
+    first = out / "stage-1.jsonl" if staged else out
+    check_outputs(
+        *dict.fromkeys([first, *there] if staged else [first]),
+        inputs=[arguments.dataset],
+        overwrite=over,
+    )
+    if staged:
         stages = curriculum(_scored_lists(arguments))
         if not stages:
             raise ValueError(f"{arguments.dataset}: no list has two answers of different score")
-        for number, rows in enumerate(stages, 1):
-            _write(out / f"stage-{number}.jsonl", rows)
+        paths = [out / f"stage-{number}.jsonl" for number in range(1, len(stages) + 1)]
+        if stale := [path for path in there if path not in paths]:
+            raise ValueError(
+                f"{stale[0]} would be left from another curriculum of more than {len(paths)} "
+                "stages: remove it, or name another folder"
+            )
+        for path, rows in zip(paths, stages, strict=True):
+            _write(path, rows, over)
         return 0
     if arguments.count < 2:
         raise ValueError(f"--count {arguments.count} must be at least 2, or no pair is left")
@@ -66,5 +81,5 @@ def data(arguments: argparse.Namespace) -> int:
         sampled(row, arguments.count, beta=arguments.beta, seed=[arguments.seed, i])
         for i, row in enumerate(_scored_lists(arguments))
     ]
-    _write(out, kept)
+    _write(out, kept, over)
     return 0

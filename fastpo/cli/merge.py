@@ -8,6 +8,7 @@ from typing import Any
 
 from fastpo.cli.models import open_model, open_tokenizer
 from fastpo.model.load import check_place, trained_adapter
+from fastpo.train.folder import RunFolder
 
 
 def merge(arguments: argparse.Namespace) -> int:
@@ -29,7 +30,10 @@ def merge(arguments: argparse.Namespace) -> int:
     model: Any = open_model(
         arguments.model, dtype=arguments.dtype, gguf_file=arguments.gguf_file, **remote
     )
-    model.merge_and_unload(safe_merge=True).save_pretrained(out)
-    open_tokenizer(arguments.model, arguments.tokenizer, None, **remote).save_pretrained(out)
+    with RunFolder(out).placing() as staging:
+        model.merge_and_unload(safe_merge=True).save_pretrained(staging)
+        open_tokenizer(arguments.model, arguments.tokenizer, None, **remote).save_pretrained(
+            staging
+        )
     print(out)
     return 0

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +12,18 @@ from transformers import PreTrainedTokenizerBase
 
 from fastpo.model.load import check_place, load_model, load_tokenizer, trained_adapter
 from fastpo.model.random_init import byte_tokenizer, model_config
+from fastpo.redact import redact
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
 
 
 def show_log(level: int) -> None:
-    """Send fastpo's own log to standard error, one plain line a message."""
+    """Send fastpo's own log to standard error, one plain line a message, without secrets."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("fastpo: %(message)s"))
+    handler.setFormatter(_Formatter("fastpo: %(message)s"))
     logger = logging.getLogger("fastpo")
     logger.handlers = [handler]
     logger.propagate = False
@@ -109,17 +112,3 @@ def table(rows: Sequence[Sequence[str]]) -> str:
         ).rstrip()
         for row in rows
     )
-
-
-@contextmanager
-def json_lines(path: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function that writes one JSON line, at once, to a file or to standard output."""
-    if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with nullcontext(sys.stdout) if path is None else open(path, "w", encoding="utf-8") as file:
-
-        def write(row: dict[str, Any]) -> None:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-
-        yield write

@@ -22,12 +22,15 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 from fastpo.cli.models import open_model, open_tokenizer, show_log
+from fastpo.cli.output import check_outputs, partial_of
 from fastpo.cli.sample import answers, prompt_ids, sampling
 from fastpo.data.formats import Content
 from fastpo.data.logo import Generate, LogoOptions, logo_rows, split
 from fastpo.data.rows import load_rows
 from fastpo.model.device import default_device
 from fastpo.model.hidden import generation
+from fastpo.redact import redact
+from fastpo.train.folder import write_text
 
 BLOCK = 16  # documents whose questions, and whose answers, are written together
 
@@ -117,26 +120,32 @@ class Progress:
         key: what the rows depend on, by name.
 
     Raises:
-        ValueError: the file was begun with another key; names what changed.
+        ValueError: the file is another's, or was begun with another key; names what changed.
     """
 
     def __init__(self, path: Path, key: dict[str, Any]) -> None:
         self.path = path
         self.blocks: list[dict[str, Any]] = []
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith(b"\n")]
-        if not whole:
+        if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(key) + "\n", encoding="utf-8")
+            write_text(path, json.dumps(key) + "\n")
             return
-        held, *self.blocks = map(json.loads, whole)
-        changed = [name for name in key if held.get(name) != key[name]]
+        lines = path.read_bytes().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith(b"\n")]
+        try:
+            held, *self.blocks = map(json.loads, whole)
+            changed = [name for name in key if held.get(name) != key[name]]
+        except (ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is no file of this command: name another OUT, or remove it"
+            ) from error
         if changed:
             raise ValueError(
                 f"{path} was begun with another {', '.join(changed)}: give the same, or remove the "
                 "file to start over"
             )
-        path.write_bytes(b"".join(whole))
+        if whole != lines:  # the last one was torn by a kill
+            write_text(path, b"".join(whole).decode())
 
     def add(self, block: dict[str, Any]) -> None:
         """Keep a block."""
@@ -147,10 +156,7 @@ class Progress:
     def finish(self, out: Path) -> list[dict[str, Any]]:
         """Write the rows to `out`, which appears complete, and remove this file."""
         rows = [row for block in self.blocks for row in block["rows"]]
-        written = out.with_name(f".{out.name}.written")
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        written.write_text(text, encoding="utf-8")
-        written.rename(out)
+        write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         self.path.unlink()
         return rows
 
@@ -166,8 +172,12 @@ def prepare(arguments: argparse.Namespace) -> int:
     names = ("chunk_tokens", "context_chunks", "critical_chunks", "min_overlap", "seed")
     options = LogoOptions(**{name: getattr(arguments, name) for name in names})
     out = Path(arguments.out)
-    if out.exists():
-        raise ValueError(f"{out} is there already: name another file, or remove it")
+    check_outputs(
+        out,
+        inputs=[arguments.documents, arguments.chat_template],
+        overwrite=arguments.overwrite,
+        goes_on=True,
+    )
     source = {
         "revision": arguments.revision,
         "trust_remote_code": arguments.trust_remote_code,
@@ -185,10 +195,11 @@ def prepare(arguments: argparse.Namespace) -> int:
             f"cutting documents needs a tokenizer that knows its offsets, and "
             f"{type(tokenizer).__name__} is not a fast one: give another --tokenizer"
         )
-    key = {k: v for k, v in vars(arguments).items() if k not in ("command", "debug", "out")}
+    own = ("command", "debug", "out", "overwrite")
+    key = redact({k: v for k, v in vars(arguments).items() if k not in own})
     text = json.dumps(documents, sort_keys=True, default=str)
     key["documents"] = hashlib.sha256(text.encode()).hexdigest()
-    progress = Progress(out.with_name(f"{out.name}.partial"), key)
+    progress = Progress(partial_of(out), key)
     starts = range(0, len(documents), BLOCK)[len(progress.blocks) :]
     if starts:
         how: dict[str, Any] = {

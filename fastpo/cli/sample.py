@@ -13,7 +13,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from fastpo.cli.models import json_lines, open_model, open_tokenizer, show_log
+from fastpo.cli.models import open_model, open_tokenizer, show_log
+from fastpo.cli.output import check_outputs, json_lines
 from fastpo.data.build import good_rows
 from fastpo.data.formats import BadField
 from fastpo.data.rows import load_rows
@@ -78,6 +79,11 @@ def sample(arguments: argparse.Namespace) -> int:
     how = sampling(arguments.temperature, arguments.top_p)
     if arguments.temperature == 0 and arguments.num_samples > 1:
         raise ValueError("--temperature 0 gives one answer a prompt: drop --num-samples")
+    check_outputs(
+        arguments.out,
+        inputs=[arguments.prompts, arguments.chat_template],
+        overwrite=arguments.overwrite,
+    )
     source = {
         "revision": arguments.revision,
         "trust_remote_code": arguments.trust_remote_code,
@@ -96,7 +102,8 @@ def sample(arguments: argparse.Namespace) -> int:
     model = open_model(arguments.model, dtype=arguments.dtype, device=default_device(), **source)
     set_seed(arguments.seed)
     bar = tqdm(total=len(rows), desc="sampling", unit="prompt", disable=None)
-    with json_lines(arguments.out) as write, bar, generation(model), torch.inference_mode():
+    lines = json_lines(arguments.out, over=arguments.overwrite)
+    with lines as write, bar, generation(model), torch.inference_mode():
         for start in range(0, len(rows), arguments.batch_size):
             part = range(start, min(start + arguments.batch_size, len(rows)))
             found = answers(

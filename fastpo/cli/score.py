@@ -18,12 +18,12 @@ from tqdm.auto import tqdm
 
 from fastpo.cli.models import (
     check_adapter,
-    json_lines,
     open_model,
     open_tokenizer,
     show_log,
     table,
 )
+from fastpo.cli.output import check_outputs, json_lines
 from fastpo.cli.token_view import SHOWN, token_rows, write_page
 from fastpo.data.build import DataOptions, build_groups
 from fastpo.data.follow_ups import followed_up, next_turns, read_follow_ups
@@ -32,6 +32,7 @@ from fastpo.data.rows import load_rows
 from fastpo.model.device import default_device
 from fastpo.model.diagnostics import ches, entanglement
 from fastpo.model.scoring import Packer, Scorer
+from fastpo.redact import redact
 from fastpo.scores import score_responses
 
 _SCORES = ("logps", "mean_logps", "reward", "follow_up")
@@ -54,7 +55,7 @@ def _rows_of(batch: list[Group], scores: dict[str, Tensor], beta: float) -> list
                 if getattr(response, name) is not None:
                     row[name] = getattr(response, name)
             responses.append(row)
-        rows.append({"source": group.source, "row": group.row, "responses": responses})
+        rows.append({"source": redact(group.source), "row": group.row, "responses": responses})
     return rows
 
 
@@ -137,6 +138,13 @@ def score(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--batch-size {arguments.batch_size} must be at least 1")
     if arguments.token_rewards is not None and arguments.ref_model is None:
         raise ValueError("--token-rewards compares with a reference: name one with --ref-model")
+    token_file = Path(arguments.token_rewards) if arguments.token_rewards else None
+    check_outputs(
+        arguments.out,
+        *([token_file, token_file.with_suffix(".html")] if token_file else []),
+        inputs=[arguments.dataset, arguments.chat_template, arguments.follow_up],
+        overwrite=arguments.overwrite,
+    )
     source = {
         "revision": arguments.revision,
         "trust_remote_code": arguments.trust_remote_code,
@@ -178,10 +186,10 @@ def score(arguments: argparse.Namespace) -> int:
     packed = Packer(scorers, data.groups, tokenizer)
 
     summary, on_page = Summary(), []
-    token_file = Path(arguments.token_rewards) if arguments.token_rewards else None
-    tokens = json_lines(str(token_file)) if token_file else nullcontext()
+    over = arguments.overwrite
+    tokens = json_lines(token_file, over=over) if token_file else nullcontext()
     bar = tqdm(total=len(data), desc="scoring", unit="group", disable=None)
-    with json_lines(arguments.out) as write, tokens as write_tokens, bar:
+    with json_lines(arguments.out, over=over) as write, tokens as write_tokens, bar:
         for start in range(0, len(data), arguments.batch_size):
             groups = data.groups[start : start + arguments.batch_size]
             batch = packed(groups)

@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastpo.data.groups import Group
+from fastpo.redact import redact
+from fastpo.train.folder import write_text
 from fastpo.train.report import STYLE
 
 SHOWN = 50  # groups on a page: 100 responses of 300 tokens are 4 MB
@@ -53,7 +55,7 @@ def token_rows(
         for k, response in enumerate(group.responses):
             ids = response.input_ids[response.loss_mask].tolist()
             yield {
-                "source": group.source,
+                "source": redact(group.source),
                 "row": group.row,
                 "response": k,
                 "label": k == 0 if response.label is None else response.label,
@@ -89,7 +91,8 @@ def write_page(path: Path, rows: Sequence[Mapping[str, Any]], total: int) -> Non
             f"<div class=text style='padding:12px 16px'>{''.join(span(*t) for t in tokens)}</div>"
             "</div>"
         )
-    path.write_text(
+    write_text(
+        path,
         "<!doctype html><html lang=en><head><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width,initial-scale=1'>"
         f"<title>Token rewards</title><style>{STYLE}</style></head><body><main>"
@@ -98,5 +101,4 @@ def write_page(path: Path, rows: Sequence[Mapping[str, Any]], total: int) -> Non
         "reference</span> <span class=key style='color:var(--b)'>less</span>; full colour from "
         f"{full:.3g} on. Hover over a token for its numbers.</p>{''.join(blocks)}"
         "</main></body></html>",
-        encoding="utf-8",
     )

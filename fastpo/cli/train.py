@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import re
+import math
 import shlex
-import shutil
 import signal
 import sys
 import threading
@@ -30,11 +29,13 @@ from fastpo.data.build import GroupDataset, GroupStream, build_groups
 from fastpo.data.packing import counts_of
 from fastpo.data.rows import load_rows
 from fastpo.head import Workspace, plan_head
-from fastpo.model.load import blend
+from fastpo.model.load import blend, trained_adapter
 from fastpo.objectives import OBJECTIVES
+from fastpo.redact import is_secret, redact
 from fastpo.train.chart import short
 from fastpo.train.checkpoint import latest_complete
-from fastpo.train.config import PreferenceConfig
+from fastpo.train.config import PreferenceConfig, batch_words
+from fastpo.train.folder import RECIPE, RECORDS, RunFolder, claim
 from fastpo.train.recipe import Recipe, fields_of_recipe, load_recipe
 from fastpo.train.report import write_model_card, write_report
 from fastpo.train.run import Run, environment
@@ -299,6 +300,15 @@ def schedule_words(trainer: PreferenceTrainer, label_tokens: float) -> str:
     return f"{schedule.name}, {schedule.products} products ({schedule.reason}); {why}"
 
 
+def step_words(batch: dict[str, int], drop_last: bool, groups: int | None) -> str:
+    """What a step consists of, and what becomes of the groups that fill none."""
+    words = f"{batch_words(batch)}; drop_last is {'on' if drop_last else 'off'}"
+    at_once = math.prod(batch.values()) // (batch["accumulated"] if drop_last else 1)
+    if groups is None or not (rest := groups % at_once):
+        return words
+    return f"{words}, an epoch's last {rest} are " + ("left out" if drop_last else "a smaller step")
+
+
 def introduction(facts: dict[str, Any], resume: str | None, output_dir: str) -> str:
     """The lines that `train` begins with."""
     model, data, objective = facts["model"], facts["data"], facts["objective"]
@@ -325,6 +335,7 @@ def introduction(facts: dict[str, Any], resume: str | None, output_dir: str) -> 
         "data": f"{data['name']}, {amount}",
         "objective": f"{name}; "
         + yaml.safe_dump(hyper, default_flow_style=True, width=1000).strip()[1:-1],
+        "step": facts["step"],
         "reference": facts["reference"],
         "head": facts["schedule"],
         "output": output_dir,
@@ -347,92 +358,93 @@ def conclusion(run: Run) -> str:
 
 # --- the run -------------------------------------------------------------------------------------
 
-_RUN = ("preference_config.yaml", "run.json")  # one of them is in every run's folder
-_MODEL = (
-    "README.md",
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model-*-of-*.safetensors",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-)
-_RECORDS = (
-    "metrics.jsonl",
-    "samples.jsonl",
-    "skipped.jsonl",
-    "recipe.yaml",
-    "trainer_state.json",
-    "training_args.bin",
-    "report.html",
-    *_RUN,  # last, so that a removal that was killed is taken up again
-)
+
+def say(text: str) -> None:
+    """Print at once, without secrets."""
+    print(redact(text), flush=True)
 
 
-def forget(output_dir: Path, model: str) -> None:
-    """Remove what an earlier run wrote: its checkpoints, model and records, nothing else.
-
-    Raises:
-        ValueError: the run's model is the one that is to be trained.
-    """
-    checkpoints = [p for p in output_dir.glob("*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    models, names = checkpoints, _RECORDS
-    if any((output_dir / name).is_file() for name in _RUN):  # else the model in it is not ours
-        models, names = [*checkpoints, output_dir], (*_MODEL, *_RECORDS)
-    if Path(model).resolve() in [path.resolve() for path in models]:
-        raise ValueError(
-            f"--overwrite would remove {model}, which is to be trained: take another output_dir"
-        )
-    for path in checkpoints:
-        shutil.rmtree(path)
-    for path in (path for name in names for path in output_dir.glob(name)):
-        path.unlink()
-
-
-def _write_facts(output_dir: Path, facts: dict[str, Any]) -> None:
-    text = json.dumps(facts, indent=1, ensure_ascii=False, default=str)
-    (output_dir / "run.json").write_text(text, encoding="utf-8")
-
-
-def _write_skipped(output_dir: Path, groups: GroupDataset | GroupStream) -> None:
+def _write_skipped(folder: RunFolder, groups: GroupDataset | GroupStream) -> None:
     rows = [
-        {name: getattr(bad, name) for name in ("source", "row", "field", "reason")}
+        redact({name: getattr(bad, name) for name in ("source", "row", "field", "reason")})
         for bad in groups.skipped
     ]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (output_dir / "skipped.jsonl").write_text(text, encoding="utf-8")
+    folder.write("skipped.jsonl", text)
 
 
-def _close(output_dir: Path, facts: dict[str, Any], groups: Any, report: bool) -> None:
+def _close(folder: RunFolder, facts: dict[str, Any], groups: Any, report: bool) -> None:
     """What a run leaves behind however it ended."""
-    _write_facts(output_dir, facts)
-    _write_skipped(output_dir, groups)  # a stream knows them only now
+    folder.save(**facts)
+    _write_skipped(folder, groups)  # a stream knows them only now
     if report:
-        write_report(output_dir)
+        try:
+            write_report(folder.path)
+        except ValueError as error:  # edited while the run went on
+            logging.getLogger(__name__).warning("no report: %s", error)
 
 
-def refuse_mixture(recipe: Recipe, before: dict[str, Any], output_dir: Path) -> None:
-    """A run goes on only as the run that it was.
+def refuse_mixture(recipe: Recipe, config: PreferenceConfig, before: Run) -> None:
+    """A run goes on only as the run that it was; secrets are no part of that.
+
+    The same groups a step may be spread over ranks and accumulated batches in another way, unless
+    the objective has statistics of a batch.
 
     Raises:
-        ValueError: a key that changes what the steps compute has another value now.
+        ValueError: a key, or the number of ranks, that changes what the steps compute.
     """
-    for key in {**before, **recipe.given}:
-        old, new = before.get(key), recipe.given.get(key)
-        if key not in MAY_CHANGE and old != new:
+    earlier, now = (
+        json.loads(json.dumps(redact(keys), default=str)) for keys in (before.recipe, recipe.given)
+    )
+    start_over = "take another output_dir, or start over with --overwrite"
+    held, batch = before.facts.get("batch"), config.batch_facts()
+    # Else what a step computes depends on how its groups are spread.
+    spreads = (
+        config.batch_statistics == "exact" or not config.build_loss().has_statistics
+    ) and config.train_sampling_strategy != "group_by_length"
+    alike = held is not None and spreads and math.prod(held.values()) == math.prod(batch.values())
+    may_change = MAY_CHANGE | (
+        {"per_device_train_batch_size", "gradient_accumulation_steps"} if alike else set()
+    )
+    for key in {**earlier, **now}:
+        old, new = earlier.get(key), now.get(key)
+        if key not in may_change and not is_secret(key) and old != new:
             raise ValueError(
-                f"{output_dir} holds a run with {key} = {old!r}, now it is {new!r}: take another "
-                "output_dir, or start over with --overwrite"
+                f"{before.folder} holds a run with {key} = {old!r}, now it is {new!r}: {start_over}"
+            )
+    if held is not None and held["ranks"] != batch["ranks"] and not alike:
+        other = ", or set gradient_accumulation_steps so that steps have as many groups"
+        raise ValueError(
+            f"{before.folder} holds a run with {batch_words(held)}, now it is "
+            f"{batch_words(batch)}: take as many ranks{other if spreads else ''}, or {start_over}"
+        )
+
+
+def read_by(recipe: Recipe) -> list[str]:
+    """Every file, folder and name that a run of this recipe reads."""
+    model, data = recipe.model, recipe.data
+    names = [model.model, model.tokenizer, model.chat_template, data.dataset, data.eval_dataset]
+    for reference in (model.ref_model, model.ref_model2):
+        names += [reference] if isinstance(reference, str) else [*(reference or ())]
+    adapters = [found for name in filter(None, names[:1]) if (found := trained_adapter(name))]
+    return [*filter(None, names), *(adapter.base for adapter in adapters)]
+
+
+def refuse_own_data(output_dir: Path, *sources: str | None) -> None:
+    """Refuse an output_dir whose files would be read as rows.
+
+    Raises:
+        ValueError: it lies in a folder of data, or its files match a glob; names both.
+    """
+    place = output_dir.resolve()
+    for source in filter(None, sources):
+        path = Path(source).expanduser()
+        inside = path.is_dir() and place.is_relative_to(path.resolve())
+        pattern = str(path.absolute())
+        if inside or any((place / name).match(pattern) for name in RECORDS):
+            raise ValueError(
+                f"output_dir {output_dir}: its files would be read as rows of {source}: take "
+                "another output_dir"
             )
 
 
@@ -449,21 +461,31 @@ def train(words: Sequence[str]) -> int:
     main = config.process_index == 0
     show_log(logging.INFO if main else logging.ERROR)
 
+    folder = RunFolder.at(output_dir)
     with config.main_process_first(local=False):
-        if "--overwrite" in bare and main:
-            forget(output_dir, recipe.model.model)
+        if main:
+            refuse_own_data(output_dir, recipe.data.dataset, recipe.data.eval_dataset)
+            folder = claim(
+                output_dir,
+                recipe=path,
+                alone=config.push_to_hub,
+                overwrite="--overwrite" in bare,
+                reads=read_by(recipe),
+                status="starting",
+                command=shlex.join(["fastpo", "train", *words]),
+            )
         before = Run.read(output_dir) if output_dir.is_dir() else Run(output_dir)
     resume = latest_complete(output_dir)
     finished = before.facts.get("status") == "finished"
     if resume is not None or finished:
-        refuse_mixture(recipe, before.recipe, output_dir)
+        refuse_mixture(recipe, config, before)
         same_length = all(
             before.recipe.get(key) == recipe.given.get(key)
             for key in ("max_steps", "num_train_epochs")
         )
         if finished and same_length:
             more = "more max_steps or num_train_epochs continue it, " if resume else ""
-            print(
+            say(
                 f"{output_dir} is finished: {before.steps} steps, report in "
                 f"{output_dir / 'report.html'}\n{more}--overwrite starts over, another output_dir "
                 "keeps both"
@@ -476,7 +498,7 @@ def train(words: Sequence[str]) -> int:
             )
 
     if main and (needs := host_needs(recipe)) is not None:
-        print(f"{'needs':<11}{needs}", flush=True)
+        say(f"{'needs':<11}{needs}")
     source = {
         "revision": recipe.model.revision,
         "trust_remote_code": recipe.model.trust_remote_code,
@@ -543,19 +565,23 @@ def train(words: Sequence[str]) -> int:
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "model": model_facts(recipe.model.model, model),
         "data": data,
+        "step": step_words(config.batch_facts(), config.dataloader_drop_last, data.get("groups")),
         "objective": objective_facts(recipe),
         "reference": reference,
         "sharing": {"on": trainer.collator.share_prompt, "reason": trainer.sharing_reason},
         "schedule": schedule_words(trainer, tokens * config.per_device_train_batch_size),
         "environment": environment(),
         "arguments": config.to_dict(),
+        "recipe": recipe.given,
     }
     if main:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        recipe.save(output_dir)
-        _write_facts(output_dir, facts)
-        _write_skipped(output_dir, groups)
-        print(introduction(facts, resume, str(output_dir)), flush=True)
+        batch = folder.facts.get("batch")
+        folder.facts = {} if batch is None else {"batch": batch}
+        folder.save(**facts)
+        if not folder.leaves(output_dir / RECIPE):
+            recipe.save(output_dir)
+        _write_skipped(folder, groups)
+        say(introduction(facts, resume, str(output_dir)))
 
     begin = time.monotonic()
     spent = float(before.facts.get("seconds", 0.0)) if resume is not None else 0.0
@@ -567,7 +593,7 @@ def train(words: Sequence[str]) -> int:
     except BaseException as error:
         facts |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
         if main:
-            _close(output_dir, facts, groups, recipe.report.report)
+            _close(folder, facts, groups, recipe.report.report)
         raise
     facts["seconds"] = spent + time.monotonic() - begin
     if stop.asked:
@@ -582,18 +608,17 @@ def train(words: Sequence[str]) -> int:
         trainer.save_state()
     if not main:
         return INTERRUPTED if stop.asked else 0
-    _close(output_dir, facts, groups, recipe.report.report)
+    _close(folder, facts, groups, recipe.report.report)
     if stop.asked:
         found = latest_complete(output_dir)
-        again = shlex.join(["fastpo", "train", *[w for w in words if w != "--overwrite"]])
+        left = [word for word in words if word != "--overwrite"]
+        again = shlex.join(["fastpo", "train", *redact(left)])
         where = f"goes on from {Path(found).name}" if found else "starts over: nothing was saved"
-        print(
-            f"\ninterrupted at step {trainer.state.global_step}; this command {where}:\n  {again}"
-        )
+        say(f"\ninterrupted at step {trainer.state.global_step}; this command {where}:\n  {again}")
         return INTERRUPTED
-    print("\n" + conclusion(Run.read(output_dir)))
+    say("\n" + conclusion(Run.read(output_dir)))
     if recipe.report.report:
         write_model_card(output_dir)
-        print(f"\nreport     {output_dir / 'report.html'}")
-    print(f"model      {output_dir}")
+        say(f"\nreport     {output_dir / 'report.html'}")
+    say(f"model      {output_dir}")
     return 0

@@ -7,10 +7,10 @@ import json
 import logging
 import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-from fastpo.cli.models import check_adapter, json_lines, open_model, open_tokenizer, show_log
+from fastpo.cli.models import check_adapter, open_model, open_tokenizer, show_log
+from fastpo.cli.output import check_outputs, json_lines
 from fastpo.data.rows import load_rows
 from fastpo.data.scored_weights import get_rule
 from fastpo.model.device import default_device
@@ -31,8 +31,12 @@ def _arguments_of(text: str) -> dict[str, Any]:
 def weigh(arguments: argparse.Namespace) -> int:
     """Score every token of a data set twice and write the rows with what the rule makes of it."""
     show_log(logging.WARNING)
-    if Path(arguments.out).resolve() == Path(arguments.dataset).resolve():
-        raise ValueError(f"--out {arguments.out} is the data set itself: name another file")
+    check_outputs(
+        arguments.out,
+        inputs=[arguments.dataset, arguments.chat_template],
+        overwrite=arguments.overwrite,
+        goes_on=True,
+    )
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size {arguments.batch_size} must be at least 1")
     rule = get_rule(arguments.rule, _arguments_of(arguments.rule_args))
@@ -79,7 +83,7 @@ def weigh(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         source=arguments.dataset,
     )
-    with json_lines(arguments.out) as write:
+    with json_lines(arguments.out, over=True) as write:
         for row in weighted:
             write(row)
     sys.stderr.write(f"{len(rows)} rows with `{rule.column}` in {arguments.out}\n")

@@ -42,6 +42,19 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
+def _keep_notes(retired: Path, final: Path) -> None:
+    """Move what somebody else put beside the files of a checkpoint to the one in its place."""
+    try:
+        listed = json.loads((retired / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, json.JSONDecodeError, KeyError):
+        return
+    for path in [p for p in retired.rglob("*") if p.is_file()]:
+        name = path.relative_to(retired)
+        if str(name) not in listed and not (final / name).exists():
+            (final / name).parent.mkdir(parents=True, exist_ok=True)
+            path.rename(final / name)
+
+
 def publish(staging: Path, final: Path) -> None:
     """Write the manifest of `staging`, flush all of it to disk, and rename it to `final`."""
     files = sorted(p for p in staging.rglob("*") if p.is_file() and p.name != MANIFEST)
@@ -56,6 +69,7 @@ def publish(staging: Path, final: Path) -> None:
         shutil.rmtree(retired, ignore_errors=True)
         final.rename(retired)
         staging.rename(final)
+        _keep_notes(retired, final)
         shutil.rmtree(retired)
     else:
         staging.rename(final)

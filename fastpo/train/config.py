@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import partial
@@ -30,6 +33,7 @@ from fastpo.objectives.domain import (
     fitted,
 )
 from fastpo.optional import require_transformers
+from fastpo.redact import learn, redact, refuse_redacted
 from fastpo.train.elsewhere import TRAINER, refuse_keywords, unknown
 from fastpo.train.ranges import TRAINING
 from fastpo.train.sync import UpdateRule
@@ -41,9 +45,31 @@ log = logging.getLogger(__name__)
 _OWN_LOOP = {"old_logps", "token_old_logps", "error", "ref_error"}
 
 
+_published: ContextVar[bool] = ContextVar("published", default=False)
+
+
+@contextmanager
+def published() -> Iterator[None]:
+    """Pickled in here, a `PreferenceConfig` leaves its secrets out; elsewhere they go along."""
+    before = _published.set(True)
+    try:
+        yield
+    finally:
+        _published.reset(before)
+
+
 def _nearest(value: object, names: Iterable[str]) -> str:
     near = get_close_matches(str(value), list(names), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def batch_words(batch: dict[str, int]) -> str:
+    """`batch_facts` as one would say it."""
+    ranks = f"{batch['ranks']} rank{'s' if batch['ranks'] > 1 else ''}"
+    return (
+        f"{batch['groups']} groups a device x {batch['accumulated']} accumulated x {ranks} = "
+        f"{math.prod(batch.values())} groups a step"
+    )
 
 
 def _mapping(value: dict | str | None) -> dict[str, Any]:
@@ -53,7 +79,7 @@ def _mapping(value: dict | str | None) -> dict[str, Any]:
     return value or {}
 
 
-@dataclass
+@dataclass(repr=False)
 class PreferenceConfig(TrainingArguments):
     """Arguments of `PreferenceTrainer`.
 
@@ -252,6 +278,7 @@ class PreferenceConfig(TrainingArguments):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        learn(vars(self))
         require_transformers("fastpo.train")
         self._check_numbers()
         self._resolve_precision()
@@ -406,6 +433,15 @@ class PreferenceConfig(TrainingArguments):
                 f"{self.objective!r} has none: use 'common', or sparse_po"
             )
 
+    def batch_facts(self) -> dict[str, int]:
+        """What a step consists of: groups a device, accumulated batches and ranks with own data."""
+        tensor_parallel = getattr(self.parallelism_config, "tp_size", None) or 1
+        return {
+            "groups": self.per_device_train_batch_size,
+            "accumulated": self.gradient_accumulation_steps,
+            "ranks": max(1, self.world_size // tensor_parallel),
+        }
+
     @property
     def hyper(self) -> dict[str, Any]:
         """Hyper-parameters of the objective, `beta` included."""
@@ -447,14 +483,22 @@ class PreferenceConfig(TrainingArguments):
         return DataOptions(**options)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field, JSON and YAML safe; a Hub token is left out."""
-        resolved = super().to_dict()
-        resolved["hub_token"] = None
-        return resolved
+        """Every field, JSON and YAML safe; secrets are left out."""
+        return redact({**super().to_dict(), "hub_token": None})
+
+    def __repr__(self) -> str:
+        return f"PreferenceConfig({self.to_dict()})"
+
+    __str__ = __repr__
+
+    def __getstate__(self) -> dict[str, Any]:
+        return redact({**vars(self), "hub_token": None}) if _published.get() else vars(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PreferenceConfig:
         """The configuration with these fields; an unknown one raises ValueError."""
+        for name, value in values.items():
+            refuse_redacted(name, value, "from_dict")
         return cls(**values)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import resource
 import sys
 import time
@@ -23,6 +22,7 @@ from transformers import TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 
 from fastpo.optional import missing
+from fastpo.train.folder import RunFolder
 
 METRICS_FILE = "metrics.jsonl"
 # Of the Trainer's trackers those whose names are their packages' too.
@@ -128,13 +128,11 @@ class JsonlCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         if not state.is_world_process_zero:
             return
-        path = Path(str(args.output_dir)) / METRICS_FILE
-        kept = [r for r in read_metrics(path.parent) if r["step"] <= state.global_step]
+        folder = RunFolder.at(str(args.output_dir))
+        kept = [r for r in read_metrics(folder.path) if r["step"] <= state.global_step]
         if state.global_step == 0:
             kept = []
-        fresh = path.with_suffix(".partial")
-        fresh.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        os.replace(fresh, path)
+        folder.write(METRICS_FILE, "".join(json.dumps(r) + "\n" for r in kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if not state.is_world_process_zero:
@@ -143,7 +141,9 @@ class JsonlCallback(TrainerCallback):
         for name, value in record.items():  # JSON has no NaN
             if isinstance(value, float) and not math.isfinite(value):
                 record[name] = None
-        with (Path(str(args.output_dir)) / METRICS_FILE).open("a", encoding="utf-8") as file:
+        folder = RunFolder.at(str(args.output_dir))
+        folder.add(METRICS_FILE)  # also of an evaluation without training
+        with (folder.path / METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
 

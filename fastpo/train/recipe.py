@@ -19,7 +19,9 @@ import yaml
 
 from fastpo.model.lora import NUMBERS, lora_faults
 from fastpo.objectives.domain import Count, Misfit, Positive, ProperShare
+from fastpo.redact import learn, redact, refuse_redacted
 from fastpo.train.elsewhere import unknown
+from fastpo.train.folder import RECIPE, write_sealed
 from fastpo.train.values import Entry, Loader, RecipeError, checked, describe, scalar
 
 if typing.TYPE_CHECKING:
@@ -148,14 +150,19 @@ class Recipe:
             raise RecipeError(_placed(str(error), self.places)) from error
 
     def save(self, folder: str | Path) -> Path:
-        """Write recipe.yaml, which trains the same run again, into `folder`."""
+        """Write recipe.yaml, which trains the same run again, into `folder`; secrets are left out.
+
+        Raises:
+            ValueError: a recipe.yaml there that this tool did not write, or that was edited.
+        """
         from fastpo.train.run import environment
 
-        path = Path(folder) / "recipe.yaml"
+        path = Path(folder) / RECIPE
         path.parent.mkdir(parents=True, exist_ok=True)
         versions = ", ".join(f"{k} {v}" for k, v in environment()["versions"].items())
-        text = yaml.safe_dump(self.given, sort_keys=False, allow_unicode=True, width=100)
-        path.write_text(f"# {versions}\n{text}", encoding="utf-8")
+        given = redact(self.given)
+        text = yaml.safe_dump(given, sort_keys=False, allow_unicode=True, width=100)
+        write_sealed(path, f"# {versions}\n{text}")
         return path
 
 
@@ -193,6 +200,7 @@ def read_file(path: str | Path) -> dict[str, Entry]:
         return {}
     if not isinstance(root, yaml.MappingNode):
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values, not a {root.id}")  # type: ignore[union-attr]
+    learn(values)
     lines = _lines(root, str(path))
     entries = {}
     for name, value in values.items():
@@ -223,6 +231,7 @@ def read_flags(argv: Sequence[str]) -> dict[str, Entry]:
     """
     entries: dict[str, Entry] = {}
     words = list(argv)
+    learn(words)
     while words:
         word = words.pop(0)
         if not word.startswith("--") or len(word) == 2:
@@ -382,6 +391,8 @@ def load_recipe(path: str | Path | None, argv: Sequence[str] = ()) -> Recipe:
     if problems:
         raise RecipeError("\n".join(problems))
 
+    for name, entry in values.items():
+        refuse_redacted(name, entry.value, entry.where)
     given = {name: checked(name, values[name], keys[name]) for name in keys if name in values}
     hyper = _check_hyper(given, values, objectives)
     # Written out, so that a recipe means the same when a default changes one day.

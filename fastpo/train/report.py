@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from fastpo.train.chart import MANY, Series, chart, short
+from fastpo.train.folder import CARD, REPORT, write_sealed
 from fastpo.train.run import Run, ends, find_warnings, finite, number
 
 
@@ -253,7 +254,8 @@ def write_report(output_dir: str | Path) -> Path:
         The report's path.
 
     Raises:
-        ValueError: `output_dir` is no folder.
+        ValueError: `output_dir` is no folder, or holds a file of that name that this tool did not
+            write, or that was edited.
     """
     run = Run.read(output_dir)
     facts = run.facts
@@ -382,8 +384,8 @@ def write_report(output_dir: str | Path) -> Path:
         f"<title>{_e(run.folder.resolve().name)}: {_e(run.objective)}</title>"
         f"<style>{STYLE}</style></head><body><main>{''.join(out)}</main></body></html>"
     )
-    path = run.folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    path = run.folder / REPORT
+    write_sealed(path, page)
     return path
 
 
@@ -409,7 +411,8 @@ def write_model_card(output_dir: str | Path, *, title: str | None = None) -> Pat
         The card's path.
 
     Raises:
-        ValueError: `output_dir` is no folder.
+        ValueError: `output_dir` is no folder, or holds a file of that name that this tool did not
+            write, or that was edited.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -477,6 +480,6 @@ def write_model_card(output_dir: str | Path, *, title: str | None = None) -> Pat
     if run.recipe:
         recipe = yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True, width=100)
         lines += ["## Recipe", "", "```yaml", recipe.rstrip(), "```", ""]
-    path = run.folder / "README.md"
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)).save(path)
+    path = run.folder / CARD
+    write_sealed(path, str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines))))
     return path

@@ -17,6 +17,8 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
+from fastpo.redact import redact
+
 Curve = list[tuple[float, float]]
 """(step, value), by step; a value may be NaN."""
 
@@ -127,8 +129,9 @@ class Run:
             # A resumed run repeats the steps after its checkpoint: the later line counts.
             if isinstance(line.get("step"), int):
                 run.log.setdefault(line["step"], {}).update(line)
-        run.recipe = _read_mapping(folder / "recipe.yaml")
-        run.facts = _read_mapping(folder / "run.json")
+        # An earlier version may have written secrets down.
+        run.facts = redact(_read_mapping(folder / "run.json"))
+        run.recipe = redact(run.facts.get("recipe") or _read_mapping(folder / "recipe.yaml"))
         lines, torn = read_jsonl(folder / "samples.jsonl")
         run.samples = _paired(lines)
         run.skipped, torn_skipped = read_jsonl(folder / "skipped.jsonl")

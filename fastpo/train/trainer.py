@@ -12,6 +12,7 @@ What is overridden, and what goes wrong without it:
   Trainer's mean of batch means gives a short last batch too much weight.
 - A stream is trained on as one endless pass: the Trainer resumes within the first pass only.
 - Checkpoints are written aside and renamed last: the Trainer resumes from torn ones.
+- Files of others in `output_dir` stay: the Trainer writes over them and rotates their checkpoints.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from transformers import (
 )
 from transformers import ProgressCallback as HFProgressCallback
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from fastpo.data.build import GroupStream
 from fastpo.data.fit import check_fit, doubts
@@ -61,6 +62,7 @@ from fastpo.model.layer_kernels import use_layer_kernels
 from fastpo.model.load import disable_dropout
 from fastpo.model.offload import LayerInputOffload
 from fastpo.model.tiled_mlp import tile_mlps
+from fastpo.redact import redact
 from fastpo.train.batches import Collator, EpochSampler, PaddedGroups, Passes, as_groups
 from fastpo.train.checkpoint import (
     LOSS_STATE,
@@ -70,8 +72,9 @@ from fastpo.train.checkpoint import (
     publish,
     staging_dir,
 )
-from fastpo.train.config import PreferenceConfig, unknown_argument
+from fastpo.train.config import PreferenceConfig, batch_words, published, unknown_argument
 from fastpo.train.elsewhere import refuse_keywords
+from fastpo.train.folder import CONFIG, STAGING, RunFolder, claim, is_own_checkpoint, rotate, whole
 from fastpo.train.masking import MaskTraining
 from fastpo.train.metrics import (
     JsonlCallback,
@@ -103,7 +106,6 @@ log = logging.getLogger(__name__)
 
 SAMPLES_FILE = "samples.jsonl"
 _CHECKED = 8  # groups of a stream, or of a self-check, that are looked at before the first step
-CONFIG_FILE = "preference_config.yaml"
 MASK_DROPOUT = 0.01  # SparsePO's
 # Groups that a stream's next one is drawn from: a second of tokenising, and a few MB.
 STREAM_BUFFER = 1000
@@ -448,8 +450,8 @@ class PreferenceTrainer(Trainer):
         return self.data_collator  # pyright: ignore[reportReturnType]
 
     @property
-    def _folder(self) -> Path:
-        return Path(str(self.args.output_dir))
+    def _folder(self) -> RunFolder:
+        return RunFolder.at(str(self.args.output_dir))
 
     @property
     def _head_options(self) -> dict[str, Any]:
@@ -751,17 +753,20 @@ class PreferenceTrainer(Trainer):
 
         Raises:
             ValueError: there is no complete checkpoint to resume from, or nothing to train on; says
-                what is missing.
+                what is missing. Or `output_dir` holds files of others that would be written over,
+                or another process trains there; names them.
             FloatingPointError: the loss is not finite; names the rows.
         """
         if self.train_dataset is None:
             raise ValueError("nothing to train on: give PreferenceTrainer a train_dataset")
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
+        if self.is_world_process_zero():
+            claim(str(self.args.output_dir), alone=self.args.push_to_hub)
         resume = self._checkpoint_to_resume(resume_from_checkpoint)
-        if self.args.should_save:
-            text = yaml.safe_dump(self.args.to_dict(), sort_keys=False)
-            (self._folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        if self.is_world_process_zero():
+            self._note_batch(resume)
+            self._folder.write(CONFIG, yaml.safe_dump(self.args.to_dict(), sort_keys=False))
         self.check()
         if resume is None:
             self._sample("before")
@@ -772,14 +777,25 @@ class PreferenceTrainer(Trainer):
         self._sample("after")
         return output
 
+    def _note_batch(self, resume: str | None) -> None:
+        """Write down what a step consists of; a run that goes on with other steps is told."""
+        batch, before = self.args.batch_facts(), self._folder.facts.get("batch")
+        if resume is not None and before is not None and before != batch:
+            log.warning(
+                "goes on with %s, where its checkpoint was trained with %s",
+                batch_words(batch),
+                batch_words(before),
+            )
+        self._folder.save(batch=batch)
+
     def _checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
         if wanted is None or wanted is False:
             return None
         if wanted is True or wanted == "auto":
-            found = latest_complete(self._folder)
+            found = latest_complete(self._folder.path)
             if found is None and wanted is True:
                 raise ValueError(
-                    f"no complete checkpoint in {self._folder}: start without resuming, or "
+                    f"no complete checkpoint in {self._folder.path}: start without resuming, or "
                     "give resume_from_checkpoint='auto'"
                 )
             if found is not None:
@@ -860,7 +876,7 @@ class PreferenceTrainer(Trainer):
                         "when": when,
                         "step": self.state.global_step,
                         "row": group.row,
-                        "source": group.source,
+                        "source": redact(group.source),
                         "prompt": tokenizer.decode(group.prompt_ids),
                         "response": tokenizer.decode(response, skip_special_tokens=True),
                         "chosen": tokenizer.decode(
@@ -870,7 +886,7 @@ class PreferenceTrainer(Trainer):
                 )
         if self.is_world_process_zero():
             mode = "w" if when == "before" else "a"
-            with (self._folder / SAMPLES_FILE).open(mode, encoding="utf-8") as file:
+            with (self._folder.path / SAMPLES_FILE).open(mode, encoding="utf-8") as file:
                 file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
 
     # ---- Checkpoints ----
@@ -883,7 +899,57 @@ class PreferenceTrainer(Trainer):
             model_name: the card's heading; by default the name of `output_dir`.
         """
         if self.is_world_process_zero():
-            write_model_card(self._folder, title=model_name)
+            write_model_card(self._folder.path, title=model_name)
+
+    def save_state(self) -> None:
+        """Write trainer_state.json, which appears whole."""
+        if self.is_world_process_zero():
+            self._folder.add(TRAINER_STATE)
+            with whole(self._folder.path / TRAINER_STATE) as partial:
+                self.state.save_to_json(str(partial))
+
+    def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
+        """Write SPLIT_results.json and all_results.json, over nobody else's."""
+        if self.is_world_process_zero():
+            self._folder.add(f"{split}_results.json", "all_results.json")
+        super().save_metrics(split, metrics, combined)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save model and tokenizer, ready for `from_pretrained`; all files appear at once.
+
+        Args:
+            output_dir: a folder; by default that of the run.
+            _internal_call: whether the Trainer asks, who then pushes itself.
+
+        Raises:
+            ValueError: a file there that this tool did not write; names it.
+        """
+        folder = self._folder if output_dir is None else RunFolder.at(output_dir)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if output_dir is not None and _internal_call:  # a checkpoint, published as a whole later
+            super().save_model(output_dir, _internal_call=True)
+        elif self.is_world_process_zero():
+            with folder.placing() as staging:
+                super().save_model(str(staging), _internal_call=True)
+                if sharded:
+                    self.accelerator.wait_for_everyone()
+        else:  # every rank of a sharded run writes its part
+            apart = sharded and not self.args.should_save
+            super().save_model(str(folder.path / STAGING) if apart else output_dir, True)
+            if sharded:
+                self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with published():
+            super()._save(output_dir, state_dict)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero():  # these are copied into the run's folder
+            self._folder.add(*(p.name for p in Path(checkpoint_folder).iterdir() if p.is_file()))
+        with published():
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A complete checkpoint under its name, or none: see `fastpo.train.checkpoint`."""
@@ -908,17 +974,18 @@ class PreferenceTrainer(Trainer):
             self.accelerator.wait_for_everyone()  # every rank has written its part
             if self.args.should_save:
                 self._save_trainer_state(staging / TRAINER_STATE)
+                if final.exists() and not is_own_checkpoint(final):
+                    raise ValueError(
+                        f"{final} was not written by fastpo: move it away; this checkpoint is "
+                        f"{staging}"
+                    )
                 publish(staging, final)
             self.accelerator.wait_for_everyone()
             if self.args.push_to_hub:
                 self._push_from_checkpoint(str(final))
             if self.args.should_save:
-                rotate_checkpoints(
-                    output_dir=run_dir,
-                    save_total_limit=self.args.save_total_limit,
-                    best_model_checkpoint=self.state.best_model_checkpoint,
-                    use_mtime=False,  # a resumed run's older steps are older, whenever written
-                )
+                best_one = self.state.best_model_checkpoint
+                rotate(Path(run_dir), self.args.save_total_limit, best_one)
 
     def _save_trainer_state(self, path: Path) -> None:
         held: dict[str, Any] = {}
@@ -950,11 +1017,15 @@ class PreferenceTrainer(Trainer):
         """Write the model without adapters, safetensors and tokenizer, ready for `from_pretrained`.
 
         A PEFT model is merged in a copy, which takes the memory of the model once more.
+
+        Raises:
+            ValueError: a file there that this tool did not write; names it.
         """
         model = self.accelerator.unwrap_model(self.model)
         if isinstance(model, PeftModel):
             model = copy.deepcopy(model).merge_and_unload(safe_merge=True)  # pyright: ignore
         if self.args.should_save:
-            model.save_pretrained(str(path))
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(str(path))
+            with RunFolder.at(path).placing() as staging:
+                model.save_pretrained(str(staging))
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(str(staging))

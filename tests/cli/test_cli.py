@@ -20,9 +20,9 @@ from transformers.utils import is_bitsandbytes_available
 from fastpo import __version__
 from fastpo.cli import main
 from fastpo.cli.models import open_model
-from fastpo.cli.train import forget
 from fastpo.model.check import SelfCheckError
 from fastpo.objectives import OBJECTIVES
+from fastpo.train.folder import RunFolder
 from tests.model.tiny import FAMILIES
 from tests.model.tiny import tiny as tiny_model
 from tests.numerics import assert_three_way, error
@@ -298,10 +298,10 @@ def test_overwrite_leaves_no_model_of_another_run(
             capsys, "train", full, "--model", model, "--output_dir", folder, "--overwrite"
         )
         assert (status, (model / "model.safetensors").exists()) == (2, True)
-        assert f"would remove {model}, which is to be trained" in err
+        assert f"would remove {model}, which this run reads" in err
     own = recipe.parent / "own"  # a folder that is no run's
     shutil.copytree(tiny / "model", own)
-    forget(own, "elsewhere")
+    RunFolder(own).forget()
     assert {p.name for p in own.iterdir()} == {p.name for p in (tiny / "model").iterdir()}
 
 

@@ -63,7 +63,7 @@ def test_a_broken_line_is_a_bad_row(
     assert all(row.keys() == {"prompt", "responses", "scores"} for row in read(out))
     assert "2 of 5 rows were skipped" in capsys.readouterr().err
     lists.write_text("[]\n")
-    assert main([*words, "--skip-bad-rows"]) == 2
+    assert main([*words, "--skip-bad-rows", "--overwrite"]) == 2
     assert "no usable row; 1 of 1 rows were skipped" in capsys.readouterr().err
 
 

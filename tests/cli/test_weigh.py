@@ -107,7 +107,10 @@ def test_stopped_runs_go_on_and_other_arguments_cost_nothing(
     assert run(capsys, "weigh", *words)[0] == 0
     assert len(calls) == 4 + 2  # the first scorer's two batches are not run again
     first = lines(out)
-    status, _, err = run(capsys, "weigh", *words, "--rule-args", '{"k": 2.0}')
+    words += ["--rule-args", '{"k": 2.0}']
+    status, _, err = run(capsys, "weigh", *words)
+    assert (status, "is there already" in err, lines(out)) == (2, True, first)
+    status, _, err = run(capsys, "weigh", *words, "--overwrite")
     assert status == 0, err
     assert len(calls) == 6
     for a, b in zip(first, lines(out), strict=True):
@@ -195,7 +198,7 @@ def test_data_is_not_written_over(capsys, tiny: Path, worse: Path, tmp_path: Pat
     shutil.copy(tiny / "prefs.jsonl", data)
     words = ["--rule", "tis", "--positive", tiny / "model", "--negative", worse]
     status, _, err = run(capsys, "weigh", *words, "--dataset", data, "--out", data)
-    assert (status, "is the data set itself" in err) == (2, True)
+    assert (status, "is read itself: name another" in err) == (2, True)
     has = [{**row, "token_weights": [[], []]} for row in lines(data)]
     data.write_text("".join(json.dumps(row) + "\n" for row in has))
     status, _, err = run(capsys, "weigh", *words, "--dataset", data, "--out", tmp_path / "o.jsonl")

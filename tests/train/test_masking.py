@@ -189,10 +189,11 @@ def test_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     assert torch.equal(
         torch.cat([p.detach().flatten() for p in resumed.model.parameters()]), whole[1]
     )
-    (tmp_path / "checkpoint-2" / "manifest.json").unlink()
-    (tmp_path / "checkpoint-2" / "token_masks.safetensors").unlink()
+    other = (tmp_path / "checkpoint-2").rename(tmp_path / "another programs")
+    (other / "manifest.json").unlink()
+    (other / "token_masks.safetensors").unlink()
     with pytest.raises(ValueError, match="was saved without token_masks"):
-        made(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        made(tmp_path, **options).train(resume_from_checkpoint=str(other))
 
 
 def fixed_weights(dtype: torch.dtype) -> list[Group]:

@@ -1,0 +1,102 @@
+"""Files that commands write: whole under their name, and over another only where asked to."""
+
+from __future__ import annotations
+
+import glob
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+
+def partial_of(path: Path) -> Path:
+    """Where a file is written before it has its name."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def _plain(path: Path) -> bool:
+    return path.is_file() or not path.exists()  # no pipe or device, which has no other content
+
+
+def check_outputs(
+    *outputs: str | Path | None,
+    inputs: Sequence[str | None] = (),
+    overwrite: bool = False,
+    goes_on: bool = False,
+) -> None:
+    """Refuse files that would be written over, before anything is loaded.
+
+    Args:
+        outputs: files to write; None is standard output.
+        inputs: files, folders and globs that the command reads; names on the hub are ignored.
+        overwrite: write over files that are there; never over an input.
+        goes_on: whether what a stopped run left beside an output is taken up again.
+
+    Raises:
+        ValueError: names the file and the remedy.
+    """
+    paths = [Path(each) for each in outputs if each is not None]
+    for path in paths:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: name a file to write")
+        place = path.resolve()
+        if sum(place == other.resolve() for other in paths) > 1:
+            raise ValueError(f"{path} would be written twice: name two files")
+        for source in filter(None, inputs):
+            read = Path(source).expanduser()
+            if read.is_dir() and place.is_relative_to(read.resolve()):
+                raise ValueError(
+                    f"{path} lies in {source}, which is read: name a file elsewhere to write"
+                )
+            files = [read, *map(Path, glob.glob(str(read), recursive=True))]
+            if any(place == file.resolve() for file in files) or (
+                path.exists() and any(file.exists() and path.samefile(file) for file in files)
+            ):
+                raise ValueError(f"{path} is read itself: name another file to write")
+        for held in [path] if goes_on else [path, partial_of(path)]:
+            if held.exists() and _plain(held) and not overwrite:
+                raise ValueError(
+                    f"{held} is there already: name another file, remove it, or write over it with "
+                    "--overwrite"
+                )
+
+
+@contextmanager
+def json_lines(path: str | Path | None, *, over: bool = False) -> Iterator[Callable[[Any], None]]:
+    """A function that writes one JSON line, at once, to a file or to standard output.
+
+    The file has its name once it is whole; the rows of a command that stopped stay in PATH.partial.
+
+    Args:
+        path: the file; None for standard output.
+        over: write over what a stopped command left.
+    """
+    if path is None:
+        yield _writer(sys.stdout)
+        return
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_of(path) if _plain(path) else path
+    done = False
+    with partial.open("x" if partial != path and not over else "w", encoding="utf-8") as file:
+        try:
+            yield _writer(file)
+            done = True
+        finally:
+            if not done and partial != path:
+                if file.tell():
+                    sys.stderr.write(f"fastpo: stopped; the rows so far are in {partial}\n")
+                else:
+                    partial.unlink()
+    if partial != path:
+        partial.replace(path)
+
+
+def _writer(file: TextIO) -> Callable[[Any], None]:
+    def write(row: Any) -> None:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.flush()
+
+    return write

@@ -1,0 +1,177 @@
+"""Secrets: used as they are given, never written or printed.
+
+A secret is the value of a key that says so (`hub_token`, `password`, `api_key`), what stands before
+the host of an address, or text in the form of a token. The values of such keys are remembered, so
+that they are also found where no key stands beside them: in a command line, in an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+REDACTED = "<redacted>"
+
+# Tokens of a tokenizer, and counts a token, are no secrets although their keys end so.
+_ORDINARY = re.compile(
+    r"(?:^|_)(?:pad|eos|bos|unk|sep|cls|mask|sos|end|eo[tmh]|stop|start|special|image|video|audio|"
+    r"bo[is]|eoi|prefix|suffix|middle|fim|new|next|last|first|per|each|label|target|context|think|"
+    r"begin|response|prompt|separator|newline|system|user|assistant)_"
+)
+_WORDS = re.compile(
+    r"passw(?:or)?d|passphrase|(?:^|_)pwd(?:$|_)|secret|credential|authorization|^auth$|cookie"
+    r"|(?:api|access|private|encryption|account|signing|auth|ssh)_?keys?(?:$|_)"
+    r"|(?:api|access|auth|bearer|refresh|session)_?tokens?$|connection_string"
+)
+_QUERY = re.compile(r"^(?:x_amz_)?(?:sig|signature|key|token|auth)$")
+
+# A token that stands free, by what its maker puts before it. 40 hexadecimal digits are no token:
+# a commit looks the same.
+_TOKEN = re.compile(
+    r"(?<![A-Za-z0-9])(?:"
+    r"(?:hf|api_org)_(?:[A-Za-z0-9]{20,}|(?=[a-z]*[0-9A-Z])[A-Za-z0-9]{12,})"
+    r"|sk-(?=[\w-]*\d)[\w-]{16,}"
+    r"|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|xox[abeprs]-[\w-]{10,}"
+    r"|wandb_v\d_\w{16,}|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}"
+    r"|eyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]*)?"
+    r")"
+)
+_BEARER = re.compile(r"(?i)(?<=\bbearer )[\w.~+/=-]{12,}")
+_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^/\s\"'<>?#]+)@")
+_KEY = re.compile(
+    r"(?<![\w-])(?:(?P<flag>--[A-Za-z][\w.-]*)(?:\s+|=)|(?P<name>[A-Za-z][\w.-]*)[\"']?\s*[=:]\s*)"
+)
+_VALUE = re.compile(r"\"[^\"\n]*\"|'[^'\n]*'|\[[^\]\n]*\]|[^\s,;&#)}\]\"'<-][^\s,;&#)}\]\"'<]*")
+
+_known: set[str] = set()
+
+
+def is_secret(key: str) -> bool:
+    """Whether the value of this key is a secret; dotted keys are judged by every part."""
+    return any(_is_secret(part) for part in re.split(r"[./]", key))
+
+
+def _is_secret(part: str) -> bool:
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", part.strip("-")).lower().replace("-", "_")
+    if _WORDS.search(name):
+        return True
+    return name.rpartition("_")[2] == "token" and not _ORDINARY.search(name)
+
+
+def _learn(value: Any) -> None:
+    """Remember every text under a secret key."""
+    if isinstance(value, Mapping):
+        for each in value.values():
+            _learn(each)
+    elif isinstance(value, str):
+        # A short word stands in too many places that have nothing to do with it.
+        if len(value) >= 8 or (len(value) >= 6 and any(c.isdigit() for c in value)):
+            _known.add(value)
+    elif isinstance(value, Sequence):
+        for each in value:
+            _learn(each)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        _learn(str(value))
+
+
+def learn(values: Any) -> None:
+    """Remember the secrets of a mapping, or of the words of a command line."""
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            if is_secret(str(key)) and value != REDACTED:
+                _learn(value)
+            else:
+                learn(value)
+    elif isinstance(values, Sequence) and not isinstance(values, str | bytes):
+        secret = False
+        for value in values:
+            if not isinstance(value, str):
+                learn(value)
+            elif value.startswith("--"):
+                key, _, inside = value.partition("=")
+                secret = is_secret(key)
+                if secret and inside:
+                    _learn(inside)
+            elif secret:
+                _learn(value)
+
+
+def _after_keys(text: str) -> str:
+    """`--hub_token x`, `hub_token=x` and `"hub_token": "x"` without x."""
+    parts, done = [], 0
+    for found in _KEY.finditer(text):
+        key = found["flag"] or found["name"]
+        # `a token: ...` is prose.
+        prose = key.lower() in ("token", "tokens") and found[0].rstrip().endswith(f"{key}:")
+        if found.start() < done or prose or not is_secret(key):
+            continue
+        value = _VALUE.match(text, found.end())
+        if value is None or value[0].strip("\"'") in ("null", "None", "true", "false", "True"):
+            continue
+        quote = value[0][0] if value[0][0] in "\"'" else ""
+        parts += [text[done : found.end()], quote, REDACTED, quote]
+        done = value.end()
+    return "".join([*parts, text[done:]])
+
+
+def _user(found: re.Match[str]) -> str:
+    plain = "ssh" in found[1] and ":" not in found[2]  # ssh://git@host
+    return found[0] if plain else f"{found[1]}{REDACTED}@"
+
+
+def _query(found: re.Match[str]) -> str:
+    key = found[2].lower().replace("-", "_")
+    secret = _QUERY.match(key) or is_secret(key)
+    return f"{found[1]}{found[2]}={REDACTED}" if secret else found[0]
+
+
+def _text(text: str) -> str:
+    for secret in sorted(_known, key=len, reverse=True):
+        if secret in text:
+            alone = rf"(?<![A-Za-z0-9]){re.escape(secret)}(?![A-Za-z0-9])"
+            text = re.sub(alone, REDACTED, text)
+    text = _USER.sub(_user, text)
+    if "://" in text:
+        text = re.sub(r"([?&;])([\w.-]+)=([^&;#\s\"'<>]+)", _query, text)
+    return _after_keys(_BEARER.sub(REDACTED, _TOKEN.sub(REDACTED, text)))
+
+
+def redact(value: Any) -> Any:
+    """A copy with every secret replaced by `<redacted>`.
+
+    Args:
+        value: mappings, sequences and text are searched, keys too; anything else stays as it is.
+    """
+    learn(value)
+    return _redact(value)
+
+
+def _redact(value: Any) -> Any:
+    if type(value) is str:  # an enumeration's members are texts too, and stay
+        return _text(value)
+    if isinstance(value, Mapping):
+        return {
+            _redact(key): REDACTED if _hides(key, inner) else _redact(inner)
+            for key, inner in value.items()
+        }
+    if type(value) in (list, tuple):
+        return type(value)(map(_redact, value))
+    return value
+
+
+def _hides(key: Any, value: Any) -> bool:
+    return is_secret(str(key)) and value is not None and not isinstance(value, bool)
+
+
+def refuse_redacted(key: str, value: Any, where: str) -> None:
+    """Refuse a value that was left out when a file was written.
+
+    Raises:
+        ValueError: says which key to give again.
+    """
+    if REDACTED in str(value):
+        raise ValueError(
+            f"{where}: {key} has a secret that was left out when this was written: give {key} "
+            "again, or remove it"
+        )

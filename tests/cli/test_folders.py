@@ -1,0 +1,262 @@
+"""What commands write: no secret, and over nothing that is not theirs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastpo.cli import main
+from fastpo.cli.output import check_outputs, json_lines
+from fastpo.cli.train import introduction, refuse_mixture, step_words
+from fastpo.train.recipe import load_recipe
+from fastpo.train.run import Run
+from tests.cli.test_cli import lines, run
+from tests.train.test_folder import content
+
+SECRET = "xyzzy-Plugh-1234"
+
+
+def test_secrets_are_used_and_never_written_or_printed(capsys: Any, recipe: Path) -> None:
+    folder = recipe.parent / "run"
+    text = recipe.read_text() + f"hub_token: {SECRET}\nrun_name: named {SECRET}\n"
+    recipe.write_text(text)
+    words = ["--chat_template_kwargs.my_api_key", "Other-9876", "--disable_dropout", "true"]
+    status, out, err = run(capsys, "train", recipe, *words)
+    assert status == 0, err
+    for secret in (SECRET, "Other-9876"):
+        assert secret not in out + err
+        assert not [name for name, text in content(folder).items() if secret.encode() in text]
+    assert recipe.read_text() == text
+    # Another token is no other run; a token that was left out is not taken for one.
+    more = ["--max_steps", 3, "--hub_token", "third-Token-55"]
+    status, out, err = run(capsys, "train", recipe, *words, *more)
+    assert (status, "checkpoint-2" in out) == (0, True), err
+    assert "third-Token-55" not in "".join(map(str, content(folder).values())) + out + err
+    status, _, err = run(capsys, "train", folder / "recipe.yaml")
+    assert status == 2
+    assert "run_name has a secret that was left out" in err
+    # An error that quotes the value does not.
+    status, _, err = run(capsys, "train", recipe, "--hub_token", f"[{SECRET}, 1]")
+    assert (status, SECRET in err) == (2, False)
+    # Nor does a report of an earlier version's run.
+    facts = json.loads((folder / "run.json").read_text())
+    facts["recipe"]["hub_token"] = facts["error"] = SECRET
+    (folder / "run.json").write_text(json.dumps(facts))
+    assert run(capsys, "report", folder)[0] == 0
+    assert SECRET not in (folder / "report.html").read_text() + (folder / "README.md").read_text()
+
+
+def test_a_secret_in_the_name_of_the_data(capsys: Any, recipe: Path, tiny: Path) -> None:
+    status, _, err = run(capsys, "train", recipe, "--dataset", f"https://me:{SECRET}@h/x.jsonl")
+    assert (status, SECRET in err) == (2, False), err
+    assert SECRET.encode() not in (recipe.parent / "run" / "run.json").read_bytes()
+
+
+def test_the_recipe_that_was_given_stays_as_it_is(capsys: Any, recipe: Path) -> None:
+    folder = recipe.parent / "run"
+    folder.mkdir()
+    mine = folder / "recipe.yaml"
+    mine.write_text("# my thoughts\n" + recipe.read_text())
+    text = mine.read_text()
+    for words in ([], ["--overwrite"], ["--max_steps", 3]):
+        status, _, err = run(capsys, "train", mine, *words)
+        assert status == 0, err
+        assert mine.read_text() == text
+    assert Run.read(folder).recipe["max_steps"] == 3
+    status, _, err = run(capsys, "train", recipe)
+    assert status == 2
+    assert "holds recipe.yaml, which was not written by fastpo" in err
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_a_models_folder_is_refused_before_anything_is_loaded(
+    capsys: Any, recipe: Path, tiny: Path, tmp_path: Path, overwrite: list[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny / "model", model)
+    (tmp_path / "link").symlink_to(model)
+    before = content(model)
+    for folder in (model, tmp_path / "link"):
+        words = ["--model", model, "--dataset", "/nowhere.jsonl", "--output_dir", folder]
+        status, out, err = run(capsys, "train", recipe, *words, *overwrite)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert "holds config.json (and 4 more), which was not written by fastpo" in err
+    assert content(model) == before
+
+
+def test_output_among_the_rows_is_refused(capsys: Any, recipe: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    for dataset, folder in ((rows, rows / "run"), (rows, rows), (f"{rows}/*.jsonl", rows)):
+        status, _, err = run(capsys, "train", recipe, "--dataset", dataset, "--output_dir", folder)
+        assert status == 2
+        assert "its files would be read as rows of" in err
+    assert not content(rows)
+
+
+def test_the_first_lines_say_the_step() -> None:
+    batch = {"groups": 3, "accumulated": 2, "ranks": 2}
+    said = "3 groups a device x 2 accumulated x 2 ranks = 12 groups a step; drop_last is "
+    assert step_words(batch, False, 25) == said + "off, an epoch's last 1 are a smaller step"
+    assert step_words(batch, True, 29) == said + "on, an epoch's last 5 are left out"
+    assert step_words(batch, True, None) == said + "on"
+    facts: dict[str, Any] = {
+        "model": {"name": "m", "class": "c", "parameters": 1, "trainable": 1, "dtype": "float32"},
+        "data": {"name": "d"},
+        "objective": {"name": "dpo", "hyper": {}},
+        "sharing": {"on": True, "reason": ""},
+        "reference": "r",
+        "schedule": "s",
+        "step": said,
+    }
+    assert f"step       {said}" in introduction(facts, None, "out")
+
+
+@pytest.mark.parametrize(
+    ("objective", "given", "refused"),
+    [
+        ("dpo", {}, True),  # a step of half as many groups
+        ("dpo", {"gradient_accumulation_steps": 4}, False),
+        ("kto", {"gradient_accumulation_steps": 4}, True),  # z0 is a micro-batch's
+        ("kto", {"gradient_accumulation_steps": 4, "batch_statistics": "exact"}, False),
+    ],
+)
+def test_a_run_goes_on_with_other_ranks_where_its_steps_stay(
+    recipe: Path, objective: str, given: dict, refused: bool
+) -> None:
+    statistics = given.pop("batch_statistics", "micro")
+    common = ["--objective", objective, "--gradient_accumulation_steps", "2"]
+    if statistics == "exact":
+        common += ["--batch_statistics", "exact"]
+    flags = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    earlier = load_recipe(recipe, common).given
+    before = Run(recipe.parent, recipe={**earlier, "hub_token": "<redacted>"})
+    before.facts["batch"] = {"groups": 3, "accumulated": 2, "ranks": 2}
+    now = load_recipe(recipe, [*common[:2], *(flags or common[2:4]), *common[4:]])
+    if refused:
+        with pytest.raises(ValueError, match=r"2 ranks|gradient_accumulation_steps = 2"):
+            refuse_mixture(now, now.config(), before)
+    else:
+        refuse_mixture(now, now.config(), before)
+
+
+# --- plain files ----------------------------------------------------------------------------------
+
+
+def commands(tiny: Path, folder: Path) -> dict[str, tuple[list[Any], Path]]:
+    """Commands with the file that each writes."""
+    model, data, out = tiny / "model", folder / "rows.jsonl", folder / "out.jsonl"
+    lists = folder / "lists.jsonl"
+    rewards = ["--ref-model", model, "--token-rewards", folder / "t.jsonl"]
+    return {
+        "score": (["score", "--model", model, "--dataset", data, "--out", out], out),
+        "rewards": (["score", "--model", model, "--dataset", data, *rewards], folder / "t.jsonl"),
+        "page": (["score", "--model", model, "--dataset", data, *rewards], folder / "t.html"),
+        "sample": (
+            ["sample", "--model", model, "--prompts", data, "--out", out, "--max-new-tokens", 1],
+            out,
+        ),
+        "rso": (["data", "rso", lists, out, "--count", 2], out),
+        "curriculum": (["data", "curriculum", lists, folder / "s"], folder / "s" / "stage-1.jsonl"),
+    }
+
+
+@pytest.mark.parametrize("name", ["score", "rewards", "page", "sample", "rso", "curriculum"])
+def test_files_are_written_over_only_where_asked(
+    capsys: Any, tiny: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join((tiny / "prefs.jsonl").open().readlines()[:2]))
+    ranked = {"prompt": "p", "responses": ["a", "b"], "scores": [0.1, 0.9]}
+    (tmp_path / "lists.jsonl").write_text(json.dumps(ranked) + "\n")
+    words, out = commands(tiny, tmp_path)[name]
+    out.parent.mkdir(exist_ok=True)
+    out.write_text("mine")
+    before = content(tmp_path)
+    status, said, err = run(capsys, *words)
+    assert (status, said, err.count("\n")) == (2, "", 1)
+    assert f"{out} is there already: name another file" in err
+    assert content(tmp_path) == before
+    status, _, err = run(capsys, *words, "--overwrite")
+    assert status == 0, err
+    assert out.read_text() != "mine"
+    assert not [*tmp_path.rglob("*.partial")]
+
+
+def test_stages_of_two_curricula_do_not_mix(capsys: Any, tmp_path: Path) -> None:
+    ranked = {"prompt": "p", "responses": ["a", "b"], "scores": [0.1, 0.9]}
+    (tmp_path / "lists.jsonl").write_text(json.dumps(ranked) + "\n")
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "stage-2.jsonl").write_text("mine")
+    words = ["data", "curriculum", tmp_path / "lists.jsonl", tmp_path / "s", "--overwrite"]
+    status, _, err = run(capsys, *words)
+    assert (status, "stage-2.jsonl would be left" in err) == (2, True)
+    assert content(tmp_path / "s") == {"stage-2.jsonl": b"mine"}
+
+
+def test_an_input_is_never_an_output(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("{}\n")
+    os.link(data, tmp_path / "hard.jsonl")
+    (tmp_path / "soft.jsonl").symlink_to(data)
+    for out in ("data.jsonl", "hard.jsonl", "soft.jsonl"):
+        for source in (data, tmp_path / "*.jsonl"):
+            with pytest.raises(ValueError, match="is read itself: name another"):
+                check_outputs(tmp_path / out, inputs=[str(source)], overwrite=True)
+    with pytest.raises(ValueError, match=r"lies in .* which is read"):
+        check_outputs(tmp_path / "new", inputs=[str(tmp_path)])
+    with pytest.raises(ValueError, match="is a folder"):
+        check_outputs(tmp_path)
+    with pytest.raises(ValueError, match="would be written twice"):
+        check_outputs(tmp_path / "a", tmp_path / "b" / ".." / "a")
+    check_outputs(None, "/dev/null", inputs=[None, str(data), "owner/name"])
+
+
+def test_a_file_has_its_name_once_it_is_whole(tmp_path: Path, capsys: Any) -> None:
+    out, partial = tmp_path / "deep" / "out", tmp_path / "deep" / "out.partial"
+    with pytest.raises(KeyboardInterrupt), json_lines(out):
+        raise KeyboardInterrupt
+    assert not content(tmp_path)
+
+    def stopped() -> None:
+        with json_lines(out) as write:
+            write({"a": 1})
+            assert not out.exists()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert f"the rows so far are in {partial}" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"out\.partial is there already"):
+        check_outputs(out)
+    with json_lines(out, over=True) as write:
+        write({"a": 2})
+    assert (lines(out), partial.exists()) == ([{"a": 2}], False)
+    with json_lines("/dev/null") as write:
+        write({})
+
+
+def test_prepare_takes_no_other_file_for_its_own(capsys: Any, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "d.txt").write_text("A text.")
+    for text in ("mine", '["a"]\n'):
+        (tmp_path / "out.partial").write_text(text)
+        words = ["prepare", "logo", tmp_path / "d.txt", tmp_path / "out", "--model", tiny / "model"]
+        status, _, err = run(capsys, *words)
+        assert (status, "out.partial is no file of this command" in err) == (2, True), err
+        assert (tmp_path / "out.partial").read_text() == text
+
+
+def test_merge_leaves_nothing_torn(
+    capsys: Any, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(capsys, "train", recipe)[0] == 0
+    from fastpo.cli import merge
+
+    monkeypatch.setattr(merge, "open_tokenizer", lambda *_, **__: sys.exit(3))
+    assert main(["merge", str(tmp_path / "run"), str(tmp_path / "merged")]) == 3
+    assert not (tmp_path / "merged").exists()
