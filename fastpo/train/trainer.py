@@ -312,7 +312,7 @@ class PreferenceTrainer(Trainer):
     def _warn_of_lost_steps(self) -> None:
         """Of weights that the optimiser would leave as they are: training would do nothing."""
         assert self.model is not None
-        found = lost_steps(self.model, self.args, self.optimizer)
+        found = lost_steps(self.model, self.args, self.optimizer)  # pyright: ignore
         if found is not None:
             log.warning("%s", found.reason)
 
@@ -391,7 +391,7 @@ class PreferenceTrainer(Trainer):
             store = ReferenceStore(folder, key, info=info, writer=self.args.process_index)
         evals = self.eval_dataset
         evals = list(evals.values()) if isinstance(evals, dict) else [evals]
-        trained = self._reached() if own else self.train_dataset
+        trained: Any = self._reached() if own else self.train_dataset
         jobs = [(trained, self._train_batch_size)]
         jobs += [(each, self.args.per_device_eval_batch_size) for each in evals]
         for dataset, batch_size in jobs:
@@ -406,7 +406,7 @@ class PreferenceTrainer(Trainer):
             with self.autocast_smart_context_manager():
                 fill_store(
                     store,
-                    dataset,  # pyright: ignore[reportArgumentType]
+                    dataset,
                     stored_reference(self.model, self.loss.head, ref_model),  # pyright: ignore
                     lambda groups: self._prepare_inputs(self.collator(groups)),
                     batch_size=batch_size,

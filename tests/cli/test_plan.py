@@ -34,6 +34,14 @@ ROWS: dict[str, dict] = {
 }
 
 
+def test_the_documents_show_a_full_fine_tune(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (EXAMPLES.parent / "docs" / "long-context.md").read_text()
+    words = "plan --model llama-3-8b --method full --context 8192 --gpu h200"
+    assert f"`fastpo {words}`" in text
+    assert main(words.split()) == 0
+    assert capsys.readouterr().out in text
+
+
 def test_a_step_that_does_not_fit_gets_advice(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "--model", "llama-3-70b", "--context", "65536", "--method", "qlora"]
     assert main(words) == 0
