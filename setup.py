@@ -31,6 +31,7 @@ dev = [
     "import-linter>=2.5",
     "kernels>=0.12",
     "bitsandbytes>=0.50.0",
+    "torchao>=0.15",
     "setuptools>=70.1",  # a test builds the wheel
 ]
 
@@ -49,6 +50,7 @@ setup(
         "train": train,
         "bench": bench,
         "quant": ["bitsandbytes>=0.50.0"],
+        "torchao": ["torchao>=0.15"],
         "flash": ["flash-attn>=2.7"],
         "dev": train + dev,
     },

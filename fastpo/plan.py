@@ -88,7 +88,7 @@ _SCORES, _QUERY_BLOCK = 4, 512
 _SIZES = {"float32": 4, "bfloat16": 2}
 # Four bits a weight, 8 bits a block of 64, and a float32 for every 256 of those.
 _NF4 = 0.5 + (1 + 4 / 256) / 64
-# Bytes of optimiser state a trained weight; None: two moments in the weight's own dtype.
+# Bytes of optimiser state a trained weight; of others two moments in the weight's own dtype.
 _STATES = {
     "sgd": 0.0,
     "adafactor": 0.1,
@@ -97,6 +97,8 @@ _STATES = {
     "adamw_8bit": 2 * (1 + 4 / 256),
     "adamw_bnb_8bit": 2 * (1 + 4 / 256),
     "adamw_32bit": 8.0,
+    "adamw_torch_8bit": 2 * (1 + 4 / 256),
+    "adamw_torch_4bit": 2 * (0.5 + 4 / 256),
 }
 
 
@@ -363,10 +365,23 @@ def _pairs(length: int, window: int | None) -> int:
 
 
 class Lever(NamedTuple):
-    """One switch of the recipe that makes room, and what it changes in a job."""
+    """A switch of the recipe that makes room.
+
+    Args:
+        switch: as the recipe says it.
+        changes: what it changes in a job.
+        alone: it takes the place of others that are `alone`.
+    """
 
     switch: str
     changes: dict[str, Any]
+    alone: bool = False
+
+    def after(self, switches: tuple[str, ...]) -> tuple[str, ...]:
+        """These switches without those of the same keys, and this one."""
+        keys = {part.partition(":")[0] for part in self.switch.split(", ")}
+        kept = (each for each in switches if each.partition(":")[0] not in keys)
+        return (*kept, self.switch)
 
 
 def levers(job: Job) -> Iterator[Lever]:
@@ -381,14 +396,20 @@ def levers(job: Job) -> Iterator[Lever]:
         yield Lever("offload_activations: true", {"offload": True})
     if job.workspace_mib > 256:
         yield Lever("workspace_mib: 256", {"workspace_mib": 256})
-    if "8bit" not in job.optim:
+    whole, half = job.method == "full", job.weights == "bfloat16"
+    if "8bit" not in job.optim and not (whole and half):
         yield Lever("optim: paged_adamw_8bit", {"optim": "paged_adamw_8bit"})
-    if job.method == "full":
+    if whole:
+        # Only optimisers that round at random, or sum remainders, move bfloat16 weights.
+        for optim in ("adamw_torch_8bit", "adamw_torch_4bit"):
+            if not (half and job.optim in (optim, "adamw_torch_4bit")):
+                switch = f"optim: {optim}" if half else f"dtype: bfloat16, optim: {optim}"
+                yield Lever(switch, {"weights": "bfloat16", "optim": optim}, alone=True)
         lora = {"method": "lora", "weights": "bfloat16"}
-        yield Lever("lora: true", {**lora, "reference": _without_copy(job)})
+        yield Lever("lora: true", {**lora, "reference": _without_copy(job)}, alone=True)
     if job.method != "qlora":
-        nf4 = {"method": "qlora", "weights": "bfloat16"}
-        yield Lever("lora: true, quantization: nf4", {**nf4, "reference": _without_copy(job)})
+        nf4 = {"method": "qlora", "weights": "bfloat16", "reference": _without_copy(job)}
+        yield Lever("lora: true, quantization: nf4", nf4, alone=True)
 
 
 def _without_copy(job: Job) -> str:
@@ -424,14 +445,14 @@ def advise(job: Job, device: float, host: float = float("inf")) -> Advice:
         if fits(changed, device, host):
             return Advice((lever.switch,), changed, _longest(changed, device, host))
     switches: tuple[str, ...] = ()
+    changed = job
     for lever in available:
-        job = dataclasses.replace(job, **lever.changes)
-        if lever.switch.endswith("nf4"):  # says lora too
-            switches = tuple(s for s in switches if s != "lora: true")
-        switches += (lever.switch,)
-        if fits(job, device, host):
-            return Advice(switches, job, _longest(job, device, host))
-    return Advice(None, job, _longest(job, device, host))
+        changed, said = dataclasses.replace(job, **lever.changes), lever.after(switches)
+        if fits(changed, device, host):
+            return Advice(said, changed, _longest(changed, device, host))
+        if not lever.alone:
+            job, switches = changed, said
+    return Advice(None, changed, _longest(changed, device, host))
 
 
 def _longest(job: Job, device: float, host: float) -> int:

@@ -11,7 +11,8 @@ from transformers import AutoConfig
 
 from bench.long_context import LiveBytes, Step, planned, predicted_extra
 from fastpo.model.random_init import model_config
-from fastpo.plan import CARDS, GIB, Job, Shape, advise, fits, plan
+from fastpo.optional import require
+from fastpo.plan import CARDS, GIB, Job, Lever, Shape, advise, fits, levers, plan
 from tests.model.tiny import FAMILIES
 
 CPU = torch.device("cpu")
@@ -120,6 +121,35 @@ def test_full_training_and_references() -> None:
     assert mixed["weights cast by autocast"] == 2 * count
 
 
+@pytest.mark.parametrize(
+    ("weights", "optim", "want"),
+    [
+        ("float32", "adamw_torch", 16),
+        ("float32", "adamw_bnb_8bit", 10),
+        ("bfloat16", "adamw_torch_8bit", 6),
+        ("bfloat16", "adamw_torch_4bit", 5),
+    ],
+)
+def test_bytes_of_a_trained_weight(weights: str, optim: str, want: float) -> None:
+    """Of weights, gradients and states; a block of 256 states has a float32 scale."""
+    job = dataclasses.replace(LONG, method="full", weights=weights, optim=optim)
+    parts = plan(job).device
+    total = parts["weights"] + parts["gradients"] + parts["optimiser"]
+    scales = 2 * 4 / 256 if "bit" in optim else 0
+    assert total / LLAMA_8B.parameters == pytest.approx(want + scales, rel=1e-6)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_torchaos_states_are_as_large_as_planned(bits: int) -> None:
+    optim = require("torchao.optim", "8-bit states", "torchao")
+    weight = torch.nn.Parameter(torch.zeros(256, 256, dtype=torch.bfloat16))
+    optimizer = getattr(optim, f"AdamW{bits}bit")([weight], block_size=256)
+    states = [optimizer._new_buffer(weight, signed) for signed in (True, False)]
+    held = sum(t.numel() * t.element_size() for s in states for t in (s.codes, s.scale))
+    job = dataclasses.replace(LONG, method="full", optim=f"adamw_torch_{bits}bit")
+    assert plan(job).device["optimiser"] / LLAMA_8B.parameters == held / weight.numel()
+
+
 def test_time() -> None:
     """FLOP of short rows are those of matrices; a window cuts attention; the link can be slower."""
     short = dataclasses.replace(LONG, context=64, response=32, candidates=1, mlp_tile=None)
@@ -154,6 +184,25 @@ def test_advice_is_the_cheapest_that_fits() -> None:
     assert nothing.longest == 0
     whole = advise(dataclasses.replace(big, method="full", context=4096), memory)
     assert whole.switches == ("lora: true, quantization: nf4",)
+    trained = Job(LLAMA_8B, context=4096, method="full", weights="float32")
+    assert advise(trained, memory).switches == ("dtype: bfloat16, optim: adamw_torch_8bit",)
+    half = Lever("dtype: bfloat16, optim: adamw_torch_8bit", {})
+    assert half.after(("mlp_tile: auto", "optim: paged_adamw_8bit")) == (
+        "mlp_tile: auto",
+        half.switch,
+    )
+    # Ways to hold the weights exclude each other; the others add up.
+    said = [each.switch for each in levers(trained)]
+    assert said[-5:] == [
+        "optim: paged_adamw_8bit",
+        "dtype: bfloat16, optim: adamw_torch_8bit",
+        "dtype: bfloat16, optim: adamw_torch_4bit",
+        "lora: true",
+        "lora: true, quantization: nf4",
+    ]
+    long = advise(dataclasses.replace(trained, context=131072), memory).switches
+    assert long is not None
+    assert sum("lora" in s or "dtype" in s for s in long) == 1
 
 
 def test_what_is_not_planned() -> None:

@@ -45,16 +45,27 @@ def job_of(recipe: Recipe, card: Card | None = None, **given: Any) -> Job:
     lora = {} if model.lora is True or model.lora is None else (model.lora or {})
     targets = lora.get("target_modules", "all-linear")
     method = "lora" if model.lora or adapter is not None else "full"
+    if model.quantization is not None:
+        method = "qlora"
+    # Another method than the recipe's has its own default.
+    dtype = model.dtype if given.get("method", method) == method else "auto"
+    method = given.setdefault("method", method)
+    alone = not (model.ref_model or model.ref_model2 or recipe.data.streaming)
     fields: dict[str, Any] = {
         "response": config.max_response_length,
         "candidates": _candidates(loss),
         "groups": config.per_device_train_batch_size,
-        "method": "qlora" if model.quantization is not None else method,
-        "weights": "float32" if model.dtype == "float32" else "bfloat16",
+        "weights": _weights(dtype, method),
         "rank": lora.get("r"),
         "targets": None if targets == "all-linear" else tuple(targets),
         "optim": str(getattr(config.optim, "value", config.optim)),
-        "reference": _reference(loss, config.reference, method, config.reference_store),
+        "reference": _reference(
+            loss,
+            config.reference,
+            method,
+            storable=config.storable(loss) and alone,
+            store=config.reference_store,
+        ),
         "share_prompt": config.share_prompt != "false",
         "offload": config.offload_activations,
         "mlp_tile": config.mlp_tile,
@@ -79,14 +90,24 @@ def _candidates(loss: PreferenceLoss) -> int:
     return max(_CANDIDATES[family] for family in families) + len(loss.extras)
 
 
-def _reference(loss: PreferenceLoss, asked: str, method: str, store: str | None) -> str:
+def _weights(dtype: str, method: str) -> str:
+    """As a run has them: in float32 where all of them are trained, else as most are stored."""
+    trained = method == "full" and dtype == "auto"
+    return "float32" if trained or dtype == "float32" else "bfloat16"
+
+
+def _reference(
+    loss: PreferenceLoss, asked: str, method: str, *, storable: bool, store: str | None = None
+) -> str:
     if not loss.needs_reference:
         return "none"
     if asked != "auto":
         return asked
     if store is not None:
         return "store"
-    return "copy" if method == "full" else "adapter"
+    if method != "full":
+        return "adapter"
+    return "store" if storable else "copy"
 
 
 def describe(job: Job, planned: Plan, card: Card, name: str) -> str:
@@ -149,7 +170,11 @@ def plan_step(arguments: argparse.Namespace) -> int:
         method = given.setdefault("method", "lora")
         given.setdefault("candidates", _candidates(loss))
         given.setdefault("workspace_mib", _workspace(card))
-        given["reference"] = _reference(loss, given.get("reference", "auto"), method, None)
+        if given.setdefault("weights", _weights("auto", method)) == "bfloat16" and method == "full":
+            given.setdefault("optim", "adamw_torch_8bit")  # plain AdamW would not move them
+        storable = not (loss.needs_kl or loss.needs_second_reference)
+        asked = given.get("reference", "auto")
+        given["reference"] = _reference(loss, asked, method, storable=storable)
         job = _job(arguments.model, loss, **given)
     planned = plan(job)
     host = float("inf") if arguments.host_gib is None else arguments.host_gib * GIB

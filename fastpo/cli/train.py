@@ -36,6 +36,7 @@ from fastpo.train.chart import short
 from fastpo.train.checkpoint import latest_complete
 from fastpo.train.config import PreferenceConfig, batch_words
 from fastpo.train.folder import RECIPE, RECORDS, RunFolder, claim
+from fastpo.train.optimizers import refuse_lost_steps, require_optimizer
 from fastpo.train.recipe import Recipe, fields_of_recipe, load_recipe
 from fastpo.train.report import write_model_card, write_report
 from fastpo.train.run import Run, environment
@@ -90,7 +91,7 @@ REFERENCES = {
     "none": "not needed",
     "adapter": "the model with its adapter switched off",
     "copy": "a frozen copy of the model as it was at the start",
-    "store": "log-probabilities on disk",
+    "store": "log-probabilities on disk, from before the first step",
 }
 
 
@@ -457,6 +458,7 @@ def train(words: Sequence[str]) -> int:
     path, flags, bare = _split_words(words)
     recipe = load_recipe(path, flags)
     config = recipe.config()
+    require_optimizer(config)
     output_dir = Path(str(config.output_dir))
     main = config.process_index == 0
     show_log(logging.INFO if main else logging.ERROR)
@@ -512,21 +514,30 @@ def train(words: Sequence[str]) -> int:
         **source,
         **gguf,
     )
-    groups, held_out = prepare_data(recipe, config, tokenizer)
     lora = recipe.model.lora
-    # A fresh adapter is drawn here, before the Trainer sets its seed.
-    set_seed(config.seed)
-    model = open_model(
-        recipe.model.model,
-        dtype=recipe.model.dtype,
-        quantization=recipe.model.quantization,
-        random_init=recipe.model.random_init,
-        attn_implementation=recipe.model.attn_implementation,
-        lora={} if lora is True else (lora or None),
-        trainable=True,
-        **source,
-        **gguf,
-    )
+
+    def opened_model() -> nn.Module:
+        # A fresh adapter is drawn here, before the Trainer sets its seed.
+        set_seed(config.seed)
+        return open_model(
+            recipe.model.model,
+            dtype=recipe.model.dtype,
+            quantization=recipe.model.quantization,
+            random_init=recipe.model.random_init,
+            attn_implementation=recipe.model.attn_implementation,
+            lora={} if lora is True else (lora or None),
+            trainable=True,
+            **source,
+            **gguf,
+        )
+
+    model = None
+    if recipe.model.dtype == "bfloat16":  # judged before the data, which can take hours to prepare
+        model = opened_model()
+        refuse_lost_steps(model, config)
+    groups, held_out = prepare_data(recipe, config, tokenizer)
+    if model is None:
+        model = opened_model()
     open_reference = partial(
         open_model,
         dtype=recipe.model.dtype,

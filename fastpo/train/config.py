@@ -35,6 +35,7 @@ from fastpo.objectives.domain import (
 from fastpo.optional import require_transformers
 from fastpo.redact import learn, redact, refuse_redacted
 from fastpo.train.elsewhere import TRAINER, refuse_keywords, unknown
+from fastpo.train.optimizers import RANDOM_ROUNDING, TORCHAO, optimizer_name, optimizer_option
 from fastpo.train.ranges import TRAINING
 from fastpo.train.sync import UpdateRule
 
@@ -224,7 +225,10 @@ class PreferenceConfig(TrainingArguments):
     # The reference.
     reference: Literal["auto", "adapter", "copy", "store", "none"] = field(
         default="auto",
-        metadata={"help": "adapter: switched off; copy: frozen; store: log-probs on disk."},
+        metadata={
+            "help": "adapter: switched off; copy: frozen; store: log-probs on disk, from one pass "
+            "before the first step. auto: adapter, store or copy, the first that can be."
+        },
     )
     reference_store: str | None = field(
         default=None, metadata={"help": "Folder of the store; None: <output_dir>/reference."}
@@ -292,6 +296,10 @@ class PreferenceConfig(TrainingArguments):
         if isinstance(self.share_prompt, bool):
             self.share_prompt = "true" if self.share_prompt else "false"
         super().__post_init__()
+        if optimizer_name(self) in TORCHAO and not optimizer_option(self, RANDOM_ROUNDING):
+            # Rounded to nearest, which is torchao's default, bfloat16 weights would stay.
+            given = [self.optim_args] if self.optim_args else []
+            self.optim_args = ",".join([*given, f"{RANDOM_ROUNDING}=True"])
         if self.accelerator_config.dispatch_batches is None:  # pyright: ignore
             # Dispatching slices batches along their first axis; a packed row has only one entry.
             self.accelerator_config.dispatch_batches = False  # pyright: ignore
@@ -465,6 +473,11 @@ class PreferenceConfig(TrainingArguments):
         """How the reference follows the policy, or None where it stays."""
         values = _mapping(self.reference_update)
         return UpdateRule.of(values) if values else None
+
+    def storable(self, loss: PreferenceLoss) -> bool:
+        """Whether log-probs of the data, taken once, are all that a run needs of its reference."""
+        whole = loss.needs_kl or loss.needs_second_reference or self.token_masks != "none"
+        return loss.needs_reference and not whole and self.update_rule is None
 
     @property
     def store_dir(self) -> str:

@@ -37,7 +37,8 @@ class ModelSection:
         model: name on the hub, or a folder; one with an adapter goes on with that adapter.
         revision: branch, tag or commit of `model`.
         gguf_file: file inside `model`, or its adapter's base, with the weights in GGUF form.
-        dtype: dtype that the weights are loaded in; `auto` keeps the checkpoint's.
+        dtype: dtype that the weights are loaded in; `auto` is float32 where all are trained (`bf16`
+            multiplies them in bfloat16), and the checkpoint's under an adapter.
         trust_remote_code: run Python code that comes with the checkpoint.
         quantization: quantised base weights for LoRA; see `fastpo.model.load.load_model`.
         random_init: draw the weights instead of reading them, to measure memory and speed; `model`
@@ -447,6 +448,9 @@ def _complete_model(recipe: Recipe, values: Mapping[str, Entry]) -> None:
                 f"{values[key].where}: {key} = {given[key]!r} needs an adapter: add lora: true (or "
                 "its arguments)"
             )
+        if not model.lora and model.dtype == "auto":
+            # Of bfloat16 weights a step of 1e-5 changes hardly any.
+            model.dtype = given["dtype"] = "float32"
         return
     if model.lora:
         raise RecipeError(

@@ -202,8 +202,13 @@ def resolve_kind(
     has_store: bool = False,
     has_ref_model: bool = False,
     moves: bool = False,
+    storable: bool = False,
 ) -> str:
-    """What `auto` means: none, store, copy or adapter, in the order of what was given."""
+    """What `auto` means: none, store, copy or adapter, in the order of what was given.
+
+    A policy without an adapter is its own reference: `storable`, it takes its log-probs before the
+    first step, in the arithmetic of the steps, and needs no memory for a copy.
+    """
     if not needs_reference:
         return "none"
     if kind != "auto":
@@ -214,7 +219,9 @@ def resolve_kind(
         return "copy"
     if has_store:
         return "store"
-    return "adapter" if is_peft and not has_ref_model else "copy"
+    if has_ref_model:
+        return "copy"
+    return "adapter" if is_peft else "store" if storable else "copy"
 
 
 def stored_reference(
@@ -251,6 +258,7 @@ def fill_store(
     collate: Callable[[list[Group]], Batch],
     *,
     batch_size: int = 8,
+    rows: Callable[[list[Group]], list[list[Group]]] = lambda batch: [batch],
     options: dict[str, Any] | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -265,21 +273,24 @@ def fill_store(
         source: whose log-probs.
         collate: groups to a batch on the model's device.
         batch_size: groups a batch.
+        rows: cuts a batch into what is run at a time.
         options: `backend` and `workspace_mib` of the head.
-        rank, world_size: this process takes every world_size-th group.
+        rank, world_size: this process takes every world_size-th batch, as in training.
         what: the progress bar's title.
 
     Returns:
         how many groups this process computed.
     """
-    todo = store.missing(groups)[rank::world_size]
-    if not todo:
+    todo = store.missing(groups)
+    starts = range(0, len(todo), batch_size)[rank::world_size]
+    batches = [[groups[i] for i in todo[start : start + batch_size]] for start in starts]
+    count = sum(map(len, batches))
+    if not count:
         return 0
     writer = ShardWriter(store)
-    bar = tqdm(total=len(todo), desc=what, unit="group", disable=not progress or rank > 0)
+    bar = tqdm(total=count, desc=what, unit="group", disable=not progress or rank > 0)
     with bar, _evaluating(source.model):
-        for start in range(0, len(todo), batch_size):
-            part = [groups[i] for i in todo[start : start + batch_size]]
+        for part in (row for batch in batches for row in rows(batch)):
             batch = collate(part)
             found = source(source.model, batch)
             with torch.no_grad():
@@ -288,4 +299,4 @@ def fill_store(
             writer.add(part, [v.numpy() for v in logps.float().cpu().split(sizes)])
             bar.update(len(part))
         writer.flush()
-    return len(todo)
+    return count

@@ -94,6 +94,11 @@ def store_key(
     }
 
 
+def key_digest(key: Mapping[str, str]) -> str:
+    """A short name of what a store depends on."""
+    return _hash(dict(key))[:12]
+
+
 class ReferenceStore:
     """Per-token reference log-probs of groups, one float32 for each label token of the batch.
 
@@ -160,7 +165,8 @@ class ReferenceStore:
         if key not in self._index:
             raise KeyError(
                 f"{group.source or 'data'} row {group.row} is not in the reference store "
-                f"{self.path}: it was prepared for other data"
+                f"{self.path}, which has the data that the trainer was made with: give it these "
+                "rows too, or set reference='copy'"
             )
         name, start, end = self._index[key]
         if name not in self._open:

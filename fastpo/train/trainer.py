@@ -20,6 +20,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import nullcontext
@@ -85,6 +86,7 @@ from fastpo.train.metrics import (
     peak_memory_gib,
     refuse_missing_trackers,
 )
+from fastpo.train.optimizers import lost_steps, require_optimizer
 from fastpo.train.reference import (
     AdapterReference,
     ModelReference,
@@ -99,7 +101,7 @@ from fastpo.train.reference import (
     stored_reference,
 )
 from fastpo.train.report import write_model_card
-from fastpo.train.store import ReferenceStore, store_key
+from fastpo.train.store import ReferenceStore, key_digest, store_key
 from fastpo.train.sync import ReferenceUpdate
 
 log = logging.getLogger(__name__)
@@ -109,6 +111,12 @@ _CHECKED = 8  # groups of a stream, or of a self-check, that are looked at befor
 MASK_DROPOUT = 0.01  # SparsePO's
 # Groups that a stream's next one is drawn from: a second of tokenising, and a few MB.
 STREAM_BUFFER = 1000
+
+
+def _streams(data: Any) -> bool:
+    """Whether data, of any form that the trainer takes, has no known length."""
+    each = data.values() if isinstance(data, Mapping) else [data]
+    return any(not isinstance(d, Sized | Path | None) for d in each)
 
 
 class PreferenceTrainer(Trainer):
@@ -158,6 +166,7 @@ class PreferenceTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         refuse_missing_trackers(args.report_to or ())
+        require_optimizer(args)
         if args.disable_dropout:
             for each in (model, ref_model, ref_model2):
                 if each is not None:
@@ -186,6 +195,9 @@ class PreferenceTrainer(Trainer):
             has_store=args.reference_store is not None and not loss.needs_kl,
             has_ref_model=ref_model is not None,
             moves=args.update_rule is not None,
+            storable=args.storable(loss)
+            and ref_model2 is None
+            and not any(map(_streams, (train_dataset, eval_dataset))),
         )
         # A copy is taken before `attach` binds a forward to the policy.
         live = None if kind in ("none", "store") else live_reference(kind, model, head, ref_model)
@@ -309,25 +321,11 @@ class PreferenceTrainer(Trainer):
         return possible, reason
 
     def _warn_of_lost_steps(self) -> None:
-        """A step of Adam moves a weight by about the learning rate; can its dtype show that?"""
+        """Of weights that the optimiser would leave as they are: training would do nothing."""
         assert self.model is not None
-        trained = [p for p in self.model.parameters() if p.requires_grad and p.is_floating_point()]
-        if not trained:
-            raise ValueError(
-                "no parameter of the model requires a gradient: unfreeze some, or train an adapter"
-            )
-        largest = max(trained, key=lambda p: p.numel()).detach().flatten()
-        some = largest[:: max(1, largest.numel() // 4096)]
-        lost = (some + self.args.learning_rate == some).float().mean().item()
-        if self.args.learning_rate and lost > 0.5:
-            log.warning(
-                "%.0f%% of the weights are %s numbers that a step of learning_rate=%g does not "
-                "change: load the model with dtype=float32 (bf16=True still computes in bfloat16), "
-                "or train an adapter",
-                100 * lost,
-                largest.dtype,
-                self.args.learning_rate,
-            )
+        found = lost_steps(self.model, self.args, self.optimizer)  # pyright: ignore
+        if found is not None:
+            log.warning("%s", found.reason)
 
     def _warn_of_doubts(self, loss: PreferenceLoss) -> None:
         """What can be trained, and hardly teaches anything."""
@@ -413,26 +411,34 @@ class PreferenceTrainer(Trainer):
             "name": source.config._name_or_path,
             "revision": getattr(source.config, "_commit_hash", None),
         }
+        own = self.args.reference == "auto" and self.args.reference_store is None
+        if own:  # nobody asked for a store, so nobody has to remove one of other weights or options
+            folder = f"{folder}/{key_digest(key)}"
         # The folder and its key first, by one process; then everybody opens it.
         with self.args.main_process_first(local=False):
             store = ReferenceStore(folder, key, info=info, writer=self.args.process_index)
         evals = self.eval_dataset
-        datasets = [self.train_dataset, *(evals.values() if isinstance(evals, dict) else [evals])]
-        for dataset in datasets:
+        evals = list(evals.values()) if isinstance(evals, dict) else [evals]
+        trained: Any = self._reached() if own else self.train_dataset
+        jobs = [(trained, self._train_batch_size)]
+        jobs += [(each, self.args.per_device_eval_batch_size) for each in evals]
+        for dataset, batch_size in jobs:
             if dataset is None:
                 continue
             if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and store.missing(dataset):
                 raise ValueError(
                     f"the reference store {store.path} is not complete and the model of this run "
-                    "is sharded: fill it first by starting the same run on one process"
+                    "is sharded: fill it first by starting the same run on one process, with "
+                    "reference='store'"
                 )
             with self.autocast_smart_context_manager():
                 fill_store(
                     store,
-                    dataset,  # pyright: ignore[reportArgumentType]
+                    dataset,
                     stored_reference(self.model, self.loss.head, ref_model),  # pyright: ignore
                     lambda groups: self._prepare_inputs(self.collator(groups)),
-                    batch_size=self.args.per_device_eval_batch_size,
+                    batch_size=batch_size,
+                    rows=self._within_budget,
                     options=self._head_options,
                     rank=self.args.process_index,
                     world_size=self.args.world_size,
@@ -443,6 +449,30 @@ class PreferenceTrainer(Trainer):
         if ref_model is not None and source.device != home:
             ref_model.to(home)  # its work is done; the policy needs the memory  # pyright: ignore
         return store
+
+    def _reached(self) -> list[Group] | None:
+        """The groups that the steps come to, in the order of the first pass.
+
+        Batches of them are those of the steps, so that policy and reference agree to the bit.
+        """
+        dataset: Any = self.train_dataset
+        if dataset is None:
+            return None
+        batch = self._train_batch_size * self.args.world_size
+        step, steps = batch * self.args.gradient_accumulation_steps, self.args.max_steps
+        if steps <= 0:
+            steps = math.ceil(self.args.num_train_epochs * math.ceil(len(dataset) / step))
+        sampler: Any = self._get_train_sampler(dataset)
+        # accelerate's loader is one batch ahead.
+        return [dataset[i] for i in islice(sampler, steps * step + batch)]
+
+    def _within_budget(self, groups: list[Group]) -> list[list[Group]]:
+        """The groups of each row of a batch."""
+        most = self.args.max_tokens_per_row
+        if most is None:
+            return [groups]
+        rows = token_rows(groups, most, share_prompt=self.collator.share_prompt)
+        return [[groups[i] for i in row] for row in rows]
 
     @property
     def collator(self) -> Collator:

@@ -34,6 +34,14 @@ ROWS: dict[str, dict] = {
 }
 
 
+def test_the_documents_show_a_full_fine_tune(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (EXAMPLES.parent / "docs" / "long-context.md").read_text()
+    words = "plan --model llama-3-8b --method full --context 8192 --gpu h200"
+    assert f"`fastpo {words}`" in text
+    assert main(words.split()) == 0
+    assert capsys.readouterr().out in text
+
+
 def test_a_step_that_does_not_fit_gets_advice(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "--model", "llama-3-70b", "--context", "65536", "--method", "qlora"]
     assert main(words) == 0
@@ -52,14 +60,42 @@ def test_an_objective_says_how_many_responses_and_whether_a_reference(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     found = {}
-    for objective in ("dpo", "logo", "kto", "npo"):
+    for objective in ("dpo", "logo", "kto", "npo", "tdpo1"):
         words = ["--model", "llama-3-8b", "--context", "4096", "--objective", objective, "--json"]
         assert main(["plan", *words, "--method", "full"]) == 0
         job = json.loads(capsys.readouterr().out)["job"]
         found[objective] = (job["candidates"], job["reference"])
     # KTO brings a mismatched response.
-    want = {"dpo": (2, "copy"), "logo": (3, "none"), "kto": (2, "copy"), "npo": (1, "copy")}
-    assert found == want
+    want = {"dpo": (2, "store"), "logo": (3, "none"), "kto": (2, "store"), "npo": (1, "store")}
+    # A divergence needs the reference's whole distribution.
+    assert found == {**want, "tdpo1": (2, "copy")}
+
+
+def test_all_weights_are_planned_in_float32(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """By flags and by a recipe; bfloat16 weights come with an optimiser that moves them."""
+
+    def job(*words: str) -> tuple[str, ...]:
+        assert main(["plan", "--context", "4096", "--json", *words]) == 0
+        found = json.loads(capsys.readouterr().out)["job"]
+        return found["method"], found["weights"], found["optim"]
+
+    by_flags = ("--model", "llama-3-8b")
+    assert job(*by_flags)[:2] == ("lora", "bfloat16")
+    assert job(*by_flags, "--method", "full")[:2] == ("full", "float32")
+    half = job(*by_flags, "--method", "full", "--weights", "bfloat16")
+    assert half == ("full", "bfloat16", "adamw_torch_8bit")
+    path = tmp_path / "r.yaml"
+    recipe = {"model": "llama-3-8b", "dataset": "x.jsonl"}
+    for more, weights in (({}, "float32"), ({"dtype": "bfloat16"}, "bfloat16")):
+        path.write_text(yaml.safe_dump(recipe | more))
+        assert job("--recipe", str(path))[:2] == ("full", weights)
+    path.write_text(yaml.safe_dump(recipe))
+    assert job("--recipe", str(path), "--method", "lora")[:2] == ("lora", "bfloat16")
+    path.write_text(yaml.safe_dump(recipe | {"lora": True}))
+    assert job("--recipe", str(path))[:2] == ("lora", "bfloat16")
+    assert job("--recipe", str(path), "--method", "full")[:2] == ("full", "float32")
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ def test_model_card_is_ours(trainer: Any) -> None:
 
 def test_self_check_stops_at_another_head(trainer: Any) -> None:
     """A head that rescales its input behind our back."""
-    made = trainer(self_check=True)
+    made = trainer(self_check=True, reference="copy")
     made.model.lm_head.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
     with pytest.raises(RuntimeError, match="fused head differs from the model's own logits"):
         made.train()

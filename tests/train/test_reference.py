@@ -13,7 +13,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fastpo.train.reference import AdapterReference, ModelReference, NoReference
+from fastpo.data.build import GroupStream
+from fastpo.train.reference import (
+    AdapterReference,
+    ModelReference,
+    NoReference,
+    StoredReference,
+)
 from tests.numerics import assert_three_way
 from tests.train import tiny
 
@@ -34,9 +40,47 @@ def first_loss(made: Any) -> float:
 
 def test_auto(trainer: Any) -> None:
     assert isinstance(trainer(objective="simpo").reference, NoReference)
-    assert isinstance(trainer().reference, ModelReference)
     assert isinstance(trainer(model=lora()).reference, AdapterReference)
     assert trainer(model=lora(), ref_model=tiny.model()).reference_kind == "copy"
+    assert isinstance(trainer().reference, StoredReference)
+    assert trainer(ref_model=tiny.model()).reference_kind == "copy"
+    stream = GroupStream(tiny.rows(4), tiny.tokenizer(), tiny.config("unused").data_options())
+    for options in (
+        {"objective": "tdpo1"},
+        {"reference_update": {"every": 2, "mixup": 0.6}},
+        {"objective": "sparse_po", "token_masks": "common"},
+        {"train_dataset": stream},
+        {"eval_dataset": {"held out": stream}},
+    ):
+        assert trainer(**options).reference_kind == "copy", options
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bf16": True}, {"max_tokens_per_row": 60}, {"num_train_epochs": 1.5, "max_steps": -1}],
+    ids=str,
+)
+def test_a_full_fine_tune_is_its_own_reference(trainer: Any, options: dict) -> None:
+    """By log-probs from the batches of the steps: the first loss is ln 2 to the bit."""
+    made = trainer(**{"max_steps": 2, **options}, eval_dataset=tiny.pairs(4, seed=5))
+    assert made.reference_kind == "store"
+    held_out = made.evaluate()
+    assert (held_out["eval_loss"], held_out["eval_drift/chosen"]) == (LN2, 0)
+    assert first_loss(made) == LN2
+
+
+def test_a_short_run_scores_what_it_comes_to(trainer: Any) -> None:
+    """Not the whole data; a longer run goes on, and other weights have a folder of their own."""
+    options = {"train_dataset": tiny.pairs(64), "max_steps": 2}
+    made = trainer(**options)
+    made.train()
+    assert len(made.reference.store) == 3 * 4  # a batch more, which the loader fetches ahead
+    longer = trainer(**{**options, "max_steps": 5})
+    assert longer.reference.store.path == made.reference.store.path
+    assert len(longer.reference.store) == 6 * 4
+    other = trainer(**options, model=tiny.model(seed=1))
+    assert other.reference.store.path != made.reference.store.path
+    assert len(other.reference.store) == 3 * 4
 
 
 @pytest.mark.parametrize("saved", [None, ["lm_head"]], ids=["lora", "lora and head"])
@@ -76,7 +120,7 @@ def test_adapter_is_back_after_the_reference(trainer: Any) -> None:
 def test_frozen_copy(trainer: Any) -> None:
     model = tiny.model()
     model.get_input_embeddings().requires_grad_(False)
-    made = trainer(model=model, learning_rate=0.1)
+    made = trainer(model=model, learning_rate=0.1, reference="copy")
     frozen = made.reference.model
     assert frozen is not model
     assert not frozen.training

@@ -40,7 +40,10 @@ def run(
             response.score = (response.score or 0) / CANDIDATES[family]
     trainer = PreferenceTrainer(
         model,
-        tiny.config(folder, objective=objective, max_steps=steps, optim="sgd", **options),
+        # A copy runs in every step, by the same head as the policy.
+        tiny.config(
+            folder, objective=objective, max_steps=steps, optim="sgd", reference="copy", **options
+        ),
         train_dataset=groups,
         ref_model=None if names[0] not in AT_REST else tiny.model(seed=1).to(dtype),
         ref_model2=tiny.model(seed=2).to(dtype) if two else None,

@@ -1,0 +1,148 @@
+"""Optimisers that leave bfloat16 weights as they are, and those that move them."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fastpo import optional
+from fastpo.train.optimizers import lost_steps, refuse_lost_steps, require_optimizer
+from tests.train import tiny
+from tests.train.test_reference import lora
+
+RATE = 1e-5
+
+
+def half(dtype: torch.dtype = torch.bfloat16) -> Any:
+    return tiny.model().to(dtype)
+
+
+@pytest.mark.parametrize(
+    "optim", ["adamw_torch_fused", "paged_adamw_8bit", "lion_32bit", "adafactor", "rmsprop"]
+)
+def test_refused_by_name_with_both_ways_out(config: Any, optim: str) -> None:
+    said = rf"^optim={optim} at learning_rate=1e-05 leaves \d\d% .*dtype=float32 .*adamw_torch_8bit"
+    with pytest.raises(ValueError, match=said) as caught:
+        refuse_lost_steps(half(), config(optim=optim, learning_rate=RATE))
+    assert "\n" not in str(caught.value)
+
+
+def test_let_pass(config: Any) -> None:
+    """By weights, by rate, by optimiser, and what is trained beside frozen weights."""
+    frozen = half()
+    frozen.get_input_embeddings().requires_grad_(False)
+    for model, options in (
+        (tiny.model(), {}),
+        (half(), {"learning_rate": 1e-2}),
+        (half(), {"optim": "sgd"}),
+        (half(), {"optim": "adamw_torch_8bit"}),
+        (half(torch.float16), {"learning_rate": 1e-6}),
+        (lora().bfloat16(), {}),
+        (frozen, {}),
+    ):
+        refuse_lost_steps(model, config(**{"learning_rate": RATE, **options}))
+    without = config(learning_rate=RATE, optim="adamw_torch_8bit")
+    without.optim_args = "bf16_stochastic_round=False"
+    with pytest.raises(ValueError, match="or set bf16_stochastic_round=True"):
+        refuse_lost_steps(half(), without)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "warns"),
+    [
+        (torch.bfloat16, {}, "rounds such steps away: load the model with dtype=float32"),
+        (torch.bfloat16, {"optim": "sgd"}, "optim=sgd"),
+        (torch.float16, {"learning_rate": 1e-7}, "float16 rounds such steps away"),
+        (torch.float32, {"learning_rate": 1e-11}, "away: raise learning_rate"),
+        (torch.float32, {}, None),
+        (torch.bfloat16, {"learning_rate": 0.0}, None),
+    ],
+)
+def test_the_trainer_warns(
+    trainer: Any,
+    caplog: pytest.LogCaptureFixture,
+    dtype: torch.dtype,
+    options: dict,
+    warns: str | None,
+) -> None:
+    with caplog.at_level(logging.WARNING, "fastpo"):
+        trainer(model=half(dtype), **{"learning_rate": RATE, "objective": "simpo", **options})
+    assert (warns in caplog.text) if warns else ("rounds such" not in caplog.text)
+
+
+class Kahan(torch.optim.SGD):
+    """An optimiser that says, as torch-optimi's do, that it keeps what rounding loses."""
+
+    def __init__(self, params: Any, kahan_sum: bool | None) -> None:
+        super().__init__(params, lr=RATE)
+        self.defaults["kahan_sum"] = kahan_sum
+
+
+def test_a_given_optimizer_is_asked(config: Any) -> None:
+    model, args = half(), config(learning_rate=RATE)
+    plain = torch.optim.AdamW(model.parameters(), lr=RATE)
+    found = lost_steps(model, args, plain)
+    assert found is not None
+    assert "optim=AdamW at" in found.reason
+    for kahan, lost in ((None, False), (True, False), (False, True)):
+        assert (lost_steps(model, args, Kahan(model.parameters(), kahan)) is None) is not lost
+    plain.bf16_stochastic_round = True  # pyright: ignore
+    assert lost_steps(model, args, plain) is None
+
+
+def test_nothing_to_train(config: Any) -> None:
+    model = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
+        lost_steps(model, config())
+
+
+def test_random_rounding_is_on_unless_said_otherwise(config: Any) -> None:
+    made = config(optim="adamw_torch_4bit", optim_args="block_size=128")
+    assert made.optim_args == "block_size=128,bf16_stochastic_round=True"
+    assert type(made).from_dict(made.to_dict()).optim_args == made.optim_args
+    off = "bf16_stochastic_round=False"
+    assert config(optim="adamw_torch_8bit", optim_args=off).optim_args == off
+    assert config().optim_args is None
+
+
+def test_missing_packages(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("torchao", "optimi"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(optional, "missing", lambda *said: optional.PackageError(" ".join(said)))
+    with pytest.raises(optional.PackageError, match="optim=adamw_torch_8bit torchao"):
+        require_optimizer(config(optim="adamw_torch_8bit"))
+    with pytest.raises(optional.PackageError, match="optim=stable_adamw torch-optimi"):
+        require_optimizer(config(optim="stable_adamw"))
+    require_optimizer(config())
+    monkeypatch.setitem(sys.modules, "optimi", ModuleType("optimi"))
+    with pytest.raises(
+        ValueError, match=r"Triton kernels, which this CPU cannot.*adamw_torch_8bit"
+    ):
+        require_optimizer(config(optim="stable_adamw"))
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_8bit", "adamw_torch_4bit"])
+def test_torchao_moves_bfloat16_weights(trainer: Any, tmp_path: Any, optim: str) -> None:
+    """Forty steps lower the loss, and a resumed run ends with the same bits; not compiled."""
+    options = {"max_steps": 40, "logging_steps": 10, "save_strategy": "steps", "save_steps": 20}
+    options |= {"learning_rate": RATE, "lr_scheduler_type": "constant", "optim": optim}
+    with torch.compiler.set_stance("force_eager"):
+        whole = trainer(model=half(), **options)
+        whole.train()
+        again = trainer(model=half(), **options)
+        again.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-20")
+    losses = [r["loss"] for r in whole.state.log_history if "loss" in r]
+    assert losses == sorted(losses, reverse=True)
+    for now, resumed, before in zip(
+        whole.model.parameters(), again.model.parameters(), half().parameters(), strict=True
+    ):
+        assert now.dtype is torch.bfloat16
+        assert torch.equal(now, resumed)
+        if now.dim() == 2:
+            assert not torch.equal(now, before)
