@@ -133,8 +133,9 @@ class ModelReference:
     @classmethod
     def frozen(cls, reference: PreTrainedModel | PeftModel) -> ModelReference:
         """This model, never trained and in evaluation mode."""
+        reference.requires_grad_(False).eval()
         attach(reference)
-        return cls(reference.requires_grad_(False).eval(), read_head(reference))
+        return cls(reference, read_head(reference))
 
     @classmethod
     def copy_of(cls, policy: PreTrainedModel | PeftModel) -> ModelReference:
