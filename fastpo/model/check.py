@@ -144,8 +144,7 @@ def self_check(
         raise ValueError("self_check needs at least one group")
     attach(model)
     device = next(causal_lm(model).get_input_embeddings().parameters()).device
-    chosen = sorted(groups, key=lambda group: -len(group.responses))[:2]
-    small = [_shortened(group) for group in chosen]
+    small = _few(groups)
 
     def packed(groups: Sequence[Group], shared: bool) -> dict[str, Any]:
         return _to(collate(groups, share_prompt=shared, pad_token_id=pad_token_id), device)
@@ -154,9 +153,8 @@ def self_check(
     able, reason = can_share_prompt(model) if share_prompt else (False, "not asked for")
     error = bound = gradient_error = gradient_bound = None
     gradients = _Gradients(model, head)
-    tiny = [
-        _shortened(replace(g, responses=g.responses[:2]), *_GRADIENT_TOKENS) for g in chosen[:1]
-    ]
+    pair = replace(small[0], responses=small[0].responses[:2])
+    tiny = [_shortened(pair, *_GRADIENT_TOKENS)]
     before = gradients(packed(tiny, False), training=True)
     with _mode(model, training=False), torch.no_grad():
         # First: where the model itself is broken, sharing prompts is not what fails.
@@ -259,6 +257,16 @@ class _Gradients:
             for a, b, c, d in zip(now, then, plain, moved, strict=True)
         ]
         return max(pairs, key=lambda pair: pair[0] - pair[1])
+
+
+def few_tokens(groups: Sequence[Group], pad_token_id: int, device: torch.device) -> dict[str, Any]:
+    """A padded batch of the two groups with the most responses, shortened."""
+    batch = collate(_few(groups), share_prompt=False, pad_token_id=pad_token_id)
+    return _to(batch, device)
+
+
+def _few(groups: Sequence[Group]) -> list[Group]:
+    return [_shortened(g) for g in sorted(groups, key=lambda group: -len(group.responses))[:2]]
 
 
 def _shortened(
