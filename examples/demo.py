@@ -27,11 +27,11 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from fastpo import read_head
 from fastpo.cli import main as fastpo
 from fastpo.data.groups import Group, Response
 from fastpo.data.packing import collate
 from fastpo.head import linear_stats
-from fastpo.model.facts import read_head
 from fastpo.model.hidden import attach, label_hidden
 from fastpo.train.run import Run
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         logps_from_logits,
     )
     from fastpo.loss import LossOutput, PreferenceLoss
+    from fastpo.model.facts import read_head
     from fastpo.objectives import OBJECTIVES
     from fastpo.objectives.functional import (
         dpo_loss,
@@ -40,6 +41,7 @@ _HOME = {
     "logps_from_logits": "fastpo.head",
     "LossOutput": "fastpo.loss",
     "PreferenceLoss": "fastpo.loss",
+    "read_head": "fastpo.model.facts",
     "OBJECTIVES": "fastpo.objectives",
     "dpo_loss": "fastpo.objectives.functional",
     "ipo_loss": "fastpo.objectives.functional",
@@ -69,6 +71,7 @@ __all__ = [
     "lipo_loss",
     "logps_from_logits",
     "orpo_loss",
+    "read_head",
     "simpo_loss",
 ]
 

@@ -71,6 +71,9 @@ class Lora(NamedTuple):
 class Head:
     """A language model's head: its facts are read once, its tensors at every call.
 
+    `fastpo.read_head(model)` makes it from a model. A bare `lm_head` does not tell what its model
+    does to the logits (Gemma 2, Cohere, Granite): built by hand, the facts below are yours to give.
+
     Args:
         module: the output embedding, anything with a `weight` [V, D] and perhaps a `bias` [V].
         softcap: final logit soft-cap (Gemma 2), or None.
@@ -485,6 +488,11 @@ def _check(
     workspace_mib: Workspace,
 ) -> None:
     """ValueError for arguments that cannot be meant; costs no device sync."""
+    if not isinstance(weight, Tensor):
+        raise ValueError(
+            f"weight must be a tensor [V, D], not a {type(weight).__name__}: for a model, "
+            "head = fastpo.read_head(model), then head.weight and **head.facts()"
+        )
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden must be [N, D] and weight [V, D]: got {tuple(hidden.shape)} and "

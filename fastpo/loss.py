@@ -126,13 +126,36 @@ def _hint(key: str, value: Any, components: list[Component], owners: Iterable[st
     return said or (f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}")
 
 
+def _head_of(given: Head | nn.Module) -> Head:
+    if isinstance(given, Head):
+        return given
+    name, weight = type(given).__name__, getattr(given, "weight", None)
+    if not isinstance(given, nn.Module) or (isinstance(weight, Tensor) and weight.dim() != 2):
+        raise ValueError(f"head={name}: give the causal language model, its head, or a fastpo.Head")
+    if not isinstance(weight, Tensor):
+        from fastpo import read_head  # only models need transformers
+
+        try:
+            return read_head(given)
+        except TypeError as error:
+            raise ValueError(f"head={name} is neither a linear layer nor a causal LM") from error
+    if type(given).__module__.startswith("peft.") or not weight.is_floating_point():
+        raise ValueError(
+            f"head={name} is more than its weight (an adapter, or quantised): give the model itself"
+        )
+    return Head(given)
+
+
 class PreferenceLoss(nn.Module):
     r"""Preference loss on hidden states; the logits are never built.
 
     Args:
         objective: a name of `fastpo.OBJECTIVES`, or a mixture `{"dpo": 0.8, "sft": 1.0}`.
-        head: the language model's head (`Head`, or a plain `nn.Linear`); None if every call
-            passes `weight`. It is not registered: its parameters stay the model's.
+        head: the causal language model itself, perhaps wrapped (peft, DDP, torch.compile), whose
+            head and its facts `fastpo.read_head` reads; or a `Head`; or a plain `nn.Linear`, for a
+            head without facts. A bare `lm_head` does not know that its model caps or scales the
+            logits (Gemma 2, Cohere, Granite): give the model. None if every call passes `weight`.
+            It is not registered: its parameters stay the model's.
         **hyper: hyper-parameters of the objective; see `fastpo objectives NAME`. One that is two
             numbers, [first, last], moves linearly with `progress` (DPO-Shift's lambda).
 
@@ -143,7 +166,8 @@ class PreferenceLoss(nn.Module):
             with a memory (BCO's shift); while it is None every training call is a step.
 
     Raises:
-        ValueError: an unknown objective or hyper-parameter, with the nearest name.
+        ValueError: an unknown objective or hyper-parameter, with the nearest name; a `head` that is
+            neither a head nor a model with one.
 
     The padded layout, two pairs (rows 0-1 chosen, 2-3 rejected), as TRL and Liger users have it:
 
@@ -160,7 +184,7 @@ class PreferenceLoss(nn.Module):
     def __init__(
         self,
         objective: str | Mapping[str, float],
-        head: Head | nn.Linear | None = None,
+        head: Head | nn.Module | None = None,
         **hyper: Any,
     ) -> None:
         super().__init__()
@@ -169,7 +193,7 @@ class PreferenceLoss(nn.Module):
         self.step: int | None = None
         self.progress = 0.0
         # In a tuple, so that nn.Module does not adopt the model's head as its own child.
-        self._head = (Head(head) if isinstance(head, nn.Module) else head,)
+        self._head = (None if head is None else _head_of(head),)
         self._observing: dict[str, list[Tensor]] | None = None
         self._whole_step: dict[str, Tensor] = {}
         self._step_of: dict[str, int | None] = {}

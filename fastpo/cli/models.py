@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from fastpo.model.adapters import altered_base
 from fastpo.model.load import check_place, load_model, load_tokenizer, trained_adapter
 from fastpo.model.random_init import byte_tokenizer, model_config
 from fastpo.redact import redact
@@ -100,6 +101,12 @@ def check_adapter(model: nn.Module, flag: str, name: str) -> None:
 
     if not isinstance(model, PeftModel):
         raise ValueError(f"{flag} base: {name} has no adapter to switch off; name a model")
+    if (altered := altered_base(model)) is not None:
+        base = model.peft_config[model.active_adapters[0]].base_model_name_or_path
+        raise ValueError(
+            f"{flag} base: {altered} changed the weights under the adapter of {name}, which is not "
+            f"its base model when switched off; name that: {flag} {base}"
+        )
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

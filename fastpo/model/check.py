@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 # Of a group's tokens, these many are enough to see a wrong rule and cost next to nothing.
 _PROMPT_TOKENS, _RESPONSE_TOKENS = 24, 8
+# Gradients keep what every layer saw, 10 MB a token in a 7B model: 24 tokens of one pair.
+_GRADIENT_TOKENS = 8, 4
+_LARGEST = 2**20  # elements of a parameter whose gradient is taken: of a few, never of all
 
 
 class SelfCheckError(RuntimeError, ValueError):
@@ -39,6 +42,8 @@ class SelfCheck:
         sharing_error, sharing_bound: largest difference in log-probs and what rounding explains;
             None where no shared row was run.
         head_error, head_bound: the same of the fused head against the model's own logits.
+        gradient_error, gradient_bound: largest difference of a gradient before and after the
+            forwards in evaluation mode, and what rounding explains; None where nothing is trained.
     """
 
     share_prompt: bool
@@ -47,6 +52,8 @@ class SelfCheck:
     sharing_bound: float | None
     head_error: float
     head_bound: float
+    gradient_error: float | None = None
+    gradient_bound: float | None = None
 
 
 def can_share_prompt(model: nn.Module) -> tuple[bool, str]:
@@ -115,6 +122,11 @@ def self_check(
     the label and in the log-sum-exp: $4 \epsilon \max|z|$, plus $2 \epsilon_{32} (|h| |W_v| +
     |\log p|)$ for fp32 sums in another order.
 
+    Where anything is trained, gradients of a few small parameters are compared too, with bounds
+    found in the same way: shared against padded, and in training mode before all this against
+    after it, since a library may rebuild weights for inference at the first forward in evaluation
+    mode.
+
     Args:
         model: an attached or plain causal language model, perhaps wrapped; attached on return.
         groups: any groups of the data; the first two with the most responses are used, shortened.
@@ -124,23 +136,27 @@ def self_check(
         SelfCheck; a sharing mismatch is logged in one line and reported, not raised.
 
     Raises:
-        SelfCheckError: the model's own logits are not finite, or the fused head does not
-            reproduce them.
+        SelfCheckError: the model's own logits are not finite, the fused head does not reproduce
+            them, or gradients changed with a forward in evaluation mode.
         ValueError: no groups.
     """
     if not groups:
         raise ValueError("self_check needs at least one group")
     attach(model)
     device = next(causal_lm(model).get_input_embeddings().parameters()).device
-    chosen = sorted(groups, key=lambda group: -len(group.responses))[:2]
-    small = [_shortened(group) for group in chosen]
-    batches = {
-        shared: _to(collate(small, share_prompt=shared, pad_token_id=pad_token_id), device)
-        for shared in (False, True)
-    }
+    small = _few(groups)
+
+    def packed(groups: list[Group], shared: bool) -> dict[str, Any]:
+        return _to(collate(groups, share_prompt=shared, pad_token_id=pad_token_id), device)
+
+    batches = {shared: packed(small, shared) for shared in (False, True)}
     able, reason = can_share_prompt(model) if share_prompt else (False, "not asked for")
-    error = bound = None
-    with _evaluating(model), torch.no_grad():
+    error = bound = gradient_error = gradient_bound = None
+    gradients = _Gradients(model, head)
+    pair = replace(small[0], responses=small[0].responses[:2])
+    tiny = [_shortened(pair, *_GRADIENT_TOKENS)]
+    before = gradients(packed(tiny, False), training=True)
+    with _mode(model, training=False), torch.no_grad():
         # First: where the model itself is broken, sharing prompts is not what fails.
         jumps = any(group.prompt_positions is not None for group in small)
         head_error, head_bound = _compare_head(model, head, batches[False], jumps)
@@ -164,28 +180,114 @@ def self_check(
                     f"shared and padded log-probs differ by {error:.2e}, "
                     f"rounding explains {bound:.2e}"
                 )
+    if before:
+        after = gradients(packed(tiny, False), training=True)
+        plain = gradients(packed(tiny, False))
+        with _one_rounding(model):
+            moved = gradients(packed(tiny, False))
+        gradient_error, gradient_bound = gradients.compare(after, before, plain, moved)
+        if not gradient_error <= gradient_bound:
+            raise SelfCheckError(
+                f"a forward in evaluation mode changed gradients by {gradient_error:.2e}, rounding "
+                f"explains {gradient_bound:.2e}: a library rebuilds weights of "
+                f"{type(causal_lm(model)).__name__} for inference; train it with another "
+                "quantisation or kernel, or without"
+            )
+        if able:
+            off, explained = gradients.compare(gradients(packed(tiny, True)), plain, plain, moved)
+            if not off <= explained:
+                able = False
+                reason = (
+                    f"gradients of shared and padded prompts differ by {off:.2e}, rounding "
+                    f"explains {explained:.2e}"
+                )
     if share_prompt and not able:
         logger.warning("prompts are not shared, every response gets its own row: %s", reason)
-    return SelfCheck(able, reason, error, bound, head_error, head_bound)
+    return SelfCheck(
+        able, reason, error, bound, head_error, head_bound, gradient_error, gradient_bound
+    )
 
 
-def _shortened(group: Group) -> Group:
+class _Gradients:
+    """Gradients of a weighted sum of log-probs to a few small trained parameters."""
+
+    def __init__(self, model: nn.Module, head: Head) -> None:
+        self.model, self.head = model, head
+        trained = [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]
+        some = [p for p in trained if p.numel() <= _LARGEST] or trained[:1]
+        # Neighbours, since a fresh adapter's A has no gradient, and both ends of the model.
+        self.parameters = some if len(some) <= 8 else [*some[:4], *some[-4:]]
+
+    def __call__(self, batch: dict[str, Any], *, training: bool = False) -> list[Tensor]:
+        """One float64 tensor a parameter; none without any gradient, or where it is not finite."""
+        if not self.parameters:
+            return []
+        device = batch["targets"].device
+        seeded = [] if device.type == "cpu" else [device]
+        with (
+            _mode(self.model, training=training),
+            torch.enable_grad(),
+            # The same dropout each time.
+            torch.random.fork_rng(seeded, device_type=device.type if seeded else "cuda"),
+        ):
+            torch.manual_seed(0)
+            logps = self.head.logps(label_hidden(self.model, batch), batch["targets"])
+            if not logps.requires_grad:
+                return []
+            weights = torch.linspace(-1, 1, len(logps), dtype=logps.dtype, device=device)
+            found = torch.autograd.grad(
+                logps @ weights, self.parameters, allow_unused=True, materialize_grads=True
+            )
+        return [g.double() for g in found] if all(bool(g.isfinite().all()) for g in found) else []
+
+    def compare(
+        self, now: list[Tensor], then: list[Tensor], plain: list[Tensor], moved: list[Tensor]
+    ) -> tuple[float, float]:
+        """(difference, what rounding explains) of the parameter that is furthest beyond it.
+
+        Args:
+            now, then: what is compared.
+            plain, moved: without and with every input embedding moved by one rounding.
+        """
+        if not (now and plain and moved):  # gradients were there, and are gone
+            return float("inf"), 0.0
+        eps = torch.finfo(self.head.weight.dtype).eps
+        pairs = [
+            (_largest(a - b), _rounding_bound(self.model, _largest(d - c), eps * _largest(c)))
+            for a, b, c, d in zip(now, then, plain, moved, strict=True)
+        ]
+        return max(pairs, key=lambda pair: pair[0] - pair[1])
+
+
+def few_tokens(groups: Sequence[Group], pad_token_id: int, device: torch.device) -> dict[str, Any]:
+    """A padded batch of the two groups with the most responses, shortened."""
+    batch = collate(_few(groups), share_prompt=False, pad_token_id=pad_token_id)
+    return _to(batch, device)
+
+
+def _few(groups: Sequence[Group]) -> list[Group]:
+    return [_shortened(g) for g in sorted(groups, key=lambda group: -len(group.responses))[:2]]
+
+
+def _shortened(
+    group: Group, prompt_tokens: int = _PROMPT_TOKENS, response_tokens: int = _RESPONSE_TOKENS
+) -> Group:
     def cut(response: Response) -> Response:
-        ids, prompt = response.input_ids[:_RESPONSE_TOKENS], response.prompt_ids
+        ids, prompt = response.input_ids[:response_tokens], response.prompt_ids
         return replace(
             response,
             input_ids=ids,
             loss_mask=np.ones(len(ids), dtype=bool),
             token_weights=None,
             token_rewards=None,
-            prompt_ids=None if prompt is None else prompt[-_PROMPT_TOKENS:],
+            prompt_ids=None if prompt is None else prompt[-prompt_tokens:],
         )
 
     positions = group.prompt_positions
     return replace(
         group,
-        prompt_ids=group.prompt_ids[-_PROMPT_TOKENS:],
-        prompt_positions=None if positions is None else positions[-_PROMPT_TOKENS:],
+        prompt_ids=group.prompt_ids[-prompt_tokens:],
+        prompt_positions=None if positions is None else positions[-prompt_tokens:],
         responses=[cut(response) for response in group.responses],
         extras={role: cut(response) for role, response in group.extras.items()},
     )
@@ -196,14 +298,20 @@ def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
+def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Training or evaluation mode, without checkpointing, which may not know `autograd.grad`."""
+    before = {module: module.training for module in model.modules()}
+    checkpointed = [m for m in before if getattr(m, "gradient_checkpointing", False)]
+    model.train(training)
+    for module in checkpointed:
+        module.gradient_checkpointing = False  # pyright: ignore[reportArgumentType]
     try:
         yield
     finally:
-        for module, flag in training.items():
+        for module, flag in before.items():
             module.training = flag
+        for module in checkpointed:
+            module.gradient_checkpointing = True  # pyright: ignore[reportArgumentType]
 
 
 def _logps(model: nn.Module, head: Head, batch: dict[str, Any]) -> Tensor:
@@ -215,24 +323,34 @@ def _largest(difference: Tensor) -> float:
     return difference.abs().nan_to_num(nan=float("inf")).max().item()
 
 
-def _sharing_bound(model: nn.Module, head: Head, batch: dict[str, Any], logps: Tensor) -> float:
-    decoder = decoder_of(model)
-    embeddings = decoder.get_input_embeddings()
+@contextmanager
+def _one_rounding(model: nn.Module) -> Iterator[None]:
+    """Every input embedding is moved by one rounding of its dtype."""
 
-    def one_rounding(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def move(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         eps = torch.finfo(output.dtype).eps
         signs = torch.ones(output.shape[-1], device=output.device, dtype=output.dtype)
         signs[::2] = -1
         return output * (1 + eps * signs)
 
-    hook = embeddings.register_forward_hook(one_rounding)
+    hook = decoder_of(model).get_input_embeddings().register_forward_hook(move)
     try:
-        moved = _largest(_logps(model, head, batch) - logps)
+        yield
     finally:
         hook.remove()
+
+
+def _rounding_bound(model: nn.Module, moved: float, last: float) -> float:
+    """Of what one rounding of the input embeddings moves; `last`: one rounding of the value."""
+    layers = decoder_of(model).config.num_hidden_layers
+    return 2 * (2 * layers) ** 0.5 * (moved + last)
+
+
+def _sharing_bound(model: nn.Module, head: Head, batch: dict[str, Any], logps: Tensor) -> float:
+    with _one_rounding(model):
+        moved = _largest(_logps(model, head, batch) - logps)
     eps = torch.finfo(head.weight.dtype).eps
-    scale = logps.abs().max().item()
-    return 2 * (2 * decoder.config.num_hidden_layers) ** 0.5 * (moved + eps * scale)
+    return _rounding_bound(model, moved, eps * _largest(logps))
 
 
 def _compare_head(

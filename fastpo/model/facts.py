@@ -40,11 +40,18 @@ def read_head(model: nn.Module) -> Head:
 
     Tied weights and `modules_to_save=["lm_head"]` work: tensors are read at every call.
 
+    Args:
+        model: perhaps inside peft, DDP, FSDP or torch.compile wrappers.
+
     Raises:
-        ValueError: DoRA, trainable tokens or quantised weights on the head, or a family whose
-            logits are made in a way that Head does not model; each is named with its remedy.
+        TypeError: no transformers model inside.
+        ValueError: an encoder-decoder; DoRA, trainable tokens or quantised weights on the head; a
+            family whose logits are made in a way that Head does not model. Each is named with its
+            remedy.
     """
     inner = causal_lm(model)
+    if inner.config.is_encoder_decoder:
+        raise ValueError(f"{type(inner).__name__} is an encoder-decoder: heads of decoders only")
     config = inner.config.get_text_config(decoder=True)
     module = inner.get_output_embeddings()
     if module is None:

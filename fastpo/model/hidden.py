@@ -24,6 +24,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from fastpo.data.packing import Layout
 from fastpo.model.attention import NAME
+from fastpo.model.quantised import keep_trainable
 from fastpo.model.shared_row import SharedRow
 
 M = TypeVar("M", bound=nn.Module)
@@ -92,10 +93,11 @@ def attach(model: M, *, attention_backend: str | None = None) -> M:
             falls back, or "auto"; None: as it was, "auto" at first.
 
     Raises:
-        TypeError, ValueError: as `causal_lm` and `decoder_of`; a prompt-learning adapter; a model
-            loaded under the shared-prompt attention itself.
+        TypeError, ValueError: as `causal_lm`, `decoder_of` and `keep_trainable`; a prompt-learning
+            adapter; a model loaded under the shared-prompt attention itself.
     """
     inner = causal_lm(model)
+    keep_trainable(model)
     adapter = getattr(model, "active_peft_config", None)
     if adapter is not None and adapter.is_prompt_learning:
         raise ValueError(

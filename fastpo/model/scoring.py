@@ -30,7 +30,7 @@ class Scorer:
     """A model that log-probabilities are asked of."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model.eval()
+        self.model = model.requires_grad_(False).eval()
         self.head = read_head(model)
 
     @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -45,13 +44,17 @@ class Rule(NamedTuple):
     sinks: Tensor | None = None
 
 
-@dataclass
 class SharedRow:
     """A layout on its way through one forward, with what the layers have in common.
+
+    No dataclass: FSDP2 rebuilds those as it casts a layer's inputs, and layers would count on
+    copies.
 
     Args:
         layout: the segment table; its spans must follow each other and fill the row.
         backend: the attention back end, or "auto".
+
+    Attributes:
         calls, windowed: attention calls of the forward so far, and those with a sliding window.
         made: masks, index tables and the like, by what they depend on.
         outer: implementations to return to as attention modules are left, innermost last.
@@ -60,14 +63,11 @@ class SharedRow:
         ValueError: a layout with gaps, overlaps or an empty prompt.
     """
 
-    layout: Layout
-    backend: str = "auto"
-    calls: int = 0
-    windowed: int = 0
-    made: dict[tuple, Any] = field(default_factory=dict)
-    outer: list[str | None] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
+    def __init__(self, layout: Layout, backend: str = "auto") -> None:
+        self.layout, self.backend = layout, backend
+        self.calls = self.windowed = 0
+        self.made: dict[tuple, Any] = {}
+        self.outer: list[str | None] = []
         end = 0
         for number, group in enumerate(self.layout.groups):
             for start, stop in (group.prompt, *group.responses):

@@ -459,11 +459,6 @@ def _complete_model(recipe: Recipe, values: Mapping[str, Entry]) -> None:
         )
     if adapter.gguf_file is not None:
         model.gguf_file = given.setdefault("gguf_file", adapter.gguf_file)
-    if given.get("reference", "auto") == "auto" and not (
-        {"reference_store", "ref_model"} & {*given}
-    ):
-        # The adapter switched off would give the base model, not the model as it is at the start.
-        given["reference"] = "copy"
 
 
 def _complete(recipe: Recipe, name: str, values: Mapping[str, Entry]) -> None:

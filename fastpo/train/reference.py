@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from fastpo.data.groups import Group
 from fastpo.head import Head, linear_logps
+from fastpo.model.adapters import adapter_off, altered_base
 from fastpo.model.facts import read_head
 from fastpo.model.hidden import attach, label_hidden
 from fastpo.train.store import ReferenceStore, ShardWriter
@@ -55,19 +56,21 @@ def _names_of(layer: BaseTunerLayer) -> tuple[str, ...]:
     return (*layer.adapter_layer_names, *layer.other_param_names)
 
 
-def head_tensors(head: Head) -> dict[str, Tensor | None]:
-    """The head as `PreferenceLoss` takes it, read now: an adapter may have switched it.
+def _reference_tensors(head: Head, hidden: Tensor) -> dict[str, Tensor | None]:
+    """States and head as `PreferenceLoss` takes them, read now: an adapter may have switched it.
 
-    Raises:
-        ValueError: a low-rank delta is active on it.
+    An active low-rank delta rides beside the states: (h, h A^T) on (W, B), with zeros up to a
+    multiple of 16 columns, which kernels want.
     """
-    if head.lora is not None:
-        raise ValueError(
-            "the reference's head has an active LoRA adapter: merge it into the reference, or use "
-            "reference='store' with log-probs of that model"
-        )
-    bias = head.bias
-    return {"ref_weight": head.weight.detach(), "ref_bias": None if bias is None else bias.detach()}
+    weight, bias, lora = head.weight.detach(), head.bias, head.lora
+    if lora is not None:
+        low = (hidden @ lora.a.to(hidden.dtype).T) * lora.scaling
+        spare = -lora.a.shape[0] % 16
+        hidden = torch.cat([hidden, low, hidden.new_zeros(len(hidden), spare)], 1)
+        beside = lora.b.detach().to(weight.dtype)
+        weight = torch.cat([weight, beside, weight.new_zeros(len(weight), spare)], 1)
+    bias = None if bias is None else bias.detach()
+    return {"ref_hidden": hidden, "ref_weight": weight, "ref_bias": bias}
 
 
 def _hidden(model: nn.Module, batch: Batch) -> Tensor:
@@ -120,8 +123,8 @@ class AdapterReference:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor | None]:
-        with self.model.disable_adapter():
-            return {"ref_hidden": _hidden(model, batch), **head_tensors(self.head)}
+        with adapter_off(self.model):
+            return _reference_tensors(self.head, _hidden(model, batch))
 
 
 class ModelReference:
@@ -133,8 +136,9 @@ class ModelReference:
     @classmethod
     def frozen(cls, reference: PreTrainedModel | PeftModel) -> ModelReference:
         """This model, never trained and in evaluation mode."""
+        reference.requires_grad_(False).eval()
         attach(reference)
-        return cls(reference.requires_grad_(False).eval(), read_head(reference))
+        return cls(reference, read_head(reference))
 
     @classmethod
     def copy_of(cls, policy: PreTrainedModel | PeftModel) -> ModelReference:
@@ -144,7 +148,7 @@ class ModelReference:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor | None]:
-        return {"ref_hidden": _hidden(self.model, batch), **head_tensors(self.head)}
+        return _reference_tensors(self.head, _hidden(self.model, batch))
 
 
 class SecondReference:
@@ -194,6 +198,34 @@ def live_reference(
     return reference
 
 
+def starting_reference(
+    asked: str, live: AdapterReference, effect: float
+) -> AdapterReference | ModelReference:
+    """The model at the start: its adapter off where it does nothing yet, else a copy.
+
+    Args:
+        asked: what the configuration says; `adapter` means the base model whatever the adapter is.
+        live: the model with its adapter off.
+        effect: of the adapter at the start, from `adapter_effect`.
+
+    Raises:
+        ValueError: `adapter` is asked for, but its initialisation changed the base weights.
+    """
+    if not effect:
+        return live
+    told = f"log-probs change by up to {effect:.2g} with the adapter switched off"
+    if asked != "adapter":
+        log.info("the reference is a copy of the model at the start: %s", told)
+        return ModelReference.copy_of(live.model)
+    if (altered := altered_base(live.model)) is not None:
+        raise ValueError(
+            f"reference='adapter', but {altered} changed the weights under the adapter ({told}): "
+            "use reference='auto' or 'copy', which take the model as it is at the start"
+        )
+    log.info("the reference is the base model, not the model at the start: %s", told)
+    return live
+
+
 def resolve_kind(
     kind: str,
     *,
@@ -222,18 +254,6 @@ def resolve_kind(
     if has_ref_model:
         return "copy"
     return "adapter" if is_peft else "store" if storable else "copy"
-
-
-def stored_reference(
-    policy: PreTrainedModel | PeftModel,
-    head: Head,
-    ref_model: PreTrainedModel | PeftModel | None = None,
-) -> LiveReference:
-    """What a store is filled from: a given model, or the policy, its adapter off, at the start."""
-    if ref_model is not None:
-        return ModelReference.frozen(ref_model)
-    kind = AdapterReference if isinstance(policy, PeftModel) else ModelReference
-    return kind(policy, head)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import torch.utils.data
 import yaml
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
@@ -50,7 +51,8 @@ from fastpo.data.groups import Group
 from fastpo.data.packing import counts_of
 from fastpo.data.token_budget import check_budget, token_rows
 from fastpo.loss import LossOutput, PreferenceLoss
-from fastpo.model.check import can_share_prompt, check_positions, self_check
+from fastpo.model.adapters import adapter_effect
+from fastpo.model.check import can_share_prompt, check_positions, few_tokens, self_check
 from fastpo.model.facts import read_head
 from fastpo.model.hidden import (
     attach,
@@ -98,7 +100,7 @@ from fastpo.train.reference import (
     fill_store,
     live_reference,
     resolve_kind,
-    stored_reference,
+    starting_reference,
 )
 from fastpo.train.report import write_model_card
 from fastpo.train.store import ReferenceStore, key_digest, store_key
@@ -254,11 +256,14 @@ class PreferenceTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.loss = loss.to(self.args.device)
+        if isinstance(live, AdapterReference):
+            live = starting_reference(args.reference, live, self._adapter_effect())
+            kind = "adapter" if isinstance(live, AdapterReference) else "copy"
         # A second reference that is not stored is a whole model too.
         self._refuse_unsupported("copy" if ref_model2 is not None and kind != "store" else kind)
         self._warn_of_lost_steps()
         self._warn_of_doubts(loss)
-        self.loss = loss.to(self.args.device)
         self.reference_kind = kind
         self.reference: Reference = NoReference()
         if kind == "store":
@@ -344,6 +349,22 @@ class PreferenceTrainer(Trainer):
                 rates[0],
             )
 
+    def _adapter_effect(self) -> float:
+        """Of the model's adapter as it is now, on a few tokens of the data."""
+        data = self.eval_dataset if self.train_dataset is None else self.train_dataset
+        model: Any = self.model
+        if data is None or not isinstance(model, PeftModel):
+            return 0.0
+        if any(hasattr(p, "ds_id") for p in model.parameters()):
+            log.warning("not checked that the model without its adapter is the model at the start")
+            return 0.0
+        effect = [0.0]
+        if self.is_world_process_zero():
+            groups = self._first_groups(data, _CHECKED)
+            batch = few_tokens(groups, self.collator.pad_token_id, model.device)
+            effect = [adapter_effect(model, self.loss.head, batch)]  # pyright: ignore
+        return broadcast_object_list(effect)[0]
+
     def _refuse_unsupported(self, kind: str) -> None:
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -395,6 +416,12 @@ class PreferenceTrainer(Trainer):
         if ref_model is not None and self.place_model_on_device:
             self._move_model_to_device(ref_model, self.args.device)
         options = self.args.data_options()
+        if ref_model is not None:
+            reference = ModelReference.frozen(ref_model)
+        else:
+            reference = ModelReference(source, self.loss.head)  # pyright: ignore
+        # An adapter that does nothing yet is no part of the reference, and is drawn anew each time.
+        inert = ref_model is None and self._adapter_effect() == 0
         key = store_key(
             source,
             self.processing_class,
@@ -405,7 +432,7 @@ class PreferenceTrainer(Trainer):
             },
             chat_template_kwargs=options.chat_template_kwargs,
             share_prompt=self.collator.share_prompt,
-            skip=adapter_parameters(source),
+            **({"skip": adapter_parameters(source)} if inert else {}),
         )
         info = {
             "name": source.config._name_or_path,
@@ -435,7 +462,7 @@ class PreferenceTrainer(Trainer):
                 fill_store(
                     store,
                     dataset,
-                    stored_reference(self.model, self.loss.head, ref_model),  # pyright: ignore
+                    reference,
                     lambda groups: self._prepare_inputs(self.collator(groups)),
                     batch_size=batch_size,
                     rows=self._within_budget,

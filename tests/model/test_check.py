@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from fastpo.data.packing import GroupSpan, Layout
+from fastpo.data.packing import GroupSpan, Layout, collate
 from fastpo.head import Head
+from fastpo.model import hidden
 from fastpo.model.attention import NAME, shared_prompt_attention
 from fastpo.model.check import SelfCheckError, can_share_prompt, self_check
 from fastpo.model.facts import read_head
-from fastpo.model.load import add_lora
+from fastpo.model.hidden import attach, label_hidden
+from fastpo.model.load import add_lora, load_model
 from fastpo.model.shared_row import SharedRow
 from tests.model.tiny import FAMILIES, PAD, UNSHARED, family, group, groups, tiny
 
@@ -28,7 +32,10 @@ def test_right_models_pass(name: str, dtype: torch.dtype) -> None:
     assert found.share_prompt, found
     assert found.sharing_error is not None
     assert found.sharing_error > 0  # two different computations were compared
+    assert found.gradient_error == 0.0
     assert model.training
+    frozen = self_check(model.requires_grad_(False), read_head(model), groups(), PAD)
+    assert frozen.gradient_error is None
 
 
 def leak(module: Any, *tensors: Any, fastpo_layout: SharedRow, **kwargs: Any) -> Any:
@@ -161,3 +168,92 @@ def test_under_an_adapter_and_long_groups() -> None:
     assert off.sharing_error is None
     with pytest.raises(ValueError, match="at least one group"):
         self_check(model, read_head(model), [], PAD)
+
+
+def one_way(module: Any, *tensors: Any, fastpo_layout: SharedRow, **kwargs: Any) -> Any:
+    """The right numbers with a wrong gradient: none flows to the values."""
+    query, key, value, *rest = tensors
+    outputs = shared_prompt_attention(
+        module, query, key, value.detach(), *rest, fastpo_layout=fastpo_layout, **kwargs
+    )
+    return outputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_gradient_of_shared_prompts_falls_back(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(AttentionInterface._global_mapping, NAME, one_way)
+    model = add_lora(family("llama").to(dtype), {"r": 2})
+    with caplog.at_level(logging.WARNING, logger="fastpo.model.check"):
+        found = self_check(model, read_head(model), groups(), PAD)
+    assert not found.share_prompt
+    assert found.sharing_error <= found.sharing_bound  # no log-prob shows it
+    assert "gradients of shared and padded prompts differ by" in found.reason
+    assert found.reason in caplog.text
+
+
+class Repacked(nn.Linear):
+    """What a library makes of a layer: from its first forward in evaluation mode, no gradient."""
+
+    packed = False
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.packed |= not self.training
+        return super().forward(input.detach() if self.packed else input)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_forward_that_changes_gradients_stops(adapter: bool, checkpointing: bool) -> None:
+    model: Any = family("llama")
+    for layer in model.model.layers:
+        layer.mlp.down_proj.__class__ = Repacked
+    if adapter:
+        model = add_lora(model, {"r": 2, "target_modules": ["q_proj"]})
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(SelfCheckError, match="evaluation mode changed gradients by"):
+        self_check(model, read_head(model), groups(), PAD)
+    assert model.is_gradient_checkpointing == checkpointing
+
+
+def nf4(folder: Path) -> nn.Module:
+    """Plain gradients flow through its four-bit layers; wide enough for the packed kernel."""
+    family("llama", hidden_size=64, intermediate_size=128).save_pretrained(folder)
+    return load_model(str(folder), quantization="nf4", dtype="float32", device="cpu", lora={"r": 2})
+
+
+def norm(model: nn.Module) -> float:
+    """Of all gradients of one batch, in training mode."""
+    model.train().zero_grad()
+    batch = collate(groups(), share_prompt=False, pad_token_id=PAD)
+    read_head(model).logps(label_hidden(model, batch), batch["targets"]).mean().backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return torch.stack([g.norm() for g in grads]).norm().item()
+
+
+def test_four_bit_weights_keep_their_backward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    if not functional.has_avx512bf16():
+        pytest.skip("this CPU has no avx512_bf16, without which bitsandbytes repacks nothing")
+    model = attach(nf4(tmp_path))
+    before = norm(model)
+    with torch.no_grad():
+        model.eval()(torch.arange(3, 20)[None])
+    assert norm(model) == before
+    found = self_check(model, read_head(model), groups(), PAD)
+    assert found.share_prompt
+    assert found.gradient_error == 0.0
+    assert norm(model) == before
+
+    monkeypatch.setattr(hidden, "keep_trainable", lambda model: None)
+    blind = attach(nf4(tmp_path))
+    with pytest.raises(SelfCheckError, match="evaluation mode changed gradients by"):
+        self_check(blind, read_head(blind), groups(), PAD)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"_proj.*: bitsandbytes repacked .* load the model again"):
+        attach(blind)
+    attach(blind.requires_grad_(False))  # what only scores may stay as it is

@@ -1,4 +1,4 @@
-"""Tiles and offload on two ranks: DDP through the trainer, FSDP2 around the model."""
+"""Tiles, offload and mixed precision on two ranks: DDP by the trainer, FSDP2 around the model."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from fastpo.data.packing import collate
 from fastpo.model.hidden import attach, label_hidden
 from fastpo.model.offload import LayerInputOffload
 from fastpo.model.tiled_mlp import tile_mlps
 from fastpo.train.trainer import PreferenceTrainer
+from tests.model.tiny import family
 from tests.numerics import assert_three_way
 from tests.train import child, tiny
 
 GROUPS = tiny.groups(8, 3)
+MIXED = ("llama", "gemma2", "gpt_oss")
 
 
 def trained(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Tensor:
@@ -58,6 +60,29 @@ def gradients(dtype: torch.dtype = torch.float32, sharded: bool = False) -> dict
     return {n: g.full_tensor() if sharded else g for n, g in found.items()}  # pyright: ignore
 
 
+def states(name: str, dtype: torch.dtype, sharded: bool = False) -> Tensor:
+    """Hidden states of one shared row, of rank r group r.
+
+    A sharded model has float32 weights and computes in `dtype`: FSDP2 casts, and so rebuilds,
+    whatever travels with a forward.
+    """
+    model: Any = attach(family(name))
+    rank = 0
+    if sharded:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, cast_forward_inputs=True)
+        for layer in model.model.layers:
+            fully_shard(layer, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+        rank = torch.distributed.get_rank()
+    else:
+        model = model.to(dtype)
+    batch = collate([GROUPS[rank]], share_prompt=True, pad_token_id=0)
+    hidden = label_hidden(model, batch)
+    assert hidden.dtype == dtype
+    hidden.float().sum().backward()
+    return hidden.detach()
+
+
 def one_rank(rank: int, port: int, folder: str) -> None:
     os.environ |= {
         "RANK": str(rank),
@@ -70,7 +95,8 @@ def one_rank(rank: int, port: int, folder: str) -> None:
     levers = {"mlp_tile": 8, "offload_activations": True}
     sizes = {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}
     weights = trained(Path(folder), **levers, **sizes)
-    torch.save((weights, gradients(sharded=True)), f"{folder}/{rank}.pt")
+    mixed = {name: states(name, torch.bfloat16, sharded=True) for name in MIXED}
+    torch.save((weights, gradients(sharded=True), mixed), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -90,3 +116,6 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
     assert first[1].keys() == true_gradients.keys()
     for name, value in first[1].items():
         assert_three_way(value, plain_gradients[name], true_gradients[name], f"FSDP2 {name}")
+    for name in MIXED:
+        plain_states, true_states = (states(name, d) for d in (torch.bfloat16, torch.float64))
+        assert_three_way(first[2][name], plain_states, true_states, f"FSDP2 in bfloat16, {name}")

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    FourierFTConfig,
+    IA3Config,
+    KasaConfig,
+    LoraConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+)
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fastpo.data.build import GroupStream
+from fastpo.model.adapters import adapter_off, altered_base
 from fastpo.train.reference import (
     AdapterReference,
     ModelReference,
@@ -104,8 +114,121 @@ def test_adapter_and_copy_are_the_same_reference(trainer: Any, saved: Any, kind:
         assert not torch.equal(original, made.loss.head.weight)
 
 
+TARGETS = ["q_proj", "v_proj", "up_proj"]
+# Whether the model without the fresh adapter is, bit for bit, the model at the start.
+FRESH: dict[str, tuple[Any, bool]] = {
+    "lora": (lambda: LoraConfig(r=4, target_modules=TARGETS), True),
+    "eva": (lambda: LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="eva"), True),
+    "pissa": (lambda: LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="pissa"), False),
+    "pissa_niter": (
+        lambda: LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="pissa_niter_4"),
+        False,
+    ),
+    "olora": (lambda: LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="olora"), False),
+    "orthogonal": (
+        lambda: LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="orthogonal"),
+        False,  # as close as rounding
+    ),
+    "random": (lambda: LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False), False),
+    "pissa on the head": (
+        lambda: LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights="pissa"),
+        False,
+    ),
+    "kasa": (lambda: LoraConfig(r=4, target_modules=TARGETS, kasa_config=KasaConfig()), True),
+    "dora": (lambda: LoraConfig(r=4, target_modules=TARGETS, use_dora=True), True),
+    "tokens": (lambda: LoraConfig(target_modules=TARGETS, trainable_token_indices=[5, 6]), True),
+    "ia3": (lambda: IA3Config(target_modules=["v_proj"], feedforward_modules=[]), True),
+    "vera": (lambda: VeraConfig(r=4, target_modules=["q_proj"]), True),
+    "fourier": (lambda: FourierFTConfig(n_frequency=9, target_modules=TARGETS), False),
+}
+
+
+@pytest.mark.parametrize("kind", ["auto", "copy", "store"])
+@pytest.mark.parametrize("name", FRESH)
+def test_the_reference_is_the_model_at_the_start(trainer: Any, name: str, kind: str) -> None:
+    """Whatever initialised the adapter: no drift, and ln 2."""
+    config, stays = FRESH[name]
+    torch.manual_seed(0)
+    made = trainer(model=get_peft_model(tiny.model(), config()), reference=kind, max_steps=1)
+    expected = {"auto": "adapter" if stays else "copy"}.get(kind, kind)
+    assert made.reference_kind == expected
+    made.train()
+    first = made.state.log_history[0]
+    # float32 log-probs of up to 12 tokens, each near -log V, twice.
+    eps = torch.finfo(torch.float32).eps * 12 * math.log(tiny.VOCAB)
+    assert abs(first["drift/chosen"]) <= eps
+    assert abs(first["loss"] - LN2) <= eps
+
+
+def trained_adapter(trainer: Any, folder: Path, **options: Any) -> PeftModel:
+    """An adapter that a run left on disk, on its base again, to be trained on."""
+    made = trainer(model=lora(**options), learning_rate=0.05)
+    made.train()
+    made.save_model(str(folder))
+    return PeftModel.from_pretrained(tiny.model(), folder, is_trainable=True)
+
+
+@pytest.mark.parametrize("init", [True, "pissa"])
+@pytest.mark.parametrize("kind", ["auto", "store"])
+def test_a_trained_adapter_is_its_own_reference(
+    trainer: Any, tmp_path: Path, init: Any, kind: str
+) -> None:
+    model = trained_adapter(trainer, tmp_path / "first", init_lora_weights=init)
+    made = trainer(model=model, reference=kind, output_dir=str(tmp_path / "second"))
+    assert first_loss(made) == LN2
+    assert made.reference_kind == {"auto": "copy"}.get(kind, kind)
+
+
+def test_the_base_model_is_a_reference_for_those_who_ask(
+    trainer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = trained_adapter(trainer, tmp_path / "first")
+    with caplog.at_level(logging.INFO, logger="fastpo"):
+        made = trainer(model=model, reference="adapter", output_dir=str(tmp_path / "second"))
+    assert "the reference is the base model, not the model at the start" in caplog.text
+    assert made.reference_kind == "adapter"
+    assert abs(first_loss(made) - LN2) > 1e-3
+    caplog.clear()
+    for fresh in (lora(), model):
+        assert altered_base(fresh) is None
+    for stale in (
+        lora(init_lora_weights="pissa"),
+        trained_adapter(trainer, tmp_path / "third", init_lora_weights="olora"),
+    ):
+        with pytest.raises(ValueError, match=r"init_lora_weights='\w+' changed .*'auto' or 'copy'"):
+            trainer(model=stale, reference="adapter")
+
+
+def test_a_store_belongs_to_its_adapter(trainer: Any, tmp_path: Path) -> None:
+    """An adapter that does something is part of the reference; a fresh one is not."""
+    options = {"reference": "store", "reference_store": str(tmp_path / "store")}
+    trainer(model=lora(seed=0), **options)
+    trainer(model=lora(seed=1), **options)
+    with pytest.raises(ValueError, match="model"):
+        trainer(model=lora(init_lora_weights=False), **options)
+
+
+def test_what_was_frozen_stays_frozen(trainer: Any) -> None:
+    """The reference switches the adapter off and on; half of it is not to be trained."""
+    model = lora()
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    made = trainer(model=model, learning_rate=0.05)
+    made.train()
+    assert made.reference_kind == "adapter"
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == ("lora_B" in name)
+        assert torch.equal(parameter, before[name]) == ("lora_B" not in name), name
+        assert "lora_A" not in name or parameter.grad is None
+    with adapter_off(model):
+        pass
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "lora_A" in n)
+
+
 def test_adapter_is_back_after_the_reference(trainer: Any) -> None:
-    made = trainer(model=lora(init_lora_weights=False))
+    made = trainer(model=lora(init_lora_weights=False), reference="adapter")
     batch = made._prepare_inputs(made.data_collator(tiny.pairs(2)))
     before = {n: p.requires_grad for n, p in made.model.named_parameters()}
     with torch.no_grad():
