@@ -196,7 +196,8 @@ def prepare_data(
     """The groups to train on and to evaluate on."""
     data = recipe.data
     options = config.data_options()
-    extras = config.build_loss().extras
+    loss = config.build_loss()
+    form: dict[str, Any] = {"extras": loss.extras, "needs": loss.needs}
 
     def groups(source: str, split: str, limit: int | None) -> GroupDataset | GroupStream:
         rows = load_rows(
@@ -205,12 +206,12 @@ def prepare_data(
         if limit is not None:
             rows = rows.take(limit)
         if data.streaming:
-            return GroupStream(rows, tokenizer, options, extras=extras, source=source)
+            return GroupStream(rows, tokenizer, options, **form, source=source)
         return build_groups(
             rows,
             tokenizer,
             options,
-            extras=extras,
+            **form,
             source=source,
             progress=config.process_index == 0,
         )
@@ -529,6 +530,7 @@ def train(words: Sequence[str]) -> int:
         ref_model2=ref_model2,  # type: ignore[arg-type]
         callbacks=[stop],
     )
+    trainer.refuse_no_step()
     trainer.check()  # before anything is said about how prompts are packed
     data = data_facts(recipe.data.dataset, groups, held_out)
     tokens = data["label_tokens"] / data["groups"] if "groups" in data else 512

@@ -97,7 +97,7 @@ def _lines(file: str) -> Iterator[tuple[str, str]]:
         try:
             if text.strip() and not isinstance(json.loads(text), dict):
                 reason = "not a JSON object"
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             reason = f"not JSON ({error})"
         yield text, f"line {number} is {reason}; got {text[:200]!r}" if reason else ""
 
