@@ -35,6 +35,7 @@ from fastpo.objectives import OBJECTIVES
 from fastpo.train.chart import short
 from fastpo.train.checkpoint import latest_complete
 from fastpo.train.config import PreferenceConfig
+from fastpo.train.diagnosis import warnings_text
 from fastpo.train.recipe import Recipe, fields_of_recipe, load_recipe
 from fastpo.train.report import write_model_card, write_report
 from fastpo.train.run import Run, environment
@@ -338,12 +339,12 @@ def introduction(facts: dict[str, Any], resume: str | None, output_dir: str) -> 
 
 
 def conclusion(run: Run) -> str:
-    """The table that `train` ends with."""
+    """The table that `train` ends with, and what speaks against the run."""
     from fastpo.train.report import metric_rows
 
     rows = [("", "first fifth", "last fifth", "last eval")]
     rows += [(key, *map(short, values)) for key, *values in metric_rows(run)]
-    return table(rows)
+    return table(rows) + "\n" + warnings_text(run)
 
 
 # --- the run -------------------------------------------------------------------------------------
@@ -596,6 +597,6 @@ def train(words: Sequence[str]) -> int:
     print("\n" + conclusion(Run.read(output_dir)))
     if recipe.report.report:
         write_model_card(output_dir)
-        print(f"\nreport     {output_dir / 'report.html'}")
+        print(f"report     {output_dir / 'report.html'}")
     print(f"model      {output_dir}")
     return 0

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from fastpo.train.chart import MANY, Series, chart, short
-from fastpo.train.run import Run, ends, find_warnings, finite, number
+from fastpo.train.diagnosis import find_warnings
+from fastpo.train.run import Run, ends, finite, number
 
 
 class Panel(NamedTuple):
