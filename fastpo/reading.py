@@ -11,9 +11,13 @@ REPAIR = "repair the file or leave it out"
 
 def told(error: BaseException) -> str:
     """The first line of an error; with its class where that line is only a name."""
-    lines = str(error).strip().splitlines()
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 text (byte {error.object[error.start]:#x} at {error.start})"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    line = str(error).strip().partition("\n")[0][:300].rstrip(".")
     named = isinstance(error, OSError | ValueError | RuntimeError)
-    return lines[0] if lines and named else ": ".join([type(error).__name__, *lines[:1]])
+    return line if line and named else f"{type(error).__name__}: {line}".removesuffix(": ")
 
 
 @contextmanager
@@ -24,6 +28,8 @@ def reading(place: str | Path, remedy: str = REPAIR) -> Iterator[None]:
         ValueError: the reader failed; names the place, the reason and the remedy.
     """
     try:
+        if (path := Path(place)).exists() and not path.is_file() and not path.is_dir():
+            raise ValueError("not a file")  # a pipe would be waited for
         yield
     except (ImportError, MemoryError):  # what is missing here is no fault of the file
         raise
@@ -41,6 +47,4 @@ def read_text(path: str | Path, remedy: str = REPAIR) -> str:
     """
     path = Path(path)
     with reading(path, remedy):
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise ValueError("it is no file")
         return path.read_text(encoding="utf-8-sig")

@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from transformers import TrainerState
@@ -71,6 +72,10 @@ def _digests(paths: Iterable[Path]) -> list[str]:
         return list(pool.map(of, paths))
 
 
+def _of_list(files: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
 def publish(staging: Path, final: Path) -> None:
     """Write the manifest of `staging`, flush all of it to disk, and rename it to `final`."""
     paths = sorted(p for p in staging.rglob("*") if p.is_file() and p.name != MANIFEST)
@@ -78,7 +83,8 @@ def publish(staging: Path, final: Path) -> None:
         str(path.relative_to(staging)): {"bytes": path.stat().st_size, "sha256": digest}
         for path, digest in zip(paths, _digests(paths), strict=True)
     }
-    (staging / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+    text = json.dumps({"files": files, "sha256": _of_list(files)}, indent=1)
+    (staging / MANIFEST).write_text(text, encoding="utf-8")
     for path in [*paths, staging / MANIFEST]:
         _fsync(path)
     for folder in [p for p in staging.rglob("*") if p.is_dir()] + [staging]:
@@ -111,12 +117,15 @@ def incomplete(checkpoint: str | Path) -> str | None:
             return f"{TRAINER_STATE} is missing"
         return _unreadable(path for path in folder.iterdir() if path.is_file())
     try:
+        held = json.loads(manifest.read_bytes())
         # A release before the hashes listed sizes alone.
         files = {
             folder / name: each if isinstance(each, dict) else {"bytes": each}
-            for name, each in json.loads(manifest.read_bytes())["files"].items()
+            for name, each in held["files"].items()
         }
         hashed = {path: each["sha256"] for path, each in files.items() if "sha256" in each}
+        if not files or (hashed and held.get("sha256") != _of_list(held["files"])):
+            return f"{MANIFEST} is damaged: the files that it lists are not those that were saved"
         for path, each in files.items():
             if not path.is_file():
                 return f"{path.relative_to(folder)} is missing"

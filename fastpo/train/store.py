@@ -98,7 +98,7 @@ def store_key(
 def _digest(shard: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name in ("keys", "ends", "logps"):
-        digest.update(np.ascontiguousarray(shard[name]))
+        digest.update(np.ascontiguousarray(shard[name]).data)
     return digest.hexdigest()
 
 

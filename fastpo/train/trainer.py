@@ -69,6 +69,7 @@ from fastpo.model.layer_kernels import use_layer_kernels
 from fastpo.model.load import disable_dropout
 from fastpo.model.offload import LayerInputOffload
 from fastpo.model.tiled_mlp import tile_mlps
+from fastpo.reading import reading
 from fastpo.train.batches import (
     Collator,
     EpochSampler,
@@ -122,6 +123,7 @@ CONFIG_FILE = "preference_config.yaml"
 MASK_DROPOUT = 0.01  # SparsePO's
 # Groups that a stream's next one is drawn from: a second of tokenising, and a few MB.
 STREAM_BUFFER = 1000
+_ANOTHER = "it is no checkpoint of this run: name another"
 
 
 class PreferenceTrainer(Trainer):
@@ -594,6 +596,21 @@ class PreferenceTrainer(Trainer):
             batch["reference"] = self._prepare_inputs(batch["reference"])
         return batch
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The Trainer's.
+
+        Raises:
+            ValueError: `lr_scheduler_kwargs` that this schedule does not take, or lacks.
+        """
+        kind = getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        except TypeError as error:
+            raise ValueError(
+                f"lr_scheduler_kwargs={self.args.lr_scheduler_kwargs!r} do not fit "
+                f"lr_scheduler_type={kind!r}: {error}"
+            ) from error
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's, with the token masks as one more group."""
         optimizer = super().create_optimizer(model)
@@ -987,7 +1004,19 @@ class PreferenceTrainer(Trainer):
                 if each is not None:
                     each.save(Path(output_dir))
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with reading(resume_from_checkpoint, _ANOTHER):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(str(checkpoint), _ANOTHER):
+            super()._load_rng_state(checkpoint)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(str(checkpoint), _ANOTHER):
+            self._load_running_state(checkpoint)
+
+    def _load_running_state(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (path := Path(checkpoint) / LOSS_STATE).is_file():
             self.loss.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -125,6 +125,12 @@ def damage_manifest_type(folder: Path) -> None:
     (folder / MANIFEST).write_text('{"files": ["optimizer.pt"]}')
 
 
+def damage_manifest_list(folder: Path) -> None:
+    held = json.loads((folder / MANIFEST).read_text())
+    del held["files"]["optimizer.pt"]
+    (folder / MANIFEST).write_text(json.dumps(held))
+
+
 def sizes_alone(folder: Path) -> None:
     """A manifest as releases before the hashes wrote it."""
     files = json.loads((folder / MANIFEST).read_text())["files"]
@@ -166,6 +172,7 @@ def damage_foreign_weights(folder: Path) -> None:
         (damage_garbage, "optimizer.pt is damaged: its bytes are not those that were saved"),
         (damage_manifest, "manifest.json is unreadable"),
         (damage_manifest_type, "manifest.json is unreadable"),
+        (damage_manifest_list, "manifest.json is damaged: the files that it lists"),
         (damage_older_garbage, "optimizer.pt is damaged"),
         (damage_foreign_state, "trainer_state.json is damaged"),
         (damage_foreign_garbage, "rng_state.pth is damaged .*not a zip"),

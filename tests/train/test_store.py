@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ def of_wrong_shape(path: Path) -> None:
         lambda path: flip(path, -3),
         lambda path: path.write_bytes(path.read_bytes()[:-9]),
         lambda path: path.write_bytes(b""),
+        lambda path: (path.unlink(), os.mkfifo(path)),
         without_a_key,
         of_wrong_shape,
     ],
