@@ -493,6 +493,9 @@ def _check_hyper(
     """The hyper-parameters in force by objective: objective_args over the defaults."""
     in_force = {name: dict(o.hyper) for name, o in objectives.items()}
     args = given.get("objective_args") or {}
+    if not isinstance(args, Mapping):
+        where = values["objective_args"].where
+        raise RecipeError(f"{where}: objective_args = {args!r} is no mapping of names to values")
     for key in sorted(args, key=lambda k: "." in str(k)):  # the particular after the general
         place = values["objective_args"].place(key)
         owner, dot, name = str(key).partition(".")

@@ -814,14 +814,11 @@ class PreferenceTrainer(Trainer):
         """Find out before training whether there would be a step.
 
         Raises:
-            ValueError: no data, no batch, or no step asked for; gives the numbers.
+            ValueError: no data, or no batch; gives the numbers.
         """
         args = self.args
         if self.train_dataset is None:
             raise ValueError("nothing to train on: give PreferenceTrainer a train_dataset")
-        if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
-            name = "max_steps" if args.max_steps == 0 else "num_train_epochs"
-            raise ValueError(f"{name}={getattr(args, name)} asks for no step: set it higher")
         if isinstance(self.train_dataset, Sized) and args.dataloader_drop_last:
             groups, batch = len(self.train_dataset), args.train_batch_size * args.world_size
             if groups < batch:

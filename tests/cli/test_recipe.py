@@ -112,6 +112,7 @@ def test_numbers_and_words_in_a_file_follow_yaml_1_2(tmp_path: Path) -> None:
         ("load_best_model_at_end: true\n", [], ["r.yaml:3: load_best", "eval_fraction"]),
         ("early_stopping_patience: 2\n", [], ["r.yaml:3: early_stopping", "eval_fraction"]),
         ("", ["stray"], ["'stray' follows no flag"]),
+        ("objective_args: x\n", [], ["r.yaml:3: objective_args = 'x' is no mapping"]),
         ("", ["--max-steps", "1", "--max_steps=2"], ["--max_steps is given twice"]),
         ("model: n\n", [], ["r.yaml:3", "'model' was already set in line 1"]),
         ("a: [\n", [], ["not YAML"]),

@@ -52,7 +52,7 @@ def test_lora(saved: str) -> None:
     assert {n.split(".")[-4] for n in adapted} == {
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     }
-    with pytest.raises(ValueError, match="no 'rank'"):
+    with pytest.raises(ValueError, match="no argument 'rank'"):
         load_model(saved, lora={"rank": 3})
 
 

@@ -21,8 +21,6 @@ from tests.train import tiny
             {"per_device_train_batch_size": 64, "dataloader_drop_last": True},
             r"dataloader_drop_last leaves no batch of 64 in 16 groups: lower",
         ),
-        ({"max_steps": 0}, "max_steps=0 asks for no step"),
-        ({"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs=0 asks for no step"),
         ({"train_dataset": None}, "nothing to train on"),
     ],
 )
@@ -32,6 +30,18 @@ def test_no_step_is_an_error_before_training(trainer: Any, options: dict, told: 
     with pytest.raises(ValueError, match=told):
         made.train()
     assert sorted(Path(made.args.output_dir).rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"max_steps": 0}, "max_steps=0 must be at least 1"),
+        ({"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs=0 must be above 0"),
+    ],
+)
+def test_no_step_is_asked_for(config: Any, options: dict, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        config(**options)
 
 
 def test_every_process_needs_a_batch(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
