@@ -379,6 +379,13 @@ def _extra_of(message: str) -> str | None:
     return None
 
 
+def _of_a_package(error: ImportError) -> bool:
+    """Whether a package is missing, or a library says so; else an import of ours is at fault."""
+    if error.name is None:  # raised by hand: the import system gives a name
+        return True
+    return isinstance(error, ModuleNotFoundError) and error.name.partition(".")[0] != "fastpo"
+
+
 def _run(words: Sequence[str]) -> int:
     if words and words[0] == "train":
         if {"-h", "--help"} & set(words):
@@ -478,10 +485,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # transformers explains a missing model or package in a paragraph; its first line says it.
         text = str(error) if isinstance(error, ValueError) else str(error).strip().split("\n")[0]
         if isinstance(error, ImportError) and not isinstance(error, PackageError):
-            extra = _extra_of(text)
-            text = f"{text}: pip install -U 'fastpo[{extra}]'"
-            if extra is None:
+            if (extra := _extra_of(text)) is not None:
+                text = f"{text}: pip install -U 'fastpo[{extra}]'"
+            elif not _of_a_package(error):
                 raise
+            elif text.startswith("No module named"):
+                text = f"{text}: pip install {str(error.name).partition('.')[0]}"
         if "--debug" in words:
             raise
         for line in redact(text or type(error).__name__).splitlines():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fastpo.model.adapters import altered_base
-from fastpo.model.load import check_place, load_model, load_tokenizer, trained_adapter
+from fastpo.model.load import check_place, load_model, load_tokenizer, opening, trained_adapter
 from fastpo.model.random_init import byte_tokenizer, model_config
+from fastpo.reading import read_text
 from fastpo.redact import redact
 
 
@@ -42,7 +44,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) 
     if "{" not in template:  # a template without a brace would say nothing
         if not Path(template).is_file():
             raise ValueError(f"chat_template = {template!r} is neither a file nor a template")
-        template = Path(template).read_text(encoding="utf-8")
+        template = read_text(template)
     tokenizer.chat_template = template
 
 
@@ -92,7 +94,10 @@ def open_model(
 
     base = {"gguf_file": gguf_file or adapter.gguf_file, "revision": adapter.revision}
     model: Any = load_model(adapter.base, **{**options, **base})
-    return PeftModel.from_pretrained(model, name, is_trainable=trainable)
+    with opening(name), warnings.catch_warnings():
+        # peft would draw a missing weight at random, and warn.
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        return PeftModel.from_pretrained(model, name, is_trainable=trainable)
 
 
 def check_adapter(model: nn.Module, flag: str, name: str) -> None:

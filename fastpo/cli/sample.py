@@ -18,6 +18,7 @@ from fastpo.cli.output import check_outputs, json_lines
 from fastpo.data.build import good_rows
 from fastpo.data.formats import BadField
 from fastpo.data.rows import load_rows
+from fastpo.model.check import check_token_ids, embedding_rows, padding_token
 from fastpo.model.device import default_device
 from fastpo.model.hidden import generation
 
@@ -61,12 +62,12 @@ def sampling(temperature: float, top_p: float = 1.0) -> dict[str, Any]:
 
 def answers(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], **how: Any) -> list[str]:
     """What the model says to a batch of prompts, `num_return_sequences` texts each in turn."""
-    tokenizer.padding_side = "left"
-    batch = tokenizer.pad({"input_ids": list(prompts)}, return_tensors="pt").to(model.device)
-    tokens = model.generate(**batch, **how, pad_token_id=tokenizer.pad_token_id)
-    return tokenizer.batch_decode(
-        tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
-    )
+    longest = max(map(len, prompts))
+    pad = padding_token(tokenizer, embedding_rows(model))
+    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts]).to(model.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts]).to(ids)
+    tokens = model.generate(input_ids=ids, attention_mask=mask, **how, pad_token_id=pad)
+    return tokenizer.batch_decode(tokens[:, longest:], skip_special_tokens=True)
 
 
 def sample(arguments: argparse.Namespace) -> int:
@@ -100,6 +101,8 @@ def sample(arguments: argparse.Namespace) -> int:
     )
     rows, prompts = zip(*good, strict=True)
     model = open_model(arguments.model, dtype=arguments.dtype, device=default_device(), **source)
+    for i, prompt in enumerate(prompts):
+        check_token_ids(prompt, embedding_rows(model), f"{arguments.prompts}, prompt {i}")
     set_seed(arguments.seed)
     bar = tqdm(total=len(rows), desc="sampling", unit="prompt", disable=None)
     lines = json_lines(arguments.out, over=arguments.overwrite)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from fastpo.data.build import DataOptions, build_groups
 from fastpo.data.follow_ups import followed_up, next_turns, read_follow_ups
 from fastpo.data.groups import Group, Response
 from fastpo.data.rows import load_rows
+from fastpo.model.check import check_token_ids
 from fastpo.model.device import default_device
 from fastpo.model.diagnostics import ches, entanglement
 from fastpo.model.scoring import Packer, Scorer
@@ -101,7 +102,7 @@ class Summary:
             for name in (*_SCORES, "tokens"):
                 if name in response:
                     self.values[name, "chosen" if good else "rejected"].append(response[name])
-        for a, b in combinations(responses, 2):
+        for a, b in itertools.combinations(responses, 2):
             if _worse(a, b):
                 for name in _SCORES:
                     if name in a:
@@ -184,6 +185,8 @@ def score(arguments: argparse.Namespace) -> int:
         reference = Scorer(open_model(arguments.ref_model, **place, **code))
     scorers = [policy] if reference in (None, policy) else [policy, reference]
     packed = Packer(scorers, data.groups, tokenizer)
+    for turn in itertools.chain(*(turns or ())):
+        check_token_ids(turn.input_ids, packed.embedding_rows, "--follow-up")
 
     summary, on_page = Summary(), []
     over = arguments.overwrite

@@ -35,6 +35,7 @@ from fastpo.redact import is_secret, redact
 from fastpo.train.chart import short
 from fastpo.train.checkpoint import latest_complete
 from fastpo.train.config import PreferenceConfig, batch_words
+from fastpo.train.diagnosis import warnings_text
 from fastpo.train.folder import RECIPE, RECORDS, RunFolder, claim
 from fastpo.train.optimizers import refuse_lost_steps, require_optimizer
 from fastpo.train.recipe import Recipe, fields_of_recipe, load_recipe
@@ -198,7 +199,8 @@ def prepare_data(
     """The groups to train on and to evaluate on."""
     data = recipe.data
     options = config.data_options()
-    extras = config.build_loss().extras
+    loss = config.build_loss()
+    form: dict[str, Any] = {"extras": loss.extras, "needs": loss.needs}
 
     def groups(source: str, split: str, limit: int | None) -> GroupDataset | GroupStream:
         rows = load_rows(
@@ -207,12 +209,12 @@ def prepare_data(
         if limit is not None:
             rows = rows.take(limit)
         if data.streaming:
-            return GroupStream(rows, tokenizer, options, extras=extras, source=source)
+            return GroupStream(rows, tokenizer, options, **form, source=source)
         return build_groups(
             rows,
             tokenizer,
             options,
-            extras=extras,
+            **form,
             source=source,
             progress=config.process_index == 0,
         )
@@ -349,12 +351,12 @@ def introduction(facts: dict[str, Any], resume: str | None, output_dir: str) -> 
 
 
 def conclusion(run: Run) -> str:
-    """The table that `train` ends with."""
+    """The table that `train` ends with, and what speaks against the run."""
     from fastpo.train.report import metric_rows
 
     rows = [("", "first fifth", "last fifth", "last eval")]
     rows += [(key, *map(short, values)) for key, *values in metric_rows(run)]
-    return table(rows)
+    return table(rows) + "\n" + warnings_text(run)
 
 
 # --- the run -------------------------------------------------------------------------------------
@@ -562,6 +564,7 @@ def train(words: Sequence[str]) -> int:
         ref_model2=ref_model2,  # type: ignore[arg-type]
         callbacks=[stop],
     )
+    trainer.refuse_no_step()
     trainer.check()  # before anything is said about how prompts are packed
     data = data_facts(recipe.data.dataset, groups, held_out)
     tokens = data["label_tokens"] / data["groups"] if "groups" in data else 512
@@ -630,6 +633,6 @@ def train(words: Sequence[str]) -> int:
     say("\n" + conclusion(Run.read(output_dir)))
     if recipe.report.report:
         write_model_card(output_dir)
-        say(f"\nreport     {output_dir / 'report.html'}")
+        say(f"report     {output_dir / 'report.html'}")
     say(f"model      {output_dir}")
     return 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
@@ -247,15 +247,16 @@ def _to_groups(
     index: int,
     source: str,
     extras: Sequence[str] = (),
+    needs: Collection[str] | None = None,
 ) -> list[Group]:
     source, index = _origin(row, source, index)
     try:
         columns = dict.fromkeys(CONTEXTS[role][0] for role in extras if role in CONTEXTS)
         if options.reference_prompt != "prompt":
             columns[options.reference_prompt] = None
-        example = read_row(row, extras, tuple(columns))
         synthesis = options.position_synthesis
         in_chunks = synthesis is not None or options.truncation == "cut_chunks"
+        example = read_row(row, extras, tuple(columns), needs, in_chunks)
         if in_chunks and (example.chunk_spans is None or example.prompt is None):
             raise BadField(
                 "chunk_spans",
@@ -289,7 +290,11 @@ def _to_groups(
             )
         for column, arrays in example.per_token.items():
             for response, values, name in zip(responses, arrays, example.names, strict=True):
-                take_column(response, column, values, name)
+                try:
+                    take_column(response, column, values, name)
+                except BadField:
+                    if needs is not None or column == "token_weights":
+                        raise
         group = Group(
             prompt,
             responses,
@@ -352,6 +357,7 @@ def row_to_group(
     tokenizer: PreTrainedTokenizerBase,
     options: DataOptions | None = None,
     *,
+    needs: Collection[str] | None = None,
     index: int = 0,
     source: str = "rows",
 ) -> list[Group]:
@@ -361,7 +367,7 @@ def row_to_group(
         BadRow: whatever `options.on_bad_row` says.
     """
     options = options or DataOptions()
-    return _to_groups(row, _encoder(tokenizer, options), options, index, source)
+    return _to_groups(row, _encoder(tokenizer, options), options, index, source, needs=needs)
 
 
 def _encoder(tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> Encoder:
@@ -561,6 +567,7 @@ def build_groups(
     options: DataOptions | None = None,
     *,
     extras: Sequence[str] = (),
+    needs: Collection[str] | None = None,
     source: str = "rows",
     progress: bool = True,
 ) -> GroupDataset:
@@ -574,6 +581,8 @@ def build_groups(
             of the next group with another prompt that fits into `max_length`, "gold" and
             "ref_response" come from columns, "context_chosen" and its kind are candidates after the
             prompt of another column.
+        needs: what the objective takes, `PreferenceLoss.needs`: the columns that it reads are
+            checked, and others not looked at; None takes of every column what can be used.
         source: name of the data for messages.
         progress: show a progress bar on a terminal.
 
@@ -593,7 +602,7 @@ def build_groups(
     for index, row in enumerate(bar):
         num_rows += 1
         try:
-            groups += _to_groups(row, encoder, options, index, source, extras)
+            groups += _to_groups(row, encoder, options, index, source, extras, needs)
         except BadRow as bad:
             if options.on_bad_row == "error":
                 raise
@@ -639,11 +648,12 @@ class GroupStream(torch.utils.data.IterableDataset[Group]):
         options: DataOptions | None = None,
         *,
         extras: Sequence[str] = (),
+        needs: Collection[str] | None = None,
         source: str = "rows",
     ):
         _check_extras(extras)
         self.rows, self.tokenizer, self.source = rows, tokenizer, source
-        self.options, self.extras = options or DataOptions(), tuple(extras)
+        self.options, self.extras, self.needs = options or DataOptions(), tuple(extras), needs
         self.num_rows = 0
         self._skipped: dict[tuple[str, int], BadRow] = {}
         self._head: list[Group] = []
@@ -684,7 +694,8 @@ class GroupStream(torch.utils.data.IterableDataset[Group]):
             num_rows += 1
             self.num_rows = max(self.num_rows, num_rows)
             try:
-                yield from _to_groups(row, encoder, self.options, index, self.source, self.extras)
+                wanted = self.extras, self.needs
+                yield from _to_groups(row, encoder, self.options, index, self.source, *wanted)
             except BadRow as bad:
                 if self.options.on_bad_row == "error":
                     raise

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fastpo.data.groups import Group, Response
+from fastpo.reading import read_text
 
 
 class FollowUps(NamedTuple):
@@ -73,9 +73,10 @@ def read_follow_ups(path: str) -> FollowUps:
     """
     if not path:
         return FOLLOW_UPS
+    text = read_text(path)
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
 
     def texts(name: str) -> list[str]:

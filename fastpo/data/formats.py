@@ -10,14 +10,15 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
 Messages: TypeAlias = list[dict[str, Any]]
 Content: TypeAlias = str | Messages
+T = TypeVar("T")
 
 # Where chat templates look for what an assistant says or does, besides `content`.
 BESIDE_CONTENT = ("tool_calls", "reasoning_content", "reasoning", "thinking")
@@ -37,6 +38,13 @@ CONTEXTS = {
 PER_TOKEN = ("token_weights", "token_rewards")
 """Columns with a list a response of one number a token."""
 
+SPANS = ("spans", "chosen_spans", "rejected_spans", "chunk_spans")
+
+# An empty cell, or an empty text in a column of lists and numbers, is how files write "absent".
+_NO_TEXT = {
+    *("weight", "margin", "group", "label", "tools", "chat_template_kwargs"),
+    *("scores", "score", "score_chosen", "score_rejected", "ranks", *PER_TOKEN, *SPANS),
+}
 
 # Columns of LOGO's official code, after its post-processing (arXiv 2410.18533).
 LOGO = {
@@ -144,7 +152,7 @@ def _parsed(name: str, value: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise BadField(name, f"neither a list or dict nor JSON of one: {error}", value) from error
 
 
@@ -178,15 +186,25 @@ def _is_empty(content: Content) -> bool:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, str):  # CSV has no numbers
-        try:
-            value = float(value)
-        except ValueError:
-            raise BadField(name, "not a finite number", value) from None
-    number = isinstance(value, (int, float, np.integer, np.floating))
-    if not number or isinstance(value, bool) or not math.isfinite(value):
+    kinds = (int, float, np.integer, np.floating, str)  # CSV has no numbers
+    try:
+        number = float(value) if isinstance(value, kinds) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if isinstance(value, bool) or not math.isfinite(number):
         raise BadField(name, "not a finite number", value)
-    return float(value)
+    return number
+
+
+def _weight(value: Any) -> float:
+    try:
+        weight = _number("weight", value)
+    except BadField as bad:
+        reason = f"{bad.reason}, and every objective weighs rows by it: rename the column if it "
+        raise BadField("weight", reason + "means something else", value) from None
+    if weight < 0:
+        raise BadField("weight", "negative", weight)
+    return weight
 
 
 def _spans_of(name: str, value: Any) -> list[Span]:
@@ -234,7 +252,7 @@ def _numbers(row: Mapping[str, Any], name: str, order: Sequence[int]) -> list[np
             raise BadField(where, "not a list of numbers", values[i])
         try:
             array = np.asarray(values[i], dtype=np.float32)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise BadField(where, f"not a list of numbers: {error}") from error
         if array.ndim != 1 or not np.isfinite(array).all():
             raise BadField(where, "not a list of finite numbers", values[i])
@@ -243,8 +261,12 @@ def _numbers(row: Mapping[str, Any], name: str, order: Sequence[int]) -> list[np
 
 
 def _cohort(value: Any) -> int:
-    """A number for a population's name, the same in every process."""
+    """A number for a population's name, the same in every process; 3.0 is 3."""
+    if isinstance(value, (float, np.floating)) and value.is_integer():
+        value = int(value)
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        if not -(2**63) <= value < 2**63:
+            raise BadField("group", "a number of more than 64 bits", value)
         return int(value)
     if not isinstance(value, str):
         raise BadField("group", "neither a name nor a whole number", value)
@@ -310,7 +332,7 @@ def _pair(row: Mapping[str, Any]) -> Example:
         names=names,
         labels=[True, False],
         ranks=[0, 1],
-        scores=_pair_scores(row),
+        scores=[None, None],
         spans=spans if any(spans) else None,
     )
 
@@ -325,7 +347,6 @@ def _single(row: Mapping[str, Any]) -> Example:
         label = {"true": True, "false": False}.get(label.lower(), label)
     if not isinstance(label, (bool, np.bool_)):
         raise BadField("label", "not a bool", label)
-    score = None if "score" not in row else _number("score", row["score"])
     spans = _spans_of("spans", row.get("spans"))
     return Example(
         prompt=None,
@@ -333,7 +354,7 @@ def _single(row: Mapping[str, Any]) -> Example:
         names=["completion"],
         labels=[bool(label)],
         ranks=[0],
-        scores=[score],
+        scores=[None],
         spans=[spans] if spans else None,
     )
 
@@ -412,6 +433,8 @@ def _token_rows(row: Mapping[str, Any], side: str) -> list[tuple[np.ndarray, np.
         if len(wrong):
             reason = f"label {wrong[0]} is neither the token in its place nor {UNSCORED}"
             raise BadField(f"{side}_labels{where}", reason, int(label[wrong[0]]))
+        if len(own) and not 0 <= own.min() <= own.max() < 2**31:
+            raise BadField(f"{side}_input_ids{where}", "not all are token ids")
         found.append((own.astype(np.int32), scored))
     return found
 
@@ -441,7 +464,7 @@ def _longpo(row: Mapping[str, Any]) -> Example:
         names=[f"{side}_input_ids" for side in SIDES],
         labels=[True, False],
         ranks=[0, 1],
-        scores=_pair_scores(row),
+        scores=[None, None],
         tokens=Tokens(prompts[0], responses),
     )
 
@@ -546,6 +569,12 @@ def check_distinct(names: Sequence[str], ranks: Sequence[int], contents: Sequenc
                 raise BadField(names[i], f"identical to {names[j]}, which is ranked higher")
 
 
+def _single_score(row: Mapping[str, Any]) -> list[float | None]:
+    return [_number("score", row["score"]) if "score" in row else None]
+
+
+# A list's grades order it; here nothing but an objective reads them.
+_GRADES_OF = {_pair: _pair_scores, _longpo: _pair_scores, _single: _single_score}
 FORMATS = {
     "chosen": _pair,
     "rejected": _pair,
@@ -556,18 +585,44 @@ FORMATS = {
 TOKENISED = dict.fromkeys([f"{side}_input_ids" for side in SIDES], _longpo)
 
 
-def read_row(row: Any, extras: Sequence[str] = (), prompts: Sequence[str] = ()) -> Example:
+def read_row(
+    row: Any,
+    extras: Sequence[str] = (),
+    prompts: Sequence[str] = (),
+    needs: Collection[str] | None = None,
+    chunks: bool = False,
+) -> Example:
     """A row of any format as an Example; unknown columns and None values are ignored.
 
-    `extras` names those columns of `EXTRAS` that are wanted, `prompts` columns with other prompts;
-    a row must then have them.
+    Args:
+        row: the columns.
+        extras: names those columns of `EXTRAS` that are wanted; a row must then have them.
+        prompts: columns with other prompts, likewise.
+        needs: what an objective reads of `score`, `margin`, `cohort` (the column `group`) and
+            `token_rewards`: there a column that says something else is an error, and the others
+            are not looked at. None: they are taken where they can be.
+        chunks: whether `chunk_spans` are read.
 
     Raises:
         BadField: naming the field, the reason and the value.
     """
     if not isinstance(row, Mapping):
         raise BadField("row", "not a dict of columns", row)
-    present = {key: value for key, value in row.items() if value is not None}
+    present = {
+        key: value
+        for key, value in row.items()
+        if value is not None
+        and not (key in _NO_TEXT and isinstance(value, str) and not value.strip())
+    }
+
+    def taken(need: str, read: Callable[..., T], *args: Any) -> T | None:
+        if needs is not None:
+            return read(*args) if need in needs else None
+        try:
+            return read(*args)
+        except BadField:
+            return None
+
     # Text wins: token ids beside it are what another trainer made of it.
     formats = FORMATS if FORMATS.keys() & present.keys() else TOKENISED
     found = [key for key in formats if key in present]
@@ -580,24 +635,27 @@ def read_row(row: Any, extras: Sequence[str] = (), prompts: Sequence[str] = ()) 
             sorted(present),
         )
     example = formats[found[0]](present)
+    if (grades := _GRADES_OF.get(formats[found[0]])) is not None:
+        example.scores = taken("score", grades, present) or example.scores
     if "prompt" in present:
         example.prompt = _content("prompt", present["prompt"])
-    if "chunk_spans" in present:
+    if chunks and "chunk_spans" in present:
         example.chunk_spans = _chunk_spans(present["chunk_spans"])
     if "weight" in present:
-        example.weight = _number("weight", present["weight"])
-        if example.weight < 0:
-            raise BadField("weight", "negative", example.weight)
+        example.weight = _weight(present["weight"])
     if "margin" in present:
-        example.margin = _number("margin", present["margin"])
+        example.margin = taken("margin", _number, "margin", present["margin"])
     if "group" in present:
-        example.cohort = _cohort(present["group"])
-    for name in PER_TOKEN:
-        if name in present:
-            order = example.order or range(len(example.names))
-            example.per_token[name] = _numbers(present, name, order)
+        example.cohort = taken("cohort", _cohort, present["group"])
+    order = example.order or range(len(example.names))
+    if "token_weights" in present:
+        example.per_token["token_weights"] = _numbers(present, "token_weights", order)
+    if "token_rewards" in present:
+        rewards = taken("token_rewards", _numbers, present, "token_rewards", order)
+        if rewards is not None:
+            example.per_token["token_rewards"] = rewards
     if example.tokens is not None:
-        columns = [name for name in present if name.endswith("spans")]
+        columns = [name for name in SPANS if name in present]
         columns += [name for name in (*EXTRAS, *prompts) if name in (*extras, *prompts)]
         for name in columns:
             if name != "short_prompt":
@@ -610,6 +668,7 @@ def read_row(row: Any, extras: Sequence[str] = (), prompts: Sequence[str] = ()) 
             example.extras[role] = _content(role, present.get(role))
     for name in prompts:
         example.prompts[name] = _content(name, present.get(name))
-    example.template_kwargs = _template_kwargs(present)
+    if example.conversational:
+        example.template_kwargs = _template_kwargs(present)
     _check(example)
     return example

@@ -109,6 +109,15 @@ class Group:
         return found
 
     @property
+    def token_ids(self) -> np.ndarray:
+        """[n] int32, those of all prompts and responses."""
+        contexts = [*self.contexts, *self.for_reference.contexts]
+        ids = [
+            each for c in contexts for each in (c.prompt_ids, *(r.input_ids for r in c.responses))
+        ]
+        return np.concatenate(ids)
+
+    @property
     def for_reference(self) -> Group:
         """The same responses after the prompt that the reference sees; label tokens stay alike.
 

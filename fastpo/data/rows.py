@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fastpo.optional import require
+from fastpo.reading import REPAIR, told
 
 if TYPE_CHECKING:
     import datasets
@@ -35,6 +36,7 @@ READERS = {
 COMPRESSIONS = {".gz", ".bz2", ".xz", ".zst"}
 FILE, ROW = "__file__", "__row__"
 """Columns that say which file a row was read from, and its number there, from 0."""
+BOM = "\ufeff"
 TORN = "__torn__"
 """Column of a row that stands for a broken line of JSON lines: what is wrong with it."""
 
@@ -58,16 +60,21 @@ def _reader(files: list[str]) -> str:
     return reader
 
 
-def _unreadable() -> tuple[type[Exception], ...]:
-    from datasets.exceptions import DatasetGenerationError
+def _refuse_null(file: str) -> None:
+    """Arrow's reader of JSON ends the process where the first value is null."""
+    import fsspec
 
-    return (DatasetGenerationError, ValueError, OSError)  # Arrow's and pandas' are these
+    with fsspec.open(file, "rb", compression="infer") as opened:
+        if opened.read(4096).lstrip().startswith(b"null"):  # pyright: ignore
+            raise ValueError("it begins with null, not with a JSON object")
 
 
 def _load_file(reader: str, file: str, streaming: bool) -> Any:
     import datasets
     import pandas
 
+    if reader == "json":
+        _refuse_null(file)
     options: dict[str, Any] = {}
     if reader == "csv":
         sep = "\t" if _suffix(file) == ".tsv" else ","
@@ -93,17 +100,20 @@ def _lines(file: str) -> Iterator[tuple[str, str]]:
     # The text reader undoes every compression that the other ones undo.
     lines = datasets.load_dataset("text", data_files=[file], split="train", streaming=True)
     for number, line in enumerate(lines, 1):
-        text, reason = line["text"], ""
+        text, reason = line["text"].removeprefix(BOM), ""
         try:
             if text.strip() and not isinstance(json.loads(text), dict):
                 reason = "not a JSON object"
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             reason = f"not JSON ({error})"
         yield text, f"line {number} is {reason}; got {text[:200]!r}" if reason else ""
 
 
 def _mended(file: str) -> str | None:
-    """A copy in the cache of `datasets` whose broken lines are `{TORN: reason}`; None of others."""
+    """A copy in the cache of `datasets` whose broken lines are `{TORN: reason}`; None of others.
+
+    A byte order mark, which Arrow takes for a broken line, is left out.
+    """
     import datasets.config
 
     status = Path(file).stat()
@@ -111,31 +121,50 @@ def _mended(file: str) -> str | None:
     name = hashlib.sha256(version.encode()).hexdigest()
     copy = Path(datasets.config.HF_DATASETS_CACHE) / "mended" / f"{name}.jsonl"
     copy.parent.mkdir(parents=True, exist_ok=True)
-    partial, torn = copy.with_suffix(f".{os.getpid()}.partial"), False
-    with partial.open("w", encoding="utf-8") as out:
-        for text, reason in _lines(file):
-            torn = torn or bool(reason)
-            if text.strip():  # no row, and an error to some releases
-                out.write(f"{json.dumps({TORN: reason}) if reason else text}\n")
-    if not torn:
-        partial.unlink()
+    partial, torn = copy.with_suffix(f".{os.getpid()}.partial"), _marked(file)
+    try:
+        with partial.open("w", encoding="utf-8") as out:
+            for text, reason in _lines(file):
+                torn = torn or bool(reason)
+                if text.strip():  # no row, and an error to some releases
+                    out.write(f"{json.dumps({TORN: reason}) if reason else text}\n")
+        if torn:
+            os.replace(partial, copy)
+            return str(copy)
+    except Exception:  # no lines to tell apart; whoever asks has an error already
         return None
-    os.replace(partial, copy)
-    return str(copy)
+    finally:
+        partial.unlink(missing_ok=True)
+    return None
+
+
+def _marked(file: str) -> bool:
+    with open(file, "rb") as opened:
+        return opened.read(3) == BOM.encode()
+
+
+def _broken_line(file: str) -> str | None:
+    """What is wrong with the first broken line of JSON lines, where lines can be told apart."""
+    try:
+        return next((reason for _, reason in _lines(file) if reason), None)
+    except UnicodeDecodeError as error:
+        return told(error)
+    except Exception:  # whoever asks has an error already
+        return None
 
 
 @contextmanager
 def _naming(file: str) -> Iterator[None]:
-    """Errors of `datasets` name no file, or one in its cache."""
+    """Errors of `datasets`, of many classes, name no file, or one in its cache."""
     try:
         yield
     except StopIteration as error:  # what `datasets` makes of an empty file
         raise ValueError(f"cannot read {file}: it is empty; leave it out") from error
-    except _unreadable() as error:
-        broken = next((reason for _, reason in _lines(file) if reason), None)
-        reason = broken or error.__cause__ or error
-        message = f"cannot read {file}: {reason}; repair the file or leave it out"
-        raise ValueError(message) from error
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        reason = _broken_line(file) or told(error.__cause__ or error)
+        raise ValueError(f"cannot read {file}: {reason}; {REPAIR}") from error
 
 
 def _streamed(reader: str, file: str, read: str) -> Iterator[dict[str, Any]]:
@@ -179,11 +208,13 @@ def _load_files(files: list[str], split: str, streaming: bool, origin: bool) -> 
         with _naming(file):
             try:
                 part = _load_file(reader, file, streaming=False)
-            except _unreadable():
+            except Exception:
                 mended = _mended(file) if origin else None
                 if mended is None:
                     raise
                 part = _load_file(reader, mended, streaming=False)
+            # Arrow's readers let text pass that is no UTF-8; it would fail where a row is used.
+            part.data.validate(full=True)
         if origin:
             part = part.add_column(FILE, [file] * len(part)).add_column(ROW, [*range(len(part))])
         parts.append(part)
@@ -278,7 +309,8 @@ def load_rows(
         if path.is_file():
             return _load_files([str(path)], wanted, streaming, origin)
         if path.is_dir():
-            return _load_folder(path, name, wanted, streaming)
+            with _naming(str(source)):
+                return _load_folder(path, name, wanted, streaming)
         matches = sorted(f for f in glob.glob(str(path), recursive=True) if Path(f).is_file())
         if matches:
             return _load_files(matches, wanted, streaming, origin)
@@ -295,4 +327,4 @@ def load_rows(
             f"{path.absolute()}, and for a data set of that name on the Hugging Face Hub ({error})"
         ) from error
     except DatasetGenerationError as error:
-        raise ValueError(f"cannot read {source}: {error.__cause__ or error}") from error
+        raise ValueError(f"cannot read {source}: {told(error.__cause__ or error)}") from error

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +29,26 @@ from fastpo.model.device import default_device, native_bf16
 from fastpo.model.lora import lora_faults
 from fastpo.model.random_init import model_config, random_model
 from fastpo.optional import require
+from fastpo.reading import reading
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def opening(name: str) -> Iterator[None]:
+    """A library reads a model, tokenizer or adapter here: what is broken is named.
+
+    Raises:
+        ValueError: a file of it is damaged, or is something else.
+        OSError: no such model; libraries name it themselves.
+    """
+    try:
+        with reading(name, "save or download it again"):
+            yield
+    except ValueError as error:
+        if isinstance(error.__cause__, OSError) and not Path(name).exists():
+            raise error.__cause__ from None
+        raise
 
 
 class Adapter(NamedTuple):
@@ -61,14 +80,19 @@ def trained_adapter(name_or_path: str) -> Adapter | None:
             f"{folder} holds a whole model ({whole[0].name}) and an adapter ({path.name}): remove "
             "the files of the one that is not meant"
         )
-    config = json.loads(path.read_text(encoding="utf-8"))
+    with reading(path, "save or download the adapter again"):
+        config = dict(json.loads(path.read_bytes()))
+        base, revision = config.get("base_model_name_or_path"), config.get("revision")
+        if not isinstance(base, str) or not isinstance(revision, str | None):
+            raise ValueError(f"base_model_name_or_path = {base!r} names no model")
     # peft's file has no place for it; a checkpoint's recipe lies one folder up.
     run = folder.parent if folder.name.startswith("checkpoint-") else folder
     recipe = run / "recipe.yaml"
-    asked = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
-    return Adapter(
-        config["base_model_name_or_path"], config.get("revision"), asked.get("gguf_file")
-    )
+    asked: dict[str, Any] = {}
+    if recipe.is_file():
+        with reading(recipe):
+            asked = dict(yaml.safe_load(recipe.read_bytes()) or {})
+    return Adapter(base, revision, asked.get("gguf_file"))
 
 
 def check_place(name: str) -> None:
@@ -76,8 +100,14 @@ def check_place(name: str) -> None:
 
     Libraries take it for a name on the hub and complain about its form.
     """
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).exists():
+    path = Path(name)
+    if not name.strip() or "\0" in name:
+        raise ValueError(f"{name!r} names no model")
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not path.exists():
         raise ValueError(f"no folder {name!r}, and a name on the hub looks like owner/name")
+    for each in path.iterdir() if path.is_dir() else ():
+        if not each.is_file() and not each.is_dir():  # a pipe would be waited for
+            raise ValueError(f"{each} is no file: remove it or put the file in its place")
 
 
 def load_model(
@@ -126,11 +156,12 @@ def load_model(
             f"attn_implementation={NAME!r}: name the model's own attention; shared prompts switch "
             "by themselves"
         )
-    config = (
-        model_config(name_or_path, **source)
-        if random_init
-        else AutoConfig.from_pretrained(name_or_path, **source)
-    )
+    with opening(name_or_path):
+        config = (
+            model_config(name_or_path, **source)
+            if random_init
+            else AutoConfig.from_pretrained(name_or_path, **source)
+        )
     _check_causal(config, name_or_path)
     options: dict[str, Any] = {"dtype": _resolve_dtype(dtype, device)}
     if attn_implementation is not None:
@@ -156,7 +187,15 @@ def load_model(
             options["quantization_config"] = _quantization(quantization, options["dtype"])
     if device is not None:
         options["device_map"] = {"": device}
-    model = AutoModelForCausalLM.from_pretrained(name_or_path, **source, **options)
+    with opening(name_or_path):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name_or_path, **source, **options, output_loading_info=True
+        )
+        model, found = loaded
+        if missing := sorted(found["missing_keys"]):  # would be drawn at random
+            raise ValueError(
+                f"{len(missing)} of its weights are missing, the first is {missing[0]}"
+            )
     return model if lora is None else add_lora(model, lora)
 
 
@@ -179,7 +218,8 @@ def load_tokenizer(
     if gguf_file is not None:
         require("gguf", f"gguf_file={gguf_file!r}")
         source["gguf_file"] = gguf_file
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, **source)
+    with opening(name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **source)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"{name_or_path}: neither a padding nor an end-of-sequence token")

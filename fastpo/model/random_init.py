@@ -20,6 +20,7 @@ from transformers import (
 from transformers.quantizers import AutoHfQuantizer
 
 from fastpo.optional import require
+from fastpo.reading import reading
 
 _LLAMA3: dict[str, Any] = {
     "model_type": "llama",
@@ -99,10 +100,11 @@ def model_config(name: str, **source: Any) -> PretrainedConfig:
     if name.lower() in PRESETS:
         return AutoConfig.for_model(**PRESETS[name.lower()])
     if Path(name).is_file():
-        values = json.loads(Path(name).read_text(encoding="utf-8"))
-        if "model_type" not in values:
-            raise ValueError(f"{name} has no model_type: it is no config.json of a model")
-        return AutoConfig.for_model(**values)
+        with reading(name, "name a config.json of a model"):
+            values = dict(json.loads(Path(name).read_bytes()))
+            if "model_type" not in values:
+                raise ValueError("it has no model_type")
+            return AutoConfig.for_model(**values)
     return AutoConfig.from_pretrained(name, **source)
 
 

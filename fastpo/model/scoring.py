@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from fastpo.data.groups import Group
 from fastpo.data.packing import collate
 from fastpo.head import Head
-from fastpo.model.check import self_check
+from fastpo.model.check import check_tokens, embedding_rows, padding_token, self_check
 from fastpo.model.facts import read_head
 from fastpo.model.hidden import label_hidden
 
@@ -52,10 +52,12 @@ class Packer:
     """Packs groups into batches on the scorers' device, each of which is checked first.
 
     Attributes:
+        embedding_rows: how many token ids every scorer takes.
         share_prompt: one prompt copy per group, where the self-check of every scorer allows it.
 
     Raises:
         SelfCheckError: as `fastpo.model.check.self_check`.
+        ValueError: a token beyond a scorer's embedding.
     """
 
     def __init__(
@@ -64,9 +66,9 @@ class Packer:
         groups: Sequence[Group],
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
-        # Padding is masked and never scored, so any token does.
-        pad = tokenizer.pad_token_id
-        self.pad_token_id = pad if isinstance(pad, int) else 0
+        self.embedding_rows = embedding_rows(*(scorer.model for scorer in scorers))
+        check_tokens(groups, self.embedding_rows)
+        self.pad_token_id = padding_token(tokenizer, self.embedding_rows)
         self.device = scorers[0].head.weight.device
         self.share_prompt = all(
             self_check(s.model, s.head, groups[:_CHECKED], self.pad_token_id).share_prompt

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,26 @@ from fastpo.data.fit import Grades, check_grades
 from fastpo.data.groups import Group
 from fastpo.data.packing import collate, row_order
 from fastpo.data.rows import load_rows
+from fastpo.model.check import check_tokens
 from fastpo.train.config import PreferenceConfig
 from fastpo.train.store import ReferenceStore
+
+
+@contextmanager
+def of_workers() -> Iterator[None]:
+    """A bad row found in a loader's process is told as one found here: torch hands on a traceback.
+
+    Raises:
+        ValueError: what was wrong with the row.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        last = r"(?sm).*^(?:fastpo\.data\.build\.BadRow|ValueError): (.+)\Z"
+        found = re.match(last, str(error))
+        if "in DataLoader worker process" not in str(error) or found is None:
+            raise
+        raise ValueError(found[1].strip()) from error
 
 
 class Filler:
@@ -95,6 +115,7 @@ class Collator:
 
     pad_token_id: int
     share_prompt: bool = True
+    embedding_rows: int | None = None  # tokens of a stream are checked as they come
     store: ReferenceStore | None = None
     store2: ReferenceStore | None = None
     grades: Grades = ()
@@ -105,6 +126,8 @@ class Collator:
             check_grades(self.grades, group)
         filler = [item.group for item in items[:1] if isinstance(item, Filler)]
         packed = groups or filler
+        if self.embedding_rows is not None:
+            check_tokens(packed, self.embedding_rows)
         logps = {
             name: [store[group] for group in packed]
             for name, store in (("ref_logps", self.store), ("ref2_logps", self.store2))
@@ -159,6 +182,7 @@ def as_groups(
     args: PreferenceConfig,
     *,
     extras: Sequence[str],
+    needs: Collection[str],
     source: str,
 ) -> Any:
     """A dataset of groups from groups, rows, a file or a name; groups are returned as they are.
@@ -173,14 +197,14 @@ def as_groups(
     rows: Any = load_rows(data, origin=True)  # pyright: ignore[reportArgumentType]
     if isinstance(data, str | Path):
         source = str(data)
+    form: dict[str, Any] = {"extras": extras, "needs": needs, "source": source}
     if isinstance(rows, torch.utils.data.IterableDataset):
-        return GroupStream(rows, tokenizer, args.data_options(), extras=extras, source=source)
+        return GroupStream(rows, tokenizer, args.data_options(), **form)
     return build_groups(
         rows,
         tokenizer,
         args.data_options(),
-        extras=extras,
-        source=source,
+        **form,
         progress=not args.disable_tqdm,
     )
 

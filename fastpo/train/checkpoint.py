@@ -1,18 +1,30 @@
 """Checkpoints that are either complete or invisible.
 
-A checkpoint is written under a temporary name that no reader matches, listed file by file in a
-manifest, flushed to disk, and renamed last; a rename is atomic. A process killed at any moment
-leaves the previous checkpoint and at most one temporary folder, which the next save replaces.
+A checkpoint is written under a temporary name that no reader matches, listed file by file with
+sizes and hashes in a manifest, flushed to disk, and renamed last; a rename is atomic. A process
+killed at any moment leaves the previous checkpoint and at most one temporary folder, which the next
+save replaces.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import re
 import shutil
+import zipfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from transformers import TrainerState
+
+from fastpo.reading import told
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +54,28 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
+@lru_cache(maxsize=4096)
+def _digest(path: Path, modified: int, size: int) -> str:
+    # SHA-256 has its own instructions on most CPUs: twice the speed of blake2b there.
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digests(paths: Iterable[Path]) -> list[str]:
+    """The SHA-256 of each file, several at a time; a file that did not change is read once."""
+
+    def of(path: Path) -> str:
+        status = path.stat()
+        return _digest(path, status.st_mtime_ns, status.st_size)
+
+    with ThreadPoolExecutor() as pool:  # hashing gives the interpreter free
+        return list(pool.map(of, paths))
+
+
+def _of_list(files: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
 def _keep_notes(retired: Path, final: Path) -> None:
     """Move what somebody else put beside the files of a checkpoint to the one in its place."""
     try:
@@ -57,10 +91,14 @@ def _keep_notes(retired: Path, final: Path) -> None:
 
 def publish(staging: Path, final: Path) -> None:
     """Write the manifest of `staging`, flush all of it to disk, and rename it to `final`."""
-    files = sorted(p for p in staging.rglob("*") if p.is_file() and p.name != MANIFEST)
-    sizes = {str(p.relative_to(staging)): p.stat().st_size for p in files}
-    (staging / MANIFEST).write_text(json.dumps({"files": sizes}, indent=1), encoding="utf-8")
-    for path in [*files, staging / MANIFEST]:
+    paths = sorted(p for p in staging.rglob("*") if p.is_file() and p.name != MANIFEST)
+    files = {
+        str(path.relative_to(staging)): {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, _digests(paths), strict=True)
+    }
+    text = json.dumps({"files": files, "sha256": _of_list(files)}, indent=1)
+    (staging / MANIFEST).write_text(text, encoding="utf-8")
+    for path in [*paths, staging / MANIFEST]:
         _fsync(path)
     for folder in [p for p in staging.rglob("*") if p.is_dir()] + [staging]:
         _fsync(folder)
@@ -79,35 +117,59 @@ def publish(staging: Path, final: Path) -> None:
 def incomplete(checkpoint: str | Path) -> str | None:
     """Why this folder cannot be resumed from, or None when it can.
 
-    With a manifest every listed file must be there in its full size. A checkpoint of another
-    program has none: then the weights and a readable trainer state must be there.
+    With a manifest every listed file must be there as it was written. A checkpoint of another
+    program has none: then there must be weights, and every file must be readable.
     """
     folder = Path(checkpoint)
     if not folder.is_dir():
         return "no such folder"
     manifest = folder / MANIFEST
-    if manifest.is_file():
-        try:
-            files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        except (json.JSONDecodeError, KeyError):
-            return f"{MANIFEST} is unreadable"
-        for name, size in files.items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        return None
+    if not manifest.is_file():
+        if not any((folder / name).exists() for name in _WEIGHTS):
+            return "no weights"
+        if not (folder / TRAINER_STATE).is_file():
+            return f"{TRAINER_STATE} is missing"
+        return _unreadable(path for path in folder.iterdir() if path.is_file())
     try:
-        json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return f"{TRAINER_STATE} is missing or torn"
-    if not any((folder / name).exists() for name in _WEIGHTS):
-        return "no weights"
-    for name in ("optimizer.pt", "scheduler.pt"):
-        path = folder / name
-        if path.is_file() and path.stat().st_size == 0:
-            return f"{name} is empty"
+        held = json.loads(manifest.read_bytes())
+        # A release before the hashes listed sizes alone.
+        files = {
+            folder / name: each if isinstance(each, dict) else {"bytes": each}
+            for name, each in held["files"].items()
+        }
+        hashed = {path: each["sha256"] for path, each in files.items() if "sha256" in each}
+        if not files or (hashed and held.get("sha256") != _of_list(held["files"])):
+            return f"{MANIFEST} is damaged: the files that it lists are not those that were saved"
+        for path, each in files.items():
+            if not path.is_file():
+                return f"{path.relative_to(folder)} is missing"
+            if (size := path.stat().st_size) != each["bytes"]:
+                return f"{path.relative_to(folder)} has {size} bytes instead of {each['bytes']}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{MANIFEST} is unreadable"
+    for path, digest in zip(hashed, _digests(hashed), strict=True):
+        if digest != hashed[path]:
+            return f"{path.relative_to(folder)} is damaged: its bytes are not those that were saved"
+    return _unreadable(path for path in files if path not in hashed)
+
+
+def _unreadable(paths: Iterable[Path]) -> str | None:
+    """The first file, without a hash, that its own format says is damaged."""
+    for path in paths:
+        try:
+            if path.name == TRAINER_STATE:
+                TrainerState.load_from_json(str(path))
+            elif path.suffix == ".json":
+                json.loads(path.read_bytes())
+            elif path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+            elif path.suffix in (".pt", ".pth"):
+                with zipfile.ZipFile(path) as archive:  # torch.save's form, with checksums
+                    if archive.testzip() is not None:
+                        return f"{path.name} is damaged"
+        except Exception as error:  # of any class: these are libraries' readers
+            return f"{path.name} is damaged ({told(error)})"
     return None
 
 

@@ -14,7 +14,9 @@ from functools import partial
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
+from accelerate.parallelism_config import ParallelismConfig
 from transformers import TrainingArguments
+from transformers.training_args import trainer_log_levels
 from transformers.utils import is_torch_bf16_gpu_available
 
 from fastpo.data.build import DataOptions
@@ -377,6 +379,7 @@ class PreferenceConfig(TrainingArguments):
                 f"early_stopping_patience={self.early_stopping_patience} needs evaluations: "
                 "set eval_strategy to 'steps' or 'epoch'"
             )
+        self._check_forms()
         if self.train_sampling_strategy == "batch_rebalance":
             raise ValueError(
                 "train_sampling_strategy='batch_rebalance' is not supported for groups: use "
@@ -424,6 +427,24 @@ class PreferenceConfig(TrainingArguments):
                 f"reference='store' keeps log-probabilities of the labels only, but "
                 f"objective={self.objective!r} needs the reference's whole distribution: use "
                 "reference='adapter' or 'copy'"
+            )
+
+    def _check_forms(self) -> None:
+        """Values that TrainingArguments takes in any form and fails on much later."""
+        for name in ("log_level", "log_level_replica"):
+            value, levels = getattr(self, name), list(trainer_log_levels)
+            if value not in levels:
+                raise ValueError(
+                    f"{name}={value!r} is not one of {', '.join(levels)}{_nearest(value, levels)}"
+                )
+        for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs"):
+            value = getattr(self, name)
+            if not isinstance(value, dict | None):
+                raise ValueError(f"{name}={value!r} is no mapping of names to values")
+        if not hasattr(self.parallelism_config or ParallelismConfig, "get_device_mesh"):
+            raise ValueError(
+                f"parallelism_config={self.parallelism_config!r}: give accelerate's "
+                "ParallelismConfig from Python, or start the run with `accelerate launch`"
             )
 
     def _check_masks(self, loss: PreferenceLoss) -> None:

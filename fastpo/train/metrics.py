@@ -23,6 +23,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from fastpo.optional import missing
 from fastpo.train.folder import RunFolder
+from fastpo.train.run import read_jsonl
 
 METRICS_FILE = "metrics.jsonl"
 # Of the Trainer's trackers those whose names are their packages' too.
@@ -107,16 +108,8 @@ def peak_memory_gib(device: torch.device) -> float:
 
 def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
     """The records of a run's metrics.jsonl; a last line torn by a kill is left out."""
-    path = Path(output_dir) / METRICS_FILE
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
+    records, _ = read_jsonl(Path(output_dir) / METRICS_FILE)
+    return [record for record in records if isinstance(record.get("step"), int)]
 
 
 class JsonlCallback(TrainerCallback):

@@ -19,10 +19,11 @@ import yaml
 
 from fastpo.model.lora import NUMBERS, lora_faults
 from fastpo.objectives.domain import Count, Misfit, Positive, ProperShare
+from fastpo.reading import read_text, told
 from fastpo.redact import learn, redact, refuse_redacted
 from fastpo.train.elsewhere import unknown
 from fastpo.train.folder import RECIPE, write_sealed
-from fastpo.train.values import Entry, Loader, RecipeError, checked, describe, scalar
+from fastpo.train.values import Entry, RecipeError, checked, describe, parse, scalar
 
 if typing.TYPE_CHECKING:
     from fastpo.objectives.base import Objective
@@ -187,16 +188,17 @@ def read_file(path: str | Path) -> dict[str, Entry]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror or error}") from error
+        text = read_text(path)
+    except ValueError as error:
+        reason = told(error.__cause__ or error)
+        raise RecipeError(f"{path}: {reason}; a recipe is a UTF-8 text file") from error
     try:
-        root = yaml.compose(text, Loader)
-        values = yaml.load(text, Loader)
+        root, values = parse(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise RecipeError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}") from error
+        reason = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise RecipeError(f"{path}{line}: not YAML: {reason}") from error
     if values is None:
         return {}
     if not isinstance(root, yaml.MappingNode):
@@ -228,7 +230,7 @@ def read_flags(argv: Sequence[str]) -> dict[str, Entry]:
     """`--key value`, `--key=value`, `--key a b` (a list) and `--key` (true), dashes as in shells.
 
     Raises:
-        RecipeError: a value with no flag before it.
+        RecipeError: a value with no flag before it, or a flag twice.
     """
     entries: dict[str, Entry] = {}
     words = list(argv)
@@ -243,6 +245,8 @@ def read_flags(argv: Sequence[str]) -> dict[str, Entry]:
             given.append(words.pop(0))
         key, dot, rest = flag[2:].partition(".")
         key = key.replace("-", "_") + dot + rest
+        if key in entries:
+            raise RecipeError(f"{flag} is given twice: give it once")
         if len(given) == 1:
             entries[key] = Entry(scalar(given[0]), flag, given[0])
         else:
@@ -499,6 +503,9 @@ def _check_hyper(
     """The hyper-parameters in force by objective: objective_args over the defaults."""
     in_force = {name: dict(o.hyper) for name, o in objectives.items()}
     args = given.get("objective_args") or {}
+    if not isinstance(args, Mapping):
+        where = values["objective_args"].where
+        raise RecipeError(f"{where}: objective_args = {args!r} is no mapping of names to values")
     for key in sorted(args, key=lambda k: "." in str(k)):  # the particular after the general
         place = values["objective_args"].place(key)
         owner, dot, name = str(key).partition(".")

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from fastpo.train.chart import MANY, Series, chart, short
+from fastpo.train.diagnosis import find_warnings
 from fastpo.train.folder import CARD, REPORT, write_sealed
-from fastpo.train.run import Run, ends, find_warnings, finite, number
+from fastpo.train.run import Run, ends, finite, number
 
 
 class Panel(NamedTuple):

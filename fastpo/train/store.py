@@ -27,6 +27,7 @@ from torch import nn
 
 from fastpo.data.groups import Group
 from fastpo.data.packing import group_key
+from fastpo.reading import reading
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +100,36 @@ def key_digest(key: Mapping[str, str]) -> str:
     return _hash(dict(key))[:12]
 
 
+def _digest(shard: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in ("keys", "ends", "logps"):
+        digest.update(np.ascontiguousarray(shard[name]).data)
+    return digest.hexdigest()
+
+
+def _index_of(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Keys [G, 16] uint8 of a shard's groups, and where their log-probs end, [G] int64.
+
+    Raises:
+        ValueError: its bytes are not those that were written, or its arrays do not fit together.
+    """
+    with safe_open(path, framework="np") as file:
+        shard = {name: file.get_tensor(name) for name in ("keys", "ends", "logps")}
+        written = (file.metadata() or {}).get("sha256")  # older releases wrote none
+    if written is not None and written != _digest(shard):
+        raise ValueError("its bytes are not those that were written")
+    keys, ends, logps = shard["keys"], shard["ends"], shard["logps"]
+    fits = (keys.ndim, ends.ndim, logps.ndim) == (2, 1, 1) and len(keys) == len(ends)
+    if (
+        not fits
+        or not np.array_equal(np.sort(ends), ends)
+        or not len(ends)
+        or ends[-1] != len(logps)
+    ):
+        raise ValueError("its arrays do not fit together")
+    return keys, ends
+
+
 class ReferenceStore:
     """Per-token reference log-probs of groups, one float32 for each label token of the batch.
 
@@ -110,6 +141,7 @@ class ReferenceStore:
 
     Raises:
         ValueError: the folder holds numbers computed with another key; names the parts that differ.
+            Or a file in it is damaged; names it.
     """
 
     def __init__(
@@ -130,7 +162,8 @@ class ReferenceStore:
             text = json.dumps({"kind": "logps", "key": dict(key), **(info or {})}, indent=1)
             self._write(meta, lambda partial: partial.write_text(text, encoding="utf-8"))
         # Read back also where it was just written: another run may have been faster.
-        held = json.loads(meta.read_text(encoding="utf-8"))["key"]
+        with reading(meta, "delete the folder, or give another reference_store"):
+            held = dict(json.loads(meta.read_bytes())["key"])
         changed = [part for part in key if held.get(part) != key[part]]
         if changed:
             raise ValueError(
@@ -146,8 +179,8 @@ class ReferenceStore:
         for shard in sorted(self.path.glob("shard-*.safetensors")):
             if shard.name in known:
                 continue
-            with safe_open(shard, framework="np") as file:
-                keys, ends = file.get_tensor("keys"), file.get_tensor("ends")
+            with reading(shard, "delete this file, and its groups are computed again"):
+                keys, ends = _index_of(shard)
             start = 0
             for row, end in zip(keys, ends.tolist(), strict=True):
                 self._index[row.tobytes().hex()] = (shard.name, start, end)
@@ -195,7 +228,7 @@ class ReferenceStore:
         shard = {"keys": keys, "ends": ends, "logps": np.concatenate(logps).astype(np.float32)}
         # No counter: another run that fills this folder would count to the same number.
         path = self.path / f"shard-{self.writer}-{uuid.uuid4().hex}.safetensors"
-        self._write(path, lambda partial: save_file(shard, partial))
+        self._write(path, lambda partial: save_file(shard, partial, {"sha256": _digest(shard)}))
         start = 0
         for group, end in zip(groups, ends.tolist(), strict=True):
             self._index[group_key(group)] = (path.name, start, end)

@@ -11,6 +11,7 @@ What is overridden, and what goes wrong without it:
 - `evaluation_loop` and `prediction_step` divide by the counts of the whole evaluation set: the
   Trainer's mean of batch means gives a short last batch too much weight.
 - A stream is trained on as one endless pass: the Trainer resumes within the first pass only.
+- `_run_epoch` takes no step where all are done: resumed at its last step the Trainer takes another.
 - Checkpoints are written aside and renamed last: the Trainer resumes from torn ones.
 - Files of others in `output_dir` stay: the Trainer writes over them and rotates their checkpoints.
 """
@@ -52,7 +53,15 @@ from fastpo.data.packing import counts_of
 from fastpo.data.token_budget import check_budget, token_rows
 from fastpo.loss import LossOutput, PreferenceLoss
 from fastpo.model.adapters import adapter_effect
-from fastpo.model.check import can_share_prompt, check_positions, few_tokens, self_check
+from fastpo.model.check import (
+    can_share_prompt,
+    check_positions,
+    check_tokens,
+    embedding_rows,
+    few_tokens,
+    padding_token,
+    self_check,
+)
 from fastpo.model.facts import read_head
 from fastpo.model.hidden import (
     attach,
@@ -65,8 +74,16 @@ from fastpo.model.layer_kernels import use_layer_kernels
 from fastpo.model.load import disable_dropout
 from fastpo.model.offload import LayerInputOffload
 from fastpo.model.tiled_mlp import tile_mlps
+from fastpo.reading import reading
 from fastpo.redact import redact
-from fastpo.train.batches import Collator, EpochSampler, PaddedGroups, Passes, as_groups
+from fastpo.train.batches import (
+    Collator,
+    EpochSampler,
+    PaddedGroups,
+    Passes,
+    as_groups,
+    of_workers,
+)
 from fastpo.train.checkpoint import (
     LOSS_STATE,
     TRAINER_STATE,
@@ -113,6 +130,7 @@ _CHECKED = 8  # groups of a stream, or of a self-check, that are looked at befor
 MASK_DROPOUT = 0.01  # SparsePO's
 # Groups that a stream's next one is drawn from: a second of tokenising, and a few MB.
 STREAM_BUFFER = 1000
+_ANOTHER = "it is no checkpoint of this run: name another"
 
 
 def _streams(data: Any) -> bool:
@@ -207,15 +225,18 @@ class PreferenceTrainer(Trainer):
         self._balance = balance_coefficient(model, args.router_aux_loss_coef)
         shares, self.sharing_reason = self._shares_prompts(model, args)
         self._checked = False
+        rows = embedding_rows(model, ref_model, ref_model2)
 
         def groups_of(data: Any, source: str) -> Any:
             if data is None:
                 return None
-            groups = as_groups(data, processing_class, args, extras=loss.extras, source=source)
+            wanted = {"extras": loss.extras, "needs": loss.needs}
+            groups = as_groups(data, processing_class, args, **wanted, source=source)
             # Of a stream the beginning; what is wrong later stops the step that meets it.
             looked_at: Any = groups if isinstance(groups, Sized) else groups.head(_CHECKED)
             check_fit(loss, looked_at, reference_prompt=args.reference_prompt)
             check_positions(model, looked_at)
+            check_tokens(looked_at, rows)
             if args.max_tokens_per_row is not None:
                 check_budget(looked_at, args.max_tokens_per_row, share_prompt=shares)
             return groups
@@ -242,13 +263,14 @@ class PreferenceTrainer(Trainer):
                     "a stream: only the loader's processes would know which rows were skipped; set "
                     "dataloader_num_workers=0 or on_bad_row='error', or do not stream"
                 )
-        # Padding is masked and never scored, so any token does.
-        pad = processing_class.pad_token_id
         super().__init__(
             model=model,
             args=args,
             data_collator=Collator(
-                pad if isinstance(pad, int) else 0, shares, grades=loss.grade_domains
+                padding_token(processing_class, rows),
+                shares,
+                embedding_rows=rows,
+                grades=loss.grade_domains,
             ),
             train_dataset=train_dataset,  # pyright: ignore[reportArgumentType]
             eval_dataset=eval_dataset,
@@ -634,6 +656,21 @@ class PreferenceTrainer(Trainer):
             batch["reference"] = self._prepare_inputs(batch["reference"])
         return batch
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The Trainer's.
+
+        Raises:
+            ValueError: `lr_scheduler_kwargs` that this schedule does not take, or lacks.
+        """
+        kind = getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        except TypeError as error:
+            raise ValueError(
+                f"lr_scheduler_kwargs={self.args.lr_scheduler_kwargs!r} do not fit "
+                f"lr_scheduler_type={kind!r}: {error}"
+            ) from error
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's, with the token masks as one more group."""
         optimizer = super().create_optimizer(model)
@@ -649,7 +686,8 @@ class PreferenceTrainer(Trainer):
         """The micro-batches of one optimiser step, and its counts over all ranks."""
         if self._watch is None:
             self._watch = Stopwatch()
-        batches = [self._rows(batch) for batch in islice(epoch_iterator, num_batches)]
+        with of_workers():
+            batches = [self._rows(batch) for batch in islice(epoch_iterator, num_batches)]
         rows = [row for batch in batches for row in batch]
         totals = self._over_ranks(self._sum_counts(row["counts"] for row in rows))
         self.state.num_input_tokens_seen += round(totals["tokens"])
@@ -759,7 +797,7 @@ class PreferenceTrainer(Trainer):
             self._eval_totals = self._sum_counts(counts_of([g]) for g in dataset)  # pyright: ignore
         self._eval_window = MetricWindow()
         pause = self._watch.paused() if self._watch is not None else nullcontext()
-        with pause:
+        with pause, of_workers():
             output = super().evaluation_loop(
                 dataloader, description, True, ignore_keys, metric_key_prefix
             )
@@ -809,13 +847,12 @@ class PreferenceTrainer(Trainer):
             ignore_keys_for_eval: unused, kept for the Trainer's signature.
 
         Raises:
-            ValueError: there is no complete checkpoint to resume from, or nothing to train on; says
+            ValueError: there is no complete checkpoint to resume from, or no step to take; says
                 what is missing. Or `output_dir` holds files of others that would be written over,
                 or another process trains there; names them.
             FloatingPointError: the loss is not finite; names the rows.
         """
-        if self.train_dataset is None:
-            raise ValueError("nothing to train on: give PreferenceTrainer a train_dataset")
+        self.refuse_no_step()
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
         if self.is_world_process_zero():
@@ -830,9 +867,29 @@ class PreferenceTrainer(Trainer):
         self._watch = None
         self._window, self._window_tokens = MetricWindow(), 0.0
         output = super().train(resume, trial, ignore_keys_for_eval)
+        if self.state.global_step == 0:
+            raise ValueError("the training data gave no batch, so no step was taken")
         self.save_state()
         self._sample("after")
         return output
+
+    def refuse_no_step(self) -> None:
+        """Find out before training whether there would be a step.
+
+        Raises:
+            ValueError: no data, or no batch; gives the numbers.
+        """
+        args = self.args
+        if self.train_dataset is None:
+            raise ValueError("nothing to train on: give PreferenceTrainer a train_dataset")
+        if isinstance(self.train_dataset, Sized) and args.dataloader_drop_last:
+            groups, batch = len(self.train_dataset), args.train_batch_size * args.world_size
+            if groups < batch:
+                ranks = f" ({args.world_size} processes)" if args.world_size > 1 else ""
+                raise ValueError(
+                    f"dataloader_drop_last leaves no batch of {batch}{ranks} in {groups} groups: "
+                    "lower per_device_train_batch_size, or keep the last batch"
+                )
 
     def _note_batch(self, resume: str | None) -> None:
         """Write down what a step consists of; a run that goes on with other steps is told."""
@@ -844,6 +901,13 @@ class PreferenceTrainer(Trainer):
                 batch_words(before),
             )
         self._folder.save(batch=batch)
+
+    def _run_epoch(self, **how: Any) -> None:
+        """A pass over the data, unless the run that is resumed has done all its steps."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**how)
+        else:
+            self.control.should_training_stop = True
 
     def _checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
         if wanted is None or wanted is False:
@@ -1062,7 +1126,19 @@ class PreferenceTrainer(Trainer):
                 if each is not None:
                     each.save(Path(output_dir))
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with reading(resume_from_checkpoint, _ANOTHER):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(str(checkpoint), _ANOTHER):
+            super()._load_rng_state(checkpoint)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(str(checkpoint), _ANOTHER):
+            self._load_running_state(checkpoint)
+
+    def _load_running_state(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (path := Path(checkpoint) / LOSS_STATE).is_file():
             self.loss.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

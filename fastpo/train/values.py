@@ -49,10 +49,45 @@ Loader.add_implicit_resolver(
 )
 
 
+_MOST_NODES = 100_000
+
+
+def _nodes(node: yaml.Node, counts: dict[int, int]) -> int:
+    """How many nodes a node has once its aliases are written out."""
+    if id(node) not in counts:
+        counts[id(node)] = 0  # meanwhile: an alias inside itself
+        children: Iterable[yaml.Node] = ()
+        if isinstance(node, yaml.SequenceNode):
+            children = node.value
+        elif isinstance(node, yaml.MappingNode):
+            children = [each for pair in node.value for each in pair]
+        counts[id(node)] = 1 + sum(_nodes(child, counts) for child in children)
+    if not 0 < counts[id(node)] <= _MOST_NODES:
+        raise yaml.YAMLError("aliases that stand inside themselves, or for too much")
+    return counts[id(node)]
+
+
+def parse(text: str) -> tuple[yaml.Node | None, Any]:
+    """The node and the value of a YAML text.
+
+    Raises:
+        yaml.YAMLError: not YAML, or YAML that no recipe can mean.
+    """
+    try:
+        node = yaml.compose(text, Loader)
+        if node is not None:
+            _nodes(node, {})
+        return node, yaml.load(text, Loader)
+    except RecursionError:
+        raise yaml.YAMLError("brackets inside brackets without end") from None
+    except ValueError as error:  # 2026-99-99, an integer of thousands of digits
+        raise yaml.YAMLError(str(error).partition(";")[0]) from error
+
+
 def scalar(text: str) -> Any:
     """The value of a flag: YAML, and plain text where YAML sees no value (`a: b: c`, `@x`)."""
     try:
-        return yaml.load(text, Loader)
+        return parse(text)[1]
     except yaml.YAMLError:
         return text
 

@@ -11,13 +11,11 @@ import torch
 from tests.absent import absent_packages_skip  # noqa: F401
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `model/` and `prefs.jsonl`."""
+def make(folder: Path) -> None:
+    """Write `model/` and `prefs.jsonl` into a folder."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("tiny")
     words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>", "</s>", "<pad>"]
     raw = Tokenizer(models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -48,6 +46,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(8)
     ]
     (folder / "prefs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `model/` and `prefs.jsonl`."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make(folder)
     return folder
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,40 @@ def test_usage_errors_are_one_line_and_status_2(
 def test_debug_raises(recipe: Path) -> None:
     with pytest.raises(ValueError, match="unknown objective"):
         main(["train", str(recipe), "--objective", "dppo", "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ModuleNotFoundError("No module named 'nowhere'", name="nowhere"), "pip install nowhere"),
+        (
+            ModuleNotFoundError("No module named 'peft'", name="peft"),
+            "pip install -U 'fastpo[train]'",
+        ),
+        (ImportError("GaLore needs `galore_torch`\nInstall it"), "GaLore needs `galore_torch`"),
+        (PackageNotFoundError("deepspeed>=0.9"), "deepspeed>=0.9"),
+        (ModuleNotFoundError("No module named 'fastpo.x'", name="fastpo.x"), None),
+        (ImportError("cannot import name 'x' from 'fastpo.y'", name="fastpo.y"), None),
+    ],
+    ids=str,
+)
+def test_a_missing_package_is_one_line_and_a_fault_of_ours_is_not(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: ImportError,
+    told: str | None,
+) -> None:
+    def fails(words: list[str]) -> int:
+        raise error
+
+    monkeypatch.setattr("fastpo.cli._run", fails)
+    if told is None:
+        with pytest.raises(ImportError):
+            main(["train"])
+        return
+    status, _, err = run(capsys, "train")
+    assert (status, err.count("\n")) == (2, 1)
+    assert told in err
 
 
 def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:

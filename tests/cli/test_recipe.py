@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,8 @@ def test_numbers_and_words_in_a_file_follow_yaml_1_2(tmp_path: Path) -> None:
         ("load_best_model_at_end: true\n", [], ["r.yaml:3: load_best", "eval_fraction"]),
         ("early_stopping_patience: 2\n", [], ["r.yaml:3: early_stopping", "eval_fraction"]),
         ("", ["stray"], ["'stray' follows no flag"]),
+        ("objective_args: x\n", [], ["r.yaml:3: objective_args = 'x' is no mapping"]),
+        ("", ["--max-steps", "1", "--max_steps=2"], ["--max_steps is given twice"]),
         ("model: n\n", [], ["r.yaml:3", "'model' was already set in line 1"]),
         ("a: [\n", [], ["not YAML"]),
         ("eval_fraction: 2\n", [], ["r.yaml:3: eval_fraction = 2 must be in [0, 1)"]),
@@ -133,6 +136,49 @@ def test_every_unknown_key_is_named_at_once(tmp_path: Path) -> None:
         "r.yaml:3:",
         "--max-stepz:",
     ]
+
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{new}: &{new} [{', '.join(['*' + old] * 10)}]\n"
+    for old, new in zip("abcd", "bcde", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("data", "part"),
+    [
+        (b"seed: 3\xe9\n", r"not UTF-8 text \(byte 0xe9 at 7\)"),
+        ("seed: 3\n".encode("utf-16"), "not UTF-8 text"),
+        (b"seed: 3\x00\n", "not YAML: unacceptable character"),
+        (b"seed:\n\t3: 1", "not YAML: found character"),
+        (b"seed: 2026-99-99", "not YAML: month must be in 1..12"),
+        (b"seed: " + b"9" * 5000, "not YAML: Exceeds the limit"),
+        (b"seed: " + b"[" * 3000, "not YAML"),
+        (b"lora: &a {r: *a}", "not YAML: aliases that stand inside themselves"),
+        (BOMB.encode(), "not YAML: .*or for too much"),
+        (b"a: !!python/object/apply:os.getcwd []", "not YAML: could not determine a constructor"),
+        (b"--- {}\n--- {}\n", "not YAML: but found another document"),
+    ],
+)
+def test_a_broken_file_is_one_line(tmp_path: Path, data: bytes, part: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(data)
+    with pytest.raises(RecipeError, match=rf"r\.yaml.*: .*{part}") as error:
+        load_recipe(path)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")  # reading it would wait for ever
+    for path, told in ((tmp_path, "Is a directory"), (tmp_path / "pipe.yaml", "not a file")):
+        with pytest.raises(RecipeError, match=f"{told}; a recipe is a UTF-8 text file"):
+            load_recipe(path)
+
+
+def test_a_byte_order_mark_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"{BASE}seed: 3\n", encoding="utf-8-sig")
+    assert load_recipe(path).given["seed"] == 3
 
 
 def test_required_keys_and_files(tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ BAD = {
     "prompt without tokens": ({**PAIR, "prompt": ""}, "prompt", "no tokens"),
     "negative weight": ({**PAIR, "weight": -1}, "weight", "negative"),
     "nan weight": ({**PAIR, "weight": float("nan")}, "weight", "not a finite number"),
-    "text weight": ({**PAIR, "weight": "much"}, "weight", "not a finite number"),
+    "text weight": ({**PAIR, "weight": "5 kg"}, "weight", "number, and every objective weighs"),
     "single without prompt": ({"completion": "a", "label": True}, "prompt", "missing"),
     "single without label": ({"prompt": "a", "completion": "b"}, "label", "missing"),
     "label as number": ({"prompt": "a", "completion": "b", "label": 1}, "label", "not a bool"),
@@ -331,6 +331,73 @@ def test_bad_rows(tokenizers, name):
     assert (caught.value.source, caught.value.row, caught.value.field) == ("pairs.jsonl", 1, field)
     # Workers hand errors over pickled.
     assert str(pickle.loads(pickle.dumps(caught.value))) == message
+
+
+FOREIGN = {
+    "margin": ("margin", ["large", [1], float("nan"), 10**400]),
+    "group": ("cohort", [3.5, [1], True, 1e300, {"a": 1}]),
+    "scores": ("score", [[1, 2, 3, 4], [1, "good"], "[1]", 3, {"a": 1}]),
+    "score_rejected": ("score", ["bad"]),
+    "token_rewards": ("token_rewards", ["x", [1, 2], [[1], [2]]]),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_column_is_judged_where_it_is_read(tokenizers, name):
+    need, values = FOREIGN[name]
+    for value in values:
+        row = {**PAIR, name: value}
+        for needs in (None, (), {"logps"}):
+            (group,) = row_to_group(row, tokenizers(), needs=needs)
+            assert (group.margin, group.cohort) == (None, None)
+            assert {(r.score, r.token_rewards) for r in group.responses} == {(None, None)}
+        with pytest.raises(BadRow, match=f"field '{name}"):
+            row_to_group(row, tokenizers(), needs={need})
+
+
+def test_what_nothing_reads_is_left_out(tokenizers):
+    """So that a batch may mix rows with and without it."""
+    row = {**PAIR, "margin": 1, "group": "a", "scores": [2, 1], "chunk_spans": 3, "lifespans": 4}
+    (group,) = row_to_group(row, tokenizers(), needs=())
+    assert (group.margin, group.cohort, group.responses[0].score) == (None, None, None)
+    (group,) = row_to_group(row, tokenizers())
+    assert (group.margin, group.responses[0].score) == (1.0, 2.0)
+
+
+@pytest.mark.parametrize("blank", ["", "  "])
+@pytest.mark.parametrize(
+    "name", ["tools", "chosen_spans", "scores", "weight", "margin", "group", "token_weights"]
+)
+def test_blank_is_absent(tokenizers, name, blank):
+    needs = {"score", "margin", "cohort"}
+    (plain,), (group,) = (
+        row_to_group(row, tokenizers("chatml"), needs=needs)
+        for row in (CHAT, {**CHAT, name: blank})
+    )
+    assert str(group) == str(plain)
+
+
+def test_a_whole_number_may_be_a_float(tokenizers):
+    cohorts = [
+        row_to_group({**PAIR, "group": value}, tokenizers(), needs={"cohort"})[0].cohort
+        for value in (3, 3.0, np.float32(3), np.int64(3))
+    ]
+    assert cohorts == [3] * 4
+
+
+def test_tools_are_read_by_chat_templates_alone(tokenizers):
+    for name in ("tools", "chat_template_kwargs"):
+        assert row_to_group({**PAIR, name: "hammer"}, tokenizers())
+        with pytest.raises(BadRow, match=f"field '{name}': neither a list or dict nor JSON"):
+            row_to_group({**CHAT, name: "hammer"}, tokenizers("chatml"))
+
+
+def test_token_ids_fit(tokenizers):
+    for wrong in (-1, 2**31, 2**40):
+        side = {"input_ids": [1, wrong, 2], "labels": [-100, wrong, 2]}
+        row = {f"{name}_{key}": ids for name in ("chosen", "rejected") for key, ids in side.items()}
+        with pytest.raises(BadRow, match=r"chosen_input_ids.*not all are token ids"):
+            row_to_group(row, tokenizers())
 
 
 def test_bad_value_is_shown_and_cut():

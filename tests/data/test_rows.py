@@ -148,12 +148,51 @@ def test_broken_lines_are_bad_rows(tmp_path, name, streaming, tokenizers):
         ("empty.jsonl", "", "it is empty"),
         ("ragged.csv", "prompt,chosen\na,b\na,b,c\n", "Expected 2 fields in line 3, saw 3"),
         ("text.parquet", "PAR", "Parquet"),
+        ("empty.csv", "", "No columns"),
+        ("latin.jsonl", '{"prompt": "\u00e9"}'.encode("latin-1"), "not UTF-8 text"),
+        ("wide.jsonl", '{"prompt": "a"}\n'.encode("utf-16"), "not UTF-8 text|not JSON"),
+        ("wide.csv", "prompt,chosen\na,b\n".encode("utf-16"), "not UTF-8 text"),
+        ("binary.jsonl", bytes(range(256)), "not UTF-8 text"),
+        ("torn.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99)[:30], "ended before"),
+        ("flipped.jsonl.gz", b"\x1f\x8b" + bytes(60), "compression method"),
+        ("text.jsonl.gz", b'{"prompt": "a"}\n', "Not a gzipped file"),
+        ("no_list.json", '{"prompt": 3', ""),
+        ("number.json", "3", ""),
+        ("null.json", "null", "begins with null"),
     ],
 )
-def test_unreadable_file_is_named(tmp_path, name, content, reason, streaming):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=rf"cannot read .*/{name}: .*{reason}"):
-        list(load_rows(tmp_path / name, streaming=streaming))
+@pytest.mark.parametrize("origin", [False, True])
+def test_unreadable_file_is_named(tmp_path, name, content, reason, streaming, origin):
+    data = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=rf"cannot read .*/{name}: .*({reason})") as caught:
+        list(load_rows(tmp_path / name, streaming=streaming, origin=origin))
+    assert "\n" not in str(caught.value)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "train.jsonl").write_bytes(b"\xff\xff\n")
+    with pytest.raises(ValueError, match=r"cannot read .*folder"):
+        load_rows(folder)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_first_line_of_null_is_a_bad_row(tmp_path, streaming):
+    """Arrow would end the process."""
+    write(tmp_path / "d.jsonl")
+    (tmp_path / "d.jsonl").write_text("null\n" + (tmp_path / "d.jsonl").read_text())
+    first, *others = load_rows(tmp_path / "d.jsonl", streaming=streaming, origin=True)
+    assert "line 1 is not a JSON object; got 'null'" in first["__torn__"]
+    assert len(others) == len(ROWS)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("broken", ["", "3\n"])
+def test_a_byte_order_mark_is_left_out(tmp_path, streaming, broken):
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n" + broken, encoding="utf-8-sig")
+    first, *others = load_rows(path, streaming=streaming, origin=True)
+    assert (first["prompt"], first["__row__"]) == (ROWS[0]["prompt"], 0)
+    assert len(others) == bool(broken)
 
 
 # What files do to values

@@ -127,7 +127,7 @@ def test_a_wrong_column_names_the_row(tokenizers, column: str, values, part: str
     if part.startswith("1 numbers"):
         values = values[::-1]  # the best response stands second
     with pytest.raises(BadRow, match=rf"row 7, field '{column}.*{re.escape(part)}"):
-        row_to_group({**LIST, column: values}, tokenizers(), index=7)
+        row_to_group({**LIST, column: values}, tokenizers(), needs={"token_rewards"}, index=7)
 
 
 @pytest.mark.parametrize(

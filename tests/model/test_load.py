@@ -52,7 +52,7 @@ def test_lora(saved: str) -> None:
     assert {n.split(".")[-4] for n in adapted} == {
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     }
-    with pytest.raises(ValueError, match="no 'rank'"):
+    with pytest.raises(ValueError, match="no argument 'rank'"):
         load_model(saved, lora={"rank": 3})
 
 
@@ -74,7 +74,7 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
     model = family("llama")
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(ValueError, match=r"no file named model\.safetensors"):
         load_model(str(tmp_path))
 
 

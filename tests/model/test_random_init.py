@@ -88,5 +88,5 @@ def test_byte_tokenizer() -> None:
 
 def test_what_is_no_configuration(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"x\.json has no model_type"):
+    with pytest.raises(ValueError, match=r"x\.json: it has no model_type; name a config"):
         model_config(str(tmp_path / "x.json"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import logging
 import shutil
@@ -95,6 +96,8 @@ def checkpoint(unkilled: Any, tmp_path: Path) -> Path:
 
 def test_complete(checkpoint: Path) -> None:
     assert incomplete(checkpoint) is None
+    sizes_alone(checkpoint)
+    assert incomplete(checkpoint) is None
     (checkpoint / MANIFEST).unlink()  # as another program would have left it
     assert incomplete(checkpoint) is None
 
@@ -108,8 +111,47 @@ def damage_torn(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
 
 
+def damage_garbage(folder: Path) -> None:
+    data = bytearray((folder / "optimizer.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "optimizer.pt").write_bytes(data)
+
+
 def damage_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text("{")
+
+
+def damage_manifest_type(folder: Path) -> None:
+    (folder / MANIFEST).write_text('{"files": ["optimizer.pt"]}')
+
+
+def damage_manifest_list(folder: Path) -> None:
+    held = json.loads((folder / MANIFEST).read_text())
+    del held["files"]["optimizer.pt"]
+    (folder / MANIFEST).write_text(json.dumps(held))
+
+
+def sizes_alone(folder: Path) -> None:
+    """A manifest as releases before the hashes wrote it."""
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    sizes = {name: each["bytes"] for name, each in files.items()}
+    (folder / MANIFEST).write_text(json.dumps({"files": sizes}))
+
+
+def damage_older_garbage(folder: Path) -> None:
+    sizes_alone(folder)
+    damage_garbage(folder)
+
+
+def damage_foreign_garbage(folder: Path) -> None:
+    (folder / MANIFEST).unlink()
+    size = (folder / "rng_state.pth").stat().st_size
+    (folder / "rng_state.pth").write_bytes(b"x" * size)
+
+
+def damage_foreign_header(folder: Path) -> None:
+    (folder / MANIFEST).unlink()
+    damage_torn(folder)
 
 
 def damage_foreign_state(folder: Path) -> None:
@@ -127,8 +169,14 @@ def damage_foreign_weights(folder: Path) -> None:
     [
         (damage_missing, "optimizer.pt is missing"),
         (damage_torn, "model.safetensors has .* bytes instead of"),
+        (damage_garbage, "optimizer.pt is damaged: its bytes are not those that were saved"),
         (damage_manifest, "manifest.json is unreadable"),
-        (damage_foreign_state, "trainer_state.json is missing or torn"),
+        (damage_manifest_type, "manifest.json is unreadable"),
+        (damage_manifest_list, "manifest.json is damaged: the files that it lists"),
+        (damage_older_garbage, "optimizer.pt is damaged"),
+        (damage_foreign_state, "trainer_state.json is damaged"),
+        (damage_foreign_garbage, "rng_state.pth is damaged .*not a zip"),
+        (damage_foreign_header, "model.safetensors is damaged"),
         (damage_foreign_weights, "no weights"),
     ],
 )
@@ -161,7 +209,9 @@ def test_publish_replaces_a_checkpoint_of_the_same_name(tmp_path: Path) -> None:
         publish(staging, final)
     assert (final / "file").read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
-    assert json.loads((final / MANIFEST).read_text())["files"] == {"file": 3}
+    assert json.loads((final / MANIFEST).read_text())["files"] == {
+        "file": {"bytes": 3, "sha256": hashlib.sha256(b"new").hexdigest()}
+    }
 
 
 def test_best_model_and_early_stopping(trainer: Any) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from fastpo.train.chart import Series, chart, short
+from fastpo.train.diagnosis import find_warnings, trend, warnings_text
+from fastpo.train.metrics import read_metrics
 from fastpo.train.report import write_model_card, write_report
-from fastpo.train.run import Run, ends, find_warnings, trend
+from fastpo.train.run import Run, ends
 
 HOSTILE = '<script>alert("x")</script></div></main><img src=x onerror=alert(1)> & "quotes"'
 VOID = {"meta", "br", "img", "hr", "input", "link"}
@@ -209,12 +211,114 @@ def test_warnings(tmp_path: Path, change: Any, title: str) -> None:
     folder = write_run(tmp_path / "r", log)
     assert title in titles(folder)
     assert len(titles(folder).splitlines()) == 1
+    assert warnings_text(Run.read(folder)).count(title) == 1
 
 
-def test_overfitting_names_the_best_step(tmp_path: Path) -> None:
-    losses = {10: 0.6, 20: 0.5, 30: 0.55, 40: 0.65}
-    log = healthy() + [{"step": s, "eval_loss": v} for s, v in losses.items()]
-    assert titles(write_run(tmp_path / "r", log)) == "Evaluation was best at step 20"
+def falling(chosen: float, rejected: float, nats: float = 2.0) -> Any:
+    """Rewards that fall to these, and the chosen log-probability by so many nats."""
+    return lambda t: {
+        "rewards/chosen": chosen * t,
+        "rewards/rejected": rejected * t,
+        "rewards/margins": (chosen - rejected) * t + (t * 40 % 2) / 100,
+        "logps/chosen": -60 - nats * t,
+        "logps/rejected": -60 + 10 * rejected * t,
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "level", "title", "parts"),
+    [
+        (
+            falling(-0.2, -1.5),
+            "note",
+            "Both rewards fall a little while their margin grows",
+            ["rewards/chosen went from", "{dpo: 1, sft: 0.1}", "2410.08847", "0.50 to 0.75"],
+        ),
+        (
+            falling(-2, -5, nats=20),
+            "warn",
+            "Margins grow while the chosen responses become less likely",
+            ["a larger beta", "smaller learning_rate", "--ches"],
+        ),
+        (
+            falling(-2, -2, nats=20),
+            "warn",
+            "Both rewards fall and their margin does not grow",
+            ["tenth of learning_rate", "mixed up"],
+        ),
+    ],
+)
+def test_both_rewards_fall(
+    tmp_path: Path, change: Any, level: str, title: str, parts: list[str]
+) -> None:
+    log = [step_line(i, 40, **change(i / 40)) for i in range(1, 41)]
+    log += [{"step": s, "eval_rewards/accuracies": v} for s, v in ((20, 0.5), (40, 0.75))]
+    folder = write_run(tmp_path / "r", log, recipe="objective: dpo\n")
+    (warning,) = find_warnings(Run.read(folder))
+    assert (warning.level, warning.title) == (level, title)
+    for part in parts:
+        assert part in warning.text
+    assert title in write_report(folder).read_text()
+    mixed = write_run(tmp_path / "m", log, recipe="objective: {dpo: 1, sft: 0.1}\n")
+    assert "sft: 0.1}" not in find_warnings(Run.read(mixed))[0].text
+
+
+@pytest.mark.parametrize("steps", [1, 3, 9])
+def test_a_short_run_is_not_judged(tmp_path: Path, steps: int) -> None:
+    """Each of its numbers would speak of overfitting, chance or a spike in a longer one."""
+    log = [
+        step_line(i, steps, **{"rewards/accuracies": 0.5, "grad_norm": 99.0 if i == 2 else 1.0})
+        for i in range(1, steps + 1)
+    ]
+    log += [{"step": s, "eval_loss": 0.5 + s / 10} for s in range(1, steps + 1)]
+    folder = write_run(tmp_path / "r", log)
+    (warning,) = find_warnings(Run.read(folder))
+    assert warning.title.startswith(f"Too little to judge: {steps} logged step")
+    assert "speaks against" not in write_report(folder).read_text()
+
+
+def test_a_loss_of_zero(tmp_path: Path) -> None:
+    log = [step_line(i, 40, loss=0.0) for i in range(1, 41)]
+    (warning,) = find_warnings(Run.read(write_run(tmp_path / "r", log)))
+    assert (warning.level, warning.title) == ("stop", "The loss is 0 at every step")
+    log[7]["loss"] = 0.1
+    assert titles(write_run(tmp_path / "r", log)) == ""
+
+
+@pytest.mark.parametrize("shift", [0.0, -5.0])  # some objectives' losses are negative
+def test_overfitting_names_the_best_step(tmp_path: Path, shift: float) -> None:
+    def told(*losses: float) -> str:
+        held = [{"step": 10 * i, "eval_loss": v + shift} for i, v in enumerate(losses, 1)]
+        return titles(write_run(tmp_path / "r", healthy() + held))
+
+    assert told(0.6, 0.5, 0.55, 0.65) == "Evaluation was best at step 20"
+    assert told(0.5, 0.51, 0.62, 0.65) == "eval_loss rises at every evaluation"
+    assert told(0.5, 0.65) == told(0.6, 0.5, 0.501, 0.502) == ""
+
+
+def test_chance_needs_certainty(tmp_path: Path) -> None:
+    """Ten batches of one pair each: .5 on average, and nothing is known."""
+    log = [step_line(i, 10, **{"rewards/accuracies": float(i % 2)}) for i in range(1, 11)]
+    assert titles(write_run(tmp_path / "r", log)) == ""
+
+
+# --- broken files ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["run.json", "trainer_state.json", "recipe.yaml", "metrics.jsonl"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "3", "null", "{", '{"data": 3, "objective": "x", "sharing": [], "seconds": "long"}',
+     '{"log_history": 3}', '{"log_history": [3, {"step": "x"}]}', "\x00\xff", "[" * 3000,
+     '{"objective": {"name": {"dpo": "x"}}}', '{"objective": {"dpo": "x"}}', "a: 2026-99-99",
+     '{"step": 1e400, "loss": 1}', '{"step": 1, "loss": 1' + "0" * 400 + "}", "? [a]\n: 1"],
+)  # fmt: skip
+def test_broken_files_give_a_report(tmp_path: Path, name: str, text: str) -> None:
+    folder = write_run(tmp_path / "r", healthy(2), run={"status": "finished"}, recipe="model: m\n")
+    (folder / name).write_bytes(text.encode("latin-1"))
+    Page(write_report(folder).read_text())
+    write_model_card(folder)
+    assert isinstance(read_metrics(folder), list)
 
 
 def test_skipped_rows_are_a_warning_only_when_they_are_many(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.numpy import load_file, save_file
 
 from fastpo.train import reference
 from fastpo.train.reference import adapter_parameters, label_tokens
-from fastpo.train.store import ReferenceStore, fingerprint
+from fastpo.train.store import META, ReferenceStore, fingerprint
 from fastpo.train.trainer import PreferenceTrainer
 from tests.train import tiny
 from tests.train.test_checkpoint import run_child
@@ -87,6 +89,49 @@ def test_stale_store_is_refused_by_part(tmp_path: Path, part: str) -> None:
     ReferenceStore(tmp_path, KEY)
     with pytest.raises(ValueError, match=f"is stale: {part} changed since.*--overwrite keeps"):
         ReferenceStore(tmp_path, {**KEY, part: "other"})
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def without_a_key(path: Path) -> None:
+    shard = load_file(path)
+    save_file({name: shard[name] for name in ("keys", "logps")}, path)
+
+
+def of_wrong_shape(path: Path) -> None:
+    """As an older release would have written it, without a hash."""
+    save_file({**load_file(path), "ends": np.array([3, 99])}, path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: flip(path, -3),
+        lambda path: path.write_bytes(path.read_bytes()[:-9]),
+        lambda path: path.write_bytes(b""),
+        lambda path: (path.unlink(), os.mkfifo(path)),
+        without_a_key,
+        of_wrong_shape,
+    ],
+)
+def test_a_damaged_shard_is_named(tmp_path: Path, damage: Any) -> None:
+    store = ReferenceStore(tmp_path, KEY)
+    store.add(tiny.pairs(2), logps_of(tiny.pairs(2)))
+    shard = next(tmp_path.glob("shard-*"))
+    damage(shard)
+    with pytest.raises(ValueError, match=f"cannot read .*{shard.name}: .*delete this file"):
+        ReferenceStore(tmp_path, KEY)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"key": 3}', "{}", "\xff"])
+def test_a_damaged_store_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / META).write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"cannot read .*store.json: .*another reference_store"):
+        ReferenceStore(tmp_path, KEY)
 
 
 def test_fingerprint_sees_every_weight_and_no_adapter() -> None:

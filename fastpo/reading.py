@@ -1,0 +1,50 @@
+"""Files of users: what a library makes of a broken one is told in a line with the file's name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+REPAIR = "repair the file or leave it out"
+
+
+def told(error: BaseException) -> str:
+    """The first line of an error; with its class where that line is only a name."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 text (byte {error.object[error.start]:#x} at {error.start})"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    line = str(error).strip().partition("\n")[0][:300].rstrip(".")
+    named = isinstance(error, OSError | ValueError | RuntimeError)
+    return line if line and named else f"{type(error).__name__}: {line}".removesuffix(": ")
+
+
+@contextmanager
+def reading(place: str | Path, remedy: str = REPAIR) -> Iterator[None]:
+    """Run a library's reader of one file or folder; its errors have many classes and no name.
+
+    Raises:
+        ValueError: the reader failed; names the place, the reason and the remedy.
+    """
+    try:
+        if (path := Path(place)).exists() and not path.is_file() and not path.is_dir():
+            raise ValueError("not a file")  # a pipe would be waited for
+        yield
+    except (ImportError, MemoryError):  # what is missing here is no fault of the file
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's
+            raise
+        raise ValueError(f"cannot read {place}: {told(error)}; {remedy}") from error
+
+
+def read_text(path: str | Path, remedy: str = REPAIR) -> str:
+    """The text of a UTF-8 file, a byte order mark left out.
+
+    Raises:
+        ValueError: no file that can be read, or bytes that are no UTF-8.
+    """
+    path = Path(path)
+    with reading(path, remedy):
+        return path.read_text(encoding="utf-8-sig")
