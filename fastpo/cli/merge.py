@@ -8,6 +8,7 @@ from typing import Any
 
 from fastpo.cli.models import open_model, open_tokenizer
 from fastpo.model.load import check_place, trained_adapter
+from fastpo.model.merge import write_merged
 from fastpo.train.folder import RunFolder
 
 
@@ -15,7 +16,8 @@ def merge(arguments: argparse.Namespace) -> int:
     """Write safetensors that `from_pretrained` loads without peft.
 
     Raises:
-        ValueError: no adapter in the folder, or something already where the result would go.
+        ValueError: no adapter in the folder, something already where the result would go, or a
+            result that is another model than was trained.
     """
     check_place(arguments.model)
     if trained_adapter(arguments.model) is None:
@@ -27,11 +29,13 @@ def merge(arguments: argparse.Namespace) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder: name another")
     remote = {"trust_remote_code": arguments.trust_remote_code}
-    model: Any = open_model(
-        arguments.model, dtype=arguments.dtype, gguf_file=arguments.gguf_file, **remote
-    )
+
+    def load() -> Any:
+        source = {"dtype": arguments.dtype, "gguf_file": arguments.gguf_file}
+        return open_model(arguments.model, **source, **remote)
+
     with RunFolder(out).placing() as staging:
-        model.merge_and_unload(safe_merge=True).save_pretrained(staging)
+        write_merged(load, staging)
         open_tokenizer(arguments.model, arguments.tokenizer, None, **remote).save_pretrained(
             staging
         )

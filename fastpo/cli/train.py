@@ -29,7 +29,8 @@ from fastpo.data.build import GroupDataset, GroupStream, build_groups
 from fastpo.data.packing import counts_of
 from fastpo.data.rows import load_rows
 from fastpo.head import Workspace, plan_head
-from fastpo.model.load import blend, trained_adapter
+from fastpo.model.load import trained_adapter
+from fastpo.model.merge import blend
 from fastpo.objectives import OBJECTIVES
 from fastpo.redact import is_secret, redact
 from fastpo.train.chart import short

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastpo.head import Head
-from fastpo.model.hidden import label_hidden
+from fastpo.model.hidden import label_hidden, mode
 
 # Initialisations of LoRA that leave the base weights alone; of any other that is not certain.
 _BASE_STAYS = ("gaussian", "eva", "orthogonal", "mica")
@@ -46,13 +46,8 @@ def adapter_off(model: Any) -> Iterator[None]:
 @torch.no_grad()
 def adapter_effect(model: nn.Module, head: Head, batch: Mapping[str, Any]) -> float:
     """Largest difference in log-probs that the adapter makes; 0 for one that does nothing yet."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with mode(model, training=False):
         own = head.logps(label_hidden(model, batch), batch["targets"])
         with adapter_off(model):
             off = head.logps(label_hidden(model, batch), batch["targets"])
-    finally:
-        for module, flag in training.items():
-            module.training = flag
     return (own - off).abs().max().item()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastpo.data.groups import Group, Response
 from fastpo.data.packing import collate
 from fastpo.head import Head, logps_from_logits
-from fastpo.model.hidden import attach, causal_lm, decoder_of, label_hidden
+from fastpo.model.hidden import attach, causal_lm, decoder_of, label_hidden, mode
 from fastpo.model.shared_row import SharingError
 
 logger = logging.getLogger(__name__)
@@ -196,7 +196,7 @@ def self_check(
     pair = replace(small[0], responses=small[0].responses[:2])
     tiny = [_shortened(pair, *_GRADIENT_TOKENS)]
     before = gradients(packed(tiny, False), training=True)
-    with _mode(model, training=False), torch.no_grad():
+    with mode(model, training=False), torch.no_grad():
         # First: where the model itself is broken, sharing prompts is not what fails.
         jumps = any(group.prompt_positions is not None for group in small)
         head_error, head_bound = _compare_head(model, head, batches[False], jumps)
@@ -210,7 +210,7 @@ def self_check(
         padded = _logps(model, head, batches[False])
         if able:
             try:
-                error = _largest(_logps(model, head, batches[True]) - padded)
+                error = largest(_logps(model, head, batches[True]) - padded)
             except SharingError as refusal:
                 able, reason = False, str(refusal)
             else:
@@ -223,7 +223,7 @@ def self_check(
     if before:
         after = gradients(packed(tiny, False), training=True)
         plain = gradients(packed(tiny, False))
-        with _one_rounding(model):
+        with one_rounding(model):
             moved = gradients(packed(tiny, False))
         gradient_error, gradient_bound = gradients.compare(after, before, plain, moved)
         if not gradient_error <= gradient_bound:
@@ -265,7 +265,7 @@ class _Gradients:
         device = batch["targets"].device
         seeded = [] if device.type == "cpu" else [device]
         with (
-            _mode(self.model, training=training),
+            mode(self.model, training=training),
             torch.enable_grad(),
             # The same dropout each time.
             torch.random.fork_rng(seeded, device_type=device.type if seeded else "cuda"),
@@ -293,7 +293,7 @@ class _Gradients:
             return float("inf"), 0.0
         eps = torch.finfo(self.head.weight.dtype).eps
         pairs = [
-            (_largest(a - b), _rounding_bound(self.model, _largest(d - c), eps * _largest(c)))
+            (largest(a - b), rounding_bound(self.model, largest(d - c), eps * largest(c)))
             for a, b, c, d in zip(now, then, plain, moved, strict=True)
         ]
         return max(pairs, key=lambda pair: pair[0] - pair[1])
@@ -337,34 +337,17 @@ def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
-@contextmanager
-def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Training or evaluation mode, without checkpointing, which may not know `autograd.grad`."""
-    before = {module: module.training for module in model.modules()}
-    checkpointed = [m for m in before if getattr(m, "gradient_checkpointing", False)]
-    model.train(training)
-    for module in checkpointed:
-        module.gradient_checkpointing = False  # pyright: ignore[reportArgumentType]
-    try:
-        yield
-    finally:
-        for module, flag in before.items():
-            module.training = flag
-        for module in checkpointed:
-            module.gradient_checkpointing = True  # pyright: ignore[reportArgumentType]
-
-
 def _logps(model: nn.Module, head: Head, batch: dict[str, Any]) -> Tensor:
     return head.logps(label_hidden(model, batch), batch["targets"]).double()
 
 
-def _largest(difference: Tensor) -> float:
+def largest(difference: Tensor) -> float:
     """Largest magnitude; NaN, which no bound admits, counts as infinite."""
     return difference.abs().nan_to_num(nan=float("inf")).max().item()
 
 
 @contextmanager
-def _one_rounding(model: nn.Module) -> Iterator[None]:
+def one_rounding(model: nn.Module) -> Iterator[None]:
     """Every input embedding is moved by one rounding of its dtype."""
 
     def move(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
@@ -380,17 +363,17 @@ def _one_rounding(model: nn.Module) -> Iterator[None]:
         hook.remove()
 
 
-def _rounding_bound(model: nn.Module, moved: float, last: float) -> float:
+def rounding_bound(model: nn.Module, moved: float, last: float) -> float:
     """Of what one rounding of the input embeddings moves; `last`: one rounding of the value."""
     layers = decoder_of(model).config.num_hidden_layers
     return 2 * (2 * layers) ** 0.5 * (moved + last)
 
 
 def _sharing_bound(model: nn.Module, head: Head, batch: dict[str, Any], logps: Tensor) -> float:
-    with _one_rounding(model):
-        moved = _largest(_logps(model, head, batch) - logps)
+    with one_rounding(model):
+        moved = largest(_logps(model, head, batch) - logps)
     eps = torch.finfo(head.weight.dtype).eps
-    return _rounding_bound(model, moved, eps * _largest(logps))
+    return rounding_bound(model, moved, eps * largest(logps))
 
 
 def _compare_head(
@@ -415,7 +398,7 @@ def _compare_head(
             "dtype=float32"
         )
     hidden = label_hidden(model, batch)
-    error = _largest(head.logps(hidden, targets).double() - own)
+    error = largest(head.logps(hidden, targets).double() - own)
 
     weight = head.weight
     raw = (hidden.to(weight.dtype) @ weight.T).abs().max().item() * abs(head.logit_scale)

@@ -311,27 +311,36 @@ def _leave_attention(
 
 
 @contextmanager
+def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Training or evaluation mode, without checkpointing, which may not know `autograd.grad`."""
+    before = {module: module.training for module in model.modules()}
+    checkpointed = [m for m in before if getattr(m, "gradient_checkpointing", False)]
+    model.train(training)
+    for module in checkpointed:
+        module.gradient_checkpointing = False  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        for module, flag in before.items():
+            module.training = flag
+        for module in checkpointed:
+            module.gradient_checkpointing = True  # pyright: ignore[reportArgumentType]
+
+
+@contextmanager
 def generation(model: nn.Module) -> Iterator[nn.Module]:
     """Ready for `model.generate`: eval mode, cache on, no checkpointing; all restored afterwards.
 
     Attention needs no switch, since only calls with a layout leave the model's own.
     """
     inner = causal_lm(model)
-    training = {module: module.training for module in model.modules()}
-    checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     configs = {id(c): c for c in (inner.config, decoder_of(inner).config, inner.generation_config)}
     caches = [(c, c.use_cache) for c in configs.values() if hasattr(c, "use_cache")]
-    model.eval()
-    for module in checkpointed:
-        module.gradient_checkpointing = False  # pyright: ignore[reportArgumentType]
     for config, _ in caches:
         config.use_cache = True
     try:
-        yield model
+        with mode(model, training=False):
+            yield model
     finally:
-        for module, flag in training.items():
-            module.training = flag
-        for module in checkpointed:
-            module.gradient_checkpointing = True  # pyright: ignore[reportArgumentType]
         for config, use_cache in caches:
             config.use_cache = use_cache

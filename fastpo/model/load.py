@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -241,49 +240,6 @@ def add_lora(model: nn.Module, lora: dict[str, Any]) -> nn.Module:
         raise ValueError(fault)
     config = LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **lora})
     return get_peft_model(model, config)  # type: ignore[arg-type]
-
-
-def blend(shares: Mapping[str, float], load: Callable[[str], nn.Module]) -> nn.Module:
-    r"""One model from several of the same architecture: $\theta = \sum_i c_i \theta_i$.
-
-    {a: 0.5, b: 0.5} is a soup (SALSA's reference, arXiv 2411.01798); {new: 1 + alpha, old: -alpha}
-    extrapolates (accelerated preference optimisation, arXiv 2410.06293). Sums run in float32 and
-    are rounded once. Two models are in memory at a time; adapters are merged first.
-
-    Args:
-        shares: name or folder -> share; shares add up to 1.
-        load: opens one of them.
-
-    Raises:
-        ValueError: shares that do not add up to 1, or models with other parameters.
-    """
-    if not shares or not math.isclose(math.fsum(shares.values()), 1.0, abs_tol=1e-6):
-        raise ValueError(f"{dict(shares)} are not shares of one model: they must add up to 1")
-    model: Any = None
-    sums: dict[str, torch.Tensor] = {}
-    for name, share in shares.items():
-        each: Any = load(name)
-        if hasattr(each, "merge_and_unload"):
-            each = each.merge_and_unload(safe_merge=True)
-        parameters = {n: p.detach().float() * share for n, p in each.named_parameters()}
-        if model is None:
-            model, sums = each, parameters
-            continue
-        differing = [n for n in {**sums, **parameters} if not _same_shape(n, sums, parameters)]
-        if differing:
-            raise ValueError(
-                f"{name} and {next(iter(shares))} have not the same parameters: {differing[0]}"
-            )
-        for n, value in parameters.items():
-            sums[n] += value
-    with torch.no_grad():
-        for n, parameter in model.named_parameters():
-            parameter.copy_(sums[n])
-    return model
-
-
-def _same_shape(name: str, a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
-    return name in a and name in b and a[name].shape == b[name].shape
 
 
 def disable_dropout(model: nn.Module) -> int:

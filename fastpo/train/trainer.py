@@ -72,6 +72,7 @@ from fastpo.model.hidden import (
 )
 from fastpo.model.layer_kernels import use_layer_kernels
 from fastpo.model.load import disable_dropout
+from fastpo.model.merge import write_merged
 from fastpo.model.offload import LayerInputOffload
 from fastpo.model.tiled_mlp import tile_mlps
 from fastpo.reading import reading
@@ -1152,13 +1153,16 @@ class PreferenceTrainer(Trainer):
         A PEFT model is merged in a copy, which takes the memory of the model once more.
 
         Raises:
-            ValueError: a file there that this tool did not write; names it.
+            ValueError: a file there that this tool did not write; names it. Or the merged model is
+                another than was trained.
         """
-        model = self.accelerator.unwrap_model(self.model)
-        if isinstance(model, PeftModel):
-            model = copy.deepcopy(model).merge_and_unload(safe_merge=True)  # pyright: ignore
-        if self.args.should_save:
-            with RunFolder.at(path).placing() as staging:
+        if not self.args.should_save:
+            return
+        model: Any = self.accelerator.unwrap_model(self.model)
+        with RunFolder.at(path).placing() as staging:
+            if isinstance(model, PeftModel):
+                write_merged(lambda: copy.deepcopy(model), staging)
+            else:
                 model.save_pretrained(str(staging))
-                if self.processing_class is not None:
-                    self.processing_class.save_pretrained(str(staging))
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(str(staging))

@@ -116,7 +116,7 @@ TORN = b'{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": \n{"prompt": "c"}\n'
 @pytest.mark.parametrize("name", ["b.jsonl", "b.jsonl.gz"])
 def test_torn_line_is_named(tmp_path, name, streaming):
     write(tmp_path / "a.jsonl")
-    (tmp_path / name).write_bytes(gzip.compress(TORN) if name.endswith("gz") else TORN)
+    (tmp_path / name).write_bytes(gzip.compress(TORN, mtime=0) if name.endswith("gz") else TORN)
     message = rf"cannot read .*/{name}: line 3 is not JSON \(.*; got '{{\"prompt\": '; repair"
     with pytest.raises(ValueError, match=message):
         list(load_rows(tmp_path / "*", streaming=streaming))
@@ -129,7 +129,7 @@ def test_broken_lines_are_bad_rows(tmp_path, name, streaming, tokenizers):
     write(tmp_path / "a.jsonl")
     good = json.dumps(ROWS[0])
     text = "\n".join([good, "", '{"prompt": ', good, "3", good[:-1] + ', "weight": 2}']).encode()
-    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    (tmp_path / name).write_bytes(gzip.compress(text, mtime=0) if name.endswith("gz") else text)
     rows = load_rows(tmp_path / "*", streaming=streaming, origin=True)
     build = GroupStream if streaming else partial(build_groups, progress=False)
     where = rf"{name}, row 1, field 'line': line 3 is not JSON \(.*; got '{{\"prompt\": '"
@@ -153,7 +153,7 @@ def test_broken_lines_are_bad_rows(tmp_path, name, streaming, tokenizers):
         ("wide.jsonl", '{"prompt": "a"}\n'.encode("utf-16"), "not UTF-8 text|not JSON"),
         ("wide.csv", "prompt,chosen\na,b\n".encode("utf-16"), "not UTF-8 text"),
         ("binary.jsonl", bytes(range(256)), "not UTF-8 text"),
-        ("torn.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99)[:30], "ended before"),
+        ("torn.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99, mtime=0)[:30], "ended before"),
         ("flipped.jsonl.gz", b"\x1f\x8b" + bytes(60), "compression method"),
         ("text.jsonl.gz", b'{"prompt": "a"}\n', "Not a gzipped file"),
         ("no_list.json", '{"prompt": 3', ""),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,12 @@ from fastpo.model import load
 from fastpo.model.hidden import attach
 from fastpo.model.load import (
     add_lora,
-    blend,
     disable_dropout,
     load_model,
     load_tokenizer,
     trained_adapter,
 )
-from tests.model.tiny import FAMILIES, family, tiny
+from tests.model.tiny import family
 
 
 @pytest.fixture
@@ -128,27 +126,3 @@ def test_padding_token(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "none")
     with pytest.raises(ValueError, match="neither a padding"):
         load_tokenizer(str(tmp_path / "none"))
-
-
-def test_blend(tmp_path: Path) -> None:
-    """Soups and extrapolations of weights, adapters merged first; the sum is rounded once."""
-    folders = [tmp_path / "a", tmp_path / "b"]
-    for seed, folder in enumerate(folders):
-        tiny("llama", seed, **FAMILIES["llama"][1]).save_pretrained(folder)
-    a, b = (load_model(str(f), dtype="bfloat16") for f in folders)
-    shares = dict(zip(map(str, folders), (1.5, -0.5), strict=True))
-    mixed = blend(shares, lambda name: load_model(name, dtype="bfloat16"))
-    for name, parameter in mixed.named_parameters():
-        p, q = (m.get_parameter(name).float() for m in (a, b))
-        assert torch.equal(parameter, (1.5 * p + -0.5 * q).bfloat16())
-    adapter = add_lora(load_model(str(folders[0])), {"r": 2, "init_lora_weights": False})
-    adapter.save_pretrained(tmp_path / "adapter")
-    merged = copy.deepcopy(adapter).merge_and_unload(safe_merge=True)
-    only = blend({"it": 1.0}, lambda name: adapter)
-    for name, parameter in only.named_parameters():
-        assert torch.equal(parameter, merged.get_parameter(name))
-    with pytest.raises(ValueError, match="must add up to 1"):
-        blend({"a": 0.5, "b": 0.6}, lambda name: a)
-    other = tiny("llama", **{**FAMILIES["llama"][1], "intermediate_size": 64})
-    with pytest.raises(ValueError, match=r"b and a have not the same parameters: model\.layers\.0"):
-        blend({"a": 0.5, "b": 0.5}, lambda name: a if name == "a" else other)
