@@ -234,13 +234,18 @@ def self_check(
                 "quantisation or kernel, or without"
             )
         if able:
-            off, explained = gradients.compare(gradients(packed(tiny, True)), plain, plain, moved)
-            if not off <= explained:
-                able = False
-                reason = (
-                    f"gradients of shared and padded prompts differ by {off:.2e}, rounding "
-                    f"explains {explained:.2e}"
-                )
+            try:
+                shared = gradients(packed(tiny, True))
+            except NotImplementedError as refusal:  # FlexAttention on a CPU
+                able, reason = False, str(refusal).partition(".")[0]
+            else:
+                off, explained = gradients.compare(shared, plain, plain, moved)
+                if not off <= explained:
+                    able = False
+                    reason = (
+                        f"gradients of shared and padded prompts differ by {off:.2e}, rounding "
+                        f"explains {explained:.2e}"
+                    )
     if share_prompt and not able:
         logger.warning("prompts are not shared, every response gets its own row: %s", reason)
     return SelfCheck(

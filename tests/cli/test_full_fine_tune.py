@@ -83,7 +83,7 @@ def test_bfloat16_weights_are_refused_before_the_data_is_read(
     assert said.startswith("fastpo: optim=adamw_torch_fused at learning_rate=1e-05 leaves 8")
     assert "dtype=float32" in said
     assert "optim=adamw_torch_8bit (torchao)" in said
-    assert not (half / "run" / "run.json").exists()
+    assert not (half / "run" / "metrics.jsonl").exists()
 
 
 def test_bfloat16_weights_with_an_optimiser_that_moves_them(half: Path) -> None:

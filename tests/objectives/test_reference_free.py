@@ -44,7 +44,7 @@ def test_cpo_links() -> None:
 
 @pytest.mark.parametrize("loss_type", ["hinge", "ipo"])
 def test_only_the_sigmoid_smooths_labels(loss_type) -> None:
-    with pytest.raises(ValueError, match=r"label_smoothing=0\.1, but loss_type=.* 'sigmoid'"):
+    with pytest.raises(ValueError, match=r"label_smoothing=0\.1, but loss_type=.*'sigmoid'"):
         cpo(S, S, CHOSEN, BOTH, label_smoothing=0.1, loss_type=loss_type)
 
 

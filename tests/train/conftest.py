@@ -32,7 +32,7 @@ def groups() -> list[Group]:
 @pytest.fixture
 def config(tmp_path: Path) -> Callable[..., PreferenceConfig]:
     def make(**options: Any) -> PreferenceConfig:
-        return tiny.config(tmp_path / "run", **options)
+        return tiny.config(options.pop("output_dir", tmp_path / "run"), **options)
 
     return make
 

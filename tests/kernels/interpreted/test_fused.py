@@ -226,7 +226,7 @@ def test_no_groups():
 
 def test_bad_hyper_parameters_are_told_as_ever():
     scores = scores_of(Case("dpo", {}))
-    with pytest.raises(ValueError, match=r"label_smoothing is 0\.7"):
+    with pytest.raises(ValueError, match=r"label_smoothing=0\.7"):
         fused.evaluate(OBJECTIVES["dpo"], {"label_smoothing": 0.7}, scores)
     with pytest.raises(ValueError, match="unknown link 'cubic' of gpo"):
         fused.evaluate(OBJECTIVES["gpo"], {"link": "cubic"}, scores)
