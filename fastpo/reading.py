@@ -48,3 +48,20 @@ def read_text(path: str | Path, remedy: str = REPAIR) -> str:
     path = Path(path)
     with reading(path, remedy):
         return path.read_text(encoding="utf-8-sig")
+
+
+@contextmanager
+def opening(name: str) -> Iterator[None]:
+    """A library reads a model, tokenizer or adapter here: what is broken is named.
+
+    Raises:
+        ValueError: a file of it is damaged, or is something else.
+        OSError: no such model; libraries name it themselves.
+    """
+    try:
+        with reading(name, "save or download it again"):
+            yield
+    except ValueError as error:
+        if isinstance(error.__cause__, OSError) and not Path(name).exists():
+            raise error.__cause__ from None
+        raise

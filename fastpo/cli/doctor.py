@@ -222,6 +222,7 @@ def _model(arguments: argparse.Namespace, device: torch.device) -> None:
     from fastpo.model.check import can_share_prompt
     from fastpo.model.facts import read_head
     from fastpo.model.load import trained_adapter
+    from fastpo.reading import opening
     from fastpo.train.chart import short
 
     adapter = trained_adapter(arguments.model)
@@ -230,8 +231,8 @@ def _model(arguments: argparse.Namespace, device: torch.device) -> None:
     source = {"revision": adapter.revision if adapter else arguments.revision, **remote}
     if gguf_file := arguments.gguf_file or (adapter and adapter.gguf_file):
         source["gguf_file"] = gguf_file
-    config = AutoConfig.from_pretrained(name, **source)
-    with torch.device("meta"):  # shapes without weights
+    with opening(name), torch.device("meta"):  # shapes without weights
+        config = AutoConfig.from_pretrained(name, **source)
         model = AutoModelForCausalLM.from_config(config, **remote)
     print(f"\n{arguments.model}")
     count = sum(p.numel() for p in model.parameters())

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fastpo.model.adapters import altered_base
-from fastpo.model.load import check_place, load_model, load_tokenizer, opening, trained_adapter
+from fastpo.model.load import check_place, load_model, load_tokenizer, trained_adapter
 from fastpo.model.random_init import byte_tokenizer, model_config
-from fastpo.reading import read_text
+from fastpo.reading import opening, read_text
 from fastpo.redact import redact
 
 

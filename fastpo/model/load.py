@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,26 +26,9 @@ from fastpo.model.device import default_device, native_bf16
 from fastpo.model.lora import lora_faults
 from fastpo.model.random_init import model_config, random_model
 from fastpo.optional import require
-from fastpo.reading import reading
+from fastpo.reading import opening, reading
 
 logger = logging.getLogger(__name__)
-
-
-@contextmanager
-def opening(name: str) -> Iterator[None]:
-    """A library reads a model, tokenizer or adapter here: what is broken is named.
-
-    Raises:
-        ValueError: a file of it is damaged, or is something else.
-        OSError: no such model; libraries name it themselves.
-    """
-    try:
-        with reading(name, "save or download it again"):
-            yield
-    except ValueError as error:
-        if isinstance(error.__cause__, OSError) and not Path(name).exists():
-            raise error.__cause__ from None
-        raise
 
 
 class Adapter(NamedTuple):

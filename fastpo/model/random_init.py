@@ -20,7 +20,7 @@ from transformers import (
 from transformers.quantizers import AutoHfQuantizer
 
 from fastpo.optional import require
-from fastpo.reading import reading
+from fastpo.reading import opening, reading
 
 _LLAMA3: dict[str, Any] = {
     "model_type": "llama",
@@ -105,7 +105,8 @@ def model_config(name: str, **source: Any) -> PretrainedConfig:
             if "model_type" not in values:
                 raise ValueError("it has no model_type")
             return AutoConfig.for_model(**values)
-    return AutoConfig.from_pretrained(name, **source)
+    with opening(name):
+        return AutoConfig.from_pretrained(name, **source)
 
 
 def byte_tokenizer(config: PretrainedConfig) -> PreTrainedTokenizerFast:
