@@ -26,23 +26,24 @@ _WORDS = re.compile(
 )
 _QUERY = re.compile(r"^(?:x_amz_)?(?:sig|signature|key|token|auth)$")
 
+# No pattern below looks far ahead from each of many places: a text may be a megabyte of one letter.
 # A token that stands free, by what its maker puts before it. 40 hexadecimal digits are no token:
 # a commit looks the same.
 _TOKEN = re.compile(
     r"(?<![A-Za-z0-9])(?:"
     r"(?:hf|api_org)_(?:[A-Za-z0-9]{20,}|(?=[a-z]*[0-9A-Z])[A-Za-z0-9]{12,})"
-    r"|sk-(?=[\w-]*\d)[\w-]{16,}"
+    r"|sk-(?=[\w-]{0,99}\d)[\w-]{16,}"
     r"|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|xox[abeprs]-[\w-]{10,}"
     r"|wandb_v\d_\w{16,}|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}"
-    r"|eyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]*)?"
+    r"|eyJ[\w-]{16,}(?:\.[\w-]*)*"
     r")"
 )
 _BEARER = re.compile(r"(?i)(?<=\bbearer )[\w.~+/=-]{12,}")
-_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^/\s\"'<>?#]+)@")
+_USER = re.compile(r"(?<=://)([^/\s\"'<>?#]+)@")
 _KEY = re.compile(
-    r"(?<![\w-])(?:(?P<flag>--[A-Za-z][\w.-]*)(?:\s+|=)|(?P<name>[A-Za-z][\w.-]*)[\"']?\s*[=:]\s*)"
+    r"(?<![\w.-])(?:(?P<flag>--[A-Za-z][\w.-]*)(?:\s+|=)|(?P<name>[\w.-]+)[\"']?\s*[=:]\s*)"
 )
-_VALUE = re.compile(r"\"[^\"\n]*\"|'[^'\n]*'|\[[^\]\n]*\]|[^\s,;&#)}\]\"'<-][^\s,;&#)}\]\"'<]*")
+_VALUE = re.compile(r"\"[^\"\n]*\"?|'[^'\n]*'?|\[[^\]\n]*\]?|[^\s,;&#)}\]\"'<-][^\s,;&#)}\]\"'<]*")
 
 _known: set[str] = set()
 
@@ -116,8 +117,8 @@ def _after_keys(text: str) -> str:
 
 
 def _user(found: re.Match[str]) -> str:
-    plain = "ssh" in found[1] and ":" not in found[2]  # ssh://git@host
-    return found[0] if plain else f"{found[1]}{REDACTED}@"
+    ssh = found.string.endswith("ssh://", 0, found.start())  # ssh://git@host
+    return found[0] if ssh and ":" not in found[1] else f"{REDACTED}@"
 
 
 def _query(found: re.Match[str]) -> str:

@@ -83,6 +83,11 @@ def test_only_the_hub_token_is_a_secret_of_ours() -> None:
         ("hub_token = 12345 (int), not text", "hub_token = <redacted> (int), not text"),
         ("see hf_ABCdefGHI1234567890abc.", "see <redacted>."),
         ("sk-abcdefghijklmnop1234", "<redacted>"),
+        ("of eyJhbGciOiJub25lIn0.eyJzdWIiOiJtZSJ9. here", "of <redacted> here"),
+        ("see .hub_token=ab", "see .hub_token=<redacted>"),
+        ("1hub_token: ab", "1hub_token: <redacted>"),
+        ("-https://me:pw@host", "-https://<redacted>@host"),
+        ("hub_token=[ab, cd\nx", "hub_token=<redacted>\nx"),
     ],
 )
 def test_texts(text: str, left: str) -> None:
@@ -110,3 +115,12 @@ def test_texts_without_a_secret(text: str) -> None:
 @pytest.mark.parametrize("value", [None, True])
 def test_what_a_key_does_not_hide(value: Any) -> None:
     assert redact({"token": value}) == {"token": value}
+
+
+@pytest.mark.parametrize("piece", ["x", ".", "a.", "sk-", "-eyJ", "a:", "ssh://a@", "secret=[ "])
+def test_a_long_text_is_read_once(piece: str) -> None:
+    """A pattern that looks ahead from each place of it would take hours."""
+    length = 1 << 20
+    secret = "secret_token=swordfish-1"
+    found = redact(f"{piece * (length // len(piece))}\n{secret}")
+    assert found.endswith(f"secret_token={REDACTED}")
