@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from fastpo.train.values import choices
+from fastpo.train.values import choices, parse
 
 FAULTS = ("traceback", "silent", "lost", "unnamed", "stopped")
 
@@ -166,7 +166,7 @@ _PLAIN: dict[Any, list[Any]] = {
     dict: [{}],
 }
 # Names of values that libraries write in another way.
-_SAME = {"report_to": {"none": []}}
+_SAME = {"report_to": {"none": []}, "dtype": {"auto": "float32"}}
 
 
 class Recipes:
@@ -265,6 +265,7 @@ def unused(given: dict[str, Any], folder: Path) -> str | None:
     for key, value in given.items():
         if value is None or "token" in key.split("_"):  # null is the default; secrets are redacted
             continue
+        value = parse(yaml.dump(value, allow_unicode=True))[1]  # PyYAML writes "1e-5" as a number
         head, _, rest = key.partition(".")
         if rest and isinstance(saved.get(head), dict):
             key, value = head, {rest: value}

@@ -142,8 +142,9 @@ class Encoder:
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise ValueError(
-                "the tokenizer has no end-of-sequence token, so no response could end: set "
-                "tokenizer.eos_token"
+                f"the tokenizer {self.tokenizer.name_or_path!r} has no end-of-sequence token, so "
+                "no response could end: set tokenizer.eos_token, or eos_token in "
+                "tokenizer_config.json"
             )
         return eos
 

@@ -200,6 +200,7 @@ def load_tokenizer(
         source["gguf_file"] = gguf_file
     with opening(name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **source)
+        tokenizer("a")  # a setting of another type fails at the first use
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"{name_or_path}: neither a padding nor an end-of-sequence token")

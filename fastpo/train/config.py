@@ -346,10 +346,8 @@ class PreferenceConfig(TrainingArguments):
             if name == "share_prompt":
                 choices = ["auto", "true", "false"]
             value = getattr(self, name, None)
-            if choices and value not in choices and value is not None:
-                raise ValueError(
-                    f"{name}={value!r} is not one of {', '.join(choices)}{_nearest(value, choices)}"
-                )
+            if choices and value is not None:
+                self._refuse_others(name, choices)
         for name, what in (("mlp_tile", "tokens"), ("workspace_mib", "MiB")):
             value = getattr(self, name)
             if isinstance(value, str) and value != "auto":
@@ -429,23 +427,33 @@ class PreferenceConfig(TrainingArguments):
                 "reference='adapter' or 'copy'"
             )
 
+    def _refuse_others(self, name: str, choices: list[str]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise ValueError(
+                f"{name}={value!r} is not one of {', '.join(choices)}{_nearest(value, choices)}"
+            )
+
     def _check_forms(self) -> None:
         """Values that TrainingArguments takes in any form and fails on much later."""
         for name in ("log_level", "log_level_replica"):
-            value, levels = getattr(self, name), list(trainer_log_levels)
-            if value not in levels:
-                raise ValueError(
-                    f"{name}={value!r} is not one of {', '.join(levels)}{_nearest(value, levels)}"
-                )
+            self._refuse_others(name, [*trainer_log_levels])
         for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs"):
             value = getattr(self, name)
             if not isinstance(value, dict | None):
                 raise ValueError(f"{name}={value!r} is no mapping of names to values")
-        if not hasattr(self.parallelism_config or ParallelismConfig, "get_device_mesh"):
+        if not isinstance(self.parallelism_config, ParallelismConfig | None):
             raise ValueError(
                 f"parallelism_config={self.parallelism_config!r}: give accelerate's "
                 "ParallelismConfig from Python, or start the run with `accelerate launch`"
             )
+
+        if self.torch_compile_backend is not None:
+            self._refuse_others("torch_compile_backend", torch.compiler.list_backends(()))
+        if self.torch_compile_mode is not None:
+            from torch._inductor import list_mode_options  # takes a second or two to import
+
+            self._refuse_others("torch_compile_mode", [*list_mode_options()])
 
     def _check_masks(self, loss: PreferenceLoss) -> None:
         if self.token_masks == "none":

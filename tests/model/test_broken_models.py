@@ -69,6 +69,7 @@ def text(content: str) -> Callable[[Path], Any]:
         ("tokenizer.json", cut, ""),
         ("tokenizer.json", text("{}"), ""),
         ("tokenizer_config.json", text("[]"), ""),
+        ("tokenizer_config.json", text('{"model_max_length": "x"}'), ""),
     ],
 )
 def test_a_damaged_model_is_named(folder: Path, name: str, damage: Any, reason: str) -> None:
