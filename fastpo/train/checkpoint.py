@@ -46,7 +46,8 @@ def staging_dir(run_dir: str | Path, step: int) -> Path:
     return Path(run_dir) / f".checkpoint-{step}.partial"
 
 
-def _fsync(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have a file, or a folder's names, on disk before anything else is done."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -99,9 +100,9 @@ def publish(staging: Path, final: Path) -> None:
     text = json.dumps({"files": files, "sha256": _of_list(files)}, indent=1)
     (staging / MANIFEST).write_text(text, encoding="utf-8")
     for path in [*paths, staging / MANIFEST]:
-        _fsync(path)
+        flush(path)
     for folder in [p for p in staging.rglob("*") if p.is_dir()] + [staging]:
-        _fsync(folder)
+        flush(folder)
     if final.exists():  # a resumed run saves the same step again
         retired = final.with_name(f".{final.name}.retired")
         shutil.rmtree(retired, ignore_errors=True)
@@ -111,7 +112,7 @@ def publish(staging: Path, final: Path) -> None:
         shutil.rmtree(retired)
     else:
         staging.rename(final)
-    _fsync(final.parent)
+    flush(final.parent)
 
 
 def incomplete(checkpoint: str | Path) -> str | None:

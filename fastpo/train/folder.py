@@ -27,7 +27,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from fastpo.redact import redact
-from fastpo.train.checkpoint import MANIFEST
+from fastpo.train.checkpoint import MANIFEST, flush
 
 log = logging.getLogger(__name__)
 
@@ -78,23 +78,15 @@ _SEAL = re.compile(r"^(?:<!--|#) fastpo ([0-9a-f]{16})(?: -->)?$", re.MULTILINE)
 # --- files -----------------------------------------------------------------------------------
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A name to write to; on leaving, the file has its own name, or after an error none."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
-        _flush(partial)
+        flush(partial)
         partial.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -399,7 +391,7 @@ class RunFolder:
             raise ValueError(f"{error}; the model was saved to {staging}") from error
         stale = [n for n in self.files - {*saved} if any(PurePath(n).match(p) for p in _WEIGHTS)]
         for name in saved:
-            _flush(staging / name)
+            flush(staging / name)
             (self.path / name).parent.mkdir(exist_ok=True, parents=True)
             (staging / name).replace(self.path / name)
         for name in stale:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +23,7 @@ from fastpo.data.groups import Group
 from fastpo.head import Head, linear_logps
 from fastpo.model.adapters import adapter_off, altered_base
 from fastpo.model.facts import read_head
-from fastpo.model.hidden import attach, label_hidden
+from fastpo.model.hidden import attach, label_hidden, mode
 from fastpo.train.store import ReferenceStore, ShardWriter
 
 log = logging.getLogger(__name__)
@@ -256,16 +255,6 @@ def resolve_kind(
     return "adapter" if is_peft else "store" if storable else "copy"
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
 def label_tokens(group: Group) -> int:
     """How many log-probs a group has: scored tokens of its candidates and extras."""
     return sum(int(r.loss_mask.sum()) for r in group.every)
@@ -309,7 +298,7 @@ def fill_store(
         return 0
     writer = ShardWriter(store)
     bar = tqdm(total=count, desc=what, unit="group", disable=not progress or rank > 0)
-    with bar, _evaluating(source.model):
+    with bar, mode(source.model, training=False):
         for part in (row for batch in batches for row in rows(batch)):
             batch = collate(part)
             found = source(source.model, batch)
