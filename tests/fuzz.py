@@ -254,6 +254,7 @@ _REWRITTEN = {
     "ddp_find_unused_parameters", "dataloader_pin_memory", "metric_for_best_model",
     "greater_is_better",
     "parallelism_config", "gradient_checkpointing_kwargs", "use_cpu", "warmup_ratio", "log_level",
+    "include_num_input_tokens_seen",
 }  # fmt: skip
 
 
