@@ -309,6 +309,8 @@ def load_rows(
         if path.is_file():
             return _load_files([str(path)], wanted, streaming, origin)
         if path.is_dir():
+            if path.resolve() in (Path("/"), Path.home()):  # all their files would be looked at
+                raise ValueError(f"{source} is no data set: name a file or a folder in it")
             with _naming(str(source)):
                 return _load_folder(path, name, wanted, streaming)
         matches = sorted(f for f in glob.glob(str(path), recursive=True) if Path(f).is_file())

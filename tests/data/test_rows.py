@@ -90,6 +90,12 @@ def test_nothing_there(tmp_path):
         load_rows("./a/b/no-such-rows-here")
 
 
+@pytest.mark.parametrize("place", ["~", "/", "~/../.."])
+def test_a_folder_of_everything(place):
+    with pytest.raises(ValueError, match="is no data set: name a file or a folder in it"):
+        load_rows(place)
+
+
 def test_hub_name_not_found(monkeypatch):
     def load_dataset(path, **kwargs):
         assert (path, kwargs["split"], kwargs["name"]) == ("owner/none", "train", "en")
