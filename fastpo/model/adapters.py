@@ -1,16 +1,19 @@
-"""Adapters switched off: what that changes, and when the model without them is its base."""
+"""Adapters switched off and copied: what that changes, and when the model without them is its base."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastpo.head import Head
 from fastpo.model.hidden import label_hidden, mode
+
+M = TypeVar("M", bound=nn.Module)
 
 # Initialisations of LoRA that leave the base weights alone; of any other that is not certain.
 _BASE_STAYS = ("gaussian", "eva", "orthogonal", "mica")
@@ -29,6 +32,19 @@ def altered_base(model: Any) -> str | None:
         if getattr(config, "kasa_config", None) is not None:
             return "kasa_config"
     return None
+
+
+def copied(model: M, shared: Iterable[Tensor] = ()) -> M:
+    """Copy a model; it shares these tensors with its copy.
+
+    Beside a tied layer peft keeps views of the other's adapter, which torch refuses to copy.
+    """
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
+    for module in model.modules():
+        beside: Any = getattr(module, "kwargs", None)
+        views = beside.get("tied_adapter") if isinstance(beside, dict) else None
+        memo |= {id(view): view.detach() for view in (views or {}).values()}
+    return copy.deepcopy(model, memo)
 
 
 @contextmanager

@@ -98,12 +98,7 @@ def attach(model: M, *, attention_backend: str | None = None) -> M:
     """
     inner = causal_lm(model)
     keep_trainable(model)
-    adapter = getattr(model, "active_peft_config", None)
-    if adapter is not None and adapter.is_prompt_learning:
-        raise ValueError(
-            f"{adapter.peft_type} puts tokens in front of every row, which moves the label "
-            "positions: use LoRA or another adapter of weights"
-        )
+    refuse_prompt_learning(model)
     if "_fastpo" in inner.__dict__:
         if attention_backend is not None:
             inner.__dict__["_fastpo"].attention_backend = attention_backend
@@ -127,6 +122,17 @@ def attach(model: M, *, attention_backend: str | None = None) -> M:
     )
     inner.forward = MethodType(_forward_like(type(inner).forward), inner)
     return model
+
+
+def refuse_prompt_learning(model: nn.Module) -> None:
+    """ValueError for an adapter of tokens instead of weights."""
+    adapter: Any = getattr(model, "active_peft_config", None)
+    if adapter is not None and adapter.is_prompt_learning:
+        kind = getattr(adapter.peft_type, "value", adapter.peft_type)
+        raise ValueError(
+            f"{kind} puts tokens in front of every row, which moves the label positions: use LoRA "
+            "or another adapter of weights"
+        )
 
 
 def detach(model: M) -> M:

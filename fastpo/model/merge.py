@@ -74,7 +74,7 @@ def merged(model: PeftModel) -> nn.Module:
     A matrix that is both ends of the model becomes two where an adapter stands on one of them.
 
     Raises:
-        ValueError: an adapter that has no weights to merge, or a result that is another model.
+        ValueError: an adapter that cannot be merged, or a result that is another model.
     """
     trained = _Logits.of(model)
     inner: Any = causal_lm(model)
@@ -84,7 +84,14 @@ def merged(model: PeftModel) -> nn.Module:
     if not hasattr(model.base_model, "merge_and_unload"):
         kind = model.peft_config[model.active_adapters[0]].peft_type
         raise ValueError(f"{kind} adapters have no weights to merge: keep base model and adapter")
-    result: Any = model.merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
+    try:
+        result: Any = model.merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"peft cannot merge this adapter ({error}): keep base model and adapter"
+        ) from error
     trained.compare(result, "the merged model")
     return result
 

@@ -16,6 +16,7 @@ from peft import (
     KasaConfig,
     LoraConfig,
     PeftModel,
+    PromptTuningConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -280,6 +281,14 @@ def test_refused(trainer: Any, options: dict, message: str) -> None:
         trainer(**options)
 
 
+@pytest.mark.parametrize("kind", ["auto", "copy"])
+def test_adapters_of_tokens_are_refused(trainer: Any, kind: str) -> None:
+    """By name, whatever the reference: no other one would help."""
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match=r"^PROMPT_TUNING puts tokens in front .* use LoRA"):
+        trainer(model=get_peft_model(tiny.model(), config), reference=kind)
+
+
 def test_sharded_run_refuses_a_copy(trainer: Any) -> None:
     made = trainer()
     made.is_fsdp_enabled = True
@@ -291,6 +300,20 @@ def logits(model: Any) -> Tensor:
     group = tiny.pairs(1)[0]
     with torch.no_grad():
         return model.eval()(input_ids=torch.from_numpy(group.prompt_ids).long()[None]).logits
+
+
+def test_tied_adapters_are_copied(trainer: Any, tmp_path: Path) -> None:
+    """Beside one of two tied adapters peft keeps views of the other."""
+    targets = ["q_proj", "embed_tokens", "lm_head"]
+    config = LoraConfig(r=4, target_modules=targets, ensure_weight_tying=True)
+    model = get_peft_model(tiny.model(tie_word_embeddings=True), config)
+    made = trainer(model=model, reference="copy", learning_rate=0.05)
+    assert first_loss(made) == LN2
+    made.save_merged(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    exact = tiny.model(tie_word_embeddings=True)
+    exact.load_state_dict(merged.state_dict())
+    assert_three_way(logits(merged), logits(model), logits(exact.double()))
 
 
 @pytest.mark.parametrize("saved", [None, ["lm_head"]], ids=["lora", "lora and head"])
