@@ -1,4 +1,4 @@
-"""Adapters switched off and copied: what that changes, and when the model without them is its base."""
+"""Adapters off and copies of them: what changes, and when a model without them is its base."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ from fastpo.train.metrics import (
     peak_memory_gib,
     refuse_missing_trackers,
 )
-from fastpo.train.optimizers import lost_steps, require_optimizer
+from fastpo.train.optimizers import lost_steps, optimizer_options, require_optimizer
 from fastpo.train.reference import (
     AdapterReference,
     ModelReference,
@@ -680,6 +680,13 @@ class PreferenceTrainer(Trainer):
         if self._masking is not None:
             self._masking.add_to(optimizer, self.args.weight_decay)
         return optimizer
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
+        """The Trainer's, which hands some numbers and truths of `optim_args` on as text."""
+        made, keywords = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        told = {k: v for k, v in optimizer_options(args).items() if not isinstance(v, str)}
+        return made, {name: told.get(name, value) for name, value in keywords.items()}
 
     # ---- Counting ----
 
