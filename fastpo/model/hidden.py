@@ -235,9 +235,19 @@ def _forward_like(original: Callable) -> Callable:
             # What accelerate or another tool had put on the instance before.
             earlier = self.__dict__["_fastpo"].forward
             return original(self, *args, **kwargs) if earlier is None else earlier(*args, **kwargs)
-        return _hidden(self, fastpo_layout, fastpo_balance, *args, **kwargs)
+        found = _hidden(self, fastpo_layout, fastpo_balance, *args, **kwargs)
+        return (_for_head(self, found[0]), found[1]) if fastpo_balance else _for_head(self, found)
 
     return forward
+
+
+def _for_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Hidden states as a head takes them that is held in float32 above half-precision layers."""
+    weight: Any = getattr(model.get_output_embeddings(), "weight", None)
+    half = hidden.dtype in (torch.bfloat16, torch.float16)
+    if half and not torch.is_autocast_enabled(hidden.device.type):
+        return hidden.float() if getattr(weight, "dtype", None) is torch.float32 else hidden
+    return hidden
 
 
 def _hidden(

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from fastpo.model.adapters import lower_saved_modules
 from fastpo.model.check import largest, one_rounding, rounding_bound
 from fastpo.model.hidden import causal_lm, mode
 
@@ -36,7 +38,8 @@ class _Logits(NamedTuple):
             moved = largest(_values(model, ids) - values)
         last = torch.finfo(values.dtype).eps * largest(values)
         # Merged weights are rounded once more, in every adapted matrix of a layer.
-        adapted = sum(isinstance(module, BaseTunerLayer) for module in model.modules())
+        kinds = BaseTunerLayer | ModulesToSaveWrapper
+        adapted = sum(isinstance(module, kinds) for module in model.modules())
         return cls(ids, values, math.sqrt(1 + adapted) * rounding_bound(model, moved, last))
 
     def compare(self, model: nn.Module, what: str) -> None:
@@ -84,6 +87,7 @@ def merged(model: PeftModel) -> nn.Module:
     if not hasattr(model.base_model, "merge_and_unload"):
         kind = model.peft_config[model.active_adapters[0]].peft_type
         raise ValueError(f"{kind} adapters have no weights to merge: keep base model and adapter")
+    lower_saved_modules(model)
     try:
         result: Any = model.merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
     except torch.OutOfMemoryError:

@@ -168,7 +168,7 @@ class LostSteps(NamedTuple):
     """How much of a model a step at the peak learning rate leaves as it is.
 
     Args:
-        dtype: the one that most of the weights have which stay.
+        dtype: of the weights that stay.
         reason: one line with the remedies.
     """
 
@@ -179,7 +179,7 @@ class LostSteps(NamedTuple):
 def lost_steps(
     model: nn.Module, args: TrainingArguments, optimizer: torch.optim.Optimizer | None = None
 ) -> LostSteps | None:
-    """What speaks against training these weights; None where more than half of them can move.
+    """What speaks against training these weights; None where half of each dtype can move.
 
     Args:
         model: on any device; the weights that require a gradient are looked at.
@@ -202,16 +202,19 @@ def lost_steps(
         return None
     kept = _kept(args, optimizer)
     lost: dict[torch.dtype, float] = {}
+    of: dict[torch.dtype, int] = {}
     for parameter in (p for p in trained if p.dtype not in kept):
         flat = parameter.detach().flatten()
         some = flat[:: max(1, len(flat) // _SAMPLE)]
         stays = len(flat) * (some + rate == some).float().mean().item() if len(flat) else 0.0
         lost[parameter.dtype] = lost.get(parameter.dtype, 0.0) + stays
-    share = sum(lost.values()) / max(1, sum(p.numel() for p in trained))
-    if share <= 0.5:
+        of[parameter.dtype] = of.get(parameter.dtype, 0) + len(flat)
+    # Of each dtype by itself: adapters in float32 must not hide what is trained beside them.
+    shares = {each: lost[each] / max(1, of[each]) for each in lost}
+    dtype = max(shares, key=lambda each: shares[each], default=torch.float32)
+    if (share := shares.get(dtype, 0.0)) <= 0.5:
         return None
-    dtype = max(lost, key=lambda each: lost[each])
-    ways = "raise learning_rate"
+    ways, kind = "raise learning_rate", str(dtype).removeprefix("torch.")
     if dtype.itemsize < 4:
         ways = "load the model with dtype=float32 (bf16=true still computes in bfloat16)"
     if dtype is torch.bfloat16:
@@ -219,8 +222,8 @@ def lost_steps(
         ways += f", or {f'set {RANDOM_ROUNDING}=True' if rounds else _MOVES}"
     return LostSteps(
         dtype,
-        f"optim={name} at learning_rate={rate:g} leaves {share:.0%} of the trained weights as they "
-        f"are, since {str(dtype).removeprefix('torch.')} rounds such steps away: {ways}",
+        f"optim={name} at learning_rate={rate:g} leaves {share:.0%} of the trained {kind} weights "
+        f"as they are, since {kind} rounds such steps away: {ways}",
     )
 
 

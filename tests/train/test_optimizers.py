@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import trainer_optimizer
 
@@ -78,6 +79,15 @@ def test_the_trainer_warns(
     with caplog.at_level(logging.WARNING, "fastpo"):
         trainer(model=half(dtype), **{"learning_rate": RATE, "objective": "simpo", **options})
     assert (warns in caplog.text) if warns else ("rounds such" not in caplog.text)
+
+
+def test_adapters_do_not_hide_what_is_trained_beside_them(
+    trainer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = get_peft_model(half(), LoraConfig(r=64, modules_to_save=["norm"]))
+    with caplog.at_level(logging.WARNING, "fastpo"):
+        trainer(model=model, learning_rate=RATE, objective="simpo")
+    assert "leaves 100% of the trained bfloat16 weights as they are" in caplog.text
 
 
 class Kahan(torch.optim.SGD):
