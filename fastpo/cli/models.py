@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fastpo.model.adapters import altered_base
+from fastpo.model.adapters import altered_base, raise_saved_modules
 from fastpo.model.load import check_place, load_model, load_tokenizer, trained_adapter
 from fastpo.model.random_init import byte_tokenizer, model_config
 from fastpo.reading import opening, read_text
@@ -90,14 +90,17 @@ def open_model(
     adapter = trained_adapter(name)
     if adapter is None:
         return load_model(name, lora=lora, gguf_file=gguf_file, **options)
-    from peft import PeftModel
+    from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 
     base = {"gguf_file": gguf_file or adapter.gguf_file, "revision": adapter.revision}
     model: Any = load_model(adapter.base, **{**options, **base})
     with opening(name), warnings.catch_warnings():
         # peft would draw a missing weight at random, and warn.
         warnings.filterwarnings("error", "Found missing adapter keys")
-        return PeftModel.from_pretrained(model, name, is_trainable=trainable)
+        adapted = PeftModel.from_pretrained(model, name, is_trainable=trainable)
+    if trainable and raise_saved_modules(adapted):  # and what the dtype of the base rounded
+        set_peft_model_state_dict(adapted, load_peft_weights(name, device="cpu"))
+    return adapted
 
 
 def check_adapter(model: nn.Module, flag: str, name: str) -> None:

@@ -98,12 +98,7 @@ def attach(model: M, *, attention_backend: str | None = None) -> M:
     """
     inner = causal_lm(model)
     keep_trainable(model)
-    adapter = getattr(model, "active_peft_config", None)
-    if adapter is not None and adapter.is_prompt_learning:
-        raise ValueError(
-            f"{adapter.peft_type} puts tokens in front of every row, which moves the label "
-            "positions: use LoRA or another adapter of weights"
-        )
+    refuse_prompt_learning(model)
     if "_fastpo" in inner.__dict__:
         if attention_backend is not None:
             inner.__dict__["_fastpo"].attention_backend = attention_backend
@@ -127,6 +122,17 @@ def attach(model: M, *, attention_backend: str | None = None) -> M:
     )
     inner.forward = MethodType(_forward_like(type(inner).forward), inner)
     return model
+
+
+def refuse_prompt_learning(model: nn.Module) -> None:
+    """ValueError for an adapter of tokens instead of weights."""
+    adapter: Any = getattr(model, "active_peft_config", None)
+    if adapter is not None and adapter.is_prompt_learning:
+        kind = getattr(adapter.peft_type, "value", adapter.peft_type)
+        raise ValueError(
+            f"{kind} puts tokens in front of every row, which moves the label positions: use LoRA "
+            "or another adapter of weights"
+        )
 
 
 def detach(model: M) -> M:
@@ -229,9 +235,19 @@ def _forward_like(original: Callable) -> Callable:
             # What accelerate or another tool had put on the instance before.
             earlier = self.__dict__["_fastpo"].forward
             return original(self, *args, **kwargs) if earlier is None else earlier(*args, **kwargs)
-        return _hidden(self, fastpo_layout, fastpo_balance, *args, **kwargs)
+        found = _hidden(self, fastpo_layout, fastpo_balance, *args, **kwargs)
+        return (_for_head(self, found[0]), found[1]) if fastpo_balance else _for_head(self, found)
 
     return forward
+
+
+def _for_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Hidden states as a head takes them that is held in float32 above half-precision layers."""
+    weight: Any = getattr(model.get_output_embeddings(), "weight", None)
+    half = hidden.dtype in (torch.bfloat16, torch.float16)
+    if half and not torch.is_autocast_enabled(hidden.device.type):
+        return hidden.float() if getattr(weight, "dtype", None) is torch.float32 else hidden
+    return hidden
 
 
 def _hidden(

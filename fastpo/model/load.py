@@ -212,16 +212,22 @@ def load_tokenizer(
 def add_lora(model: nn.Module, lora: dict[str, Any]) -> nn.Module:
     """`model` with a fresh LoRA adapter from keyword arguments of peft.LoraConfig.
 
+    What is trained, `modules_to_save` too, is float32; the rest keeps its dtype.
+
     Raises:
         ValueError: a name that LoraConfig does not have, or a number that makes no adapter.
     """
     require("peft", "a LoRA adapter")
     from peft import LoraConfig, get_peft_model
 
+    from fastpo.model.adapters import raise_saved_modules
+
     for _, fault in lora_faults(lora):
         raise ValueError(fault)
     config = LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **lora})
-    return get_peft_model(model, config)  # type: ignore[arg-type]
+    adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+    raise_saved_modules(adapted)
+    return adapted
 
 
 def disable_dropout(model: nn.Module) -> int:

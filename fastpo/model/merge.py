@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from fastpo.model.adapters import lower_saved_modules
 from fastpo.model.check import largest, one_rounding, rounding_bound
 from fastpo.model.hidden import causal_lm, mode
 
@@ -36,7 +38,8 @@ class _Logits(NamedTuple):
             moved = largest(_values(model, ids) - values)
         last = torch.finfo(values.dtype).eps * largest(values)
         # Merged weights are rounded once more, in every adapted matrix of a layer.
-        adapted = sum(isinstance(module, BaseTunerLayer) for module in model.modules())
+        kinds = BaseTunerLayer | ModulesToSaveWrapper
+        adapted = sum(isinstance(module, kinds) for module in model.modules())
         return cls(ids, values, math.sqrt(1 + adapted) * rounding_bound(model, moved, last))
 
     def compare(self, model: nn.Module, what: str) -> None:
@@ -74,7 +77,7 @@ def merged(model: PeftModel) -> nn.Module:
     A matrix that is both ends of the model becomes two where an adapter stands on one of them.
 
     Raises:
-        ValueError: an adapter that has no weights to merge, or a result that is another model.
+        ValueError: an adapter that cannot be merged, or a result that is another model.
     """
     trained = _Logits.of(model)
     inner: Any = causal_lm(model)
@@ -84,7 +87,15 @@ def merged(model: PeftModel) -> nn.Module:
     if not hasattr(model.base_model, "merge_and_unload"):
         kind = model.peft_config[model.active_adapters[0]].peft_type
         raise ValueError(f"{kind} adapters have no weights to merge: keep base model and adapter")
-    result: Any = model.merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
+    lower_saved_modules(model)
+    try:
+        result: Any = model.merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"peft cannot merge this adapter ({error}): keep base model and adapter"
+        ) from error
     trained.compare(result, "the merged model")
     return result
 

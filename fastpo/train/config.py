@@ -37,7 +37,7 @@ from fastpo.objectives.domain import (
 from fastpo.optional import require_transformers
 from fastpo.redact import learn, redact, refuse_redacted
 from fastpo.train.elsewhere import TRAINER, refuse_keywords, unknown
-from fastpo.train.optimizers import RANDOM_ROUNDING, TORCHAO, optimizer_name, optimizer_option
+from fastpo.train.optimizers import RANDOM_ROUNDING, TORCHAO, optimizer_name, optimizer_options
 from fastpo.train.ranges import TRAINING
 from fastpo.train.sync import UpdateRule
 
@@ -298,7 +298,8 @@ class PreferenceConfig(TrainingArguments):
         if isinstance(self.share_prompt, bool):
             self.share_prompt = "true" if self.share_prompt else "false"
         super().__post_init__()
-        if optimizer_name(self) in TORCHAO and not optimizer_option(self, RANDOM_ROUNDING):
+        told = optimizer_options(self)
+        if optimizer_name(self) in TORCHAO and RANDOM_ROUNDING not in told:
             # Rounded to nearest, which is torchao's default, bfloat16 weights would stay.
             given = [self.optim_args] if self.optim_args else []
             self.optim_args = ",".join([*given, f"{RANDOM_ROUNDING}=True"])

@@ -7,7 +7,6 @@ another prompt than the policy, its own batch lies in the batch under "reference
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel
 
 from fastpo.data.groups import Group
 from fastpo.head import Head, linear_logps
-from fastpo.model.adapters import adapter_off, altered_base
+from fastpo.model.adapters import adapter_off, altered_base, copied
 from fastpo.model.facts import read_head
 from fastpo.model.hidden import attach, label_hidden, mode
 from fastpo.train.store import ReferenceStore, ShardWriter
@@ -142,8 +141,7 @@ class ModelReference:
     @classmethod
     def copy_of(cls, policy: PreTrainedModel | PeftModel) -> ModelReference:
         """The policy as it is now; weights that are not trained are shared with it."""
-        shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
-        return cls.frozen(copy.deepcopy(policy, shared))
+        return cls.frozen(copied(policy, (p for p in policy.parameters() if not p.requires_grad)))
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor | None]:

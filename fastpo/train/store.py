@@ -196,10 +196,10 @@ class ReferenceStore:
         """[n] float32, in the order of the group's label tokens."""
         key = group_key(group)
         if key not in self._index:
-            raise KeyError(
+            raise ValueError(
                 f"{group.source or 'data'} row {group.row} is not in the reference store "
-                f"{self.path}, which has the data that the trainer was made with: give it these "
-                "rows too, or set reference='copy'"
+                f"{self.path}, which has the data that the trainer was made with: give these rows "
+                "as its eval_dataset too, or set reference='copy'"
             )
         name, start, end = self._index[key]
         if name not in self._open:

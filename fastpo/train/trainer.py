@@ -18,7 +18,6 @@ What is overridden, and what goes wrong without it:
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import math
@@ -52,7 +51,7 @@ from fastpo.data.groups import Group
 from fastpo.data.packing import counts_of
 from fastpo.data.token_budget import check_budget, token_rows
 from fastpo.loss import LossOutput, PreferenceLoss
-from fastpo.model.adapters import adapter_effect
+from fastpo.model.adapters import adapter_effect, copied
 from fastpo.model.check import (
     can_share_prompt,
     check_positions,
@@ -69,6 +68,7 @@ from fastpo.model.hidden import (
     generation,
     label_hidden,
     label_hidden_and_balance,
+    refuse_prompt_learning,
 )
 from fastpo.model.layer_kernels import use_layer_kernels
 from fastpo.model.load import disable_dropout
@@ -106,7 +106,7 @@ from fastpo.train.metrics import (
     peak_memory_gib,
     refuse_missing_trackers,
 )
-from fastpo.train.optimizers import lost_steps, require_optimizer
+from fastpo.train.optimizers import lost_steps, optimizer_options, require_optimizer
 from fastpo.train.reference import (
     AdapterReference,
     ModelReference,
@@ -188,6 +188,7 @@ class PreferenceTrainer(Trainer):
     ) -> None:
         refuse_missing_trackers(args.report_to or ())
         require_optimizer(args)
+        refuse_prompt_learning(model)
         if args.disable_dropout:
             for each in (model, ref_model, ref_model2):
                 if each is not None:
@@ -242,6 +243,7 @@ class PreferenceTrainer(Trainer):
                 check_budget(looked_at, args.max_tokens_per_row, share_prompt=shares)
             return groups
 
+        self._groups_of = groups_of  # an evaluation may bring data of its own
         train_dataset = groups_of(train_dataset, "train data")
         if isinstance(eval_dataset, dict):
             eval_dataset = {n: groups_of(d, f"eval data {n}") for n, d in eval_dataset.items()}
@@ -679,6 +681,13 @@ class PreferenceTrainer(Trainer):
             self._masking.add_to(optimizer, self.args.weight_decay)
         return optimizer
 
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
+        """The Trainer's, which hands some numbers and truths of `optim_args` on as text."""
+        made, keywords = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        told = {k: v for k, v in optimizer_options(args).items() if not isinstance(v, str)}
+        return made, {name: told.get(name, value) for name, value in keywords.items()}
+
     # ---- Counting ----
 
     def get_batch_samples(
@@ -774,6 +783,8 @@ class PreferenceTrainer(Trainer):
     def _get_dataloader(
         self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any
     ) -> Any:
+        if description != "Training":
+            dataset = self._groups_of(dataset, f"{description} data".lower())
         if description != "Training" and self.args.world_size > 1 and isinstance(dataset, Sized):
             dataset = PaddedGroups(dataset, batch_size * self.args.world_size)
         if description == "Training" and isinstance(dataset, GroupStream):
@@ -1161,7 +1172,7 @@ class PreferenceTrainer(Trainer):
         model: Any = self.accelerator.unwrap_model(self.model)
         with RunFolder.at(path).placing() as staging:
             if isinstance(model, PeftModel):
-                write_merged(lambda: copy.deepcopy(model), staging)
+                write_merged(lambda: copied(model), staging)
             else:
                 model.save_pretrained(str(staging))
             if self.processing_class is not None:

@@ -104,6 +104,8 @@ def test_another_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
     with pytest.raises(ValueError, match="PROMPT_TUNING adapters have no weights to merge"):
         merged(prompt)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"peft cannot merge this adapter .*bias.*: keep base"):
+        merged(adapted("llama", lora_bias=True, target_modules=["q_proj"]))
 
 
 def test_a_file_that_holds_another_model_is_refused(

@@ -346,6 +346,7 @@ def test_numbers_are_checked_in_python(config: Any) -> None:
         ("objective_args:\n  label_smoothing: 0.6", "4: label_smoothing = 0.6 must be in [0, 0.5)"),
         ("objective: {dpo: 1, sft: -1}", "objective.sft = -1 must be above 0"),
         ("lora: {r: 0}", "lora.r = 0 must be at least 1"),
+        ("lora: {init_lora_weights: eva}", "'eva' is drawn from data by a function of peft"),
         ("lora:\n  r: 8\n  lora_alpha: -1", "5: lora.lora_alpha = -1 must be above 0"),
         ("lora: {lora_dropout: 1.5}", "lora.lora_dropout = 1.5 must be in [0, 1)"),
         ("lora: {use_dora: 1}", "lora.use_dora = 1 (int), expected true or false"),

@@ -163,3 +163,18 @@ def test_two_ranks_are_one(
                 logps = next(c[key] for key in c if key.endswith("logps/chosen"))
                 terms = 0.1 * abs(logps) if "rewards/" in name else 0.0
                 assert_three_way(*values, f"step {c['step']} {name}", terms=terms)
+
+
+def test_data_of_an_evaluation(trainer: Any) -> None:
+    """Rows become groups as they do at the start; a stored reference knows the trainer's own."""
+    rows = tiny.rows(6, seed=7)
+    made = trainer(objective="simpo", eval_dataset=rows)
+    expected = made.evaluate()["eval_loss"]
+    assert made.evaluate(rows)["eval_loss"] == expected
+    assert made.evaluate({"held": rows})["eval_held_loss"] == expected
+    assert made.predict(rows).metrics["test_loss"] == expected
+    with pytest.raises(ValueError, match="evaluation data is empty"):
+        made.evaluate([])
+    stored = trainer(eval_dataset=tiny.pairs(4, seed=5))
+    with pytest.raises(ValueError, match=r"row \d is not in the reference store .*'copy'$"):
+        stored.evaluate(tiny.pairs(4, seed=8))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import re
 import sys
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import trainer_optimizer
 
 from fastpo import optional
+from fastpo.train import optimizers
 from fastpo.train.optimizers import lost_steps, refuse_lost_steps, require_optimizer
 from tests.train import tiny
 from tests.train.test_reference import lora
@@ -76,6 +81,15 @@ def test_the_trainer_warns(
     assert (warns in caplog.text) if warns else ("rounds such" not in caplog.text)
 
 
+def test_adapters_do_not_hide_what_is_trained_beside_them(
+    trainer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = get_peft_model(half(), LoraConfig(r=64, modules_to_save=["norm"]))
+    with caplog.at_level(logging.WARNING, "fastpo"):
+        trainer(model=model, learning_rate=RATE, objective="simpo")
+    assert "leaves 100% of the trained bfloat16 weights as they are" in caplog.text
+
+
 class Kahan(torch.optim.SGD):
     """An optimiser that says, as torch-optimi's do, that it keeps what rounding loses."""
 
@@ -111,6 +125,60 @@ def test_random_rounding_is_on_unless_said_otherwise(config: Any) -> None:
     assert config().optim_args is None
 
 
+@pytest.mark.parametrize(
+    ("optim", "given", "said"),
+    [
+        ("adamw_torch_8bit", "block_size=x", "block_size=x must be an integer at least 1"),
+        ("adamw_torch_8bit", "blocksize=64", "takes no 'blocksize': did you mean 'block_size'?"),
+        ("adamw_torch_8bit", "bf16_stochastic_round=maybe", "must be true or false"),
+        ("adamw_torch", "amsgrad=True", "takes no 'amsgrad': it has none, so leave optim_args out"),
+        ("adamw_8bit", "eps=1e-6", "takes no 'eps': adam_epsilon is a key of its own"),
+        ("sgd", "weight_decay=0.1", "takes no 'weight_decay': weight_decay is a key of its own"),
+        ("rmsprop", "momentum=high", "momentum=high must be a number at least 0"),
+        ("sgd", "momentum", "'momentum' is no name=value"),
+        ("sgd", "momentum=0.9,", "'' is no name=value"),
+        ("sgd", {"momentum": 0.9}, "write text, such as"),
+    ],
+)
+def test_arguments_that_an_optimiser_does_not_take(
+    config: Any, optim: str, given: Any, said: str
+) -> None:
+    with pytest.raises(ValueError, match="optim_args") as caught:
+        config(optim=optim, optim_args=given)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_arguments_are_those_that_the_trainer_reads() -> None:
+    for name, handler in trainer_optimizer._OPTIMIZER_HANDLERS.items():
+        ours = next((o for part, o in optimizers._OPTIONS.items() if part in name), {})
+        source = inspect.getsource(handler)
+        read = re.findall(r'optim_args\.(?:get|pop)\("(\w+)"|"(\w+)" in ctx\.optim_args', source)
+        for keys in re.findall(r"for key in \((.+?)\):", source):
+            read += [(key,) for key in re.findall(r'"(\w+)"', keys)]
+        if not name.startswith("rmsprop_bnb") and "get_bitsandbytes" not in handler.__name__:
+            assert {n for names in read for n in names if n} - {"weight_decay"} == set(ours), name
+    ademamix = inspect.getsource(trainer_optimizer._get_bitsandbytes_optimizer)
+    assert all(f'"{option}"' in ademamix for option in optimizers._OPTIONS["ademamix"])
+
+
+@pytest.mark.parametrize(
+    ("optim", "given", "handed_on"),
+    [
+        ("adamw_torch_4bit", "block_size=64", {"block_size": 64, "bf16_stochastic_round": True}),
+        ("rmsprop_bnb", "alpha=0.9,momentum=0.5", {"alpha": 0.9, "momentum": 0.5}),
+        ("rmsprop", "centered=on", {"centered": True}),
+    ],
+)
+def test_arguments_are_handed_on_as_numbers(
+    trainer: Any, optim: str, given: str, handed_on: dict
+) -> None:
+    made = trainer(optim=optim, optim_args=given, objective="simpo")
+    _, keywords = made.get_optimizer_cls_and_kwargs(made.args, made.model)
+    assert {name: keywords[name] for name in handed_on} == handed_on
+    assert all(type(keywords[name]) is type(value) for name, value in handed_on.items())
+
+
 def test_missing_packages(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("torchao", "optimi"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -119,6 +187,10 @@ def test_missing_packages(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         require_optimizer(config(optim="adamw_torch_8bit"))
     with pytest.raises(optional.PackageError, match="optim=stable_adamw torch-optimi"):
         require_optimizer(config(optim="stable_adamw"))
+    for optim, package in (("galore_adamw", "galore-torch"), ("schedule_free_sgd", "schedulefree")):
+        monkeypatch.setitem(sys.modules, package.replace("-", "_"), None)
+        with pytest.raises(optional.PackageError, match=f"optim={optim} {package}"):
+            require_optimizer(config(optim=optim))
     require_optimizer(config())
     monkeypatch.setitem(sys.modules, "optimi", ModuleType("optimi"))
     with pytest.raises(

@@ -16,14 +16,17 @@ from peft import (
     KasaConfig,
     LoraConfig,
     PeftModel,
+    PromptTuningConfig,
     VeraConfig,
     get_peft_model,
 )
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from fastpo.cli.models import open_model
 from fastpo.data.build import GroupStream
 from fastpo.model.adapters import adapter_off, altered_base
+from fastpo.model.load import load_model
 from fastpo.train.reference import (
     AdapterReference,
     ModelReference,
@@ -280,6 +283,14 @@ def test_refused(trainer: Any, options: dict, message: str) -> None:
         trainer(**options)
 
 
+@pytest.mark.parametrize("kind", ["auto", "copy"])
+def test_adapters_of_tokens_are_refused(trainer: Any, kind: str) -> None:
+    """By name, whatever the reference: no other one would help."""
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match=r"^PROMPT_TUNING puts tokens in front .* use LoRA"):
+        trainer(model=get_peft_model(tiny.model(), config), reference=kind)
+
+
 def test_sharded_run_refuses_a_copy(trainer: Any) -> None:
     made = trainer()
     made.is_fsdp_enabled = True
@@ -291,6 +302,56 @@ def logits(model: Any) -> Tensor:
     group = tiny.pairs(1)[0]
     with torch.no_grad():
         return model.eval()(input_ids=torch.from_numpy(group.prompt_ids).long()[None]).logits
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens", "norm"], ["mlp"]], ids=str)
+def test_saved_modules_of_a_half_precision_base(
+    trainer: Any, tmp_path: Path, saved: list[str], bf16: bool
+) -> None:
+    """They are trained in float32 from ln 2 on, beside a base as it was, and merged as it is."""
+    options = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": saved}
+
+    tiny.model().bfloat16().save_pretrained(tmp_path / "base")
+
+    def adapted() -> Any:
+        torch.manual_seed(0)
+        return load_model(str(tmp_path / "base"), dtype="bfloat16", lora=options)
+
+    run = {"learning_rate": 1e-5, "bf16": bf16, "self_check": True, "num_samples": 1}
+    run |= {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    made = trainer(model=adapted(), **run)
+    before = {n: p.clone() for n, p in made.model.named_parameters()}
+    assert first_loss(made) == LN2
+    for name, parameter in made.model.named_parameters():
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
+        assert torch.equal(parameter, before[name]) == (not parameter.requires_grad), name
+    again = trainer(model=adapted(), **run)
+    again.train(resume_from_checkpoint=f"{made.args.output_dir}/checkpoint-2")
+    for a, b in zip(made.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    made.save_model(str(tmp_path / "adapter"))
+    goes_on = open_model(str(tmp_path / "adapter"), dtype="bfloat16", trainable=True)
+    for a, b in zip(made.model.parameters(), goes_on.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert (a.dtype, a.requires_grad) == (b.dtype, b.requires_grad)
+    made.save_merged(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+
+
+def test_tied_adapters_are_copied(trainer: Any, tmp_path: Path) -> None:
+    """Beside one of two tied adapters peft keeps views of the other."""
+    targets = ["q_proj", "embed_tokens", "lm_head"]
+    config = LoraConfig(r=4, target_modules=targets, ensure_weight_tying=True)
+    model = get_peft_model(tiny.model(tie_word_embeddings=True), config)
+    made = trainer(model=model, reference="copy", learning_rate=0.05)
+    assert first_loss(made) == LN2
+    made.save_merged(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    exact = tiny.model(tie_word_embeddings=True)
+    exact.load_state_dict(merged.state_dict())
+    assert_three_way(logits(merged), logits(model), logits(exact.double()))
 
 
 @pytest.mark.parametrize("saved", [None, ["lm_head"]], ids=["lora", "lora and head"])

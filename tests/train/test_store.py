@@ -46,7 +46,7 @@ def test_reads_back_in_any_order(tmp_path: Path) -> None:
         for i in (4, 0, 3, 1, 2):
             np.testing.assert_array_equal(store[groups[i]], values[i])
         assert store.missing(groups) == [5]
-        with pytest.raises(KeyError, match=r"tiny.jsonl row 5 is not in the reference store"):
+        with pytest.raises(ValueError, match=r"tiny.jsonl row 5 is not in the reference store"):
             store[groups[5]]
 
 
