@@ -466,6 +466,8 @@ def train(words: Sequence[str]) -> int:
     main = config.process_index == 0
     show_log(logging.INFO if main else logging.ERROR)
 
+    # Before words are quoted, in which a secret has another form.
+    command = shlex.join(redact(["fastpo", "train", *words]))
     folder = RunFolder.at(output_dir)
     with config.main_process_first(local=False):
         if main:
@@ -477,7 +479,7 @@ def train(words: Sequence[str]) -> int:
                 overwrite="--overwrite" in bare,
                 reads=read_by(recipe),
                 status="starting",
-                command=shlex.join(["fastpo", "train", *words]),
+                command=command,
             )
         before = Run.read(output_dir) if output_dir.is_dir() else Run(output_dir)
     resume = latest_complete(output_dir)
@@ -576,7 +578,7 @@ def train(words: Sequence[str]) -> int:
         reference += f", and {recipe.model.ref_model2}"
     facts: dict[str, Any] = {
         "status": "running",
-        "command": shlex.join(["fastpo", "train", *words]),
+        "command": command,
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "model": model_facts(recipe.model.model, model),
         "data": data,

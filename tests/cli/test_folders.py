@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,36 @@ def test_a_secret_in_the_name_of_the_data(capsys: Any, recipe: Path, tiny: Path)
     status, _, err = run(capsys, "train", recipe, "--dataset", f"https://me:{SECRET}@h/x.jsonl")
     assert (status, SECRET in err) == (2, False), err
     assert SECRET.encode() not in (recipe.parent / "run" / "run.json").read_bytes()
+
+
+def test_a_secret_with_quotes_in_the_command(capsys: Any, recipe: Path) -> None:
+    status, _, err = run(
+        capsys, "train", recipe, "--hub_token", "one'two plugh", "--report", "false"
+    )
+    assert status == 0, err
+    files = content(recipe.parent / "run")
+    assert not [name for name, text in files.items() if b"plugh" in text]
+
+
+@pytest.mark.parametrize(
+    "line", ["hub_token: *plugh", "hub_token: !plugh x", "hub_token: {a: {b: plugh}, c: [plugh]}"]
+)
+def test_a_secret_that_is_no_text(capsys: Any, recipe: Path, line: str) -> None:
+    recipe.write_text(f"{recipe.read_text()}{line}\n")
+    status, _, err = run(capsys, "train", recipe)
+    assert (status, "plugh" in err, f"{recipe}:14: " in err) == (2, False, True), err
+
+
+def test_a_traceback_has_no_secret(recipe: Path) -> None:
+    command = [sys.executable, "-c", "from fastpo.cli import main; main()", "train", str(recipe)]
+    told = subprocess.run(
+        [*command, "--dataset", f"https://me:{SECRET}@h/x.jsonl", "--debug"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Traceback (most recent call last)" in told.stderr
+    assert SECRET not in told.stderr + told.stdout
 
 
 def test_the_recipe_that_was_given_stays_as_it_is(capsys: Any, recipe: Path) -> None:
