@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -141,8 +142,6 @@ def hold(folder: str, pipe: Any) -> None:
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
-    import multiprocessing
-
     near, far = multiprocessing.Pipe()
     process = start(hold, str(tmp_path / "run"), far)
     holder = near.recv()
@@ -252,6 +251,33 @@ def test_a_folder_that_is_published_holds_nothing_else(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("KEY=1")
     with pytest.raises(ValueError, match=r"push_to_hub would publish .*\.env"):
         claim(tmp_path, alone=True)
+
+
+@pytest.mark.parametrize("reference", ["store", "copy"])
+def test_nothing_is_written_to_a_folder_that_training_refuses(
+    trainer: Any, run_dir: Path, reference: str
+) -> None:
+    (run_dir / "config.json").write_text("mine")
+    with pytest.raises(ValueError, match=r"config\.json, which was not written by fastpo"):
+        trainer(reference=reference)
+    assert content(run_dir) == {"config.json": b"mine"}
+
+
+def test_run_json_comes_before_the_store(trainer: Any, run_dir: Path) -> None:
+    near, far = multiprocessing.Pipe()
+    process = start(hold, str(run_dir), far)
+    holder = near.recv()
+    with pytest.raises(ValueError, match=f"is in use by process {holder}"):
+        trainer(reference="store")
+    assert not (run_dir / "reference").exists()
+    os.kill(holder, signal.SIGKILL)
+    process.join(60)
+    near.send("end")
+    (run_dir / "reference").write_text("mine")
+    with pytest.raises(ValueError, match=r"reference cannot be made .* another reference_store"):
+        trainer(reference="store")
+    assert content(run_dir)["reference"] == b"mine"
+    assert (run_dir / RUN).is_file()
 
 
 # --- models ---------------------------------------------------------------------------------------
