@@ -17,6 +17,7 @@ from fastpo.cli.output import check_outputs, json_lines
 from fastpo.cli.train import introduction, refuse_mixture, step_words
 from fastpo.train.recipe import load_recipe
 from fastpo.train.run import Run
+from fastpo.train.trainer import PreferenceTrainer
 from tests.cli.test_cli import lines, run
 from tests.train.test_folder import content
 
@@ -87,6 +88,45 @@ def test_a_traceback_has_no_secret(recipe: Path) -> None:
     )
     assert "Traceback (most recent call last)" in told.stderr
     assert SECRET not in told.stderr + told.stdout
+
+
+def test_a_run_is_removed_once_the_next_one_has_all_it_reads(capsys: Any, recipe: Path) -> None:
+    folder = recipe.parent / "run"
+    assert run(capsys, "train", recipe)[0] == 0
+    before = content(folder)
+    for words, reason in (
+        (["--dataset", "nowhere.jsonl"], "no rows at 'nowhere.jsonl'"),
+        (["--model", recipe.parent], "cannot read"),
+        (
+            ["--per_device_train_batch_size", 99, "--dataloader_drop_last", "true"],
+            "leaves no batch",
+        ),
+        (["--resume_from_checkpoint", folder / "checkpoint-2"], "would remove"),
+    ):
+        status, _, err = run(capsys, "train", recipe, *words, "--overwrite")
+        assert (status, reason in err) == (2, True), err
+        assert content(folder) == before
+    assert run(capsys, "train", recipe, "--max_steps", 1, "--overwrite")[0] == 0
+    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+    assert not (folder / "checkpoint-2").exists()
+
+
+def test_a_run_that_never_began_says_so(capsys: Any, recipe: Path, monkeypatch: Any) -> None:
+    facts = recipe.parent / "run" / "run.json"
+    for words in (["--dataset", "nowhere.jsonl"], ["--dataset", "neither.jsonl"]):
+        assert run(capsys, "train", recipe, *words)[0] == 2
+        held = json.loads(facts.read_text())
+        assert held["status"] == "failed"
+        assert words[1] in held["error"]
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreferenceTrainer, "save_model", full)
+        assert run(capsys, "train", recipe, "--save_strategy", "no")[0] == 2
+    held = json.loads(facts.read_text())
+    assert (held["status"], "No space left" in held["error"]) == ("failed", True)
 
 
 def test_the_recipe_that_was_given_stays_as_it_is(capsys: Any, recipe: Path) -> None:

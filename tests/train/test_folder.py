@@ -62,15 +62,14 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_file_in_the_way_is_refused_by_name(tmp_path: Path, name: str, overwrite: bool) -> None:
+def test_a_file_in_the_way_is_refused_by_name(tmp_path: Path, name: str) -> None:
     path = tmp_path / "run" / name
     path.parent.mkdir(parents=True)
     path.write_text('{"mine": true}')
     (tmp_path / "run" / "notes.txt").write_text("mine")
     before = content(tmp_path)
     with pytest.raises(ValueError, match=rf"{name.split('/')[0]}.*not written by fastpo.*run-2"):
-        claim(tmp_path / "run", overwrite=overwrite)
+        claim(tmp_path / "run")
     assert content(tmp_path) == before
 
 
@@ -222,7 +221,7 @@ def test_lists_from_elsewhere_reach_no_other_folder(tmp_path: Path) -> None:
     (run_dir / "checkpoint-1" / "manifest.json").write_text(
         json.dumps({"files": dict.fromkeys(names, 4)})
     )
-    claim(run_dir, overwrite=True)
+    claim(run_dir).forget()
     assert (tmp_path / "precious").read_text() == "mine"
     assert not (run_dir / "checkpoint-1").exists()
 
@@ -234,7 +233,7 @@ def test_what_the_next_run_reads_is_not_removed(trainer: Any, run_dir: Path) -> 
     before = content(run_dir)
     for name in (run_dir, run_dir / "checkpoint-1", run_dir / "samples.jsonl"):
         with pytest.raises(ValueError, match=f"would remove {name}, which this run reads"):
-            RunFolder.at(run_dir).forget(["hub/name", str(name)])
+            RunFolder.at(run_dir).refuse_removal(["hub/name", str(name)])
     assert content(run_dir) == before
 
 
