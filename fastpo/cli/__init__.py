@@ -342,7 +342,13 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
 
 def _report(arguments: argparse.Namespace) -> int:
     from fastpo.train.report import write_model_card, write_report
+    from fastpo.train.run import Run
 
+    run = Run.read(arguments.run)
+    if not (run.facts or run.log or run.state or run.recipe):
+        raise ValueError(
+            f"{arguments.run} holds no run: name the output_dir of one, where run.json lies"
+        )
     print(write_report(arguments.run))
     print(write_model_card(arguments.run))
     return 0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 
 def partial_of(path: Path) -> Path:
@@ -63,6 +64,22 @@ def check_outputs(
                 )
 
 
+def hold(file: TextIO | BinaryIO, path: Path) -> None:
+    """Keep other processes from writing this file too, until it is closed.
+
+    Raises:
+        ValueError: another process writes it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"{path} is being written by another process: let it end, or name another file"
+        ) from None
+    except OSError:  # a file system without locks
+        return
+
+
 @contextmanager
 def json_lines(path: str | Path | None, *, over: bool = False) -> Iterator[Callable[[Any], None]]:
     """A function that writes one JSON line, at once, to a file or to standard output.
@@ -80,7 +97,12 @@ def json_lines(path: str | Path | None, *, over: bool = False) -> Iterator[Calla
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path) if _plain(path) else path
     done = False
-    with partial.open("x" if partial != path and not over else "w", encoding="utf-8") as file:
+    mode = "w" if partial == path else "a" if over else "x"
+    with partial.open(mode, encoding="utf-8") as file:
+        if partial != path:
+            hold(file, partial)
+            file.seek(0)
+            file.truncate()
         try:
             yield _writer(file)
             done = True

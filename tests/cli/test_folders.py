@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from fastpo.cli import main
-from fastpo.cli.output import check_outputs, json_lines
+from fastpo.cli.output import check_outputs, json_lines, partial_of
+from fastpo.cli.prepare import Progress
 from fastpo.cli.train import introduction, refuse_mixture, step_words
 from fastpo.train.recipe import load_recipe
 from fastpo.train.run import Run
@@ -310,6 +311,33 @@ def test_a_file_has_its_name_once_it_is_whole(tmp_path: Path, capsys: Any) -> No
     assert (lines(out), partial.exists()) == ([{"a": 2}], False)
     with json_lines("/dev/null") as write:
         write({})
+
+
+def test_two_commands_write_no_file_together(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    refused = pytest.raises(ValueError, match=r"rows\.jsonl\.partial is being written by another")
+    with json_lines(path) as write:
+        write(1)
+        with refused, json_lines(path, over=True):
+            pass
+        with refused:
+            Progress(partial_of(path), {})
+        write(2)
+    assert path.read_text() == "1\n2\n"
+    path.unlink()
+    first = Progress(path, {"a": 1})
+    first.add({"rows": [3], "dropped": []})
+    with pytest.raises(ValueError, match="is being written by another"):
+        Progress(path, {"a": 1})
+
+
+def test_there_is_no_report_of_no_run(capsys: Any, tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny / "model", folder)
+    before = content(folder)
+    status, _, err = run(capsys, "report", folder)
+    assert (status, content(folder)) == (2, before)
+    assert f"{folder} holds no run: name the output_dir of one" in err
 
 
 def test_prepare_takes_no_other_file_for_its_own(capsys: Any, tiny: Path, tmp_path: Path) -> None:
