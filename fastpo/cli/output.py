@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+from fastpo.train.folder import belongs
+
 
 def partial_of(path: Path) -> Path:
     """Where a file is written before it has its name."""
@@ -32,7 +34,7 @@ def check_outputs(
     Args:
         outputs: files to write; None is standard output.
         inputs: files, folders and globs that the command reads; names on the hub are ignored.
-        overwrite: write over files that are there; never over an input.
+        overwrite: write over files that are there; never over an input, a run's or a model's.
         goes_on: whether what a stopped run left beside an output is taken up again.
 
     Raises:
@@ -43,6 +45,10 @@ def check_outputs(
         if path.is_dir():
             raise ValueError(f"{path} is a folder: name a file to write")
         place = path.resolve()
+        if belongs(place):
+            raise ValueError(
+                f"{path} would be a file of the run or model in its folder: name another file"
+            )
         if sum(place == other.resolve() for other in paths) > 1:
             raise ValueError(f"{path} would be written twice: name two files")
         for source in filter(None, inputs):

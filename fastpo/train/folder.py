@@ -423,6 +423,18 @@ class RunFolder:
             self.save()
 
 
+def belongs(path: Path) -> bool:
+    """Whether a file is, or would be taken for, one of the run, checkpoint or model around it."""
+    folder = RunFolder(path.parent)
+    if path.name in folder.files or (folder.known and path.name in _SEALED):
+        return True
+    if is_own_checkpoint(path.parent) and path.exists():
+        return True
+    configs = ("config.json", "adapter_config.json")
+    holds_model = any((path.parent / name).is_file() for name in configs)
+    return holds_model and any(path.match(p) for p in (*_MODEL, *_ANY_WEIGHTS))
+
+
 # --- one run at a time ---------------------------------------------------------------------------
 
 _HELD: dict[Path, RunFolder] = {}  # by resolved path, for the life of this process

@@ -16,6 +16,7 @@ from fastpo.cli import main
 from fastpo.cli.output import check_outputs, json_lines, partial_of
 from fastpo.cli.prepare import Progress
 from fastpo.cli.train import introduction, refuse_mixture, step_words
+from fastpo.train.folder import claim
 from fastpo.train.recipe import load_recipe
 from fastpo.train.run import Run
 from fastpo.train.trainer import PreferenceTrainer
@@ -311,6 +312,25 @@ def test_a_file_has_its_name_once_it_is_whole(tmp_path: Path, capsys: Any) -> No
     assert (lines(out), partial.exists()) == ([{"a": 2}], False)
     with json_lines("/dev/null") as write:
         write({})
+
+
+def test_no_output_lands_on_a_model_or_a_run(tiny: Path, tmp_path: Path) -> None:
+    run_dir, model = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(tiny / "model", model)
+    claim(run_dir)
+    (run_dir / "checkpoint-1").mkdir()
+    for name in ("manifest.json", "trainer_state.json"):
+        (run_dir / "checkpoint-1" / name).write_text('{"files": {}}')
+    for path in (
+        *(model / "config.json", model / "tokenizer.json", model / "adapter_config.json"),
+        *(run_dir / "samples.jsonl", run_dir / "README.md", run_dir / "run.json"),
+        run_dir / "checkpoint-1" / "trainer_state.json",
+    ):
+        with pytest.raises(ValueError, match=f"{path} would be a file of the run or model"):
+            check_outputs(path, overwrite=True)
+    for path in (model / "scores.jsonl", run_dir / "scores.jsonl", tmp_path / "samples.jsonl"):
+        path.write_text("")
+        check_outputs(path, overwrite=True)
 
 
 def test_two_commands_write_no_file_together(tmp_path: Path) -> None:
