@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import glob
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,11 @@ def check_outputs(
         if path.is_dir():
             raise ValueError(f"{path} is a folder: name a file to write")
         place = path.resolve()
+        around = next(folder for folder in place.parents if folder.exists())
+        if _plain(path) and not (around.is_dir() and os.access(around, os.W_OK)):
+            raise ValueError(
+                f"{path} cannot be written: {around} is no folder to write to; name another file"
+            )
         if belongs(place):
             raise ValueError(
                 f"{path} would be a file of the run or model in its folder: name another file"

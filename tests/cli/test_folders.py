@@ -328,6 +328,9 @@ def test_no_output_lands_on_a_model_or_a_run(tiny: Path, tmp_path: Path) -> None
     ):
         with pytest.raises(ValueError, match=f"{path} would be a file of the run or model"):
             check_outputs(path, overwrite=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot be written: .*file is no folder to write to"):
+        check_outputs(tmp_path / "file" / "deep" / "rows.jsonl")
     for path in (model / "scores.jsonl", run_dir / "scores.jsonl", tmp_path / "samples.jsonl"):
         path.write_text("")
         check_outputs(path, overwrite=True)
