@@ -8,7 +8,7 @@ that they are also found where no key stands beside them: in a command line, in 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 REDACTED = "<redacted>"
@@ -16,8 +16,8 @@ REDACTED = "<redacted>"
 # Tokens of a tokenizer, and counts a token, are no secrets although their keys end so.
 _ORDINARY = re.compile(
     r"(?:^|_)(?:pad|eos|bos|unk|sep|cls|mask|sos|end|eo[tmh]|stop|start|special|image|video|audio|"
-    r"bo[is]|eoi|prefix|suffix|middle|fim|new|next|last|first|per|each|label|target|context|think|"
-    r"begin|response|prompt|separator|newline|system|user|assistant)_"
+    r"bo[is]|eoi|prefix|suffix|middle|fim|next|last|first|per|each|label|target|context|think|"
+    r"begin|response|prompt|separator|newline|assistant)_"
 )
 _WORDS = re.compile(
     r"passw(?:or)?d|passphrase|(?:^|_)pwd(?:$|_)|secret|credential|authorization|^auth$|cookie"
@@ -39,11 +39,13 @@ _TOKEN = re.compile(
     r")"
 )
 _BEARER = re.compile(r"(?i)(?<=\bbearer )[\w.~+/=-]{12,}")
-_USER = re.compile(r"(?<=://)([^/\s\"'<>?#]+)@")
+_USER = re.compile(r"(?<=//)([^/\s\"'<>?#]+)@")
 _KEY = re.compile(
     r"(?<![\w.-])(?:(?P<flag>--[A-Za-z][\w.-]*)(?:\s+|=)|(?P<name>[\w.-]+)[\"']?\s*[=:]\s*)"
 )
-_VALUE = re.compile(r"\"[^\"\n]*\"?|'[^'\n]*'?|\[[^\]\n]*\]?|[^\s,;&#)}\]\"'<-][^\s,;&#)}\]\"'<]*")
+_VALUE = re.compile(
+    r"b?\"[^\"\n]*\"?|b?'[^'\n]*'?|\[[^\]\n]*\]?|[^\s,;&#)}\]\"'<-][^\s,;&#)}\]\"'<]*"
+)
 
 _known: set[str] = set()
 
@@ -84,18 +86,31 @@ def learn(values: Any) -> None:
                 _learn(value)
             else:
                 learn(value)
-    elif isinstance(values, Sequence) and not isinstance(values, str | bytes):
-        secret = False
-        for value in values:
-            if not isinstance(value, str):
-                learn(value)
-            elif value.startswith("--"):
-                key, _, inside = value.partition("=")
-                secret = is_secret(key)
-                if secret and inside:
-                    _learn(inside)
-            elif secret:
-                _learn(value)
+    elif isinstance(values, str):
+        for found in _USER.finditer(values):  # a path made of the address has another form
+            name, colon, password = found[1].partition(":")
+            if colon or any(c.isdigit() for c in name):
+                _learn([found[1], password])
+    elif isinstance(values, Sequence) and not isinstance(values, bytes):
+        for shown, hidden in _parted(values):
+            if hidden is None:
+                learn(shown)
+            else:
+                _learn(hidden)
+
+
+def _parted(words: Sequence[Any]) -> Iterator[tuple[Any, str | None]]:
+    """Of each word what may be shown, and what may not: the value of a flag that is secret."""
+    secret = False
+    for word in words:
+        if isinstance(word, str) and word.startswith("--" if secret else "-"):
+            key, equals, value = word.partition("=")
+            secret = is_secret(key)
+            yield (f"{key}=", value) if secret and equals else (word, None)
+        elif isinstance(word, str) and secret:
+            yield "", word
+        else:
+            yield word, None
 
 
 def _after_keys(text: str) -> str:
@@ -103,8 +118,9 @@ def _after_keys(text: str) -> str:
     parts, done = [], 0
     for found in _KEY.finditer(text):
         key = found["flag"] or found["name"]
-        # `a token: ...` is prose.
-        prose = key.lower() in ("token", "tokens") and found[0].rstrip().endswith(f"{key}:")
+        # `a token: ...` is prose, and so is what is said about a flag, `--hub_token: ...`.
+        prose = key.lower() in ("token", "tokens") or key.startswith("--")
+        prose = prose and found[0].rstrip().endswith(f"{key}:")
         if found.start() < done or prose or not is_secret(key):
             continue
         value = _VALUE.match(text, found.end())
@@ -157,7 +173,10 @@ def _redact(value: Any) -> Any:
             for key, inner in value.items()
         }
     if type(value) in (list, tuple):
-        return type(value)(map(_redact, value))
+        return type(value)(
+            _redact(shown) if hidden is None else f"{shown}{REDACTED}"
+            for shown, hidden in _parted(value)
+        )
     return value
 
 

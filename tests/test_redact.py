@@ -30,6 +30,8 @@ from fastpo.train.recipe import fields_of_recipe
         "authorization",
         "credentials",
         "a.hub_token",
+        "user_token",
+        "new_token",
         "dpo.api_key",
     ],
 )
@@ -88,10 +90,28 @@ def test_only_the_hub_token_is_a_secret_of_ours() -> None:
         ("1hub_token: ab", "1hub_token: <redacted>"),
         ("-https://me:pw@host", "-https://<redacted>@host"),
         ("hub_token=[ab, cd\nx", "hub_token=<redacted>\nx"),
+        ("hub_token = b'ab' (bytes)", "hub_token = <redacted> (bytes)"),
+        ("--hub_token: hub_token = ab", "--hub_token: hub_token = <redacted>"),
+        ("//me:pw@host/x", "//<redacted>@host/x"),
     ],
 )
 def test_texts(text: str, left: str) -> None:
     assert redact(text) == left
+
+
+def test_words_of_a_command_line() -> None:
+    words = ["a.yaml", "--hub_token", "a'b", "--x", '--my_api_key=c"d', "e", "--x", "-pwd", "f"]
+    assert redact(words) == [
+        *("a.yaml", "--hub_token", REDACTED, "--x", f"--my_api_key={REDACTED}", REDACTED),
+        *("--x", "-pwd", REDACTED),
+    ]
+
+
+def test_a_path_that_was_an_address() -> None:
+    told = redact(
+        ["https://me:xyzzy-plugh-43@host/x", "no file /home/https:/me:xyzzy-plugh-43@host"]
+    )
+    assert told[1] == f"no file /home/https:/{REDACTED}@host"
 
 
 @pytest.mark.parametrize(
@@ -104,6 +124,7 @@ def test_texts(text: str, left: str) -> None:
         "the token: it ends a response",
         "mail a@b.com or http://x.y/@z",
         "--hub_token --push_to_hub true",
+        "--hf_token: unknown key 'hf_token'",
         "hub_token=None",
         "a task-force-of-some-more-words",
     ],

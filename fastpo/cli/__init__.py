@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from types import TracebackType
 from typing import NoReturn
 
 from fastpo.optional import PackageError
@@ -340,7 +342,13 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
 
 def _report(arguments: argparse.Namespace) -> int:
     from fastpo.train.report import write_model_card, write_report
+    from fastpo.train.run import Run
 
+    run = Run.read(arguments.run)
+    if not (run.facts or run.log or run.state or run.recipe):
+        raise ValueError(
+            f"{arguments.run} holds no run: name the output_dir of one, where run.json lies"
+        )
     print(write_report(arguments.run))
     print(write_model_card(arguments.run))
     return 0
@@ -458,6 +466,13 @@ def _no_torch() -> Iterator[None]:
                 del sys.modules[name]
 
 
+def _show_traceback(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Print what Python prints of an error that nobody catches, without secrets."""
+    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the console entry point.
 
@@ -469,6 +484,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         told in a line on standard error, like a failed self-check, a loss that is not finite and
         an extra that is not installed; `--debug` shows the traceback instead. 130: interrupted.
     """
+    if argv is None:  # this process is the command's
+        sys.excepthook = _show_traceback
     words = list(sys.argv[1:] if argv is None else argv)
     learn(words)
     try:

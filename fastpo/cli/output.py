@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
+
+from fastpo.train.folder import belongs
 
 
 def partial_of(path: Path) -> Path:
@@ -31,7 +35,7 @@ def check_outputs(
     Args:
         outputs: files to write; None is standard output.
         inputs: files, folders and globs that the command reads; names on the hub are ignored.
-        overwrite: write over files that are there; never over an input.
+        overwrite: write over files that are there; never over an input, a run's or a model's.
         goes_on: whether what a stopped run left beside an output is taken up again.
 
     Raises:
@@ -42,6 +46,15 @@ def check_outputs(
         if path.is_dir():
             raise ValueError(f"{path} is a folder: name a file to write")
         place = path.resolve()
+        around = next(folder for folder in place.parents if folder.exists())
+        if _plain(path) and not (around.is_dir() and os.access(around, os.W_OK)):
+            raise ValueError(
+                f"{path} cannot be written: {around} is no folder to write to; name another file"
+            )
+        if belongs(place):
+            raise ValueError(
+                f"{path} would be a file of the run or model in its folder: name another file"
+            )
         if sum(place == other.resolve() for other in paths) > 1:
             raise ValueError(f"{path} would be written twice: name two files")
         for source in filter(None, inputs):
@@ -63,6 +76,22 @@ def check_outputs(
                 )
 
 
+def hold(file: TextIO | BinaryIO, path: Path) -> None:
+    """Keep other processes from writing this file too, until it is closed.
+
+    Raises:
+        ValueError: another process writes it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"{path} is being written by another process: let it end, or name another file"
+        ) from None
+    except OSError:  # a file system without locks
+        return
+
+
 @contextmanager
 def json_lines(path: str | Path | None, *, over: bool = False) -> Iterator[Callable[[Any], None]]:
     """A function that writes one JSON line, at once, to a file or to standard output.
@@ -80,7 +109,12 @@ def json_lines(path: str | Path | None, *, over: bool = False) -> Iterator[Calla
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path) if _plain(path) else path
     done = False
-    with partial.open("x" if partial != path and not over else "w", encoding="utf-8") as file:
+    mode = "w" if partial == path else "a" if over else "x"
+    with partial.open(mode, encoding="utf-8") as file:
+        if partial != path:
+            hold(file, partial)
+            file.seek(0)
+            file.truncate()
         try:
             yield _writer(file)
             done = True

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 from fastpo.cli.models import open_model, open_tokenizer, show_log
-from fastpo.cli.output import check_outputs, partial_of
+from fastpo.cli.output import check_outputs, hold, partial_of
 from fastpo.cli.sample import answers, prompt_ids, sampling
 from fastpo.data.formats import Content
 from fastpo.data.logo import Generate, LogoOptions, logo_rows, split
@@ -120,17 +120,20 @@ class Progress:
         key: what the rows depend on, by name.
 
     Raises:
-        ValueError: the file is another's, or was begun with another key; names what changed.
+        ValueError: the file is another's, or another process writes it, or it was begun with
+            another key; names what changed.
     """
 
     def __init__(self, path: Path, key: dict[str, Any]) -> None:
         self.path = path
         self.blocks: list[dict[str, Any]] = []
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(key) + "\n")
-            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("ab")
+        hold(self._file, path)
         lines = path.read_bytes().splitlines(keepends=True)
+        if not lines:
+            self._write(key)
+            return
         whole = [line for line in lines if line.endswith(b"\n")]
         try:
             held, *self.blocks = map(json.loads, whole)
@@ -145,12 +148,16 @@ class Progress:
                 "file to start over"
             )
         if whole != lines:  # the last one was torn by a kill
-            write_text(path, b"".join(whole).decode())
+            self._file.truncate(sum(map(len, whole)))
+
+    def _write(self, line: dict[str, Any]) -> None:
+        text = json.dumps(line, ensure_ascii=False) + "\n"
+        self._file.write(text.encode(errors="replace"))
+        self._file.flush()
 
     def add(self, block: dict[str, Any]) -> None:
         """Keep a block."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(block, ensure_ascii=False) + "\n")
+        self._write(block)
         self.blocks.append(block)
 
     def finish(self, out: Path) -> list[dict[str, Any]]:
@@ -158,6 +165,7 @@ class Progress:
         rows = [row for block in self.blocks for row in block["rows"]]
         write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         self.path.unlink()
+        self._file.close()
         return rows
 
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -428,6 +429,8 @@ def read_by(recipe: Recipe) -> list[str]:
     """Every file, folder and name that a run of this recipe reads."""
     model, data = recipe.model, recipe.data
     names = [model.model, model.tokenizer, model.chat_template, data.dataset, data.eval_dataset]
+    checkpoint = recipe.given.get("resume_from_checkpoint")
+    names += [checkpoint] if isinstance(checkpoint, str) else []
     for reference in (model.ref_model, model.ref_model2):
         names += [reference] if isinstance(reference, str) else [*(reference or ())]
     adapters = [found for name in filter(None, names[:1]) if (found := trained_adapter(name))]
@@ -466,6 +469,7 @@ def train(words: Sequence[str]) -> int:
     main = config.process_index == 0
     show_log(logging.INFO if main else logging.ERROR)
 
+    fresh = "--overwrite" in bare
     folder = RunFolder.at(output_dir)
     with config.main_process_first(local=False):
         if main:
@@ -474,13 +478,51 @@ def train(words: Sequence[str]) -> int:
                 output_dir,
                 recipe=path,
                 alone=config.push_to_hub,
-                overwrite="--overwrite" in bare,
-                reads=read_by(recipe),
                 status="starting",
-                command=shlex.join(["fastpo", "train", *words]),
+                command=_command(words),
             )
-        before = Run.read(output_dir) if output_dir.is_dir() else Run(output_dir)
-    resume = latest_complete(output_dir)
+            if fresh:
+                folder.refuse_removal(read_by(recipe))
+        before = Run(output_dir) if fresh or not output_dir.is_dir() else Run.read(output_dir)
+    try:
+        return _train(words, recipe, config, folder, before, fresh=fresh)
+    except BaseException as error:
+        status = folder.facts.get("status")
+        never_began = status == "failed" and "started" not in folder.facts
+        if main and (status in ("starting", "running") or never_began):
+            ended = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            with suppress(OSError):
+                folder.save(status=ended, error=f"{type(error).__name__}: {error}")
+        raise
+
+
+def _command(words: Sequence[str]) -> str:
+    """The command line without secrets, which would have another form in quotes."""
+    return shlex.join(redact(["fastpo", "train", *words]))
+
+
+def _train(
+    words: Sequence[str],
+    recipe: Recipe,
+    config: PreferenceConfig,
+    folder: RunFolder,
+    before: Run,
+    *,
+    fresh: bool,
+) -> int:
+    """Train in a folder that is claimed; the exit status.
+
+    Args:
+        words: those after `fastpo train`.
+        recipe: what to train.
+        config: the recipe's, for the trainer.
+        folder: where to.
+        before: the run that goes on, if one lies there.
+        fresh: whether it is removed instead, once all that the new one reads is open.
+    """
+    output_dir = folder.path
+    main = config.process_index == 0
+    resume = None if fresh else latest_complete(output_dir)
     finished = before.facts.get("status") == "finished"
     if resume is not None or finished:
         refuse_mixture(recipe, config, before)
@@ -576,7 +618,7 @@ def train(words: Sequence[str]) -> int:
         reference += f", and {recipe.model.ref_model2}"
     facts: dict[str, Any] = {
         "status": "running",
-        "command": shlex.join(["fastpo", "train", *words]),
+        "command": _command(words),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "model": model_facts(recipe.model.model, model),
         "data": data,
@@ -590,6 +632,8 @@ def train(words: Sequence[str]) -> int:
         "recipe": recipe.given,
     }
     if main:
+        if fresh:
+            folder.start_over()
         batch = folder.facts.get("batch")
         folder.facts = {} if batch is None else {"batch": batch}
         folder.save(**facts)
@@ -627,7 +671,7 @@ def train(words: Sequence[str]) -> int:
     if stop.asked:
         found = latest_complete(output_dir)
         left = [word for word in words if word != "--overwrite"]
-        again = shlex.join(["fastpo", "train", *redact(left)])
+        again = _command(left)
         where = f"goes on from {Path(found).name}" if found else "starts over: nothing was saved"
         say(f"\ninterrupted at step {trainer.state.global_step}; this command {where}:\n  {again}")
         return INTERRUPTED

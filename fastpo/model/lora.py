@@ -23,7 +23,7 @@ def lora_faults(arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(known))}"
-            yield name, f"lora has no argument {name!r}: {hint}"
+            yield name, f"lora has no argument {name!r}; {hint}"
         elif name == "init_lora_weights" and str(value).lower() in _FROM_DATA:
             yield (
                 name,

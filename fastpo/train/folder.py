@@ -327,18 +327,21 @@ class RunFolder:
                     f"name another output_dir, such as {self._another()}"
                 )
 
-    def forget(self, reads: Sequence[str] = ()) -> None:
-        """Remove what an earlier run wrote: its checkpoints, model and records, nothing else.
+    def _removable(self) -> set[str]:
+        """The files that `forget` removes, beside checkpoints."""
+        files = self.files | {name for name in _SEALED if _untouched(self.path / name)}
+        return {name for name in files if not self.leaves(self.path / name)}
+
+    def refuse_removal(self, reads: Sequence[str]) -> None:
+        """Refuse to remove what the next run reads.
 
         Args:
-            reads: what the next run reads; names that are no path are ignored.
+            reads: files, folders and names; names that are no path are ignored.
 
         Raises:
-            ValueError: the next run reads something that would be removed.
+            ValueError: names what would be removed.
         """
-        files = self.files | {name for name in _SEALED if _untouched(self.path / name)}
-        files = {name for name in files if not self.leaves(self.path / name)}
-        checkpoints = own_checkpoints(self.path)
+        files, checkpoints = self._removable(), own_checkpoints(self.path)
         removed = {p.resolve() for p in [*checkpoints, *(self.path / name for name in files)]}
         if any(PurePath(name).match(model) for name in files for model in _MODEL):
             removed.add(self.path.resolve())
@@ -348,7 +351,11 @@ class RunFolder:
                     f"--overwrite would remove {name}, which this run reads: take another "
                     "output_dir"
                 )
-        for path in checkpoints:
+
+    def forget(self) -> None:
+        """Remove what an earlier run wrote: its checkpoints, model and records, nothing else."""
+        files = self._removable()
+        for path in own_checkpoints(self.path):
             discard(path)
         for path in [self.path / STAGING, *self.path.glob(".checkpoint-*.partial")]:
             shutil.rmtree(path, ignore_errors=True)
@@ -359,6 +366,12 @@ class RunFolder:
         for name in {PurePath(name).parts[0] for name in files if len(PurePath(name).parts) > 1}:
             _prune(self.path / name)
         self.read()
+
+    def start_over(self) -> None:
+        """Remove what an earlier run wrote; what this process writes next is its own."""
+        self.forget()
+        self.files |= {*RECORDS}
+        self.save()
 
     @contextmanager
     def placing(self) -> Iterator[Path]:
@@ -400,6 +413,18 @@ class RunFolder:
         if stale:
             self.files -= {*stale}
             self.save()
+
+
+def belongs(path: Path) -> bool:
+    """Whether a file is, or would be taken for, one of the run, checkpoint or model around it."""
+    folder = RunFolder(path.parent)
+    if path.name in folder.files or (folder.known and path.name in _SEALED):
+        return True
+    if is_own_checkpoint(path.parent) and path.exists():
+        return True
+    configs = ("config.json", "adapter_config.json")
+    holds_model = any((path.parent / name).is_file() for name in configs)
+    return holds_model and any(path.match(p) for p in (*_MODEL, *_ANY_WEIGHTS))
 
 
 # --- one run at a time ---------------------------------------------------------------------------
@@ -456,8 +481,6 @@ def claim(
     *,
     recipe: str | Path | None = None,
     alone: bool = False,
-    overwrite: bool = False,
-    reads: Sequence[str] = (),
     **facts: Any,
 ) -> RunFolder:
     """Take a folder for a run of this process; it holds run.json afterwards.
@@ -466,8 +489,6 @@ def claim(
         path: the folder, created when missing.
         recipe: the recipe that was given, which is left alone wherever it lies.
         alone: whether the folder may hold nothing else, since it will be published.
-        overwrite: remove what an earlier run wrote.
-        reads: what the run reads and `overwrite` must not remove.
         facts: what run.json says at first; of a run that goes on it stays as it is.
 
     Raises:
@@ -483,8 +504,6 @@ def claim(
         folder.path.mkdir(parents=True, exist_ok=True)
         _lock(folder.path)
         folder.read()  # as the last run left it
-        if overwrite:
-            folder.forget(reads)
         known, listed = folder.known, set(folder.files)
         folder.files |= {*RECORDS}
         # Before run.json has a list, after which the form of an earlier version counts no more.

@@ -20,7 +20,7 @@ import yaml
 from fastpo.model.lora import NUMBERS, lora_faults
 from fastpo.objectives.domain import Count, Misfit, Positive, ProperShare
 from fastpo.reading import read_text, told
-from fastpo.redact import learn, redact, refuse_redacted
+from fastpo.redact import is_secret, learn, redact, refuse_redacted
 from fastpo.train.elsewhere import unknown
 from fastpo.train.folder import RECIPE, write_sealed
 from fastpo.train.values import Entry, RecipeError, checked, describe, parse, scalar
@@ -198,6 +198,10 @@ def read_file(path: str | Path) -> dict[str, Entry]:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        at_fault = text.splitlines()[mark.line : mark.line + 1] if mark else []
+        key = "".join(at_fault).partition(":")[0].strip()
+        if is_secret(key):  # the reason may quote a part of it
+            reason = f"put the value of {key} in quotes"
         raise RecipeError(f"{path}{line}: not YAML: {reason}") from error
     if values is None:
         return {}
@@ -251,6 +255,7 @@ def read_flags(argv: Sequence[str]) -> dict[str, Entry]:
             entries[key] = Entry(scalar(given[0]), flag, given[0])
         else:
             entries[key] = Entry([scalar(w) for w in given] if given else True, flag)
+    learn({key: entry.value for key, entry in entries.items()})
     return entries
 
 

@@ -141,7 +141,7 @@ class ReferenceStore:
 
     Raises:
         ValueError: the folder holds numbers computed with another key; names the parts that differ.
-            Or a file in it is damaged; names it.
+            Or a file in it is damaged, or it is no folder; names it.
     """
 
     def __init__(
@@ -154,7 +154,13 @@ class ReferenceStore:
     ) -> None:
         self.path = Path(path)
         self.writer = writer
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"the reference store {self.path} cannot be made ({error.strerror}): give another "
+                "reference_store"
+            ) from error
         self._index: dict[str, tuple[str, int, int]] = {}  # key -> shard, from, to
         self._open: dict[str, Any] = {}
         meta = self.path / META

@@ -159,7 +159,8 @@ class PreferenceTrainer(Trainer):
 
     Raises:
         ValueError: several GPUs in one process, sequence parallelism, a stream without `max_steps`,
-            a reference that does not fit the model or objective; each names its remedy.
+            a reference that does not fit the model or objective, files of others in the way in
+            `output_dir`, or another process that trains there; each names its remedy.
         PackageError: a tracker of `report_to` that is not installed.
     """
 
@@ -189,6 +190,8 @@ class PreferenceTrainer(Trainer):
         refuse_missing_trackers(args.report_to or ())
         require_optimizer(args)
         refuse_prompt_learning(model)
+        if train_dataset is not None and args.process_index == 0:  # before anything lies there
+            RunFolder.at(str(args.output_dir)).refuse_others(alone=args.push_to_hub)
         if args.disable_dropout:
             for each in (model, ref_model, ref_model2):
                 if each is not None:
@@ -425,6 +428,8 @@ class PreferenceTrainer(Trainer):
         ref_model: PreTrainedModel | PeftModel | None,
         ref_model2: PreTrainedModel | PeftModel | None,
     ) -> StoredReference:
+        if self.train_dataset is not None:  # run.json comes before the store
+            self._claim()
         self.check()  # before a number is written: what it finds decides how batches are packed
         store, store2 = self._filled_store(ref_model, self.args.store_dir), None
         if ref_model2 is not None:
@@ -867,8 +872,7 @@ class PreferenceTrainer(Trainer):
         self.refuse_no_step()
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
-        if self.is_world_process_zero():
-            claim(str(self.args.output_dir), alone=self.args.push_to_hub)
+        self._claim()
         resume = self._checkpoint_to_resume(resume_from_checkpoint)
         if self.is_world_process_zero():
             self._note_batch(resume)
@@ -884,6 +888,11 @@ class PreferenceTrainer(Trainer):
         self.save_state()
         self._sample("after")
         return output
+
+    def _claim(self) -> None:
+        """Take `output_dir` for this process, or refuse it."""
+        if self.is_world_process_zero():
+            claim(str(self.args.output_dir), alone=self.args.push_to_hub)
 
     def refuse_no_step(self) -> None:
         """Find out before training whether there would be a step.

@@ -17,6 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union
 import yaml
 
 from fastpo.objectives.domain import Misfit, fitted
+from fastpo.redact import REDACTED, is_secret
 
 
 class RecipeError(ValueError):
@@ -211,14 +212,15 @@ def checked(name: str, entry: Entry, expected: Any) -> Any:
     Raises:
         RecipeError: it is none; names the place, the key, the value and what is expected.
     """
+    told = REDACTED if is_secret(name) else repr(entry.value)
     try:
         return _coerce(entry.value, expected, entry.text)
     except Misfit as misfit:
-        raise RecipeError(f"{entry.where}: {name} = {entry.value!r} {misfit}") from None
+        raise RecipeError(f"{entry.where}: {name} = {told} {misfit}") from None
     except Mismatch:
         hint = nearest(str(entry.value), map(str, choices(expected)))
         raise RecipeError(
-            f"{entry.where}: {name} = {entry.value!r} ({type(entry.value).__name__}), "
+            f"{entry.where}: {name} = {told} ({type(entry.value).__name__}), "
             f"expected {describe(expected)}.{hint}"
         ) from None
 

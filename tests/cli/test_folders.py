@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from typing import Any
 import pytest
 
 from fastpo.cli import main
-from fastpo.cli.output import check_outputs, json_lines
+from fastpo.cli.output import check_outputs, json_lines, partial_of
+from fastpo.cli.prepare import Progress
 from fastpo.cli.train import introduction, refuse_mixture, step_words
+from fastpo.train.folder import claim
 from fastpo.train.recipe import load_recipe
 from fastpo.train.run import Run
+from fastpo.train.trainer import PreferenceTrainer
 from tests.cli.test_cli import lines, run
 from tests.train.test_folder import content
 
@@ -56,6 +60,75 @@ def test_a_secret_in_the_name_of_the_data(capsys: Any, recipe: Path, tiny: Path)
     status, _, err = run(capsys, "train", recipe, "--dataset", f"https://me:{SECRET}@h/x.jsonl")
     assert (status, SECRET in err) == (2, False), err
     assert SECRET.encode() not in (recipe.parent / "run" / "run.json").read_bytes()
+
+
+def test_a_secret_with_quotes_in_the_command(capsys: Any, recipe: Path) -> None:
+    status, _, err = run(
+        capsys, "train", recipe, "--hub_token", "one'two plugh", "--report", "false"
+    )
+    assert status == 0, err
+    files = content(recipe.parent / "run")
+    assert not [name for name, text in files.items() if b"plugh" in text]
+
+
+@pytest.mark.parametrize(
+    "line", ["hub_token: *plugh", "hub_token: !plugh x", "hub_token: {a: {b: plugh}, c: [plugh]}"]
+)
+def test_a_secret_that_is_no_text(capsys: Any, recipe: Path, line: str) -> None:
+    recipe.write_text(f"{recipe.read_text()}{line}\n")
+    status, _, err = run(capsys, "train", recipe)
+    assert (status, "plugh" in err, f"{recipe}:14: " in err) == (2, False, True), err
+
+
+def test_a_traceback_has_no_secret(recipe: Path) -> None:
+    command = [sys.executable, "-c", "from fastpo.cli import main; main()", "train", str(recipe)]
+    told = subprocess.run(
+        [*command, "--dataset", f"https://me:{SECRET}@h/x.jsonl", "--debug"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Traceback (most recent call last)" in told.stderr
+    assert SECRET not in told.stderr + told.stdout
+
+
+def test_a_run_is_removed_once_the_next_one_has_all_it_reads(capsys: Any, recipe: Path) -> None:
+    folder = recipe.parent / "run"
+    assert run(capsys, "train", recipe)[0] == 0
+    before = content(folder)
+    for words, reason in (
+        (["--dataset", "nowhere.jsonl"], "no rows at 'nowhere.jsonl'"),
+        (["--model", recipe.parent], "cannot read"),
+        (
+            ["--per_device_train_batch_size", 99, "--dataloader_drop_last", "true"],
+            "leaves no batch",
+        ),
+        (["--resume_from_checkpoint", folder / "checkpoint-2"], "would remove"),
+    ):
+        status, _, err = run(capsys, "train", recipe, *words, "--overwrite")
+        assert (status, reason in err) == (2, True), err
+        assert content(folder) == before
+    assert run(capsys, "train", recipe, "--max_steps", 1, "--overwrite")[0] == 0
+    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+    assert not (folder / "checkpoint-2").exists()
+
+
+def test_a_run_that_never_began_says_so(capsys: Any, recipe: Path, monkeypatch: Any) -> None:
+    facts = recipe.parent / "run" / "run.json"
+    for words in (["--dataset", "nowhere.jsonl"], ["--dataset", "neither.jsonl"]):
+        assert run(capsys, "train", recipe, *words)[0] == 2
+        held = json.loads(facts.read_text())
+        assert held["status"] == "failed"
+        assert words[1] in held["error"]
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreferenceTrainer, "save_model", full)
+        assert run(capsys, "train", recipe, "--save_strategy", "no")[0] == 2
+    held = json.loads(facts.read_text())
+    assert (held["status"], "No space left" in held["error"]) == ("failed", True)
 
 
 def test_the_recipe_that_was_given_stays_as_it_is(capsys: Any, recipe: Path) -> None:
@@ -239,6 +312,55 @@ def test_a_file_has_its_name_once_it_is_whole(tmp_path: Path, capsys: Any) -> No
     assert (lines(out), partial.exists()) == ([{"a": 2}], False)
     with json_lines("/dev/null") as write:
         write({})
+
+
+def test_no_output_lands_on_a_model_or_a_run(tiny: Path, tmp_path: Path) -> None:
+    run_dir, model = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(tiny / "model", model)
+    claim(run_dir)
+    (run_dir / "checkpoint-1").mkdir()
+    for name in ("manifest.json", "trainer_state.json"):
+        (run_dir / "checkpoint-1" / name).write_text('{"files": {}}')
+    for path in (
+        *(model / "config.json", model / "tokenizer.json", model / "adapter_config.json"),
+        *(run_dir / "samples.jsonl", run_dir / "README.md", run_dir / "run.json"),
+        run_dir / "checkpoint-1" / "trainer_state.json",
+    ):
+        with pytest.raises(ValueError, match=f"{path} would be a file of the run or model"):
+            check_outputs(path, overwrite=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot be written: .*file is no folder to write to"):
+        check_outputs(tmp_path / "file" / "deep" / "rows.jsonl")
+    for path in (model / "scores.jsonl", run_dir / "scores.jsonl", tmp_path / "samples.jsonl"):
+        path.write_text("")
+        check_outputs(path, overwrite=True)
+
+
+def test_two_commands_write_no_file_together(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    refused = pytest.raises(ValueError, match=r"rows\.jsonl\.partial is being written by another")
+    with json_lines(path) as write:
+        write(1)
+        with refused, json_lines(path, over=True):
+            pass
+        with refused:
+            Progress(partial_of(path), {})
+        write(2)
+    assert path.read_text() == "1\n2\n"
+    path.unlink()
+    first = Progress(path, {"a": 1})
+    first.add({"rows": [3], "dropped": []})
+    with pytest.raises(ValueError, match="is being written by another"):
+        Progress(path, {"a": 1})
+
+
+def test_there_is_no_report_of_no_run(capsys: Any, tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny / "model", folder)
+    before = content(folder)
+    status, _, err = run(capsys, "report", folder)
+    assert (status, content(folder)) == (2, before)
+    assert f"{folder} holds no run: name the output_dir of one" in err
 
 
 def test_prepare_takes_no_other_file_for_its_own(capsys: Any, tiny: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -61,15 +62,14 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_file_in_the_way_is_refused_by_name(tmp_path: Path, name: str, overwrite: bool) -> None:
+def test_a_file_in_the_way_is_refused_by_name(tmp_path: Path, name: str) -> None:
     path = tmp_path / "run" / name
     path.parent.mkdir(parents=True)
     path.write_text('{"mine": true}')
     (tmp_path / "run" / "notes.txt").write_text("mine")
     before = content(tmp_path)
     with pytest.raises(ValueError, match=rf"{name.split('/')[0]}.*not written by fastpo.*run-2"):
-        claim(tmp_path / "run", overwrite=overwrite)
+        claim(tmp_path / "run")
     assert content(tmp_path) == before
 
 
@@ -141,8 +141,6 @@ def hold(folder: str, pipe: Any) -> None:
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
-    import multiprocessing
-
     near, far = multiprocessing.Pipe()
     process = start(hold, str(tmp_path / "run"), far)
     holder = near.recv()
@@ -223,7 +221,7 @@ def test_lists_from_elsewhere_reach_no_other_folder(tmp_path: Path) -> None:
     (run_dir / "checkpoint-1" / "manifest.json").write_text(
         json.dumps({"files": dict.fromkeys(names, 4)})
     )
-    claim(run_dir, overwrite=True)
+    claim(run_dir).forget()
     assert (tmp_path / "precious").read_text() == "mine"
     assert not (run_dir / "checkpoint-1").exists()
 
@@ -235,7 +233,7 @@ def test_what_the_next_run_reads_is_not_removed(trainer: Any, run_dir: Path) -> 
     before = content(run_dir)
     for name in (run_dir, run_dir / "checkpoint-1", run_dir / "samples.jsonl"):
         with pytest.raises(ValueError, match=f"would remove {name}, which this run reads"):
-            RunFolder.at(run_dir).forget(["hub/name", str(name)])
+            RunFolder.at(run_dir).refuse_removal(["hub/name", str(name)])
     assert content(run_dir) == before
 
 
@@ -252,6 +250,33 @@ def test_a_folder_that_is_published_holds_nothing_else(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("KEY=1")
     with pytest.raises(ValueError, match=r"push_to_hub would publish .*\.env"):
         claim(tmp_path, alone=True)
+
+
+@pytest.mark.parametrize("reference", ["store", "copy"])
+def test_nothing_is_written_to_a_folder_that_training_refuses(
+    trainer: Any, run_dir: Path, reference: str
+) -> None:
+    (run_dir / "config.json").write_text("mine")
+    with pytest.raises(ValueError, match=r"config\.json, which was not written by fastpo"):
+        trainer(reference=reference)
+    assert content(run_dir) == {"config.json": b"mine"}
+
+
+def test_run_json_comes_before_the_store(trainer: Any, run_dir: Path) -> None:
+    near, far = multiprocessing.Pipe()
+    process = start(hold, str(run_dir), far)
+    holder = near.recv()
+    with pytest.raises(ValueError, match=f"is in use by process {holder}"):
+        trainer(reference="store")
+    assert not (run_dir / "reference").exists()
+    os.kill(holder, signal.SIGKILL)
+    process.join(60)
+    near.send("end")
+    (run_dir / "reference").write_text("mine")
+    with pytest.raises(ValueError, match=r"reference cannot be made .* another reference_store"):
+        trainer(reference="store")
+    assert content(run_dir)["reference"] == b"mine"
+    assert (run_dir / RUN).is_file()
 
 
 # --- models ---------------------------------------------------------------------------------------
