@@ -35,7 +35,7 @@ from fastpo.model.merge import blend
 from fastpo.objectives import OBJECTIVES
 from fastpo.redact import is_secret, redact
 from fastpo.train.chart import short
-from fastpo.train.checkpoint import latest_complete
+from fastpo.train.checkpoint import incomplete, latest_complete
 from fastpo.train.config import PreferenceConfig, batch_words
 from fastpo.train.diagnosis import warnings_text
 from fastpo.train.folder import RECIPE, RECORDS, RunFolder, claim
@@ -53,6 +53,7 @@ MAY_CHANGE = {
     "output_dir",
     "max_steps",
     "num_train_epochs",
+    "resume_from_checkpoint",
     "run_name",
     "report_to",
     "disable_tqdm",
@@ -501,6 +502,25 @@ def _command(words: Sequence[str]) -> str:
     return shlex.join(redact(["fastpo", "train", *words]))
 
 
+def _checkpoint(output_dir: Path, asked: str | None, *, fresh: bool) -> str | None:
+    """The checkpoint to go on from: a named one, but of another folder at the start only.
+
+    Raises:
+        ValueError: the named one is not there or damaged.
+    """
+    newest = None if fresh else latest_complete(output_dir)
+    if asked is None or asked == "auto":
+        return newest
+    reason = incomplete(asked)
+    if reason is not None:
+        raise ValueError(f"resume_from_checkpoint = {asked!r}: {reason}; name another, or none")
+    return asked if newest is None or _holds(output_dir, asked) else newest
+
+
+def _holds(folder: Path, checkpoint: str) -> bool:
+    return Path(checkpoint).resolve().parent == folder.resolve()
+
+
 def _train(
     words: Sequence[str],
     recipe: Recipe,
@@ -522,23 +542,24 @@ def _train(
     """
     output_dir = folder.path
     main = config.process_index == 0
-    resume = None if fresh else latest_complete(output_dir)
+    resume = _checkpoint(output_dir, config.resume_from_checkpoint, fresh=fresh)
     finished = before.facts.get("status") == "finished"
-    if resume is not None or finished:
+    goes_on = resume is not None and _holds(output_dir, resume)
+    if goes_on or finished:
         refuse_mixture(recipe, config, before)
         same_length = all(
             before.recipe.get(key) == recipe.given.get(key)
             for key in ("max_steps", "num_train_epochs")
         )
         if finished and same_length:
-            more = "more max_steps or num_train_epochs continue it, " if resume else ""
+            more = "more max_steps or num_train_epochs continue it, " if goes_on else ""
             say(
                 f"{output_dir} is finished: {before.steps} steps, report in "
                 f"{output_dir / 'report.html'}\n{more}--overwrite starts over, another output_dir "
                 "keeps both"
             )
             return 0
-        if resume is None:
+        if not goes_on:
             raise ValueError(
                 f"{output_dir} is finished and has no checkpoint to go on from: take another "
                 "output_dir, or start over with --overwrite"

@@ -26,6 +26,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import Any
 
+from fastpo.reading import read_text
 from fastpo.redact import redact
 from fastpo.train.checkpoint import MANIFEST, flush
 
@@ -142,7 +143,7 @@ def _whose(path: Path) -> str:
 def _listed(path: Path) -> dict[str, Any] | None:
     """A JSON mapping whose `files` name files below its folder; None where it is none."""
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = json.loads(read_text(path))
     except (OSError, ValueError):
         return None
     return held if isinstance(held, dict) else None

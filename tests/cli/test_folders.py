@@ -113,6 +113,23 @@ def test_a_run_is_removed_once_the_next_one_has_all_it_reads(capsys: Any, recipe
     assert not (folder / "checkpoint-2").exists()
 
 
+def test_the_checkpoint_that_is_named_is_taken(capsys: Any, recipe: Path) -> None:
+    folder, elsewhere = recipe.parent / "run", recipe.parent / "other"
+    assert run(capsys, "train", recipe, "--save_steps", 1)[0] == 0
+    first = folder / "checkpoint-1"
+    for words, told in (
+        (["--resume_from_checkpoint", folder / "checkpoint-7"], (2, "no such folder")),
+        (["--resume_from_checkpoint", "true", "--overwrite"], (2, "no such folder")),
+        (["--resume_from_checkpoint", first], (0, "is finished")),
+        (["--resume_from_checkpoint", first, "--max_steps", 3], (0, f"resumes    {first}")),
+        (["--resume_from_checkpoint", first, "--output_dir", elsewhere], (0, f"{first}\n")),
+        (["--resume_from_checkpoint", first, "--output_dir", elsewhere], (0, "is finished")),
+    ):
+        status, out, err = run(capsys, "train", recipe, "--save_steps", 1, *words)
+        assert (status, told[1] in out + err) == (told[0], True), (words, out, err)
+        assert list(folder.glob("*model.safetensors"))
+
+
 def test_a_run_that_never_began_says_so(capsys: Any, recipe: Path, monkeypatch: Any) -> None:
     facts = recipe.parent / "run" / "run.json"
     for words in (["--dataset", "nowhere.jsonl"], ["--dataset", "neither.jsonl"]):

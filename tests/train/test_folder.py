@@ -73,6 +73,13 @@ def test_a_file_in_the_way_is_refused_by_name(tmp_path: Path, name: str) -> None
     assert content(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["run.json", "recipe.yaml", "README.md"])
+def test_a_pipe_in_the_way_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name}.*not written by fastpo"):
+        claim(tmp_path)
+
+
 def test_other_files_stay_through_runs_and_their_removal(trainer: Any, run_dir: Path) -> None:
     mine = {"notes.txt": b"n", "log/1.log": b"l", "plot.png": b"p", ".git/HEAD": b"h"}
     for name, text in mine.items():
