@@ -9,6 +9,8 @@ from typing import Any
 
 from fastpo.objectives.domain import Count, Misfit, Positive, ProperShare, fitted
 
+# By the pattern of a module's name.
+PATTERNS: dict[str, Any] = {"rank_pattern": Count, "alpha_pattern": Positive}
 NUMBERS: dict[str, Any] = {"r": Count, "lora_alpha": Positive, "lora_dropout": ProperShare}
 
 
@@ -23,7 +25,14 @@ def lora_faults(arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(known))}"
             yield name, f"lora has no argument {name!r}: {hint}"
         elif name in NUMBERS:
-            try:
-                fitted(value, NUMBERS[name])
-            except Misfit as misfit:
-                yield name, f"lora.{name} = {value!r} {misfit}"
+            yield from _misfits(name, name, value, NUMBERS[name])
+        elif name in PATTERNS and isinstance(value, Mapping):
+            for pattern, number in value.items():
+                yield from _misfits(name, f"{name}[{pattern!r}]", number, PATTERNS[name])
+
+
+def _misfits(name: str, shown: str, value: Any, expected: Any) -> Iterator[tuple[str, str]]:
+    try:
+        fitted(value, expected)
+    except Misfit as misfit:
+        yield name, f"lora.{shown} = {value!r} {misfit}"

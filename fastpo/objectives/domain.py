@@ -168,7 +168,8 @@ def fitted(value: Any, expected: Any) -> Any:
                 value = int(float(value))
             if (domain or FINITE).holds(value):
                 return value
-            misfit = f"must be {domain or FINITE}"
+            infinite = domain is not None and value in (math.inf, -math.inf)
+            misfit = f"must be {'finite and ' if infinite else ''}{domain or FINITE}"
         elif typing.get_origin(base) is Literal:
             if value in typing.get_args(base):
                 return value
