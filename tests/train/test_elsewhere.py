@@ -394,6 +394,18 @@ def test_a_stream_is_checked_as_its_rows_come(trainer: Any) -> None:
         made.train()
 
 
+def test_the_beginning_of_a_stream_is_judged(
+    trainer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [
+        {"prompt": f"w4 w{i}", "responses": ["w5 w6", "w7"], "scores": [1.0, 1.0]}
+        for i in range(4, 104)
+    ]
+    with caplog.at_level(logging.WARNING, "fastpo.train.trainer"):
+        trainer(train_dataset=load_rows(rows, streaming=True), objective="listnet", max_steps=1)
+    assert "64 of the first 64 rows grade all their responses alike" in caplog.text
+
+
 def test_doubts_and_idle_dropout_are_said_once(
     trainer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
