@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
@@ -26,8 +27,11 @@ def lora_faults(arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield name, f"lora has no argument {name!r}: {hint}"
         elif name in NUMBERS:
             yield from _misfits(name, name, value, NUMBERS[name])
+        elif name in ("target_modules", "exclude_modules") and isinstance(value, str):
+            yield from _bad_pattern(name, value)
         elif name in PATTERNS and isinstance(value, Mapping):
             for pattern, number in value.items():
+                yield from _bad_pattern(name, str(pattern))
                 yield from _misfits(name, f"{name}[{pattern!r}]", number, PATTERNS[name])
 
 
@@ -36,3 +40,20 @@ def _misfits(name: str, shown: str, value: Any, expected: Any) -> Iterator[tuple
         fitted(value, expected)
     except Misfit as misfit:
         yield name, f"lora.{shown} = {value!r} {misfit}"
+
+
+def _bad_pattern(name: str, pattern: str) -> Iterator[tuple[str, str]]:
+    """A text of peft's is one regular expression, whatever else it looks like."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        yield name, f"lora.{name} = {pattern!r} is no regular expression: {error}"
+        return
+    if re.fullmatch(r"[\w.]+([ ,]+[\w.]+)+", pattern):
+        names = ", ".join(re.split(r"[ ,]+", pattern))
+        yield (
+            name,
+            f"lora.{name} = {pattern!r} is one regular expression: give a list of names: [{names}]",
+        )
+    elif pattern == "all":
+        yield name, f"lora.{name} = 'all': did you mean 'all-linear'?"
