@@ -79,7 +79,7 @@ def _mapping(name: str, value: dict | str | None) -> dict[str, Any]:
     """Flags arrive as JSON and are parsed in `__post_init__`; any other text is an error."""
     if value is not None and not isinstance(value, Mapping):
         raise ValueError(f"{name}={value!r} is no mapping of names to values")
-    return dict(value or {})
+    return {str(key): item for key, item in (value or {}).items()}
 
 
 @dataclass(repr=False)
