@@ -121,7 +121,7 @@ def resolve(objective: str | Mapping[str, float], hyper: Mapping[str, Any]) -> l
 def _hint(key: str, value: Any, components: list[Component], owners: Iterable[str]) -> str:
     """What an unknown hyper-parameter is called here, or the nearest name, or all names."""
     known = sorted(owners)
-    said = answer(key, value, components[0].objective.name, known)
+    said = answer(key, value, [c.objective.name for c in components], known)
     close = difflib.get_close_matches(key, known, n=1)
     return said or (f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 REPAIR = "repair the file or leave it out"
+AGAIN = "save or download it again"
 
 
 def told(error: BaseException) -> str:
@@ -59,9 +61,24 @@ def opening(name: str) -> Iterator[None]:
         OSError: no such model; libraries name it themselves.
     """
     try:
-        with reading(name, "save or download it again"):
+        with reading(name, AGAIN):
             yield
     except ValueError as error:
         if isinstance(error.__cause__, OSError) and not Path(name).exists():
             raise error.__cause__ from None
+        from safetensors import safe_open  # comes with transformers
+
+        for path in sorted(Path(name).glob("*.json")):  # libraries seldom say which file it was
+            check_json(path)
+        for path in sorted(Path(name).glob("*.safetensors")):
+            with reading(path, AGAIN), safe_open(path, "np"):
+                pass
         raise
+
+
+def check_json(path: Path) -> None:
+    """Nothing, or ValueError with the name of a file that is no JSON."""
+    if path.is_file():
+        text = read_text(path, AGAIN)
+        with reading(path, AGAIN):
+            json.loads(text)

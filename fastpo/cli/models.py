@@ -43,7 +43,10 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) 
         return
     if "{" not in template:  # a template without a brace would say nothing
         if not Path(template).is_file():
-            raise ValueError(f"chat_template = {template!r} is neither a file nor a template")
+            raise ValueError(
+                f"chat_template = {template!r} is neither a file nor a template: leave it out for "
+                "the checkpoint's own"
+            )
         template = read_text(template)
     tokenizer.chat_template = template
 

@@ -42,20 +42,24 @@ def check_grades(grades: Grades, group: Group) -> None:
                 )
 
 
-def doubts(loss: PreferenceLoss, groups: Sequence[Group], *, seen: int) -> Iterator[str]:
+def doubts(
+    loss: PreferenceLoss, groups: Sequence[Group], *, seen: int, whole: bool = True
+) -> Iterator[str]:
     """What the objective can take, and will hardly learn from: a sentence each, with a remedy.
 
     Args:
         loss: the objectives.
-        groups: all groups that are trained on.
+        groups: the groups that are trained on.
         seen: groups that a batch statistic is of.
+        whole: whether those are all groups, not the first ones of a stream.
     """
+    rows = f"{len(groups)} rows" if whole else f"the first {len(groups)} rows"
     names = " + ".join(c.objective.name for c in loss.components)
     compares = any(c.objective.family != "point" for c in loss.components)
     tied = [g for g in groups if compares and _tied(g, by_score="score" in loss.needs)]
     if tied:
         yield (
-            f"{len(tied)} of {len(groups)} rows grade all their responses alike, the first is "
+            f"{len(tied)} of {rows} grade all their responses alike, the first is "
             f"{_named(tied[0])}: {names} finds no preference in them; leave them out, or grade "
             "finer"
         )
@@ -66,8 +70,8 @@ def doubts(loss: PreferenceLoss, groups: Sequence[Group], *, seen: int) -> Itera
             if label not in labels:
                 kind, other = ("desirable", "undesirable")[:: 1 if label else -1]
                 yield (
-                    f"no response is {kind}, all are {other}: {objective.name} needs some of "
-                    f"which `label` is {str(label).lower()}"
+                    f"of {rows} no response is {kind}, all are {other}: {objective.name} needs "
+                    f"some of which `label` is {str(label).lower()}"
                 )
         if objective.statistics and seen == 1:
             yield (
@@ -77,8 +81,8 @@ def doubts(loss: PreferenceLoss, groups: Sequence[Group], *, seen: int) -> Itera
             )
     if "cohort" in loss.needs and len({group.cohort for group in groups}) == 1:
         yield (
-            f"all rows are of one population: {names} needs rows whose `group` columns differ, "
-            "else it is dpo"
+            f"all of {rows} are of one population: {names} needs rows whose `group` columns "
+            "differ, else it is dpo"
         )
 
 

@@ -41,6 +41,7 @@ PER_TOKEN = ("token_weights", "token_rewards")
 SPANS = ("spans", "chosen_spans", "rejected_spans", "chunk_spans")
 
 # An empty cell, or an empty text in a column of lists and numbers, is how files write "absent".
+_LABEL = "true for a good completion, false for a bad one"
 _NO_TEXT = {
     *("weight", "margin", "group", "label", "tools", "chat_template_kwargs"),
     *("scores", "score", "score_chosen", "score_rejected", "ranks", *PER_TOKEN, *SPANS),
@@ -342,11 +343,11 @@ def _single(row: Mapping[str, Any]) -> Example:
         raise BadField("prompt", "missing: a single completion cannot imply it")
     completion, label = _content("completion", row["completion"]), row.get("label")
     if label is None:
-        raise BadField("label", "missing: true for a good completion, false for a bad one")
+        raise BadField("label", f"missing: {_LABEL}")
     if isinstance(label, str):  # CSV has no bools
         label = {"true": True, "false": False}.get(label.lower(), label)
     if not isinstance(label, (bool, np.bool_)):
-        raise BadField("label", "not a bool", label)
+        raise BadField("label", f"not a bool: {_LABEL}", label)
     spans = _spans_of("spans", row.get("spans"))
     return Example(
         prompt=None,

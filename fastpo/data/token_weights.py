@@ -124,10 +124,10 @@ def check_schemes(schemes: Mapping[str, Any]) -> None:
     """ValueError for an unknown scheme or a value that it cannot have."""
     for name, value in schemes.items():
         if name not in SCHEMES:
-            near = difflib.get_close_matches(name, SCHEMES, n=1)
+            near = difflib.get_close_matches(str(name), SCHEMES, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(
-                f"unknown token weights {name!r}: {hint}choose from {', '.join(SCHEMES)}"
+                f"token_weights: unknown scheme {name!r}: {hint}choose from {', '.join(SCHEMES)}"
             )
         if isinstance(value, bool) is not (name == "sampo") or not isinstance(value, int | float):
             wanted = "true or false" if name == "sampo" else "a number"

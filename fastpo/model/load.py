@@ -26,7 +26,7 @@ from fastpo.model.device import default_device, native_bf16
 from fastpo.model.lora import lora_faults
 from fastpo.model.random_init import model_config, random_model
 from fastpo.optional import require
-from fastpo.reading import opening, reading
+from fastpo.reading import check_json, opening, reading
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +143,8 @@ def load_model(
             else AutoConfig.from_pretrained(name_or_path, **source)
         )
     _check_causal(config, name_or_path)
+    # transformers would go on without it.
+    check_json(Path(name_or_path) / "generation_config.json")
     options: dict[str, Any] = {"dtype": _resolve_dtype(dtype, device)}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
@@ -167,15 +169,23 @@ def load_model(
             options["quantization_config"] = _quantization(quantization, options["dtype"])
     if device is not None:
         options["device_map"] = {"": device}
-    with opening(name_or_path):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name_or_path, **source, **options, output_loading_info=True
-        )
-        model, found = loaded
-        if missing := sorted(found["missing_keys"]):  # would be drawn at random
-            raise ValueError(
-                f"{len(missing)} of its weights are missing, the first is {missing[0]}"
+    try:
+        with opening(name_or_path):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name_or_path, **source, **options, output_loading_info=True
             )
+            model, found = loaded
+            if missing := sorted(found["missing_keys"]):  # would be drawn at random
+                raise ValueError(
+                    f"{len(missing)} of its weights are missing, the first is {missing[0]}"
+                )
+    except ValueError as error:
+        if attn_implementation is not None and "attn_implementation" in str(error):
+            raise ValueError(
+                f"attn_implementation={attn_implementation!r} is none of this model's: take eager, "
+                "sdpa or flash_attention_2, or leave it out"
+            ) from error
+        raise
     return model if lora is None else add_lora(model, lora)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
@@ -11,6 +12,8 @@ from fastpo.objectives.domain import Count, Misfit, Positive, ProperShare, fitte
 
 # Drawn from data by functions of peft, whose tensors no recipe can hold.
 _FROM_DATA = ("eva", "corda", "lora_ga")
+# By the pattern of a module's name.
+PATTERNS: dict[str, Any] = {"rank_pattern": Count, "alpha_pattern": Positive}
 NUMBERS: dict[str, Any] = {"r": Count, "lora_alpha": Positive, "lora_dropout": ProperShare}
 
 
@@ -31,7 +34,34 @@ def lora_faults(arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 "here calls: take 'pissa', 'olora' or true, or give PreferenceTrainer the model",
             )
         elif name in NUMBERS:
-            try:
-                fitted(value, NUMBERS[name])
-            except Misfit as misfit:
-                yield name, f"lora.{name} = {value!r} {misfit}"
+            yield from _misfits(name, name, value, NUMBERS[name])
+        elif name in ("target_modules", "exclude_modules") and isinstance(value, str):
+            yield from _bad_pattern(name, value)
+        elif name in PATTERNS and isinstance(value, Mapping):
+            for pattern, number in value.items():
+                yield from _bad_pattern(name, str(pattern))
+                yield from _misfits(name, f"{name}[{pattern!r}]", number, PATTERNS[name])
+
+
+def _misfits(name: str, shown: str, value: Any, expected: Any) -> Iterator[tuple[str, str]]:
+    try:
+        fitted(value, expected)
+    except Misfit as misfit:
+        yield name, f"lora.{shown} = {value!r} {misfit}"
+
+
+def _bad_pattern(name: str, pattern: str) -> Iterator[tuple[str, str]]:
+    """A text of peft's is one regular expression, whatever else it looks like."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        yield name, f"lora.{name} = {pattern!r} is no regular expression: {error}"
+        return
+    if re.fullmatch(r"[\w.]+([ ,]+[\w.]+)+", pattern):
+        names = ", ".join(re.split(r"[ ,]+", pattern))
+        yield (
+            name,
+            f"lora.{name} = {pattern!r} is one regular expression: give a list of names: [{names}]",
+        )
+    elif pattern == "all":
+        yield name, f"lora.{name} = 'all': did you mean 'all-linear'?"

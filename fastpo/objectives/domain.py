@@ -57,9 +57,23 @@ class Domain:
 
     def check(self, name: str, value: float) -> float:
         """`value`, or ValueError with its name: for functions that are called by themselves."""
-        if value is None or isinstance(value, bool | str) or not self.holds(value):
-            raise ValueError(f"{name}={value!r} must be {self}")
+        scalar = isinstance(value, Tensor) and value.dim() == 0
+        if isinstance(value, bool) or not (scalar or isinstance(value, Real)):
+            raise ValueError(f"{name}={value!r} must be a number {self}")
+        if misfit := self.misfit(value):
+            raise ValueError(f"{name}={value!r} {misfit}")
         return value
+
+    def misfit(self, value: Any) -> str | None:
+        """What a number must be, or None where it is."""
+        try:
+            as_float = float(value)
+        except OverflowError:  # an integer of hundreds of digits
+            as_float = math.inf
+        if math.isfinite(as_float) and self.holds(value):
+            return None
+        finite = "finite and " if math.isinf(as_float) and self != FINITE else ""
+        return f"must be {finite}{self}"
 
 
 def _short(x: float) -> str:
@@ -166,9 +180,9 @@ def fitted(value: Any, expected: Any) -> Any:
                 if not float(value).is_integer():
                     continue
                 value = int(float(value))
-            if (domain or FINITE).holds(value):
+            misfit = (domain or FINITE).misfit(value)
+            if misfit is None:
                 return value
-            misfit = f"must be {domain or FINITE}"
         elif typing.get_origin(base) is Literal:
             if value in typing.get_args(base):
                 return value

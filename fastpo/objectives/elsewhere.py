@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 NOTHING = "nothing: "
+UNSET = "It is unset: leave it out."
+OFF = "It is off, as it is here: leave it out."
 
 OBJECTIVES_ELSEWHERE: dict[str, str] = {
     # TRL 1.16: loss_type of its DPO, CPO, KTO and TPO trainers.
@@ -98,23 +100,30 @@ HYPERS: dict[str, tuple[str, str]] = {
 }
 """A key -> the hyper-parameter here, and an objective that has it."""
 
+ADDED: dict[str, str] = {
+    # TRL 1.16 and before 0.29.
+    "rpo_alpha": "sft",
+    "cpo_alpha": "sft",
+    # LLaMA-Factory 0.9.5 and before, axolotl 0.19.
+    "pref_ftx": "sft",
+    "dpo_ftx": "sft",
+    "sft_weight": "sft",
+    "pref_bco_weight": "bco_pair",
+}
+"""A weight of another loss -> the objective that is mixed in with it."""
+
 LOSS_NAMES: dict[str, str] = {
-    # TRL 1.16 and before 0.29; {value} is what was given, {objective} the one chosen.
-    "rpo_alpha": "objective: {{{objective}: 1, sft: {value}}}",
+    # TRL 1.16 and before 0.29; {value} is what was given.
     "ld_alpha": "token_weights: {{ld: {value}}}",
     "use_weighting": "objective: wpo",
     "simpo_gamma": "gamma_beta_ratio of objective: simpo, which is simpo_gamma / beta",
     "gamma": "gamma_beta_ratio of objective: simpo, which is gamma / beta",
-    "cpo_alpha": "objective: {{{objective}: 1, sft: {value}}}",
     "reference_free": "objective: cpo, with cpo_alpha: 0 for DPO without a reference",
     "loss_weights": "objective, a mapping of names to weights such as {{dpo: 0.8, sft: 1}}",
     # LLaMA-Factory 0.9.5 and axolotl 0.19.
-    "pref_ftx": "objective: {{{objective}: 1, sft: {value}}}",
-    "pref_bco_weight": "objective: {{{objective}: 1, bco_pair: {value}}}",
     "dpo_loss_weights": "objective, a mapping of names to weights such as {{dpo: 0.8, sft: 1}}",
     "dpo_use_weighting": "objective: wpo",
     "dpo_norm_loss": "objective: ln_dpo",
-    "sft_weight": "objective: {{{objective}: 1, sft: {value}}}",
 }
 """A key -> how the same is said here."""
 
@@ -140,22 +149,35 @@ def called_here(name: object) -> str:
     return OBJECTIVES_ELSEWHERE.get(plain(name), str(name))
 
 
-def answer(key: str, value: object, objective: str, hyper: Iterable[str]) -> str | None:
+def answer(key: str, value: object, chosen: Sequence[str], hyper: Iterable[str]) -> str | None:
     """A sentence for a key of a loss that goes by another name here; None for an unknown key.
 
     Args:
         key: another tool's name.
         value: what was given for it.
-        objective: the chosen objective.
-        hyper: its hyper-parameters, which are suggested as they are.
+        chosen: the chosen objectives.
+        hyper: their hyper-parameters, which are suggested as they are.
     """
+    if value is None and (key in LOSS_KEYS or key in HYPERS or key in ADDED or key in LOSS_NAMES):
+        return UNSET
     if key in LOSS_KEYS:
         return _loss(value)
     if key in HYPERS:
         name, owner = HYPERS[key]
-        return f"Here it is {name}." if name in hyper else f"Here it is {name}, of {owner}."
+        # `beta` is nearly everybody's; `orpo_alpha` is orpo's alone.
+        here = name in hyper and (owner in chosen or name != "beta" or owner == "dpo")
+        return f"Here it is {name}." if here else f"Here it is {name}, of {owner}."
+    if key in ADDED:
+        name = ADDED[key]
+        if not value:
+            return f"Without {name} it is the same: leave it out."
+        if len(chosen) > 1 or name in chosen:
+            return f"Here it is the share of {name} in objective: objective.{name}: {value}."
+        return f"Here it is objective: {{{chosen[0]}: 1, {name}: {value}}}."
     if key in LOSS_NAMES:
-        return f"Here it is {LOSS_NAMES[key].format(value=value, objective=objective)}."
+        if value is False:
+            return OFF
+        return f"Here it is {LOSS_NAMES[key].format(value=value)}."
     return None
 
 
@@ -163,13 +185,19 @@ def _loss(value: object) -> str:
     """A sentence for another tool's name of a loss, or for several."""
     from . import OBJECTIVES, unknown_objective
 
-    names = value if isinstance(value, list | tuple) else [value]
+    names = list(value) if isinstance(value, list | tuple | Mapping) else [value]
     here = [plain(n) if plain(n) in OBJECTIVES else called_here(n) for n in names]
     for name, found in zip(names, here, strict=True):
         if found.startswith(NOTHING):
             return f"There is none: {found.removeprefix(NOTHING)}."
         if found == str(name) and found not in OBJECTIVES:
             return f"Here it is objective; {unknown_objective(name)}."
-    if len(here) > 1:
-        return f"Here it is objective: {{{', '.join(f'{name}: 1' for name in here)}}}."
-    return f"Here it is objective: {here[0]}."
+    if not here:
+        return UNSET
+    if len(here) == 1:
+        return f"Here it is objective: {here[0]}."
+    if all(name in OBJECTIVES for name in here):
+        mixture = ", ".join(f"{name}: 1" for name in dict.fromkeys(here))
+        return f"Here it is objective: {{{mixture}}}."
+    known = "; ".join(f"{name} is {found}" for name, found in zip(names, here, strict=True))
+    return f"Here it is objective, a mapping of names to weights: {known}."

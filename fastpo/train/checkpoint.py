@@ -80,9 +80,9 @@ def _of_list(files: dict[str, Any]) -> str:
 def _keep_notes(retired: Path, final: Path) -> None:
     """Move what somebody else put beside the files of a checkpoint to the one in its place."""
     try:
-        listed = json.loads((retired / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, json.JSONDecodeError, KeyError):
-        return
+        listed = set(json.loads((retired / MANIFEST).read_bytes())["files"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        listed = set()  # without a list all that the new one lacks may be somebody's
     for path in [p for p in retired.rglob("*") if p.is_file()]:
         name = path.relative_to(retired)
         if str(name) not in listed and not (final / name).exists():

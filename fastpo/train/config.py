@@ -75,11 +75,11 @@ def batch_words(batch: dict[str, int]) -> str:
     )
 
 
-def _mapping(value: dict | str | None) -> dict[str, Any]:
+def _mapping(name: str, value: dict | str | None) -> dict[str, Any]:
     """Flags arrive as JSON and are parsed in `__post_init__`; any other text is an error."""
-    if isinstance(value, str):
-        raise ValueError(f'expected a mapping such as {{"beta": 0.1}}, got {value!r}')
-    return value or {}
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"{name}={value!r} is no mapping of names to values")
+    return {str(key): item for key, item in (value or {}).items()}
 
 
 @dataclass(repr=False)
@@ -483,7 +483,7 @@ class PreferenceConfig(TrainingArguments):
     @property
     def hyper(self) -> dict[str, Any]:
         """Hyper-parameters of the objective, `beta` included."""
-        hyper: dict[str, Any] = {**_mapping(self.objective_args)}
+        hyper: dict[str, Any] = {**_mapping("objective_args", self.objective_args)}
         if self.beta is not None:
             if "beta" in hyper and hyper["beta"] != self.beta:
                 raise ValueError(
@@ -501,7 +501,7 @@ class PreferenceConfig(TrainingArguments):
     @property
     def update_rule(self) -> UpdateRule | None:
         """How the reference follows the policy, or None where it stays."""
-        values = _mapping(self.reference_update)
+        values = _mapping("reference_update", self.reference_update)
         return UpdateRule.of(values) if values else None
 
     def storable(self, loss: PreferenceLoss) -> bool:
@@ -519,8 +519,8 @@ class PreferenceConfig(TrainingArguments):
         shared = {f.name for f in fields(DataOptions)} & {f.name for f in fields(self)}
         options = {name: getattr(self, name) for name in shared}
         for name in ("chat_template_kwargs", "token_weights"):
-            options[name] = _mapping(getattr(self, name))
-        synthesis = _mapping(self.position_synthesis)
+            options[name] = _mapping(name, getattr(self, name))
+        synthesis = _mapping("position_synthesis", self.position_synthesis)
         options["position_synthesis"] = PositionSynthesis.of(synthesis) if synthesis else None
         options["seed"] = self.seed
         return DataOptions(**options)

@@ -15,6 +15,7 @@ from fastpo.train.run import Curve, Run, ends, finite, number
 ENOUGH = 10
 """Logged steps below which nothing is said about learning: batches differ more than they teach."""
 
+_MATTERS = 0.005  # of a loss: below it two evaluations differ by less than anybody would act on
 _SURE = 3.0  # standard errors; noise passes it once in 370 looks
 
 
@@ -59,6 +60,14 @@ def _broken(run: Run) -> Iterator[Warning]:
             "token_weights or spans), a beta so large that every pair counts as won, or a hinge "
             "that is already met. Try the default beta, dpo in place of a hinge, or the rows "
             "without weights.",
+        )
+    elif len(losses) >= ENOUGH and len({v for _, v in losses}) == 1:
+        yield Warning(
+            "stop",
+            f"The loss is {losses[0][1]:.4f} at every step",
+            "Batches differ, so a model that moves has another loss at every step. Likely: "
+            "learning_rate is 0, nothing is trainable, or weights in a dtype that small steps do "
+            "not change. Try a larger learning_rate, and dtype: float32.",
         )
 
 
@@ -150,7 +159,8 @@ def _evaluations(run: Run) -> Iterator[Warning]:
     values = [v for _, v in evaluated]
     best = min(values)
     best_step, rise = evaluated[values.index(best)][0], values[-1] - best
-    if all(a < b for a, b in itertools.pairwise(values)):
+    steady = all(a < b for a, b in itertools.pairwise(values))
+    if steady and rise > _MATTERS * abs(best):
         yield Warning(
             "warn",
             "eval_loss rises at every evaluation",

@@ -6,7 +6,8 @@ The keys of losses are in `fastpo.objectives.elsewhere`. `{value}` stands for wh
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from fastpo.objectives import OBJECTIVES
@@ -17,7 +18,6 @@ from fastpo.train.values import nearest
 NAMES: dict[str, str] = {
     # TRL 1.16: DPOConfig, KTOConfig, CPOConfig, ORPOConfig, TPOConfig, RewardConfig.
     "truncation_mode": "truncation",
-    "precompute_ref_log_probs": "reference: store",
     "activation_offloading": "offload_activations",
     "sync_ref_model": "reference_update: {{every: 512, mixup: 0.6}}",
     "ref_model_mixup_alpha": "reference_update.mixup",
@@ -42,9 +42,6 @@ NAMES: dict[str, str] = {
     "load_in_4bit": "quantization: nf4",
     "load_in_8bit": "quantization: {{load_in_8bit: true}}",
     "quantization_config": "quantization",
-    "bnb_4bit_quant_type": "quantization: nf4",
-    "use_bnb_nested_quant": "quantization: nf4",
-    "bnb_4bit_use_double_quant": "quantization: nf4",
     "dataset_config": "dataset_name",
     "dataset_train_split": "split",
     "dataset_test_split": "eval_split",
@@ -82,7 +79,6 @@ NAMES: dict[str, str] = {
     "revision_of_model": "revision",
     "tokenizer_config": "tokenizer",
     "lora_model_dir": "model",
-    "adapter": "lora: true",
     "peft": "lora",
     "lora_target_linear": "lora.target_modules: all-linear",
     "lora_fan_in_fan_out": "lora.fan_in_fan_out",
@@ -103,8 +99,6 @@ NAMES: dict[str, str] = {
     "optimizer": "optim",
     "sequence_len": "max_length",
     "max_prompt_len": "max_prompt_length",
-    "excess_length_strategy": "on_bad_row",
-    "val_set_size": "eval_fraction",
     "test_datasets": "eval_dataset",
     "chat_template_jinja": "chat_template",
     "flash_attention": "attn_implementation: flash_attention_2",
@@ -129,20 +123,12 @@ NAMES: dict[str, str] = {
     "layer_offloading": "offload_activations",
     # LLaMA-Factory 0.9.5.
     "adapter_name_or_path": "model",
-    "template": "chat_template",
     "cutoff_len": "max_length",
     "max_samples": "max_rows",
-    "val_size": "eval_fraction",
-    "finetuning_type": "lora: true",
     "lora_rank": "lora.r",
-    "lora_target": "lora.target_modules",
-    "additional_target": "lora.modules_to_save",
+    "additional_target": "lora.modules_to_save: {listed}",
     "pissa_init": "lora.init_lora_weights: pissa",
-    "quantization_bit": "quantization: nf4",
-    "quantization_type": "quantization: nf4",
-    "double_quantization": "quantization: nf4",
     "ref_model_adapters": "ref_model",
-    "flash_attn": "attn_implementation",
     "enable_liger_kernel": "layer_kernels: liger",
     "moe_aux_loss_coef": "router_aux_loss_coef",
     "train_from_scratch": "random_init",
@@ -151,10 +137,20 @@ NAMES: dict[str, str] = {
     "early_stopping_steps": "early_stopping_patience",
     "hf_hub_token": "hub_token",
     "model_max_length": "max_length",
+    "max_target_length": "max_response_length",
+    "max_source_length": "max_prompt_length",
+    "max_seq_length": "max_length",
+    "max_seq_len": "max_length",
+    "max_packed_sequence_len": "max_length",
+    "model_quantization_config_kwargs": "quantization",
+    "gc_collect_steps": "torch_empty_cache_steps",
     "enable_thinking": "chat_template_kwargs: {{enable_thinking: {value}}}",
 }
 """A key -> the key here, or the key with its value."""
 
+_HELD_OUT = "Here it is eval_fraction, a share of the rows below 1."
+_FULL = "All weights are trained where there is no lora: leave it out."
+_ADAPTERS = "There is none: adapters are lora."
 _PACKED = "Batches are packed without padding, always: leave it out."
 _NO_LOGITS = "Logits are never built: leave it out."
 _ONE_PROCESS = "Rows are tokenised once, in one process: leave it out."
@@ -179,8 +175,62 @@ _LOSSES = "`fastpo objectives` lists the losses that there are: leave it out."
 _ALWAYS = "That is always so: leave it out."
 _UNSUPPORTED = "There is no such thing here: leave it out."
 
+_BITS_4 = "Here it is quantization: nf4."
+_BITS_8 = "Here it is quantization: {{load_in_8bit: true}}."
+_FP4 = "Here it is quantization: {{load_in_4bit: true, bnb_4bit_quant_type: fp4}}."
+_ONCE = "Here it is quantization: {{load_in_4bit: true, bnb_4bit_quant_type: nf4}}."
+
+BY_VALUE: dict[str, dict[object, str]] = {
+    # TRL 1.16.
+    "bnb_4bit_quant_type": {"nf4": _BITS_4, "fp4": _FP4},
+    "precompute_ref_log_probs": {
+        True: "Here it is reference: store.",
+        False: "There is no switch: leave it out, or set reference: copy for a second model.",
+    },
+    "use_bnb_nested_quant": {True: _BITS_4, False: _ONCE},
+    "bnb_4bit_use_double_quant": {True: _BITS_4, False: _ONCE},
+    # axolotl 0.19.
+    "adapter": {
+        "lora": "Here it is lora: true.",
+        "qlora": "Here it is lora: true with quantization: nf4.",
+        "": _ADAPTERS,
+    },
+    "excess_length_strategy": {
+        "truncate": "Too long prompts are cut, always: leave it out.",
+        "drop": "Here it is truncation: error with on_bad_row: skip.",
+        "": "Here it is truncation: error.",
+    },
+    # LLaMA-Factory 0.9.5.
+    "finetuning_type": {
+        "lora": "Here it is lora: true.",
+        "full": _FULL,
+        "oft": _ADAPTERS,
+        "": _FREEZE,
+    },
+    "quantization_bit": {
+        4: _BITS_4,
+        8: _BITS_8,
+        "": "There is none: bitsandbytes has 4 and 8 bits.",
+    },
+    "quantization_type": {"nf4": _BITS_4, "fp4": _FP4},
+    "double_quantization": {True: _BITS_4, False: _ONCE},
+    "flash_attn": {
+        "auto": "transformers chooses it, always: leave it out.",
+        "disabled": "Here it is attn_implementation: eager.",
+        "fa2": "Here it is attn_implementation: flash_attention_2.",
+        "fa3": "Here it is attn_implementation: flash_attention_3.",
+        "": "Here it is attn_implementation: {value}.",
+    },
+    "lora_target": {
+        "all": "Here it is lora.target_modules: all-linear.",
+        "": "Here it is lora.target_modules: {listed}.",
+    },
+}
+"""A key -> what a value of it is called here; the entry of "" is for all others."""
+
 NOTES: dict[str, str] = {
     # TRL 1.16 and before.
+    "predict_with_generate": _DRAWN,
     "model_init_kwargs": "Its entries are keys here: dtype, attn_implementation, revision, "
     "quantization.",
     "ref_model_init_kwargs": "The reference is loaded like the model: leave it out.",
@@ -194,6 +244,8 @@ NOTES: dict[str, str] = {
     "precompute_ref_batch_size": "The store is filled in batches of per_device_eval_batch_size.",
     "pad_token": _TOKENIZER,
     "eos_token": _TOKENIZER,
+    "bos_token": _TOKENIZER,
+    "unk_token": _TOKENIZER,
     "center_rewards_coefficient": _NO_REWARD,
     "reward_model_path": _NO_REWARD,
     "is_encoder_decoder": "Models are decoders, always: leave it out.",
@@ -284,6 +336,8 @@ NOTES: dict[str, str] = {
     "is_mistral_derived_model": _READ,
     "is_qwen_derived_model": _READ,
     "is_falcon_derived_model": _READ,
+    "overrides_of_model_kwargs": "Its entries are keys here: dtype, attn_implementation, revision, "
+    "quantization.",
     "overrides_of_model_config": "There is none: change config.json in a copy of the model.",
     "model_config": "There is none: change config.json in a copy of the model.",
     "rope_scaling": "There is none: change config.json in a copy of the model.",
@@ -299,6 +353,9 @@ NOTES: dict[str, str] = {
     "pad_to_sequence_len": _PACKED,
     "batch_flattening": _PACKED,
     "multipack_real_batches": _PACKED,
+    "streaming_multipack_buffer_size": _PACKED,
+    "tiled_mlp_use_original_mlp": _ALWAYS,
+    "val_set_size": _HELD_OUT,
     "eval_sequence_len": "One limit serves both: max_length.",
     "min_sample_len": "There is none: leave short rows out of the file.",
     "train_on_inputs": _RESPONSES,
@@ -349,6 +406,32 @@ NOTES: dict[str, str] = {
     "lora_o_kernel": _KERNELS,
     "lora_embedding_kernel": _KERNELS,
     "plugins": _KERNELS,
+    "experts_implementation": _KERNELS,
+    "fused_attn_kernel": _KERNELS,
+    "cut_cross_entropy": _NO_LOGITS,
+    "large_head_attention": _KERNELS,
+    "flash_attn_d512": _KERNELS,
+    "sdpa_varlen": _PACKED,
+    "flash_optimum": "Here it is attn_implementation: sdpa.",
+    "torch_compile_options": "There is none: torch_compile_mode and torch_compile_backend choose.",
+    "deepcompile": "Here it is an entry of the file that deepspeed names.",
+    "fsdp_version": "Here it is an entry of fsdp_config: version.",
+    "fsdp_final_state_dict_type": "Here it is an entry of fsdp_config: state_dict_type.",
+    "ring_attn_func": _LAUNCH,
+    "heads_k_stride": _LAUNCH,
+    "use_ray": _LAUNCH,
+    "resources_per_worker": _LAUNCH,
+    "qlora_sharded_model_loading": _LAUNCH,
+    "quantize_moe_experts": _UNSUPPORTED,
+    "fp32_norms": _UNSUPPORTED,
+    "fp32_norm_classes": _UNSUPPORTED,
+    "shrink_embeddings": _UNSUPPORTED,
+    "mean_resizing_embeddings": _UNSUPPORTED,
+    "use_onebitllms": _UNSUPPORTED,
+    "curriculum_sampling": "Here it is train_sampling_strategy: sequential, of rows in order.",
+    "dynamic_checkpoint": "Here they are save_steps; a run that is stopped saves and resumes.",
+    "ebft": _DRAWN,
+    "is_preprocess": _UNSUPPORTED,
     "use_kernels": _KERNELS,
     "merge_lora": _MERGE,
     "merge_method": _MERGE,
@@ -392,6 +475,9 @@ NOTES: dict[str, str] = {
     "dataset_dir": "There is none: dataset is a file, a folder or a name on the hub, and its rows "
     "say what they are (docs/data.md).",
     "media_dir": "Rows are text: leave it out.",
+    "template": "The checkpoint's own chat template is used: leave it out, or name a .jinja file "
+    "as chat_template.",
+    "val_size": _HELD_OUT,
     "train_on_prompt": _RESPONSES,
     "mask_history": "Turns before the response are its prompt (docs/data.md): leave it out.",
     "mix_strategy": _MIXTURE,
@@ -451,6 +537,17 @@ BY_PREFIX: dict[str, str] = {
     "sample_packing_": _PACKED,
     "pretrain": "There is none: rows are preferences, or prompts with answers.",
     "profile": _UNSUPPORTED,
+    "bench_": _UNSUPPORTED,
+    "gradio_": _UNSUPPORTED,
+    "lm_eval_": _UNSUPPORTED,
+    "otel_": _UNSUPPORTED,
+    "use_otel_": _UNSUPPORTED,
+    "kd_": _LOSSES,
+    "grokfast_": _UNSUPPORTED,
+    "tokenizer_": _TOKENIZER,
+    "processor_": "Rows are text: leave it out.",
+    "total_": "Rows and tokens are counted when a run begins: leave it out.",
+    "preprocess_": _ONE_PROCESS,
     "enable_torch_profiler": _UNSUPPORTED,
     "fp8": _UNSUPPORTED,
     "scaling_softmax": _UNSUPPORTED,
@@ -475,16 +572,48 @@ BY_PREFIX: dict[str, str] = {
     "apollo_": _OPTIMISER,
     "badam_": _OPTIMISER,
     "dion_": _OPTIMISER,
+    "use_mora": _ADAPTERS,
+    "mora": _ADAPTERS,
+    "lisa_": _FREEZE,
+    "spectrum_": _FREEZE,
+    "expert_parallel_": _LAUNCH,
     "relora": "There is none: adapters are trained in one go.",
     "jagged_restart_": "There is none: lr_scheduler_type names a schedule of transformers.",
-    "oft_": "There is none: adapters are lora.",
+    "oft_": _ADAPTERS,
+    "module_dropout": _ADAPTERS,
     "freeze_": _FREEZE,
     "export_": _MERGE,
     "image_": "Rows are text: leave it out.",
     "video_": "Rows are text: leave it out.",
     "liger_": "Here it is layer_kernels: liger.",
     "ray_": _LAUNCH,
+    "master_": _LAUNCH,
     "kt_": _UNSUPPORTED,
+    "use_kt": _UNSUPPORTED,
+    "use_mca": _UNSUPPORTED,
+    "use_v1_kernels": _KERNELS,
+    "use_hyper_parallel": _LAUNCH,
+    "hyper_parallel_": _LAUNCH,
+    "block_diag_attn": _PACKED,
+    "infer_": _DRAWN,
+    "skip_special_tokens": _DRAWN,
+    "audio_": "Rows are text: leave it out.",
+    "use_audio_": "Rows are text: leave it out.",
+    "crop_to_patches": "Rows are text: leave it out.",
+    "role_boundaries": _RESPONSES,
+    "roles_to_train": _RESPONSES,
+    "train_on_eo": _RESPONSES,
+    "field_": _COLUMNS,
+    "message_": _COLUMNS,
+    "trackio_": "Here it is report_to: trackio, and its own variables.",
+    "hf_mlflow_": "Here it is report_to: mlflow, and its own variables.",
+    "offload_folder": _LAUNCH,
+    "ple_cpu_offload": _UNSUPPORTED,
+    "gemma4_": _KERNELS,
+    "flex_attn_": _KERNELS,
+    "num_dataset_shards_": _UNSUPPORTED,
+    "axolotl_config_path": _UNSUPPORTED,
+    "experimental_skip_": _UNSUPPORTED,
     "use_pose": "Here it is position_synthesis (docs/data.md).",
     "pose_": "Here it is position_synthesis (docs/data.md).",
 }
@@ -509,24 +638,48 @@ TRAINER: dict[str, str] = {
 """Keywords of other trainers -> what to do."""
 
 
-def answer(key: str, value: Any, objective: str, hyper: Iterable[str]) -> str | None:
+def answer(key: str, value: Any, chosen: Sequence[str], hyper: Iterable[str]) -> str | None:
     """A sentence for another tool's key, or None for an unknown one.
 
     Args:
         key: its name there.
         value: what was given for it.
-        objective: the chosen objective.
-        hyper: its hyper-parameters.
+        chosen: the chosen objectives.
+        hyper: their hyper-parameters.
     """
-    said = losses.answer(key, value, objective, hyper)
+    said = losses.answer(key, value, chosen, hyper)
     if said is not None:
         return said
+    said = _template(key, value)
+    if said is None:
+        return None
+    if value is None or value in ("", [], {}):
+        return losses.UNSET
+    # A name alone takes the value as it is; the rest of these would switch something on.
+    switch = key not in BY_VALUE and not _takes_value(said)
+    if value is False and switch and said.startswith("Here it is "):
+        return losses.OFF
     shown = str(value).lower() if isinstance(value, bool) else value
+    words = value if isinstance(value, list | tuple) else str(value).split(",")
+    listed = f"[{', '.join(str(word).strip() for word in words)}]"
+    return said.format(value=shown, listed=listed, first=_first(value))
+
+
+def _template(key: str, value: Any) -> str | None:
+    """The sentence for a key, with a place for its value."""
+    if key in BY_VALUE:
+        table = BY_VALUE[key]
+        found = next((said for each, said in table.items() if each == value), table.get(""))
+        return found or f"Here it is one of {', '.join(map(str, table))}."
     if key in NAMES:
-        return f"Here it is {NAMES[key].format(value=shown)}."
+        return f"Here it is {NAMES[key]}."
     if key in NOTES:
-        return NOTES[key].format(value=shown, first=_first(value))
+        return NOTES[key]
     return next((note for start, note in BY_PREFIX.items() if key.startswith(start)), None)
+
+
+def _takes_value(said: str) -> bool:
+    return "{value}" in said or re.fullmatch(r"Here it is [\w.]+\.", said) is not None
 
 
 def _first(value: Any) -> str:
@@ -550,7 +703,7 @@ def unknown(key: str, value: Any, keys: Iterable[str], objectives: Mapping[str, 
     """
     hyper = list(dict.fromkeys(h for o in objectives.values() for h in o.hyper))
     chosen = " + ".join(objectives)
-    said = answer(key, value, next(iter(objectives), "dpo"), hyper)
+    said = answer(key, value, list(objectives) or ["dpo"], hyper)
     owners = [name for name, o in OBJECTIVES.items() if key in o.hyper]
     if said is None and owners:
         some = ", ".join(owners[:4]) + (", ..." if len(owners) > 4 else "")

@@ -23,7 +23,7 @@ from fastpo.reading import read_text, told
 from fastpo.redact import is_secret, learn, redact, refuse_redacted
 from fastpo.train.elsewhere import unknown
 from fastpo.train.folder import RECIPE, write_sealed
-from fastpo.train.values import Entry, RecipeError, checked, describe, parse, scalar
+from fastpo.train.values import Entry, RecipeError, checked, describe, parse, scalar, written
 
 if typing.TYPE_CHECKING:
     from fastpo.objectives.base import Objective
@@ -163,8 +163,7 @@ class Recipe:
         path.parent.mkdir(parents=True, exist_ok=True)
         versions = ", ".join(f"{k} {v}" for k, v in environment()["versions"].items())
         given = redact(self.given)
-        text = yaml.safe_dump(given, sort_keys=False, allow_unicode=True, width=100)
-        write_sealed(path, f"# {versions}\n{text}")
+        write_sealed(path, f"# {versions}\n{written(given)}")
         return path
 
 
@@ -416,7 +415,7 @@ def load_recipe(path: str | Path | None, argv: Sequence[str] = ()) -> Recipe:
     places = {name: entry.where for name, entry in values.items()}
     places |= values["objective_args"].parts if "objective_args" in values else {}
     if isinstance(given.get("lora"), dict):
-        _check_lora(values["lora"])
+        given["lora"] = _checked_lora(values["lora"])
     try:
         sections = [
             cls(**{name: given[name] for name in _types(cls) if name in given}) for cls in SECTIONS
@@ -516,6 +515,12 @@ def _check_hyper(
         owner, dot, name = str(key).partition(".")
         owners = [owner] if dot else [o for o in objectives if key in objectives[o].hyper]
         name = name if dot else str(key)
+        if (dot and owner not in objectives) or (not dot and key in objectives):
+            raise RecipeError(
+                f"{place}: objective_args: {key!r} is no hyper-parameter of "
+                f"{' + '.join(objectives)}: one of a mixture's is written as "
+                f"{next(iter(objectives))}.beta: 0.1"
+            )
         if not owners or owners[0] not in objectives or name not in objectives[owners[0]].hyper:
             raise RecipeError(
                 f"{place}: objective_args: {unknown(name, args[key], (), objectives)}"
@@ -529,12 +534,14 @@ def _check_hyper(
     return in_force
 
 
-def _check_lora(entry: Entry) -> None:
+def _checked_lora(entry: Entry) -> dict[str, Any]:
     from peft import LoraConfig
 
     for name, fault in lora_faults(entry.value):
         raise RecipeError(f"{entry.place(name)}: {fault}")
     # Some initialisations are patterns, pissa_niter_4: peft itself judges them.
     types = typing.get_type_hints(LoraConfig) | NUMBERS | {"init_lora_weights": Any}
-    for name, value in entry.value.items():
-        checked(f"lora.{name}", Entry(value, entry.place(name)), types[name])
+    return {
+        name: checked(f"lora.{name}", Entry(value, entry.place(name)), types[name])
+        for name, value in entry.value.items()
+    }

@@ -13,12 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from fastpo.train.chart import MANY, Series, chart, short
 from fastpo.train.diagnosis import find_warnings
 from fastpo.train.folder import CARD, REPORT, write_sealed
 from fastpo.train.run import Run, ends, finite, number
+from fastpo.train.values import written
 
 
 class Panel(NamedTuple):
@@ -479,7 +478,7 @@ def write_model_card(output_dir: str | Path, *, title: str | None = None) -> Pat
     if versions:
         lines += ["## Versions", "", ", ".join(f"{k} {v}" for k, v in versions.items()) + ".", ""]
     if run.recipe:
-        recipe = yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True, width=100)
+        recipe = written(run.recipe)
         lines += ["## Recipe", "", "```yaml", recipe.rstrip(), "```", ""]
     path = run.folder / CARD
     write_sealed(path, str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines))))

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
+
+from fastpo.objectives.domain import Count, Domain, Misfit, Positive, fitted
 
 FILE = "reference.safetensors"
 
@@ -40,24 +42,21 @@ class UpdateRule:
         ValueError: a value out of range, with the field's name.
     """
 
-    every: int = 512
+    every: Count = 512
     rule: Literal["mix", "bema"] = "mix"
-    mixup: float = 0.6
-    rho: float = 10.0
-    gamma: float = 1.0
-    eta: float = 0.2
-    kappa: float = 0.5
+    mixup: Annotated[float, Domain(0, 1, open_low=True)] = 0.6
+    rho: Positive = 10.0
+    gamma: Positive = 1.0
+    eta: Positive = 0.2
+    kappa: Positive = 0.5
 
     def __post_init__(self) -> None:
-        if self.rule not in ("mix", "bema"):
-            raise ValueError(f"reference_update: rule={self.rule!r} is neither 'mix' nor 'bema'")
-        if not isinstance(self.every, int) or self.every < 1:
-            raise ValueError(f"reference_update: every={self.every!r} must be a number of steps")
-        if not 0 < self.mixup <= 1:
-            raise ValueError(f"reference_update: mixup={self.mixup} must be in (0, 1]")
-        for name in ("rho", "gamma", "eta", "kappa"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"reference_update: {name}={getattr(self, name)} must be positive")
+        for name, expected in get_type_hints(type(self), include_extras=True).items():
+            value = getattr(self, name)
+            try:
+                object.__setattr__(self, name, fitted(value, expected))
+            except Misfit as misfit:
+                raise ValueError(f"reference_update: {name}={value!r} {misfit}") from None
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> UpdateRule:

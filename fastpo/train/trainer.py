@@ -127,6 +127,7 @@ from fastpo.train.sync import ReferenceUpdate
 log = logging.getLogger(__name__)
 
 SAMPLES_FILE = "samples.jsonl"
+_JUDGED = 64  # groups of a stream that are searched for what hardly teaches anything
 _CHECKED = 8  # groups of a stream, or of a self-check, that are looked at before the first step
 MASK_DROPOUT = 0.01  # SparsePO's
 # Groups that a stream's next one is drawn from: a second of tokenising, and a few MB.
@@ -365,9 +366,11 @@ class PreferenceTrainer(Trainer):
         exact = self.args.batch_statistics == "exact"
         seen = self.args.per_device_train_batch_size * self.args.world_size
         seen *= self.args.gradient_accumulation_steps if exact else 1
-        if isinstance(self.train_dataset, Sized):  # of a stream nobody knows the rest
-            groups: Any = [self.train_dataset[i] for i in range(len(self.train_dataset))]
-            for doubt in doubts(loss, groups, seen=seen):
+        data: Any = self.train_dataset
+        if data is not None:
+            whole = isinstance(data, Sized)  # of a stream nobody knows the rest
+            groups = self._first_groups(data, len(data) if whole else _JUDGED)
+            for doubt in doubts(loss, groups, seen=seen, whole=whole):
                 log.warning("%s", doubt)
         adapters = getattr(self.model, "peft_config", {}).values()
         rates = [rate for a in adapters if (rate := getattr(a, "lora_dropout", 0))]

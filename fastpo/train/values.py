@@ -1,7 +1,7 @@
 """Values of recipes and flags: YAML 1.2 scalars, checked against type annotations.
 
 `5e-7` is a number and `no` is the word that `eval_strategy` takes; PyYAML's own rules, those of
-YAML 1.1, read them as text and as false.
+YAML 1.1, read them as text and as false, and `010` as eight.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ class RecipeError(ValueError):
     """Something in a recipe or a flag is wrong; one line per problem, each naming its place."""
 
 
+_OLDER = {f"tag:yaml.org,2002:{name}" for name in ("bool", "float", "int", "timestamp")}
+
+
 class Loader(yaml.SafeLoader):
-    """YAML 1.2 core scalars: true and false are the only booleans, 5e-7 is a float."""
+    """YAML 1.2 core scalars: 5e-7 is a float, 010 is ten, 1:30 and 2026-01-01 are text."""
 
     yaml_implicit_resolvers: ClassVar = {
-        first: [
-            pair
-            for pair in pairs
-            if pair[0] not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
-        ]
+        first: [pair for pair in pairs if pair[0] not in _OLDER]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -48,6 +47,36 @@ Loader.add_implicit_resolver(
     ),
     list("-+0123456789."),
 )
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"^(?:[-+]?\d[\d_]*|0o[0-7]+|0x[\da-fA-F]+)$"),
+    list("-+0123456789"),
+)
+
+
+def _integer(loader: Loader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node).replace("_", "")
+    return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+
+
+Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+
+
+class Dumper(yaml.SafeDumper):
+    """Quotes text that PyYAML or `Loader` would read as something else, such as `1e10`."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [
+            *yaml.SafeDumper.yaml_implicit_resolvers.get(first, ()),
+            *Loader.yaml_implicit_resolvers.get(first, ()),
+        ]
+        for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *Loader.yaml_implicit_resolvers}
+    }
+
+
+def written(values: Mapping[str, Any]) -> str:
+    """A mapping as YAML, which `parse` reads back as it was."""
+    return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 _MOST_NODES = 100_000
@@ -81,7 +110,7 @@ def parse(text: str) -> tuple[yaml.Node | None, Any]:
         return node, yaml.load(text, Loader)
     except RecursionError:
         raise yaml.YAMLError("brackets inside brackets without end") from None
-    except ValueError as error:  # 2026-99-99, an integer of thousands of digits
+    except ValueError as error:  # `!!int x`, an integer of thousands of digits
         raise yaml.YAMLError(str(error).partition(";")[0]) from error
 
 

@@ -151,7 +151,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
         ("seed: 3\n".encode("utf-16"), "not UTF-8 text"),
         (b"seed: 3\x00\n", "not YAML: unacceptable character"),
         (b"seed:\n\t3: 1", "not YAML: found character"),
-        (b"seed: 2026-99-99", "not YAML: month must be in 1..12"),
+        (b"seed: !!int x", "not YAML: invalid literal for int"),
         (b"seed: " + b"9" * 5000, "not YAML: Exceeds the limit"),
         (b"seed: " + b"[" * 3000, "not YAML"),
         (b"lora: &a {r: *a}", "not YAML: aliases that stand inside themselves"),
@@ -253,10 +253,16 @@ def test_the_best_evaluation_has_a_checkpoint(
 
 
 def test_a_saved_recipe_is_the_same_recipe(tmp_path: Path) -> None:
-    text = "objective: {dpo: 1, sft: 0.1}\nlora: {r: 4}\nlearning_rate: 3e-6\nbf16: null\n"
+    text = (
+        "objective: {dpo: 1, sft: 0.1}\nlora: {r: 4.0}\nlearning_rate: 3e-6\nbf16: null\n"
+        "revision: '1e10'\nrun_name: 1:30\nsplit: '0o17'\nseed: 010\n"
+    )
     recipe = load(tmp_path, text, "--beta", "0.05", "--report_to", "none")
     path = recipe.save(tmp_path / "out")
     again = load_recipe(path)
     assert again.given == recipe.given
     assert again.hyper == recipe.hyper
+    assert (again.model.revision, again.data.split) == ("1e10", "0o17")
+    assert (again.given["run_name"], again.given["seed"]) == ("1:30", 10)
+    assert repr(again.given["lora"]["r"]) == "4"
     assert yaml.safe_load(path.read_text())["objective_args"]["dpo.beta"] == 0.05

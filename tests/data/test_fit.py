@@ -119,4 +119,4 @@ def test_statistics_of_one_group(objective: str) -> None:
 def test_one_population() -> None:
     groups = [replace(group, cohort=7) for group in tiny.groups(4, 2)]
     (doubt,) = said("maxmin", groups)
-    assert doubt.startswith("all rows are of one population")
+    assert doubt.startswith("all of 4 rows are of one population")

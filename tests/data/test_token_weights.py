@@ -210,7 +210,8 @@ def test_schemes_multiply_and_spans_are_kept(tokenizers) -> None:
 @pytest.mark.parametrize(
     ("schemes", "message"),
     [
-        ({"decays": 0.5}, "unknown token weights 'decays': did you mean 'decay'"),
+        ({"decays": 0.5}, "token_weights: unknown scheme 'decays': did you mean 'decay'"),
+        ({1: 0.5}, "token_weights: unknown scheme 1: choose from"),
         ({"ld": "0.5"}, "ld takes a number, not '0.5'"),
         ({"ld": True}, "ld takes a number, not True"),
         ({"sampo": 3}, "sampo takes true or false, not 3"),

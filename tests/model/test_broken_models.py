@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -70,15 +71,24 @@ def text(content: str) -> Callable[[Path], Any]:
         ("tokenizer.json", text("{}"), ""),
         ("tokenizer_config.json", text("[]"), ""),
         ("tokenizer_config.json", text('{"model_max_length": "x"}'), ""),
+        ("tokenizer_config.json", cut, ""),
+        ("generation_config.json", cut, ""),
+        ("config.json", cut, ""),
     ],
 )
 def test_a_damaged_model_is_named(folder: Path, name: str, damage: Any, reason: str) -> None:
     damage(folder / "model" / name)
     of = str(folder / "model")
-    told = rf"cannot read .*model: .*({reason}).*; save or"
+    file = rf"/{re.escape(name)}" if damage is cut else ""
+    told = rf"cannot read .*model{file}.*: .*({reason}).*; save or"
     with pytest.raises(ValueError, match=told) as caught:
         open_tokenizer(of, None, None) if "tokenizer" in name else open_model(of)
     assert "\n" not in str(caught.value)
+
+
+def test_an_attention_that_is_none(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"^attn_implementation='fa2' is none of this model's"):
+        load_model(str(folder / "model"), attn_implementation="fa2")
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,16 @@ def test_loss_functions_refuse_too() -> None:
 
 
 @pytest.mark.parametrize(
+    "beta", ["0.1", None, True, [0.1, 0.2], math.nan, math.inf, 10**400, 1j, torch.ones(2)]
+)
+def test_what_is_no_finite_number_is_refused(beta: Any) -> None:
+    x = torch.zeros(2)
+    with pytest.raises(ValueError, match=r"^beta=.* must be (a number |finite and )?above 0$"):
+        fastpo.dpo_loss(x, x, x, x, beta=beta)
+    assert fastpo.dpo_loss(x, x, x, x, beta=torch.tensor(0.1)).losses.isfinite().all()  # pyright: ignore
+
+
+@pytest.mark.parametrize(
     ("objective", "hyper", "inside", "outside"),
     [
         ("point_sigmoid", {}, 1.0, 1.1),

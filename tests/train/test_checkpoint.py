@@ -214,6 +214,24 @@ def test_publish_replaces_a_checkpoint_of_the_same_name(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "damaged", [b"", b"[]", b"\xff\xfe", b"3", b'{"files": 1}', b'{"files": []}']
+)
+def test_a_damaged_manifest_is_replaced_and_notes_stay(tmp_path: Path, damaged: bytes) -> None:
+    final = tmp_path / "checkpoint-1"
+    for text in ("old", "new"):
+        staging = staging_dir(tmp_path, 1)
+        staging.mkdir()
+        (staging / "file").write_text(text)
+        publish(staging, final)
+        if text == "old":
+            (final / MANIFEST).write_bytes(damaged)
+            (final / "note.txt").write_text("mine")
+    assert (final / "file").read_text() == "new"
+    assert (final / "note.txt").read_text() == "mine"
+    assert incomplete(final) is None
+
+
 def test_best_model_and_early_stopping(trainer: Any) -> None:
     """A learning rate far too high: the first evaluation is the best one and is loaded again."""
     made = trainer(

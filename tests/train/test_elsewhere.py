@@ -18,16 +18,16 @@ from transformers import TrainingArguments
 
 from fastpo.data.rows import load_rows
 from fastpo.objectives import OBJECTIVES
-from fastpo.objectives.elsewhere import HYPERS, LOSS_NAMES
+from fastpo.objectives.elsewhere import ADDED, HYPERS, LOSS_NAMES
 from fastpo.train.config import PreferenceConfig
-from fastpo.train.elsewhere import NAMES, NOTES, TRAINER, answer
+from fastpo.train.elsewhere import BY_VALUE, NAMES, NOTES, TRAINER, answer
 from fastpo.train.recipe import RecipeError, fields_of_recipe, load_recipe
 from fastpo.train.trainer import PreferenceTrainer
 from tests.train import tiny
 
 
 def told(key: str, value: Any = 1, objective: str = "dpo") -> str | None:
-    return answer(key, value, objective, OBJECTIVES[objective].hyper)
+    return answer(key, value, [objective], OBJECTIVES[objective].hyper)
 
 
 def configurations() -> dict[str, type]:
@@ -125,6 +125,32 @@ AXOLOTL = [
     "sequence_parallel_degree",
     "context_parallel_size",
     "unfrozen_parameters",
+    "fsdp_version",
+    "fsdp_final_state_dict_type",
+    "ring_attn_func",
+    "heads_k_stride",
+    "use_ray",
+    "gc_collect_steps",
+    "max_packed_sequence_len",
+    "overrides_of_model_kwargs",
+    "model_quantization_config_kwargs",
+    "cut_cross_entropy",
+    "lm_eval_tasks",
+    "trackio_project_name",
+    "hf_mlflow_log_artifacts",
+    "lisa_n_layers",
+    "torch_compile_options",
+    "deepcompile",
+    "curriculum_sampling",
+    "dynamic_checkpoint",
+    "field_messages",
+    "roles_to_train",
+    "train_on_eos",
+    "tokenizer_save_jinja_files",
+    "processor_kwargs",
+    "use_otel_metrics",
+    "gradio_title",
+    "bench_dataset",
 ]
 LLAMA_FACTORY = [
     "stage",
@@ -180,6 +206,12 @@ LLAMA_FACTORY = [
     "resize_vocab",
     "early_stopping_steps",
     "overwrite_output_dir",
+    "module_dropout",
+    "use_kt",
+    "use_v1_kernels",
+    "block_diag_attn",
+    "infer_backend",
+    "audio_sampling_rate",
 ]
 
 
@@ -193,7 +225,7 @@ def snippet(text: str) -> tuple[str, str | None]:
     text = text.split(" of objective")[0].split(", ")[0] if "{" not in text else text
     head = re.match(r"[\w.]+", text)
     assert head, text
-    whole = text.format(value="0.5", objective="dpo", first="a")
+    whole = text.format(value="0.5", listed="[a]", first="a")
     return head[0], whole if re.match(r"[\w.]+: ", whole) else None
 
 
@@ -219,10 +251,69 @@ def test_suggestions_are_keys_that_load(name: str, tmp_path: Path) -> None:
     load_recipe(path)
 
 
+VALUED = [
+    *((key, value) for key, table in BY_VALUE.items() for value in table if value != ""),
+    *((key, 0.5) for key in ADDED),
+    ("lora_target", "q_proj,v_proj"),
+    ("additional_target", "embed_tokens, lm_head"),
+    ("flash_attn", "sdpa"),
+    ("loss_type", ["sigmoid", "bco_pair", "sft"]),
+    ("warmup_ratio", 0.1),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), VALUED)
+def test_suggestions_for_a_value_load(tmp_path: Path, key: str, value: Any) -> None:
+    said = told(key, value)
+    assert said is not None
+    if not said.startswith("Here it is "):
+        return
+    text = said.removeprefix("Here it is ").removesuffix(".").replace(" with ", "\n")
+    given = {"model": "m", "dataset": "d", "lora": {"r": 8}}
+    for name, setting in yaml.safe_load(text).items():
+        head, dot, rest = name.partition(".")
+        given[head] = {"r": 8, rest: setting} if dot else setting
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(given))
+    load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        *((key, None, "It is unset: leave it out.") for key in ("adapter", "rpo_alpha", "rl")),
+        ("loss_type", [], "It is unset: leave it out."),
+        ("wandb_project", "", "It is unset: leave it out."),
+        *(
+            (key, False, "It is off, as it is here: leave it out.")
+            for key in ("load_in_4bit", "use_peft", "use_weighting", "reference_free", "use_wandb")
+        ),
+        ("rpo_alpha", 0, "Without sft it is the same: leave it out."),
+        ("use_dora", False, "Here it is lora.use_dora."),
+        ("enable_thinking", False, "Here it is chat_template_kwargs: {enable_thinking: false}."),
+        ("orpo_alpha", 0.1, "Here it is beta, of orpo."),
+        ("finetuning_type", "full", "All weights are trained where there is no lora: "),
+        ("quantization_bit", 8, "Here it is quantization: {load_in_8bit: true}."),
+        ("lora_target", "all", "Here it is lora.target_modules: all-linear."),
+        ("lora_target", "q_proj,v_proj", "Here it is lora.target_modules: [q_proj, v_proj]."),
+        ("loss_type", ["tpo_l", "sigmoid"], "tpo_l is tpo with loss_type: tpo_l; sigmoid is dpo"),
+    ],
+)
+def test_answers_follow_the_value(key: str, value: Any, words: str) -> None:
+    assert words in (told(key, value) or "")
+
+
+def test_a_mixture_gets_its_share() -> None:
+    hyper = OBJECTIVES["dpo"].hyper
+    said = answer("rpo_alpha", 0.2, ["sft", "dpo"], hyper)
+    assert said == "Here it is the share of sft in objective: objective.sft: 0.2."
+
+
 def test_tables_do_not_contradict_each_other() -> None:
     keys = set(fields_of_recipe())
-    assert not set(NAMES) & set(NOTES)
-    assert not (set(NAMES) | set(NOTES) | set(LOSS_NAMES)) & keys
+    tables = (NAMES, NOTES, BY_VALUE, LOSS_NAMES, ADDED)
+    assert sum(map(len, tables)) == len(set().union(*tables))
+    assert not set().union(*tables) & keys
     for hyper, owner in HYPERS.values():
         assert hyper in OBJECTIVES[owner].hyper
 
@@ -303,6 +394,18 @@ def test_a_stream_is_checked_as_its_rows_come(trainer: Any) -> None:
         made.train()
 
 
+def test_the_beginning_of_a_stream_is_judged(
+    trainer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [
+        {"prompt": f"w4 w{i}", "responses": ["w5 w6", "w7"], "scores": [1.0, 1.0]}
+        for i in range(4, 104)
+    ]
+    with caplog.at_level(logging.WARNING, "fastpo.train.trainer"):
+        trainer(train_dataset=load_rows(rows, streaming=True), objective="listnet", max_steps=1)
+    assert "64 of the first 64 rows grade all their responses alike" in caplog.text
+
+
 def test_doubts_and_idle_dropout_are_said_once(
     trainer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -348,6 +451,16 @@ def test_numbers_are_checked_in_python(config: Any) -> None:
         ("lora: {r: 0}", "lora.r = 0 must be at least 1"),
         ("lora: {init_lora_weights: eva}", "'eva' is drawn from data by a function of peft"),
         ("lora:\n  r: 8\n  lora_alpha: -1", "5: lora.lora_alpha = -1 must be above 0"),
+        ("beta: .inf", "beta = inf must be finite and above 0"),
+        ("beta: 1:30", "beta = '1:30' must be a number above 0"),
+        ("objective_args: {sft.beta: 1}", "'sft.beta' is no hyper-parameter of dpo: "),
+        ("dpo: {beta: 0.3}", "one of a mixture's is written as dpo.beta: 0.1"),
+        ("lora: {rank_pattern: {q: 0}}", "lora.rank_pattern['q'] = 0 must be at least 1"),
+        ("lora: {alpha_pattern: {q: -1}}", "lora.alpha_pattern['q'] = -1 must be above 0"),
+        ("lora: {target_modules: (}", "lora.target_modules = '(' is no regular expression"),
+        ("lora: {target_modules: 'q, v'}", "is one regular expression: give a list of names: [q,"),
+        ("lora: {target_modules: all}", "did you mean 'all-linear'?"),
+        ("lora: {rank_pattern: {'(': 4}}", "lora.rank_pattern = '(' is no regular expression"),
         ("lora: {lora_dropout: 1.5}", "lora.lora_dropout = 1.5 must be in [0, 1)"),
         ("lora: {use_dora: 1}", "lora.use_dora = 1 (int), expected true or false"),
         ("lora:\n  r: 8\n  r: 4", "5: 'lora.r' was already set in line 4"),

@@ -131,10 +131,10 @@ def test_a_stream_is_checked_as_it_comes(config: Any, workers: int) -> None:
 
 
 def test_a_bad_row_of_a_loader_process_is_told_in_a_line(config: Any) -> None:
-    rows = [*tiny.rows(15), {"prompt": "w4", "chosen": "", "rejected": "w5"}]
+    rows = [*tiny.rows(70), {"prompt": "w4", "chosen": "", "rejected": "w5"}]
     stream = GroupStream(rows, tiny.tokenizer(), DataOptions(), source="d.jsonl")
     made = made_with(tiny.tokenizer(), config, stream, max_steps=9, dataloader_num_workers=1)
-    with pytest.raises(ValueError, match=r"^d.jsonl, row 15, field 'chosen': empty response.*\Z"):
+    with pytest.raises(ValueError, match=r"^d.jsonl, row 70, field 'chosen': empty response.*\Z"):
         made.train()
 
 

@@ -285,6 +285,13 @@ def test_a_loss_of_zero(tmp_path: Path) -> None:
     assert titles(write_run(tmp_path / "r", log)) == ""
 
 
+def test_a_loss_that_stays(tmp_path: Path) -> None:
+    log = [step_line(i, 40, loss=0.6931) for i in range(1, 41)]
+    assert titles(write_run(tmp_path / "r", log)) == "The loss is 0.6931 at every step"
+    log[7]["loss"] = 0.6932
+    assert titles(write_run(tmp_path / "r", log)) == ""
+
+
 @pytest.mark.parametrize("shift", [0.0, -5.0])  # some objectives' losses are negative
 def test_overfitting_names_the_best_step(tmp_path: Path, shift: float) -> None:
     def told(*losses: float) -> str:
@@ -293,7 +300,7 @@ def test_overfitting_names_the_best_step(tmp_path: Path, shift: float) -> None:
 
     assert told(0.6, 0.5, 0.55, 0.65) == "Evaluation was best at step 20"
     assert told(0.5, 0.51, 0.62, 0.65) == "eval_loss rises at every evaluation"
-    assert told(0.5, 0.65) == told(0.6, 0.5, 0.501, 0.502) == ""
+    assert told(0.5, 0.65) == told(0.6, 0.5, 0.501, 0.502) == told(0.5, 0.5001, 0.5002) == ""
 
 
 def test_chance_needs_certainty(tmp_path: Path) -> None:

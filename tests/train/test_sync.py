@@ -100,10 +100,12 @@ def test_resumed_reference_has_the_same_bits(trainer: Any, tmp_path: Path, rule:
 def test_refused(trainer: Any, config: Any) -> None:
     for rule, message in (
         ({"evry": 3}, "reference_update has no 'evry': it has every, rule"),
-        ({"every": 0}, "every=0 must be a number of steps"),
+        ({"every": 0}, "every=0 must be at least 1"),
+        ({"every": True}, "every=True must be an integer at least 1"),
+        ({"mixup": "half"}, "mixup='half' must be a number in"),
         ({"mixup": 0.0}, r"mixup=0.0 must be in \(0, 1\]"),
-        ({"rule": "ema"}, "rule='ema' is neither"),
-        ({"rule": "bema", "eta": 0}, "eta=0 must be positive"),
+        ({"rule": "ema"}, "rule='ema' must be one of mix, bema"),
+        ({"rule": "bema", "eta": 0}, "eta=0 must be above 0"),
     ):
         with pytest.raises(ValueError, match=message):
             config(reference_update=rule)
