@@ -200,13 +200,18 @@ def test_nothing_to_resume_from(trainer: Any) -> None:
     assert made.state.global_step == 1
 
 
+def published(folder: Path, text: str) -> Path:
+    """A checkpoint of one file."""
+    staging, final = staging_dir(folder, 1), folder / "checkpoint-1"
+    staging.mkdir()
+    (staging / "file").write_text(text)
+    publish(staging, final)
+    return final
+
+
 def test_publish_replaces_a_checkpoint_of_the_same_name(tmp_path: Path) -> None:
-    final = tmp_path / "checkpoint-1"
-    for text in ("old", "new"):
-        staging = staging_dir(tmp_path, 1)
-        staging.mkdir()
-        (staging / "file").write_text(text)
-        publish(staging, final)
+    final = published(tmp_path, "old")
+    assert published(tmp_path, "new") == final
     assert (final / "file").read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
     assert json.loads((final / MANIFEST).read_text())["files"] == {
@@ -218,15 +223,10 @@ def test_publish_replaces_a_checkpoint_of_the_same_name(tmp_path: Path) -> None:
     "damaged", [b"", b"[]", b"\xff\xfe", b"3", b'{"files": 1}', b'{"files": []}']
 )
 def test_a_damaged_manifest_is_replaced_and_notes_stay(tmp_path: Path, damaged: bytes) -> None:
-    final = tmp_path / "checkpoint-1"
-    for text in ("old", "new"):
-        staging = staging_dir(tmp_path, 1)
-        staging.mkdir()
-        (staging / "file").write_text(text)
-        publish(staging, final)
-        if text == "old":
-            (final / MANIFEST).write_bytes(damaged)
-            (final / "note.txt").write_text("mine")
+    final = published(tmp_path, "old")
+    (final / MANIFEST).write_bytes(damaged)
+    (final / "note.txt").write_text("mine")
+    published(tmp_path, "new")
     assert (final / "file").read_text() == "new"
     assert (final / "note.txt").read_text() == "mine"
     assert incomplete(final) is None
