@@ -127,11 +127,11 @@ def attach(model: M, *, attention_backend: str | None = None) -> M:
 def refuse_prompt_learning(model: nn.Module) -> None:
     """ValueError for an adapter of tokens instead of weights."""
     adapter: Any = getattr(model, "active_peft_config", None)
-    if adapter is not None and adapter.is_prompt_learning:
+    if adapter is not None and (adapter.is_prompt_learning or adapter.is_adaption_prompt):
         kind = getattr(adapter.peft_type, "value", adapter.peft_type)
         raise ValueError(
-            f"{kind} puts tokens in front of every row, which moves the label positions: use LoRA "
-            "or another adapter of weights"
+            f"{kind} puts tokens in front of what a row says, which packed rows have no place for: "
+            "use LoRA or another adapter of weights"
         )
 
 

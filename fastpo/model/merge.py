@@ -119,6 +119,12 @@ def write_merged(load: Callable[[], PeftModel], folder: Path) -> None:
     written.compare(again, f"the model in {folder}")
 
 
+def check_shares(shares: Mapping[str, float]) -> None:
+    """ValueError for shares that do not add up to 1."""
+    if not shares or not math.isclose(math.fsum(shares.values()), 1.0, abs_tol=1e-6):
+        raise ValueError(f"{dict(shares)} are not shares of one model: they must add up to 1")
+
+
 def blend(shares: Mapping[str, float], load: Callable[[str], nn.Module]) -> nn.Module:
     r"""One model from several of the same architecture: $\theta = \sum_i c_i \theta_i$.
 
@@ -133,8 +139,7 @@ def blend(shares: Mapping[str, float], load: Callable[[str], nn.Module]) -> nn.M
     Raises:
         ValueError: shares that do not add up to 1, or models with other parameters.
     """
-    if not shares or not math.isclose(math.fsum(shares.values()), 1.0, abs_tol=1e-6):
-        raise ValueError(f"{dict(shares)} are not shares of one model: they must add up to 1")
+    check_shares(shares)
     model: Any = None
     sums: dict[str, Tensor] = {}
     for name, share in shares.items():

@@ -434,12 +434,16 @@ def _complete_model(recipe: Recipe, values: Mapping[str, Entry]) -> None:
 
     model, given = recipe.model, recipe.given
     for key in ("model", "ref_model", "ref_model2"):
-        named = getattr(model, key) or ()
-        for name in [named] if isinstance(named, str) else named:
-            try:
+        named = getattr(model, key)
+        try:
+            if isinstance(named, dict):
+                from fastpo.model.merge import check_shares
+
+                check_shares(named)
+            for name in [named] if isinstance(named, str) else named or ():
                 check_place(name)
-            except ValueError as error:
-                raise RecipeError(f"{values[key].where}: {key}: {error}") from error
+        except ValueError as error:
+            raise RecipeError(f"{values[key].where}: {key}: {error}") from error
     adapter = trained_adapter(model.model)
     if adapter is not None and model.random_init:
         raise RecipeError(

@@ -168,6 +168,13 @@ def test_a_broken_file_is_one_line(tmp_path: Path, data: bytes, part: str) -> No
     assert "\n" not in str(error.value)
 
 
+def test_shares_of_a_reference_are_judged_first(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"{BASE}ref_model: {{a: 0.5, b: 0.6}}\n")
+    with pytest.raises(RecipeError, match=r"r\.yaml:\d+: ref_model: .* must add up to 1"):
+        load_recipe(path)
+
+
 def test_what_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.yaml")  # reading it would wait for ever
     for path, told in ((tmp_path, "Is a directory"), (tmp_path / "pipe.yaml", "not a file")):

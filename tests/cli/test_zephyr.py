@@ -74,7 +74,6 @@ HERE = {
     "dataset_mixer": "dataset: HuggingFaceH4/ultrafeedback_binarized",
     "loss_type": "objective: dpo",
     "evaluation_strategy": "eval_strategy",
-    "precompute_ref_log_probs": "reference: store",
     "warmup_ratio": "warmup_steps: 0.1",
 }
 
@@ -93,6 +92,8 @@ def test_a_zephyr_recipe_is_answered_and_then_trains(
     assert {k: v for k, v in told.items() if not v.startswith(f"Here it is {HERE.get(k)}")} == {
         "dataset_splits": "Here they are split and eval_split, one each.",
         "preprocessing_num_workers": "Rows are tokenised once, in one process: leave it out.",
+        "precompute_ref_log_probs": "There is no switch: leave it out, or set reference: copy for "
+        "a second model.",
     }
 
     # The keys as they were told, but for lora, which lora.r and the others say already.
@@ -100,7 +101,7 @@ def test_a_zephyr_recipe_is_answered_and_then_trains(
     for line in ZEPHYR.splitlines():
         key, _, value = line.partition(": ")
         head, _, told_value = HERE.get(key, "").partition(": ")
-        if head and key not in ("use_peft", "precompute_ref_log_probs"):
+        if head and key != "use_peft":
             given[head] = yaml.safe_load(told_value or value)
     path.write_text(yaml.safe_dump(given))
     words = [

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from peft import (
+    AdaptionPromptConfig,
     FourierFTConfig,
     IA3Config,
     LoraConfig,
@@ -289,11 +290,19 @@ def test_refused(trainer: Any, options: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["auto", "copy"])
-def test_adapters_of_tokens_are_refused(trainer: Any, kind: str) -> None:
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1),
+    ],
+    ids=["prompt", "adaption"],
+)
+def test_adapters_of_tokens_are_refused(trainer: Any, adapter: Any, kind: str) -> None:
     """By name, whatever the reference: no other one would help."""
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    with pytest.raises(ValueError, match=r"^PROMPT_TUNING puts tokens in front .* use LoRA"):
-        trainer(model=get_peft_model(tiny.model(), config), reference=kind)
+    name = f"^{adapter.peft_type.value} puts tokens in front .* use LoRA"
+    with pytest.raises(ValueError, match=name):
+        trainer(model=get_peft_model(tiny.model(), adapter), reference=kind)
 
 
 def test_sharded_run_refuses_a_copy(trainer: Any) -> None:
