@@ -357,9 +357,9 @@ def conclusion(run: Run) -> str:
     """The table that `train` ends with, and what speaks against the run."""
     from fastpo.train.report import metric_rows
 
-    rows = [("", "first fifth", "last fifth", "last eval")]
-    rows += [(key, *map(short, values)) for key, *values in metric_rows(run)]
-    return table(rows) + "\n" + warnings_text(run)
+    rows = [(key, *map(short, values)) for key, *values in metric_rows(run)]
+    shown = f"{table([('', 'first fifth', 'last fifth', 'last eval'), *rows])}\n" if rows else ""
+    return shown + warnings_text(run)
 
 
 # --- the run -------------------------------------------------------------------------------------
