@@ -77,7 +77,7 @@ def opening(name: str) -> Iterator[None]:
 
 
 def check_json(path: Path) -> None:
-    """Nothing, or ValueError with the name of a file that is no JSON."""
+    """Refuse a file that is no JSON with a ValueError that names it; a missing one passes."""
     if path.is_file():
         text = read_text(path, AGAIN)
         with reading(path, AGAIN):

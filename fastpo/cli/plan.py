@@ -13,6 +13,7 @@ from fastpo.model.load import check_place, trained_adapter
 from fastpo.model.random_init import model_config
 from fastpo.plan import CARDS, EFFICIENCY, GIB, Advice, Card, Job, Plan, Shape, advise, plan
 from fastpo.schedules import auto_workspace_mib
+from fastpo.train.config import resolve_kind
 from fastpo.train.recipe import Recipe, load_recipe
 
 # Responses of a group where neither a flag nor the objective says: lists as LOGO has them.
@@ -50,7 +51,6 @@ def job_of(recipe: Recipe, card: Card | None = None, **given: Any) -> Job:
     # Another method than the recipe's has its own default.
     dtype = model.dtype if given.get("method", method) == method else "auto"
     method = given.setdefault("method", method)
-    alone = not (model.ref_model or model.ref_model2 or recipe.data.streaming)
     fields: dict[str, Any] = {
         "response": config.max_response_length,
         "candidates": _candidates(loss),
@@ -59,12 +59,14 @@ def job_of(recipe: Recipe, card: Card | None = None, **given: Any) -> Job:
         "rank": lora.get("r"),
         "targets": None if targets == "all-linear" else tuple(targets),
         "optim": str(getattr(config.optim, "value", config.optim)),
-        "reference": _reference(
-            loss,
+        # A moving copy beside an adapter shares the weights under it, so `moves` is not told.
+        "reference": resolve_kind(
             config.reference,
-            method,
-            storable=config.storable(loss) and alone,
-            store=config.reference_store,
+            needs_reference=loss.needs_reference,
+            is_peft=method != "full",
+            has_store=config.reference_store is not None and not loss.needs_kl,
+            has_ref_model=model.ref_model is not None,
+            storable=config.storable(loss) and not (model.ref_model2 or recipe.data.streaming),
         ),
         "share_prompt": config.share_prompt != "false",
         "offload": config.offload_activations,
@@ -94,20 +96,6 @@ def _weights(dtype: str, method: str) -> str:
     """As a run has them: in float32 where all of them are trained, else as most are stored."""
     trained = method == "full" and dtype == "auto"
     return "float32" if trained or dtype == "float32" else "bfloat16"
-
-
-def _reference(
-    loss: PreferenceLoss, asked: str, method: str, *, storable: bool, store: str | None = None
-) -> str:
-    if not loss.needs_reference:
-        return "none"
-    if asked != "auto":
-        return asked
-    if store is not None:
-        return "store"
-    if method != "full":
-        return "adapter"
-    return "store" if storable else "copy"
 
 
 def describe(job: Job, planned: Plan, card: Card, name: str) -> str:
@@ -173,8 +161,12 @@ def plan_step(arguments: argparse.Namespace) -> int:
         if given.setdefault("weights", _weights("auto", method)) == "bfloat16" and method == "full":
             given.setdefault("optim", "adamw_torch_8bit")  # plain AdamW would not move them
         storable = not (loss.needs_kl or loss.needs_second_reference)
-        asked = given.get("reference", "auto")
-        given["reference"] = _reference(loss, asked, method, storable=storable)
+        given["reference"] = resolve_kind(
+            given.get("reference", "auto"),
+            needs_reference=loss.needs_reference,
+            is_peft=method != "full",
+            storable=storable,
+        )
         job = _job(arguments.model, loss, **given)
     planned = plan(job)
     host = float("inf") if arguments.host_gib is None else arguments.host_gib * GIB

@@ -40,8 +40,8 @@ PER_TOKEN = ("token_weights", "token_rewards")
 
 SPANS = ("spans", "chosen_spans", "rejected_spans", "chunk_spans")
 
-# An empty cell, or an empty text in a column of lists and numbers, is how files write "absent".
 _LABEL = "true for a good completion, false for a bad one"
+# An empty cell, or an empty text in a column of lists and numbers, is how files write "absent".
 _NO_TEXT = {
     *("weight", "margin", "group", "label", "tools", "chat_template_kwargs"),
     *("scores", "score", "score_chosen", "score_rejected", "ranks", *PER_TOKEN, *SPANS),

@@ -125,7 +125,7 @@ def attach(model: M, *, attention_backend: str | None = None) -> M:
 
 
 def refuse_prompt_learning(model: nn.Module) -> None:
-    """ValueError for an adapter of tokens instead of weights."""
+    """Refuse an adapter of tokens instead of weights with a ValueError."""
     adapter: Any = getattr(model, "active_peft_config", None)
     if adapter is not None and (adapter.is_prompt_learning or adapter.is_adaption_prompt):
         kind = getattr(adapter.peft_type, "value", adapter.peft_type)
@@ -235,19 +235,9 @@ def _forward_like(original: Callable) -> Callable:
             # What accelerate or another tool had put on the instance before.
             earlier = self.__dict__["_fastpo"].forward
             return original(self, *args, **kwargs) if earlier is None else earlier(*args, **kwargs)
-        found = _hidden(self, fastpo_layout, fastpo_balance, *args, **kwargs)
-        return (_for_head(self, found[0]), found[1]) if fastpo_balance else _for_head(self, found)
+        return _hidden(self, fastpo_layout, fastpo_balance, *args, **kwargs)
 
     return forward
-
-
-def _for_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Hidden states as a head takes them that is held in float32 above half-precision layers."""
-    weight: Any = getattr(model.get_output_embeddings(), "weight", None)
-    half = hidden.dtype in (torch.bfloat16, torch.float16)
-    if half and not torch.is_autocast_enabled(hidden.device.type):
-        return hidden.float() if getattr(weight, "dtype", None) is torch.float32 else hidden
-    return hidden
 
 
 def _hidden(
@@ -261,7 +251,7 @@ def _hidden(
         given["output_router_logits"] = True
     if layout is None:
         _drop_unused_positions(decoder, given)
-        return _taken(decoder(*args, **given), decoder, given.get("attention_mask"), balance)
+        return _taken(decoder(*args, **given), model, given.get("attention_mask"), balance)
     if "attention_mask" in given:
         raise ValueError("a packed row takes no attention_mask: its layout is its mask")
     if given.get("position_ids") is None:
@@ -270,16 +260,22 @@ def _hidden(
     with _implementation(decoder.config, NAME):  # the decoder builds its masks under this name
         output = decoder(*args, **given, fastpo_layout=row)
     row.verify(decoder.config)
-    return _taken(output, decoder, None, balance)
+    return _taken(output, model, None, balance)
 
 
-def _taken(output: Any, decoder: PreTrainedModel, mask: Tensor | None, balance: bool) -> Any:
+def _taken(output: Any, model: PreTrainedModel, mask: Tensor | None, balance: bool) -> Any:
+    hidden: Tensor = output.last_hidden_state
+    weight: Any = getattr(model.get_output_embeddings(), "weight", None)
+    wide = getattr(weight, "dtype", None) is torch.float32
+    if wide and not torch.is_autocast_enabled(hidden.device.type):
+        # A head in float32 may stand above layers in half precision (`modules_to_save`).
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     if not balance:
-        return output.last_hidden_state
-    config = decoder.config
+        return hidden
+    config = decoder_of(model).config
     experts, chosen = _num_experts(config), config.num_experts_per_tok
     loss = load_balancing_loss_func(output.router_logits, experts, chosen, mask)
-    return output.last_hidden_state, loss
+    return hidden, loss
 
 
 def _drop_unused_positions(decoder: PreTrainedModel, given: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fastpo.model.adapters import raise_saved_modules
 from fastpo.model.attention import NAME
 from fastpo.model.device import default_device, native_bf16
 from fastpo.model.lora import lora_faults
@@ -229,8 +230,6 @@ def add_lora(model: nn.Module, lora: dict[str, Any]) -> nn.Module:
     """
     require("peft", "a LoRA adapter")
     from peft import LoraConfig, get_peft_model
-
-    from fastpo.model.adapters import raise_saved_modules
 
     for _, fault in lora_faults(lora):
         raise ValueError(fault)

@@ -120,7 +120,7 @@ def write_merged(load: Callable[[], PeftModel], folder: Path) -> None:
 
 
 def check_shares(shares: Mapping[str, float]) -> None:
-    """ValueError for shares that do not add up to 1."""
+    """Refuse shares that do not add up to 1 with a ValueError."""
     if not shares or not math.isclose(math.fsum(shares.values()), 1.0, abs_tol=1e-6):
         raise ValueError(f"{dict(shares)} are not shares of one model: they must add up to 1")
 

@@ -1,4 +1,4 @@
-"""Four-bit weights under training: never repacked for inference, and plain again for a merge."""
+"""Four-bit weights under training: never repacked for inference."""
 
 from __future__ import annotations
 

@@ -223,36 +223,6 @@ def starting_reference(
     return live
 
 
-def resolve_kind(
-    kind: str,
-    *,
-    needs_reference: bool,
-    is_peft: bool,
-    has_store: bool = False,
-    has_ref_model: bool = False,
-    moves: bool = False,
-    storable: bool = False,
-) -> str:
-    """What `auto` means: none, store, copy or adapter, in the order of what was given.
-
-    A policy without an adapter is its own reference: `storable`, it takes its log-probs before the
-    first step, in the arithmetic of the steps, and needs no memory for a copy.
-    """
-    if not needs_reference:
-        return "none"
-    if kind != "auto":
-        if kind == "adapter" and has_ref_model:
-            raise ValueError("reference='adapter' and a ref_model exclude each other: give one")
-        return kind
-    if moves:
-        return "copy"
-    if has_store:
-        return "store"
-    if has_ref_model:
-        return "copy"
-    return "adapter" if is_peft else "store" if storable else "copy"
-
-
 def label_tokens(group: Group) -> int:
     """How many log-probs a group has: scored tokens of its candidates and extras."""
     return sum(int(r.loss_mask.sum()) for r in group.every)

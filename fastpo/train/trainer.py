@@ -93,7 +93,13 @@ from fastpo.train.checkpoint import (
     publish,
     staging_dir,
 )
-from fastpo.train.config import PreferenceConfig, batch_words, published, unknown_argument
+from fastpo.train.config import (
+    PreferenceConfig,
+    batch_words,
+    published,
+    resolve_kind,
+    unknown_argument,
+)
 from fastpo.train.elsewhere import refuse_keywords
 from fastpo.train.folder import CONFIG, STAGING, RunFolder, claim, is_own_checkpoint, rotate, whole
 from fastpo.train.masking import MaskTraining
@@ -117,7 +123,6 @@ from fastpo.train.reference import (
     adapter_parameters,
     fill_store,
     live_reference,
-    resolve_kind,
     starting_reference,
 )
 from fastpo.train.report import write_model_card

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,6 +97,27 @@ def test_all_weights_are_planned_in_float32(
     path.write_text(yaml.safe_dump(recipe | {"lora": True}))
     assert job("--recipe", str(path))[:2] == ("lora", "bfloat16")
     assert job("--recipe", str(path), "--method", "full")[:2] == ("full", "float32")
+
+
+@pytest.mark.parametrize(
+    ("keys", "reference"),
+    [
+        ({"lora": True}, "adapter"),
+        ({"lora": True, "ref_model": "an/other"}, "copy"),
+        ({"lora": True, "reference_store": "stored"}, "store"),
+        ({"lora": True, "reference_store": "stored", "objective": "tdpo1"}, "adapter"),
+        ({}, "store"),
+        ({"ref_model": "an/other"}, "copy"),
+        ({"streaming": True, "max_steps": 9}, "copy"),
+    ],
+)
+def test_the_reference_is_the_one_that_training_takes(
+    keys: dict[str, Any], reference: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "r.yaml"
+    base = {"model": "llama-3-8b", "dataset": "x.jsonl", "max_length": 4096}
+    path.write_text(yaml.safe_dump(base | keys))
+    assert job_of(load_recipe(path)).reference == reference
 
 
 @pytest.mark.parametrize(
