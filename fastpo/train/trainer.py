@@ -360,14 +360,14 @@ class PreferenceTrainer(Trainer):
         return possible, reason
 
     def _warn_of_lost_steps(self) -> None:
-        """Of weights that the optimiser would leave as they are: training would do nothing."""
+        """Warn of weights that the optimiser would leave as they are: training would do nothing."""
         assert self.model is not None
         found = lost_steps(self.model, self.args, self.optimizer)  # pyright: ignore
         if found is not None:
             log.warning("%s", found.reason)
 
     def _warn_of_doubts(self, loss: PreferenceLoss) -> None:
-        """What can be trained, and hardly teaches anything."""
+        """Warn of what can be trained and hardly teaches anything."""
         exact = self.args.batch_statistics == "exact"
         seen = self.args.per_device_train_batch_size * self.args.world_size
         seen *= self.args.gradient_accumulation_steps if exact else 1
@@ -797,10 +797,13 @@ class PreferenceTrainer(Trainer):
         self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any
     ) -> Any:
         if description != "Training":
-            dataset = self._groups_of(dataset, f"{description} data".lower())
-        if description != "Training" and self.args.world_size > 1 and isinstance(dataset, Sized):
-            dataset = PaddedGroups(dataset, batch_size * self.args.world_size)
-        if description == "Training" and isinstance(dataset, GroupStream):
+            held = self.eval_dataset
+            known = [held, self.train_dataset, *(held.values() if isinstance(held, dict) else ())]
+            if all(dataset is not each for each in known):  # those were judged at the start
+                dataset = self._groups_of(dataset, f"{description} data".lower())
+            if self.args.world_size > 1 and isinstance(dataset, Sized):
+                dataset = PaddedGroups(dataset, batch_size * self.args.world_size)
+        elif isinstance(dataset, GroupStream):
             random = self.args.train_sampling_strategy != "sequential"
             dataset = Passes(dataset, self._data_seed, STREAM_BUFFER if random else 0)
         return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
