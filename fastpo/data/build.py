@@ -71,6 +71,16 @@ class DataOptions:
         assistant_only: in a response of several messages score the assistant's alone.
         reference_prompt: column with the prompt after which the reference scores the responses,
             `prompt` itself or one whose name ends with `_prompt`.
+        dialect: name of the reader of `fastpo.data.dialects` that every row is for; "auto" looks at
+            each row's columns.
+        columns: {name: the file's own name} renames columns before they are read, {name: None}
+            drops them.
+        text_as_messages: make messages of rows of text, for the tokenizer's chat template.
+        append_eos: end responses with EOS, or the template's end of turn; a row's own column of
+            that name wins.
+        continue_final_message: responses go on with the assistant's message that ends the prompt;
+            a row's own column of that name wins.
+        bos: put the tokenizer's BOS before texts, also where the tokenizer itself puts none.
         token_weights: schemes that weigh single tokens, such as {"ld": 0.5}; the table is in
             `fastpo.data.token_weights`.
         position_synthesis: prompts of chunks (`chunk_spans`) get the positions of a longer context.
@@ -86,6 +96,12 @@ class DataOptions:
     list_to_pairs: ListToPairs | None = None
     assistant_only: bool = True
     reference_prompt: str = "prompt"
+    dialect: str = "auto"
+    columns: Mapping[str, str | None] = field(default_factory=dict)
+    text_as_messages: bool = False
+    append_eos: bool = True
+    continue_final_message: bool = False
+    bos: bool = False
     token_weights: Mapping[str, Any] = field(default_factory=dict)
     position_synthesis: PositionSynthesis | None = None
     seed: int = 0
@@ -371,7 +387,9 @@ def row_to_group(
 
 
 def _encoder(tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> Encoder:
-    return Encoder(tokenizer, options.chat_template_kwargs, assistant_only=options.assistant_only)
+    names = ("assistant_only", "append_eos", "continue_final_message", "bos")
+    wanted = {name: getattr(options, name) for name in names}
+    return Encoder(tokenizer, options.chat_template_kwargs, **wanted)
 
 
 def _check_extras(extras: Sequence[str]) -> None:

@@ -44,6 +44,7 @@ _LABEL = "true for a good completion, false for a bad one"
 # An empty cell, or an empty text in a column of lists and numbers, is how files write "absent".
 _NO_TEXT = {
     *("weight", "margin", "group", "label", "tools", "chat_template_kwargs"),
+    *("append_eos", "continue_final_message"),
     *("scores", "score", "score_chosen", "score_rejected", "ranks", *PER_TOKEN, *SPANS),
 }
 
@@ -114,6 +115,8 @@ class Example:
     per_token: dict[str, list[np.ndarray]] = field(default_factory=dict)  # column -> [R] each
     order: list[int] = field(default_factory=list)  # a list's responses as the row has them
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    append_eos: bool | None = None  # None: as the run says, here and below
+    continue_final_message: bool | None = None
     tokens: Tokens | None = None  # then there is no text: no prompt and no responses
     turns: list[Turn] | None = None  # of `tokens`, the scored tokens in order, for the reference
 
@@ -259,6 +262,14 @@ def _numbers(row: Mapping[str, Any], name: str, order: Sequence[int]) -> list[np
             raise BadField(where, "not a list of finite numbers", values[i])
         arrays.append(array)
     return arrays
+
+
+def _switch(name: str, value: Any) -> bool:
+    if isinstance(value, str):  # CSV has no bools
+        value = {"true": True, "false": False}.get(value.strip().lower(), value)
+    if not isinstance(value, (bool, np.bool_)):
+        raise BadField(name, "neither true nor false", value)
+    return bool(value)
 
 
 def _cohort(value: Any) -> int:
@@ -642,6 +653,9 @@ def read_row(
         example.prompt = _content("prompt", present["prompt"])
     if chunks and "chunk_spans" in present:
         example.chunk_spans = _chunk_spans(present["chunk_spans"])
+    for name in ("append_eos", "continue_final_message"):
+        if name in present:
+            setattr(example, name, _switch(name, present[name]))
     if "weight" in present:
         example.weight = _weight(present["weight"])
     if "margin" in present:

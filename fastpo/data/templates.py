@@ -76,6 +76,9 @@ class Encoder:
         template_kwargs: passed to every `apply_chat_template` (`enable_thinking`, `tools`, ...); a
             row's own `chat_template_kwargs` and `tools` win.
         assistant_only: in a response of several messages score the assistant's alone.
+        append_eos: end responses with EOS or the template's end of turn; an Example's own wins.
+        continue_final_message: responses go on with the message that ends the prompt; likewise.
+        bos: put BOS before texts, also where the tokenizer itself puts none.
     """
 
     def __init__(
@@ -84,10 +87,15 @@ class Encoder:
         template_kwargs: Mapping[str, Any] | None = None,
         *,
         assistant_only: bool = True,
+        append_eos: bool = True,
+        continue_final_message: bool = False,
+        bos: bool = False,
     ):
         self.tokenizer: Any = tokenizer  # its methods are typed as unions of all their modes
         self.template_kwargs = dict(template_kwargs or {})
         self.assistant_only = assistant_only
+        self.append_eos, self.continue_final_message = append_eos, continue_final_message
+        self.bos = bos
         self.num_moved = 0  # rows where the border moved into the prompt
 
     def encode(self, example: Example, *, prompt_offsets: bool = False) -> Encoded:

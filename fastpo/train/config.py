@@ -136,6 +136,7 @@ class PreferenceConfig(TrainingArguments):
         "token_weights",
         "reference_update",
         "position_synthesis",
+        "columns",
     ]
 
     # What is optimised.
@@ -177,6 +178,27 @@ class PreferenceConfig(TrainingArguments):
     )
     chat_template_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Extra arguments of the chat template."}
+    )
+    dialect: str = field(
+        default="auto",
+        metadata={"help": "How rows are read: trl, openai, alpaca, ...; auto asks their columns."},
+    )
+    columns: dict | str | None = field(
+        default=None,
+        metadata={"help": "{prompt: question} reads that column as prompt, {old: null} drops one."},
+    )
+    text_as_messages: bool = field(
+        default=False, metadata={"help": "Make messages of rows of text, for the chat template."}
+    )
+    append_eos: bool = field(
+        default=True, metadata={"help": "End responses with EOS or the template's end of turn."}
+    )
+    continue_final_message: bool = field(
+        default=False,
+        metadata={"help": "Responses go on with the assistant's message that ends the prompt."},
+    )
+    bos: bool = field(
+        default=False, metadata={"help": "Put BOS before texts where the tokenizer puts none."}
     )
     token_weights: dict | str | None = field(
         default=None,
@@ -550,7 +572,7 @@ class PreferenceConfig(TrainingArguments):
         """The fields that say how rows become groups."""
         shared = {f.name for f in fields(DataOptions)} & {f.name for f in fields(self)}
         options = {name: getattr(self, name) for name in shared}
-        for name in ("chat_template_kwargs", "token_weights"):
+        for name in ("chat_template_kwargs", "token_weights", "columns"):
             options[name] = _mapping(name, getattr(self, name))
         synthesis = _mapping("position_synthesis", self.position_synthesis)
         options["position_synthesis"] = PositionSynthesis.of(synthesis) if synthesis else None
