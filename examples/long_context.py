@@ -110,7 +110,7 @@ def documents(side: str, count: int) -> list[dict[str, Any]]:
                 "chunk_spans": spans,
                 "responses": [said("assistant", each) for each in answers],
                 "ranks": [0, 1, 1],
-                "codes": right,
+                "right_codes": right,
             }
         )
     return rows
@@ -150,7 +150,7 @@ class Found:
 def found_in(answers: Sequence[str], rows: Sequence[dict[str, Any]]) -> Found:
     """The codes that answers hold of those that rows ask for."""
     hits = [
-        [str(code) in answer for code in row["codes"]]
+        [str(code) in answer for code in row["right_codes"]]
         for answer, row in zip(answers, rows, strict=True)
     ]
     return Found(

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
@@ -18,17 +19,19 @@ import torch.utils.data
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from fastpo.data.bad_rows import BadField, BadRow, OnBadRow, report
+from fastpo.data.dialects import Columns
 from fastpo.data.formats import (
     CONTEXTS,
-    BadField,
+    KNOWN,
     Example,
     Turn,
     check_distinct,
-    message_text,
     read_row,
 )
 from fastpo.data.formats import EXTRAS as COLUMNS
 from fastpo.data.groups import Group, Response
+from fastpo.data.messages import message_text
 from fastpo.data.positions import (
     PositionSynthesis,
     chunk_tokens,
@@ -43,7 +46,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Truncation = Literal["keep_end", "keep_start", "cut_middle", "cut_chunks", "error"]
-OnBadRow = Literal["error", "skip"]
 ListToPairs = Literal["best_worst", "best_rest"]
 EXTRAS = ("mismatched", *COLUMNS, *CONTEXTS)
 # Prompts of a stream that a mismatched response is looked for in before its row is a bad one.
@@ -121,26 +123,22 @@ class DataOptions:
                 f"reference_prompt={self.reference_prompt!r}: name a column that ends with "
                 "'_prompt'"
             )
+        self.reader()
+        for name, own in self.columns.items():
+            if own is not None and name not in KNOWN and not name.endswith("_prompt"):
+                near = get_close_matches(name, KNOWN, n=1)
+                raise ValueError(
+                    f"columns={{{name}: {own}}}: nothing reads a column {name!r}"
+                    + (f", is {near[0]!r} meant?" if near else "; docs/data.md lists the columns")
+                )
         for name in ("max_length", "max_prompt_length", "max_response_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1, or None for no limit")
 
-
-class BadRow(ValueError):
-    """A row that cannot be trained on: where it is, and what is wrong with which field."""
-
-    def __init__(self, source: str, row: int, field: str, reason: str, value: Any = None):
-        super().__init__(source, row, field, reason, value)
-        self.source, self.row, self.field = source, row, field
-        self.reason, self.value = reason, value
-
-    def __str__(self) -> str:
-        text = f"{self.source}, row {self.row}, field {self.field!r}: {self.reason}"
-        if self.value is None:
-            return text
-        shown = repr(self.value)
-        return f"{text}; got {shown if len(shown) <= 200 else shown[:197] + '...'}"
+    def reader(self) -> Columns:
+        """What reads the columns of one data set."""
+        return Columns(self.dialect, self.columns, text_as_messages=self.text_as_messages)
 
 
 def _fit(
@@ -256,30 +254,64 @@ def _origin(row: Any, source: str, index: int) -> tuple[str, int]:
     return source, index
 
 
-def _to_groups(
-    row: Any,
-    encoder: Encoder,
-    options: DataOptions,
-    index: int,
-    source: str,
-    extras: Sequence[str] = (),
-    needs: Collection[str] | None = None,
-) -> list[Group]:
-    source, index = _origin(row, source, index)
-    try:
+class _Builder:
+    """Makes groups of the rows of one data set, and says afterwards what was odd about them.
+
+    Args:
+        tokenizer, options, extras, needs, source: as of `build_groups`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        options: DataOptions,
+        source: str,
+        extras: Sequence[str] = (),
+        needs: Collection[str] | None = None,
+    ):
+        self.options, self.source, self.extras, self.needs = options, source, extras, needs
+        self.columns = options.reader()
+        names = ("assistant_only", "append_eos", "continue_final_message", "bos")
+        wanted = {name: getattr(options, name) for name in names}
+        self.encoder = Encoder(tokenizer, options.chat_template_kwargs, **wanted)
+        self.has_template = tokenizer.chat_template is not None
+        self.num_texts = self.num_glued = 0
+        self._told: set[str] = set()
+
+    def groups(self, row: Any, index: int) -> list[Group]:
+        """The groups of one row: one, or several where a list becomes pairs.
+
+        Raises:
+            BadRow: names the row's own file and its number there, if it knows them.
+        """
+        source, index = _origin(row, self.source, index)
+        try:
+            if isinstance(row, Mapping):
+                row = {name: row[name] for name in row if name not in (FILE, ROW, TORN)}
+            return self._groups(row, source, index)
+        except BadField as bad:
+            raise BadRow(source, index, bad.field, bad.reason, bad.value) from bad
+        except (ValueError, MemoryError):  # faults of the run, which another row would have too
+            raise
+        except Exception as error:
+            raise BadRow(source, index, "row", f"{type(error).__name__}: {error}") from error
+
+    def _groups(self, row: Any, source: str, index: int) -> list[Group]:
+        options, extras = self.options, self.extras
         columns = dict.fromkeys(CONTEXTS[role][0] for role in extras if role in CONTEXTS)
         if options.reference_prompt != "prompt":
             columns[options.reference_prompt] = None
         synthesis = options.position_synthesis
         in_chunks = synthesis is not None or options.truncation == "cut_chunks"
-        example = read_row(row, extras, tuple(columns), needs, in_chunks)
+        example = read_row(row, extras, tuple(columns), self.needs, in_chunks, self.columns)
+        self._look_at(example)
         if in_chunks and (example.chunk_spans is None or example.prompt is None):
             raise BadField(
                 "chunk_spans",
                 "missing, or no `prompt`: position_synthesis and truncation='cut_chunks' need the "
                 "characters of each passage of the prompt",
             )
-        encoded = encoder.encode(example, prompt_offsets=in_chunks)
+        encoded = self.encoder.encode(example, prompt_offsets=in_chunks)
         chunks = None
         if in_chunks:
             chunks = chunk_tokens(encoded.prompt_offsets, example.chunk_spans)  # pyright: ignore
@@ -309,7 +341,7 @@ def _to_groups(
                 try:
                     take_column(response, column, values, name)
                 except BadField:
-                    if needs is not None or column == "token_weights":
+                    if self.needs is not None or column == "token_weights":
                         raise
         group = Group(
             prompt,
@@ -346,13 +378,59 @@ def _to_groups(
         if not columns:
             return groups
         prompts = {
-            name: _other_prompt(name, example, encoded, encoder, options) for name in columns
+            name: _other_prompt(name, example, encoded, self.encoder, options) for name in columns
         }
         wanted = extras, options.reference_prompt
         # Last, so that a response scored again has its candidate's token weights.
         return [_with_prompts(group, prompts, *wanted) for group in groups]
-    except BadField as bad:
-        raise BadRow(source, index, bad.field, bad.reason, bad.value) from bad
+
+    def _look_at(self, example: Example) -> None:
+        """Count texts that a chat model would read without its template, and glued borders."""
+        if not self.has_template or example.tokens is not None or example.conversational:
+            return
+        prompt = example.prompt
+        specials = self.encoder.tokenizer.all_special_tokens
+        if any(token in f"{prompt}{example.responses[0]}" for token in specials):
+            return  # rendered beforehand
+        self.num_texts += 1
+        answers = [response for response in example.responses if isinstance(response, str)]
+        if isinstance(prompt, str) and prompt and not prompt[-1].isspace():
+            self.num_glued += any(not answer[:1].isspace() for answer in answers)
+
+    def tell(self) -> None:
+        """Log what was odd about the rows so far, each thing once."""
+        said = {}
+        if self.columns.ignored:
+            names = ", ".join(self.columns.ignored)
+            said["ignored"] = f"ignored columns, which nothing here reads: {names}"
+        if self.num_texts:
+            said["text"] = (
+                f"{self.num_texts} rows are text, so the tokenizer's chat template is not used; in "
+                f"{self.num_glued / self.num_texts:.0%} of them no blank parts prompt and response "
+                "(`text_as_messages: true` makes messages of them)"
+            )
+        if self.encoder.num_moved:
+            said["moved"] = (
+                f"in {self.encoder.num_moved} rows a token spans the border of prompt and "
+                "response, or the chat template writes the answer's header differently; there the "
+                "response begins a little earlier"
+            )
+        for what, text in said.items():
+            if what not in self._told:
+                logger.warning("%s: %s", self.source, text)
+        self._told |= said.keys()
+
+    def check_columns(self) -> None:
+        """Refuse a column that `options.columns` names and no row has.
+
+        Raises:
+            ValueError: names the column.
+        """
+        for name, own in self.columns.taken.items():
+            if own in self.columns.unseen:
+                raise ValueError(
+                    f"{self.source}: columns={{{name}: {own}}}, but no row has a column {own!r}"
+                )
 
 
 def _pairs_of(group: Group, example: Example, mode: ListToPairs) -> list[Group]:
@@ -383,29 +461,13 @@ def row_to_group(
         BadRow: whatever `options.on_bad_row` says.
     """
     options = options or DataOptions()
-    return _to_groups(row, _encoder(tokenizer, options), options, index, source, needs=needs)
-
-
-def _encoder(tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> Encoder:
-    names = ("assistant_only", "append_eos", "continue_final_message", "bos")
-    wanted = {name: getattr(options, name) for name in names}
-    return Encoder(tokenizer, options.chat_template_kwargs, **wanted)
+    return _Builder(tokenizer, options, source, needs=needs).groups(row, index)
 
 
 def _check_extras(extras: Sequence[str]) -> None:
     unknown = [role for role in extras if role not in EXTRAS]
     if unknown:
         raise ValueError(f"extras={tuple(extras)}: cannot build {unknown[0]!r}, only {EXTRAS}")
-
-
-def _report(skipped: Sequence[BadRow], num_rows: int, shown: int) -> str:
-    if not skipped:
-        return f"no row of {num_rows} was skipped"
-    kinds = Counter((bad.field, bad.reason) for bad in skipped)
-    lines = [f"{len(skipped)} of {num_rows} rows were skipped"]
-    lines += [f"  {n} x {name}: {reason}" for (name, reason), n in kinds.most_common(shown)]
-    lines += [f"the first {min(shown, len(skipped))}:", *(f"  {bad}" for bad in skipped[:shown])]
-    return "\n".join(lines)
 
 
 def good_rows(
@@ -439,9 +501,9 @@ def good_rows(
             yield own, checked
         num_rows += 1
     if len(skipped) == num_rows:
-        raise ValueError(f"{source}: no usable row; {_report(skipped, num_rows, 10)}")
+        raise ValueError(f"{source}: no usable row; {report(skipped, num_rows, 10)}")
     if skipped:
-        logger.warning("%s: %s", source, _report(skipped, num_rows, 10))
+        logger.warning("%s: %s", source, report(skipped, num_rows, 10))
 
 
 class Spread(NamedTuple):
@@ -509,7 +571,7 @@ class GroupDataset(torch.utils.data.Dataset[Group]):
 
     def skipped_report(self, shown: int = 10) -> str:
         """How many rows were skipped, for which reasons, and the first of them."""
-        return _report(self.skipped, self.num_rows, shown)
+        return report(self.skipped, self.num_rows, shown)
 
 
 def _donor(group: Group, others: Iterable[Group], options: DataOptions) -> Group | None:
@@ -610,7 +672,7 @@ def build_groups(
     """
     options = options or DataOptions()
     _check_extras(extras)
-    encoder = _encoder(tokenizer, options)
+    builder = _Builder(tokenizer, options, source, extras, needs)
     groups: list[Group] = []
     skipped: list[BadRow] = []
     num_rows = 0
@@ -620,31 +682,22 @@ def build_groups(
     for index, row in enumerate(bar):
         num_rows += 1
         try:
-            groups += _to_groups(row, encoder, options, index, source, extras, needs)
+            groups += builder.groups(row, index)
         except BadRow as bad:
             if options.on_bad_row == "error":
                 raise
             skipped.append(bad)
+    builder.check_columns()
     if groups and "mismatched" in extras:
         groups = _mismatched(groups, options, source, skipped)
     if not groups:
-        raise ValueError(f"{source}: no usable row; {_report(skipped, num_rows, 10)}")
+        raise ValueError(f"{source}: no usable row; {report(skipped, num_rows, 10)}")
     dataset = GroupDataset(groups, skipped, num_rows)
-    _log_moved(encoder, source)
+    builder.tell()
     if skipped:
         logger.warning("%s: %s", source, dataset.skipped_report())
     logger.info("%s: %s", source, dataset.statistics)
     return dataset
-
-
-def _log_moved(encoder: Encoder, source: str) -> None:
-    if encoder.num_moved:
-        logger.warning(
-            "%s: in %d rows a token spans the border of prompt and response, or the chat template "
-            "writes the answer's header differently; there the response begins a little earlier",
-            source,
-            encoder.num_moved,
-        )
 
 
 class GroupStream(torch.utils.data.IterableDataset[Group]):
@@ -675,6 +728,7 @@ class GroupStream(torch.utils.data.IterableDataset[Group]):
         self.num_rows = 0
         self._skipped: dict[tuple[str, int], BadRow] = {}
         self._head: list[Group] = []
+        self._builder = _Builder(tokenizer, self.options, source, self.extras, needs)
 
     @property
     def skipped(self) -> list[BadRow]:
@@ -686,6 +740,7 @@ class GroupStream(torch.utils.data.IterableDataset[Group]):
         if len(self._head) < count:
             self.set_epoch(0)
             self._head = list(itertools.islice(self, count))
+            self._builder.tell()
         return self._head[:count]
 
     def set_epoch(self, epoch: int) -> None:
@@ -695,14 +750,14 @@ class GroupStream(torch.utils.data.IterableDataset[Group]):
 
     def skipped_report(self, shown: int = 10) -> str:
         """How many rows were skipped so far, for which reasons, and the first of them."""
-        return _report(self.skipped, self.num_rows, shown)
+        return report(self.skipped, self.num_rows, shown)
 
     def __iter__(self) -> Iterator[Group]:
         groups = self._groups()
         return self._with_mismatched(groups) if "mismatched" in self.extras else groups
 
     def _groups(self) -> Iterator[Group]:
-        encoder = _encoder(self.tokenizer, self.options)
+        builder = self._builder
         num_rows = num_bad = 0
         rows = enumerate(self.rows)
         worker = torch.utils.data.get_worker_info()
@@ -712,8 +767,7 @@ class GroupStream(torch.utils.data.IterableDataset[Group]):
             num_rows += 1
             self.num_rows = max(self.num_rows, num_rows)
             try:
-                wanted = self.extras, self.needs
-                yield from _to_groups(row, encoder, self.options, index, self.source, *wanted)
+                yield from builder.groups(row, index)
             except BadRow as bad:
                 if self.options.on_bad_row == "error":
                     raise
@@ -721,7 +775,9 @@ class GroupStream(torch.utils.data.IterableDataset[Group]):
                 self._skipped[bad.source, bad.row] = bad
         if num_bad == num_rows and worker is None:
             raise ValueError(f"{self.source}: no usable row; {self.skipped_report()}")
-        _log_moved(encoder, self.source)
+        if worker is None:
+            builder.check_columns()
+        builder.tell()
         if num_bad:
             logger.warning("%s: %s", self.source, self.skipped_report())
 

@@ -7,22 +7,30 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import math
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-Messages: TypeAlias = list[dict[str, Any]]
-Content: TypeAlias = str | Messages
+from fastpo.data.bad_rows import BadField
+from fastpo.data.dialects import DIALECTS, PROMPTS, SIDES, Columns, Reading
+from fastpo.data.messages import (
+    BESIDE_CONTENT,
+    Content,
+    Messages,
+    assistant,
+    common_messages,
+    content_of,
+    is_sequence,
+    message_text,
+    parsed,
+    turns_of,
+    user,
+)
+
 T = TypeVar("T")
-
-# Where chat templates look for what an assistant says or does, besides `content`.
-BESIDE_CONTENT = ("tool_calls", "reasoning_content", "reasoning", "thinking")
-
 
 EXTRAS = ("gold", "ref_response")
 """Columns with a further response that is no candidate."""
@@ -41,12 +49,25 @@ PER_TOKEN = ("token_weights", "token_rewards")
 SPANS = ("spans", "chosen_spans", "rejected_spans", "chunk_spans")
 
 _LABEL = "true for a good completion, false for a bad one"
+_WORDS = {
+    **dict.fromkeys(("true", "yes", "good", "1", "1.0", "desirable", "up"), True),
+    **dict.fromkeys(("false", "no", "bad", "0", "0.0", "undesirable", "down"), False),
+}
 # An empty cell, or an empty text in a column of lists and numbers, is how files write "absent".
 _NO_TEXT = {
-    *("weight", "margin", "group", "label", "tools", "chat_template_kwargs"),
+    *("system", "weight", "margin", "group", "label", "tools", "chat_template_kwargs"),
     *("append_eos", "continue_final_message"),
     *("scores", "score", "score_chosen", "score_rejected", "ranks", *PER_TOKEN, *SPANS),
 }
+
+# Columns that every dialect may have; an objective or option that needs one reads it.
+_OPTIONAL = {*_NO_TEXT, *EXTRAS, "short_prompt", *(column for column, _ in CONTEXTS.values())}
+_OPTIONAL -= {"system", "label", "ranks"}
+KNOWN = _OPTIONAL.union(*(dialect.columns for dialect in DIALECTS.values()))
+"""Every column that something reads."""
+
+# What files call the grades of a pair's responses, beside `scores`.
+_PAIR_SCORES = ("score_{}", "{}_score", "rating_{}", "{}_rating", "{}-rating", "{}_avg_rating")
 
 # Columns of LOGO's official code, after its post-processing (arXiv 2410.18533).
 LOGO = {
@@ -58,7 +79,6 @@ LOGO = {
 }
 
 
-SIDES = ("chosen", "rejected")
 UNSCORED = -100
 """The label of a token that is context, in rows of token ids."""
 
@@ -84,14 +104,6 @@ class Span(NamedTuple):
     start: int
     stop: int
     weight: float
-
-
-class BadField(ValueError):
-    """A field of a row that cannot be used; `fastpo.data.build` adds the file and the row."""
-
-    def __init__(self, field: str, reason: str, value: Any = None):
-        super().__init__(field, reason, value)
-        self.field, self.reason, self.value = field, reason, value
 
 
 @dataclass
@@ -123,60 +135,6 @@ class Example:
     @property
     def conversational(self) -> bool:
         return not isinstance(self.responses[0], str)
-
-
-def _is_sequence(value: Any) -> bool:
-    return isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, (str, bytes))
-
-
-def _message(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
-    # Columnar storage gives every message the union of all keys and fills the rest with None.
-    message = {key: item for key, item in value.items() if item is not None}
-    if not isinstance(message.get("role"), str):
-        raise BadField(name, "a message has no role", dict(value))
-    content = message.get("content")
-    if content is not None and _is_sequence(content):
-        for part in content:
-            if not (isinstance(part, Mapping) and isinstance(part.get("text"), str)):
-                raise BadField(name, "only text is supported in a message's content", part)
-    elif not isinstance(content, str) and not ("tool_calls" in message and content is None):
-        raise BadField(name, "a message's content is not text", content)
-    return message
-
-
-# A text like this is a conversation, written as JSON or (then it is refused) as Python writes it.
-MESSAGES = re.compile(
-    r"""\s*\[\s*\{.*['"]role['"]\s*:\s*['"](system|developer|user|assistant|tool)['"]""", re.DOTALL
-)
-
-
-def _parsed(name: str, value: Any) -> Any:
-    """A list or dict; where a format has text only (CSV), what its JSON says."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise BadField(name, f"neither a list or dict nor JSON of one: {error}", value) from error
-
-
-def _content(name: str, value: Any) -> Content:
-    """Text or messages, checked."""
-    if value is None:
-        raise BadField(name, "missing")
-    if isinstance(value, str):
-        if not MESSAGES.match(value):
-            return value
-        value = _parsed(name, value)
-    if _is_sequence(value) and all(isinstance(item, Mapping) for item in value):
-        return [_message(name, item) for item in value]
-    raise BadField(name, "neither text nor a list of messages", value)
-
-
-def message_text(message: Mapping[str, Any]) -> str:
-    """The text of a message, whichever of the two forms its content has."""
-    content = message.get("content", "")
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def _is_empty(content: Content) -> bool:
@@ -214,12 +172,12 @@ def _weight(value: Any) -> float:
 def _spans_of(name: str, value: Any) -> list[Span]:
     """Spans written as [start, stop, weight]."""
     spans = []
-    value = [] if value is None else _parsed(name, value)
-    if not _is_sequence(value):
+    value = [] if value is None else parsed(name, value)
+    if not is_sequence(value):
         raise BadField(name, "not a list of [start, stop, weight]", value)
     for i, item in enumerate(value):
         where = f"{name}[{i}]"
-        if not _is_sequence(item) or len(item) != 3:
+        if not is_sequence(item) or len(item) != 3:
             raise BadField(where, "not [start, stop, weight]", item)
         start, stop, weight = (_number(where, x) for x in item)
         if start != int(start) or stop != int(stop) or not 0 <= start < stop:
@@ -230,11 +188,11 @@ def _spans_of(name: str, value: Any) -> list[Span]:
 
 def _one_each(row: Mapping[str, Any], name: str, count: int, what: str) -> Sequence[Any] | None:
     """A column with one item a response, or None where the row has none."""
-    values = _parsed(name, row.get(name))
+    values = parsed(name, row.get(name))
     if values is None:
         return None
-    if not _is_sequence(values) or len(values) != count:
-        found = len(values) if _is_sequence(values) else 1
+    if not is_sequence(values) or len(values) != count:
+        found = len(values) if is_sequence(values) else 1
         raise BadField(name, f"{found} {what} for {count} responses", values)
     return values
 
@@ -252,7 +210,7 @@ def _numbers(row: Mapping[str, Any], name: str, order: Sequence[int]) -> list[np
     arrays = []
     for i in order:
         where = f"{name}[{i}]"
-        if not _is_sequence(values[i]):
+        if not is_sequence(values[i]):
             raise BadField(where, "not a list of numbers", values[i])
         try:
             array = np.asarray(values[i], dtype=np.float32)
@@ -265,11 +223,10 @@ def _numbers(row: Mapping[str, Any], name: str, order: Sequence[int]) -> list[np
 
 
 def _switch(name: str, value: Any) -> bool:
-    if isinstance(value, str):  # CSV has no bools
-        value = {"true": True, "false": False}.get(value.strip().lower(), value)
-    if not isinstance(value, (bool, np.bool_)):
+    said = {"true": True, "false": False}.get(str(value).strip().lower())  # CSV has no bools
+    if said is None:
         raise BadField(name, "neither true nor false", value)
-    return bool(value)
+    return said
 
 
 def _cohort(value: Any) -> int:
@@ -293,13 +250,13 @@ def _grades(row: Mapping[str, Any], name: str, count: int) -> list[Any] | None:
 
 
 def _ranked_list(row: Mapping[str, Any]) -> Example:
-    values = _parsed("responses", row["responses"])
-    if not _is_sequence(values):
+    values = parsed("responses", row["responses"])
+    if not is_sequence(values):
         raise BadField("responses", "not a list of responses", values)
     if len(values) < 2:
         raise BadField("responses", "a list needs at least two responses", values)
     names = [f"responses[{i}]" for i in range(len(values))]
-    responses = [_content(name, value) for name, value in zip(names, values, strict=True)]
+    responses = [content_of(name, value) for name, value in zip(names, values, strict=True)]
     scores = _grades(row, "scores", len(values))
     given = _grades(row, "ranks", len(values))
     if scores is not None and given is not None:
@@ -328,15 +285,17 @@ def _ranked_list(row: Mapping[str, Any]) -> Example:
 
 def _pair_scores(row: Mapping[str, Any]) -> list[float | None]:
     scores = _grades(row, "scores", 2) or [None, None]
-    for i, name in enumerate(("score_chosen", "score_rejected")):
-        if name in row:
-            scores[i] = _number(name, row[name])
+    for i, side in enumerate(SIDES):
+        for name in (form.format(side) for form in _PAIR_SCORES):
+            if name in row:
+                scores[i] = _number(name, row[name])
+                break
     return scores
 
 
 def _pair(row: Mapping[str, Any]) -> Example:
     names = ["chosen", "rejected"]
-    responses = [_content(name, row.get(name)) for name in names]
+    responses = [content_of(name, row.get(name)) for name in names]
     spans = [_spans_of(f"{name}_spans", row.get(f"{name}_spans")) for name in names]
     return Example(
         prompt=None,
@@ -352,19 +311,18 @@ def _pair(row: Mapping[str, Any]) -> Example:
 def _single(row: Mapping[str, Any]) -> Example:
     if "prompt" not in row:
         raise BadField("prompt", "missing: a single completion cannot imply it")
-    completion, label = _content("completion", row["completion"]), row.get("label")
+    completion, label = content_of("completion", row["completion"]), row.get("label")
     if label is None:
         raise BadField("label", f"missing: {_LABEL}")
-    if isinstance(label, str):  # CSV has no bools
-        label = {"true": True, "false": False}.get(label.lower(), label)
-    if not isinstance(label, (bool, np.bool_)):
-        raise BadField("label", f"not a bool: {_LABEL}", label)
+    good = _WORDS.get(str(label).strip().lower())
+    if good is None:
+        raise BadField("label", f"neither true nor false: {_LABEL}", label)
     spans = _spans_of("spans", row.get("spans"))
     return Example(
         prompt=None,
         responses=[completion],
         names=["completion"],
-        labels=[bool(label)],
+        labels=[good],
         ranks=[0],
         scores=[None],
         spans=[spans] if spans else None,
@@ -388,8 +346,8 @@ def _logo(row: Mapping[str, Any]) -> Example:
             raise BadField(name, "missing or not text", value)
         return value
 
-    chunks = _parsed("all_ref_text", row["all_ref_text"])
-    if not _is_sequence(chunks) or not all(isinstance(c, str) and c.strip() for c in chunks):
+    chunks = parsed("all_ref_text", row["all_ref_text"])
+    if not is_sequence(chunks) or not all(isinstance(c, str) and c.strip() for c in chunks):
         raise BadField("all_ref_text", "not a list of texts", chunks)
     prompt, spans = joined_chunks(chunks, text("question"))
     return Example(
@@ -415,10 +373,10 @@ def _token_rows(row: Mapping[str, Any], side: str) -> list[tuple[np.ndarray, np.
 
     def column(kind: str) -> list[np.ndarray]:
         name = f"{side}_{kind}"
-        value = _parsed(name, row.get(name))
+        value = parsed(name, row.get(name))
         if value is None:
             raise BadField(name, "missing")
-        nested = _is_sequence(value) and len(value) and _is_sequence(value[0])
+        nested = is_sequence(value) and len(value) and is_sequence(value[0])
         arrays = []
         for i, item in enumerate(value if nested else [value]):
             try:
@@ -506,13 +464,13 @@ def _turns(row: Mapping[str, Any], tokens: Tokens) -> list[Turn]:
 
 def _chunk_spans(value: Any) -> list[tuple[int, int]]:
     """Intervals in order, written as [start, stop]."""
-    value = _parsed("chunk_spans", value)
-    if not _is_sequence(value) or not len(value):
+    value = parsed("chunk_spans", value)
+    if not is_sequence(value) or not len(value):
         raise BadField("chunk_spans", "not a list of [start, stop]", value)
     spans, end = [], 0
     for i, item in enumerate(value):
         where = f"chunk_spans[{i}]"
-        if not _is_sequence(item) or len(item) != 2:
+        if not is_sequence(item) or len(item) != 2:
             raise BadField(where, "not [start, stop]", item)
         start, stop = (_number(where, x) for x in item)
         if start != int(start) or stop != int(stop) or not end <= start < stop:
@@ -522,10 +480,10 @@ def _chunk_spans(value: Any) -> list[tuple[int, int]]:
 
 
 def _template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
-    kwargs = _parsed("chat_template_kwargs", row.get("chat_template_kwargs", {}))
+    kwargs = parsed("chat_template_kwargs", row.get("chat_template_kwargs", {}))
     if not isinstance(kwargs, Mapping):
         raise BadField("chat_template_kwargs", "not a dict", kwargs)
-    tools = _parsed("tools", row.get("tools"))
+    tools = parsed("tools", row.get("tools"))
     # An empty list makes some templates write an empty tool section.
     return {**kwargs, **({"tools": tools} if tools else {})}
 
@@ -547,28 +505,14 @@ def _check(example: Example) -> None:
         if example.prompt is None:
             raise BadField(name, "stands in for a `prompt` column, which is missing", other)
         _check_prompt(name, other, example.conversational)
-    prompt = example.prompt
-    if prompt is None:
-        return
-    _check_prompt("prompt", prompt, example.conversational)
-    repeated = [r[: len(prompt)] == prompt for r in example.responses]
-    if example.conversational and all(repeated):
-        raise BadField(
-            example.names[0],
-            "repeats the prompt's messages: keep only the answer, or drop the prompt column",
-            example.responses[0],
-        )
+    if example.prompt is not None:
+        _check_prompt("prompt", example.prompt, example.conversational)
 
 
 def _check_prompt(name: str, prompt: Content, conversational: bool) -> None:
     if isinstance(prompt, str) == conversational:
-        reason = (
-            "text, but the responses are messages: write it as messages, or drop the column if the "
-            "responses begin with it"
-            if isinstance(prompt, str)
-            else "messages, but the responses are text"
-        )
-        raise BadField(name, reason, prompt)
+        kinds = ("messages", "text") if isinstance(prompt, str) else ("text", "messages")
+        raise BadField(name, f"{kinds[1]}, but the responses are {kinds[0]}", prompt)
     if conversational and not prompt:
         raise BadField(name, "no messages", prompt)
 
@@ -585,8 +529,6 @@ def _single_score(row: Mapping[str, Any]) -> list[float | None]:
     return [_number("score", row["score"]) if "score" in row else None]
 
 
-# A list's grades order it; here nothing but an objective reads them.
-_GRADES_OF = {_pair: _pair_scores, _longpo: _pair_scores, _single: _single_score}
 FORMATS = {
     "chosen": _pair,
     "rejected": _pair,
@@ -597,14 +539,203 @@ FORMATS = {
 TOKENISED = dict.fromkeys([f"{side}_input_ids" for side in SIDES], _longpo)
 
 
+def _whole(reading: Reading) -> Example:
+    """The prompt and the responses of a row in fastpo's own columns."""
+    row = reading.columns
+    # Text wins: token ids beside it are what another trainer made of it.
+    formats = FORMATS if FORMATS.keys() & row.keys() else TOKENISED
+    named = [key for key in formats if key in row]
+    if len({formats[key] for key in named}) != 1:
+        reason = "more than one format" if named else "no known format"
+        raise BadField(
+            ", ".join(named) or "columns",
+            f"{reason}: need chosen + rejected, or prompt + completion + label, or prompt + "
+            "responses",
+            sorted(reading.row),
+        )
+    example = formats[named[0]](row)
+    if "prompt" in row:
+        example.prompt = content_of("prompt", row["prompt"])
+    return example
+
+
+def _converse(example: Example, system: Any, turns: bool) -> None:
+    """Make messages of texts where a row is, or should be, a conversation.
+
+    Args:
+        example: changed in place.
+        system: the system message, or None.
+        turns: texts are turns of a conversation.
+    """
+    contents = [example.prompt, *example.responses, *example.extras.values()]
+    contents += example.prompts.values()
+    texts = all(isinstance(content, (str, type(None))) for content in contents)
+    if texts and not turns and system is None:
+        return
+    if texts and example.prompt is None:
+        reason = "missing: a conversation is not divided by the words that its texts have in common"
+        raise BadField("prompt", f"{reason}; `columns: {{prompt: NAME}}` names its column")
+    # In HH's form the prompt ends with `Assistant:`, and a response may go on with further turns.
+    hh = isinstance(example.prompt, str) and turns_of(example.prompt) is not None
+
+    def spoken(content: Content) -> Messages:
+        if not isinstance(content, str):
+            return content
+        return (turns_of(f"\n\nAssistant:{content}") or []) if hh else [assistant(content)]
+
+    example.responses = [spoken(response) for response in example.responses]
+    example.extras = {role: spoken(response) for role, response in example.extras.items()}
+    for name, response in zip(example.names, example.responses, strict=True):
+        if not response:
+            raise BadField(name, "empty response")
+    if isinstance(example.prompt, str):
+        example.prompt = _asked(example, example.prompt)
+    example.prompts = {
+        name: (turns_of(text) or [user(text)]) if isinstance(text, str) else text
+        for name, text in example.prompts.items()
+    }
+    if example.prompt:
+        _answers_alone(example, example.prompt)
+    if system is not None:
+        _begin_with(example, system)
+
+
+def _asked(example: Example, text: str) -> Messages | None:
+    """The messages of a prompt given as text; None where the responses begin with it."""
+    responses: Any = example.responses
+    if any(response[0]["role"] == "assistant" for response in responses):
+        return turns_of(text) or [user(text)]
+    single = len(responses) == 1
+    begin = responses[0][: -1 if single else common_messages(responses)]
+    if not any(m["role"] == "user" and message_text(m).strip() == text.strip() for m in begin):
+        raise BadField(
+            "prompt",
+            "no user message that the responses begin with says this: `columns: {prompt: null}` "
+            "drops the column",
+            text,
+        )
+    if not single:
+        return None
+    example.responses = [responses[0][-1:]]
+    return begin
+
+
+def _answers_alone(example: Example, prompt: Messages) -> None:
+    """Drop the prompt from responses that are whole conversations."""
+    size = len(prompt)
+
+    def alone(name: str, response: Any) -> Any:
+        if response[:size] == prompt:
+            response = response[size:]
+        first = response[0]["role"] if response else None
+        if prompt[-1]["role"] == "user" and first in ("user", "system", "developer"):
+            raise BadField(
+                name, f"begins with the {first}'s message, not with the prompt's", response
+            )
+        return response
+
+    pairs = zip(example.names, example.responses, strict=True)
+    example.responses = [alone(name, response) for name, response in pairs]
+    example.extras = {role: alone(role, response) for role, response in example.extras.items()}
+
+
+def _begin_with(example: Example, system: Any) -> None:
+    """Put a system message before every conversation of the row."""
+    if not isinstance(system, str):
+        raise BadField("system", "not text", system)
+
+    def begun(messages: Any) -> Any:
+        if messages and messages[0]["role"] in ("system", "developer"):
+            if message_text(messages[0]).strip() == system.strip():
+                return messages
+            reason = "the messages begin with another system message: `columns: {system: null}` "
+            raise BadField("system", reason + "drops this one", system)
+        return [{"role": "system", "content": system}, *messages]
+
+    if example.prompt is None:
+        example.responses = [begun(response) for response in example.responses]
+        example.extras = {role: begun(response) for role, response in example.extras.items()}
+    else:
+        example.prompt = begun(example.prompt)
+    example.prompts = {name: begun(prompt) for name, prompt in example.prompts.items()}
+
+
+def _read_as(
+    name: str,
+    reading: Reading,
+    columns: Columns,
+    extras: Sequence[str],
+    prompts: Sequence[str],
+) -> Example:
+    """A row as one dialect reads it, with further responses and prompts."""
+    dialect, row = DIALECTS[name], reading.row
+    dialect.read(reading)
+    # What the dialect made of its own columns wins over an optional one of that name.
+    reading.columns = {k: v for k, v in row.items() if k in _OPTIONAL} | reading.columns
+    try:
+        example = _whole(reading)
+        if example.tokens is not None:
+            return example
+        example.extras = {
+            role: content_of(role, row.get(role)) for role in extras if role in EXTRAS
+        }
+        example.prompts = {column: content_of(column, row.get(column)) for column in prompts}
+        text = isinstance(example.responses[0], str)
+        if text and example.prompt is None and name == "trl":
+            for column in sorted(PROMPTS & row.keys() - reading.used):
+                raise BadField(
+                    column,
+                    f"the row has no `prompt`: `columns: {{prompt: {column}}}` reads this one as "
+                    f"it, `columns: {{{column}: null}}` drops it",
+                    row[column],
+                )
+        turns = dialect.turns or columns.text_as_messages
+        _converse(example, reading.columns.get("system"), turns)
+        if name == "hh" and not example.conversational:
+            for side, response in zip(example.names, example.responses, strict=True):
+                if "\n\nHuman:" in response:
+                    reason = "goes on with the human's words: `text_as_messages: true` scores the "
+                    raise BadField(side, reason + "assistant's alone", response)
+    except BadField as bad:
+        raise reading.own(bad) from bad
+    return example
+
+
+def _recognised(
+    row: Mapping[str, Any], columns: Columns, extras: Sequence[str], prompts: Sequence[str]
+) -> tuple[str, Reading, Example]:
+    """The dialect that reads a row: several may claim it who read the same."""
+    readings = columns.readings(row)
+    read: list[tuple[str, Reading, Example]] = []
+    for name, reading in readings:
+        try:
+            read.append((name, reading, _read_as(name, reading, columns, extras, prompts)))
+        except BadField:
+            if len(readings) == 1:
+                raise
+    names = [name for name, _ in readings]
+    if len(readings) > 1:
+        said = [(e.prompt, e.responses, e.labels, e.ranks, e.scores) for _, _, e in read]
+        if len(said) < len(names) or any(other != said[0] for other in said):
+            raise BadField(
+                "columns",
+                f"{' and '.join(names)} read this row differently: say which with `dialect: "
+                f"{names[0]}` or `dialect: {names[1]}`, or drop a column with `columns: {{NAME: "
+                "null}`",
+                sorted(row),
+            )
+    return read[0]
+
+
 def read_row(
     row: Any,
     extras: Sequence[str] = (),
     prompts: Sequence[str] = (),
     needs: Collection[str] | None = None,
     chunks: bool = False,
+    columns: Columns | None = None,
 ) -> Example:
-    """A row of any format as an Example; unknown columns and None values are ignored.
+    """A row of any dialect as an Example; None values count as absent.
 
     Args:
         row: the columns.
@@ -614,15 +745,17 @@ def read_row(
             `token_rewards`: there a column that says something else is an error, and the others
             are not looked at. None: they are taken where they can be.
         chunks: whether `chunk_spans` are read.
+        columns: how columns are read, and where those that are not are noted.
 
     Raises:
         BadField: naming the field, the reason and the value.
     """
     if not isinstance(row, Mapping):
         raise BadField("row", "not a dict of columns", row)
+    columns = columns or Columns()
     present = {
         key: value
-        for key, value in row.items()
+        for key, value in columns.renamed(row).items()
         if value is not None
         and not (key in _NO_TEXT and isinstance(value, str) and not value.strip())
     }
@@ -635,27 +768,19 @@ def read_row(
         except BadField:
             return None
 
-    # Text wins: token ids beside it are what another trainer made of it.
-    formats = FORMATS if FORMATS.keys() & present.keys() else TOKENISED
-    found = [key for key in formats if key in present]
-    if len({formats[key] for key in found}) != 1:
-        reason = "more than one format" if found else "no known format"
-        raise BadField(
-            ", ".join(found) or "columns",
-            f"{reason}: need chosen + rejected, or prompt + completion + label, or prompt + "
-            "responses",
-            sorted(present),
-        )
-    example = formats[found[0]](present)
-    if (grades := _GRADES_OF.get(formats[found[0]])) is not None:
-        example.scores = taken("score", grades, present) or example.scores
-    if "prompt" in present:
-        example.prompt = _content("prompt", present["prompt"])
+    name, reading, example = _recognised(present, columns, extras, prompts)
+    columns.check_unread(name, reading, _OPTIONAL.union(prompts))
+    present = reading.columns
+    grades = _pair_scores if example.labels == [True, False] and not example.ranked else None
+    if len(example.names) == 1:
+        grades = _single_score
+    if grades is not None:
+        example.scores = taken("score", grades, {**reading.row, **present}) or example.scores
     if chunks and "chunk_spans" in present:
         example.chunk_spans = _chunk_spans(present["chunk_spans"])
-    for name in ("append_eos", "continue_final_message"):
-        if name in present:
-            setattr(example, name, _switch(name, present[name]))
+    for switch in ("append_eos", "continue_final_message"):
+        if switch in present:
+            setattr(example, switch, _switch(switch, present[switch]))
     if "weight" in present:
         example.weight = _weight(present["weight"])
     if "margin" in present:
@@ -670,20 +795,22 @@ def read_row(
         if rewards is not None:
             example.per_token["token_rewards"] = rewards
     if example.tokens is not None:
-        columns = [name for name in SPANS if name in present]
-        columns += [name for name in (*EXTRAS, *prompts) if name in (*extras, *prompts)]
-        for name in columns:
-            if name != "short_prompt":
-                raise BadField(name, "not for rows of token ids: give the row as text")
+        unfit = [column for column in SPANS if column in present]
+        unfit += [column for column in (*EXTRAS, *prompts) if column in (*extras, *prompts)]
+        for column in unfit:
+            if column != "short_prompt":
+                raise BadField(column, "not for rows of token ids: give the row as text")
         if "short_prompt" in prompts:
-            example.turns = _turns(present, example.tokens)
+            example.turns = _turns(reading.row, example.tokens)
         return example
-    for role in extras:
-        if role in EXTRAS:
-            example.extras[role] = _content(role, present.get(role))
-    for name in prompts:
-        example.prompts[name] = _content(name, present.get(name))
     if example.conversational:
         example.template_kwargs = _template_kwargs(present)
-    _check(example)
+    elif isinstance(tools := present.get("tools"), list) and tools:
+        reason = "a row of text has no chat template to write it: `text_as_messages: true` makes "
+        reason += "messages of it, `columns: {tools: null}` drops the column"
+        raise BadField("tools", reason, tools)
+    try:
+        _check(example)
+    except BadField as bad:
+        raise reading.own(bad) from bad
     return example

@@ -34,7 +34,7 @@ def of_workers() -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError) as error:
-        last = r"(?sm).*^(?:fastpo\.data\.build\.BadRow|ValueError): (.+)\Z"
+        last = r"(?sm).*^(?:fastpo\.data\.bad_rows\.BadRow|ValueError): (.+)\Z"
         found = re.match(last, str(error))
         if "in DataLoader worker process" not in str(error) or found is None:
             raise

@@ -100,7 +100,6 @@ def test_further_prompts_are_cut_like_the_prompt(tokenizers):
             {"chosen": "blue.", "rejected": "green.", "short_prompt": "The sky is "},
             "after it chosen is divided into other tokens",
         ),
-        ({"short_prompt": [user("Sky")]}, "messages, but the responses are text"),
         ({"short_prompt": 3}, "neither text nor a list of messages"),
         ({"short_prompt": ""}, "no tokens"),
         (
@@ -108,7 +107,7 @@ def test_further_prompts_are_cut_like_the_prompt(tokenizers):
             "stands in for a `prompt` column, which is missing",
         ),
     ],
-    ids=["border", "messages", "number", "empty", "implied prompt"],
+    ids=["border", "number", "empty", "implied prompt"],
 )
 def test_bad_prompts_are_named(tokenizers, change, message):
     with pytest.raises(BadRow, match=f"row 0, field 'short_prompt': {message}"):

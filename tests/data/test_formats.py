@@ -211,8 +211,12 @@ BAD = {
     "text weight": ({**PAIR, "weight": "5 kg"}, "weight", "number, and every objective weighs"),
     "single without prompt": ({"completion": "a", "label": True}, "prompt", "missing"),
     "single without label": ({"prompt": "a", "completion": "b"}, "label", "missing"),
-    "label as number": ({"prompt": "a", "completion": "b", "label": 1}, "label", "not a bool"),
-    "label as text": ({"prompt": "a", "completion": "b", "label": "good"}, "label", "not a bool"),
+    "label as number": ({"prompt": "a", "completion": "b", "label": 2}, "label", "neither true"),
+    "label as text": (
+        {"prompt": "a", "completion": "b", "label": "so so"},
+        "label",
+        "neither true",
+    ),
     "one response": ({"prompt": "a", "responses": ["b"]}, "responses", "at least two"),
     "no responses": ({"prompt": "a", "responses": []}, "responses", "at least two"),
     "responses as text": ({"prompt": "a", "responses": "bc"}, "responses", "neither a list"),
@@ -260,12 +264,14 @@ BAD = {
         "responses[2]",
         "identical to responses[0]",
     ),
-    "text and messages": ({**CHAT, "rejected": "green"}, "rejected", "mixed in one row"),
-    "text prompt": ({**CHAT, "prompt": "hi"}, "prompt", "text, but the responses are messages"),
-    "message prompt": (
-        {**PAIR, "prompt": [user("a")]},
+    "text that nobody says": (
+        {
+            "prompt": "hello",
+            "chosen": [user("hi"), assistant("a")],
+            "rejected": [user("hi"), assistant("b")],
+        },
         "prompt",
-        "messages, but the responses are",
+        "no user message",
     ),
     "no messages": ({**CHAT, "prompt": []}, "prompt", "no messages"),
     "empty conversation": ({**CHAT, "chosen": []}, "chosen", "empty response"),
@@ -289,14 +295,10 @@ BAD = {
         "chosen",
         "two assistant messages in a row",
     ),
-    "prompt repeated": (
-        {
-            "prompt": [user("hi")],
-            "chosen": [user("hi"), assistant("a")],
-            "rejected": [user("hi"), assistant("b")],
-        },
+    "another conversation": (
+        {**CHAT, "chosen": [user("hello"), assistant("a")]},
         "chosen",
-        "repeats the prompt's messages",
+        "begins with the user's message",
     ),
     "implicit chat, nothing shared": (
         {"chosen": [user("x"), assistant("a")], "rejected": [user("y"), assistant("a")]},

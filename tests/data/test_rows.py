@@ -247,10 +247,10 @@ def test_lists_and_labels_in_cells(tmp_path):
     (row,) = map(read_row, load_rows(path))
     assert row.responses == ["b", "a"]
     assert row.scores == [2.5, 1.0]
-    path.write_text("prompt,completion,label,score\np,a,True,1\np,b,false,2\np,c,1,3\n")
+    path.write_text("prompt,completion,label,score\np,a,True,1\np,b,false,2\np,c,2,3\n")
     *rows, bad = load_rows(path)
     assert [read_row(row).labels for row in rows] == [[True], [False]]
-    with pytest.raises(BadField, match="not a bool"):
+    with pytest.raises(BadField, match="neither true nor false"):
         read_row(bad)
 
 

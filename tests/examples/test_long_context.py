@@ -21,7 +21,7 @@ def test_documents_hold_what_is_asked_for() -> None:
         chunks = [message["content"][start:stop] for start, stop in row["chunk_spans"]]
         assert len(chunks) == example.PAGES
         right, half, wrong = (message_text(r[0]) for r in row["responses"])
-        codes = [str(code) for code in row["codes"]]
+        codes = [str(code) for code in row["right_codes"]]
         assert [sum(code in text for code in codes) for text in (right, half, wrong)] == [2, 1, 0]
         assert all(sum(code in chunk for chunk in chunks) == 1 for code in codes)
         short = message_text(row["short_prompt"][0])
@@ -38,7 +38,7 @@ def test_held_out_documents_share_no_city() -> None:
 
 
 def test_codes_are_counted() -> None:
-    rows = [{"codes": [1234, 5678]}, {"codes": [1111, 2222]}]
+    rows = [{"right_codes": [1234, 5678]}, {"codes": [1111, 2222]}]
     found = example.found_in(["1234 and 5678", "2222 and 2222"], rows)
     assert (found.codes, found.both) == (0.75, 0.5)
 

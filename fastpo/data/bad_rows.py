@@ -1,0 +1,44 @@
+"""Rows that cannot be trained on: where they are, what is wrong, and what is done about them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Literal
+
+OnBadRow = Literal["error", "skip"]
+
+
+class BadField(ValueError):
+    """A field of a row that cannot be used; whoever knows the file makes a `BadRow` of it."""
+
+    def __init__(self, field: str, reason: str, value: Any = None):
+        super().__init__(field, reason, value)
+        self.field, self.reason, self.value = field, reason, value
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on: where it is, and what is wrong with which field."""
+
+    def __init__(self, source: str, row: int, field: str, reason: str, value: Any = None):
+        super().__init__(source, row, field, reason, value)
+        self.source, self.row, self.field = source, row, field
+        self.reason, self.value = reason, value
+
+    def __str__(self) -> str:
+        text = f"{self.source}, row {self.row}, field {self.field!r}: {self.reason}"
+        if self.value is None:
+            return text
+        shown = repr(self.value)
+        return f"{text}; got {shown if len(shown) <= 200 else shown[:197] + '...'}"
+
+
+def report(skipped: Sequence[BadRow], num_rows: int, shown: int) -> str:
+    """How many rows were skipped, for which reasons, and the first of them."""
+    if not skipped:
+        return f"no row of {num_rows} was skipped"
+    kinds = Counter((bad.field, bad.reason) for bad in skipped)
+    lines = [f"{len(skipped)} of {num_rows} rows were skipped"]
+    lines += [f"  {n} x {name}: {reason}" for (name, reason), n in kinds.most_common(shown)]
+    lines += [f"the first {min(shown, len(skipped))}:", *(f"  {bad}" for bad in skipped[:shown])]
+    return "\n".join(lines)

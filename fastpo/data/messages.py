@@ -1,0 +1,161 @@
+"""What a message is, and how what is not written as messages becomes some.
+
+A message is a dict of `role` and `content`, text or a list of text parts, and whatever else a chat
+template reads. ShareGPT's `from` and `value` are read as the same thing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from fastpo.data.bad_rows import BadField
+
+Messages: TypeAlias = list[dict[str, Any]]
+Content: TypeAlias = str | Messages
+
+# Where chat templates look for what an assistant says or does, besides `content`.
+BESIDE_CONTENT = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+
+# A text like this is a conversation, written as JSON or (then it is refused) as Python writes it.
+MESSAGES = re.compile(
+    r"""\s*\[\s*\{.*['"](role|from)['"]\s*:\s*['"](system|developer|user|assistant|tool|human|gpt)"""
+    r"""['"]""",
+    re.DOTALL,
+)
+
+# Names that ShareGPT's and vendors' files have for the roles of chat templates.
+_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_response": "tool"}
+_CALL = ("function_call", "tool_call")
+_TEXTS = (None, "text", "input_text", "output_text")  # what vendors call a part of text
+
+# Anthropic's HH and its kin write conversations as one text.
+_SPEAKER = re.compile(r"(?:\n\n|^)(Human|Assistant):")
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+
+
+def is_sequence(value: Any) -> bool:
+    """Whether a value is a list of any kind, and no text."""
+    return isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, (str, bytes))
+
+
+def parsed(name: str, value: Any) -> Any:
+    """A list or dict; where a format has text only (CSV), what its JSON says."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise BadField(name, f"neither a list or dict nor JSON of one: {error}", value) from error
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+def message_text(message: Mapping[str, Any]) -> str:
+    """The text of a message, whichever of the two forms its content has."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def _call(name: str, text: Any) -> dict[str, Any]:
+    """ShareGPT's `function_call`, JSON of one call or of several, as an assistant's message."""
+    calls = parsed(name, text)
+    calls = calls if is_sequence(calls) else [calls]
+    for call in calls:
+        if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
+            raise BadField(name, "a function_call is no JSON of a name and its arguments", text)
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": dict(call)} for call in calls],
+    }
+
+
+def _message(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    # Columnar storage gives every message the union of all keys and fills the rest with None.
+    message = {key: item for key, item in value.items() if item is not None}
+    if "role" not in message and "from" in message:
+        message["role"] = message.pop("from")
+        message["content"] = message.pop("value", None)
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str):
+        raise BadField(name, "a message has no role", dict(value))
+    if role in _CALL:
+        return _call(name, content)
+    message["role"] = _ROLES.get(role, role)
+    if content is not None and is_sequence(content):
+        for part in content:
+            kind = part.get("type") if isinstance(part, Mapping) else part
+            if kind not in _TEXTS or not isinstance(part.get("text"), str):
+                raise BadField(name, "only text is supported in a message's content", part)
+        # As above: a part has its kind and its text, whatever other parts of the file have.
+        message["content"] = [{"type": "text", "text": part["text"]} for part in content]
+    elif not isinstance(content, str) and not ("tool_calls" in message and content is None):
+        raise BadField(name, "a message's content is not text", content)
+    return message
+
+
+def content_of(name: str, value: Any) -> Content:
+    """Text or messages, checked; one message alone is a list of one."""
+    if value is None:
+        raise BadField(name, "missing")
+    if isinstance(value, str):
+        if not MESSAGES.match(value):
+            return value
+        value = parsed(name, value)
+    if isinstance(value, Mapping):
+        value = [value]
+    if is_sequence(value) and all(isinstance(item, Mapping) for item in value):
+        return [_message(name, item) for item in value]
+    raise BadField(name, "neither text nor a list of messages", value)
+
+
+def common_messages(conversations: Sequence[Messages]) -> int:
+    """How many messages all conversations begin with."""
+    shortest = min(len(c) for c in conversations)
+    for i in range(shortest):
+        if any(c[i] != conversations[0][i] for c in conversations):
+            return i
+    return shortest
+
+
+def speaks_as_hh(text: Any) -> bool:
+    """Whether a text is a conversation between Human and Assistant, as Anthropic's HH writes it."""
+    return isinstance(text, str) and {"Human", "Assistant"} <= set(_SPEAKER.findall(text))
+
+
+def split_hh(name: str, chosen: str, rejected: str) -> tuple[str, str, str]:
+    """What two HH conversations begin with, up to the assistant's last turn, and their answers."""
+    ends = [
+        [match.end() for match in _SPEAKER.finditer(text) if match[1] == "Assistant"]
+        for text in (chosen, rejected)
+    ]
+    borders = [end for end in ends[0] if end in ends[1] and chosen[:end] == rejected[:end]]
+    if not borders:
+        raise BadField(name, "the two conversations begin with no question in common", rejected)
+    border = borders[-1]
+    return chosen[:border], chosen[border:], rejected[border:]
+
+
+def turns_of(text: str) -> Messages | None:
+    """The messages of a text in HH's form, whatever speaks first; None of any other text."""
+    parts = _SPEAKER.split(text)
+    if len(parts) == 1 or parts[0].strip():
+        return None
+    turns = zip(parts[1::2], parts[2::2], strict=True)
+    # The answer that a prompt ends with is still to come.
+    return [
+        {"role": _SPEAKERS[who], "content": said.removeprefix(" ")}
+        for i, (who, said) in enumerate(turns)
+        if said.strip() or 2 * i + 3 < len(parts)
+    ]
