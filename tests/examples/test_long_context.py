@@ -38,7 +38,7 @@ def test_held_out_documents_share_no_city() -> None:
 
 
 def test_codes_are_counted() -> None:
-    rows = [{"right_codes": [1234, 5678]}, {"codes": [1111, 2222]}]
+    rows = [{"right_codes": [1234, 5678]}, {"right_codes": [1111, 2222]}]
     found = example.found_in(["1234 and 5678", "2222 and 2222"], rows)
     assert (found.codes, found.both) == (0.75, 0.5)
 
