@@ -100,6 +100,31 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
             "--gguf-file", help="weights in the folder of the model, or of an adapter's base model"
         )
 
+    def reading_flags(parser: _Parser) -> None:
+        parser.add_argument("--dialect", default="auto", help="how rows are read (auto)")
+        parser.add_argument(
+            "--columns",
+            metavar="MAPPING",
+            help="'{prompt: question}' reads that column as prompt, '{old: null}' drops one",
+        )
+        parser.add_argument(
+            "--text-as-messages", action="store_true", help="make messages of rows of text"
+        )
+        parser.add_argument(
+            "--chat-template-kwargs", metavar="MAPPING", help="arguments of the chat template"
+        )
+        parser.add_argument(
+            "--no-append-eos", action="store_true", help="responses are not ended, as steps are not"
+        )
+        parser.add_argument(
+            "--continue-final-message",
+            action="store_true",
+            help="responses go on with the assistant's message that ends the prompt",
+        )
+        parser.add_argument(
+            "--bos", action="store_true", help="put BOS before texts where the tokenizer puts none"
+        )
+
     command("train", "train a model from a recipe", "")
 
     score = command(
@@ -197,17 +222,31 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
 
     data = command(
         "data",
-        "samples or stages of pairs from scored lists",
-        "From rows with `responses` and `scores`: `rso` keeps the answers that statistical "
-        "rejection sampling accepts, `curriculum` writes stages of pairs from wide to narrow gaps "
-        "of score, stage-1.jsonl and so on.",
+        "how rows are read; samples or stages of pairs from scored lists",
+        "`show` prints how the first rows of a file are read: who says what, and with --model the "
+        "border, the scored tokens and the template's own text; with --to trl it writes all rows "
+        "in TRL's form. From rows with `responses` and `scores`, `rso` keeps the answers that "
+        "statistical rejection sampling accepts, `curriculum` writes stages of pairs from wide to "
+        "narrow gaps of score, stage-1.jsonl and so on.",
     )
-    data.add_argument("action", choices=("rso", "curriculum"))
+    data.add_argument("action", choices=("show", "rso", "curriculum"))
     data.add_argument("dataset", help="file, folder or name on the hub")
-    data.add_argument("out", help="JSONL file to write; of a curriculum the folder")
+    data.add_argument("out", nargs="?", help="JSONL file to write; of a curriculum the folder")
     data.add_argument("--dataset-name", help="configuration of a hub data set")
     data.add_argument("--split", default="train", help="default: train")
     data.add_argument("--skip-bad-rows", action="store_true", help="leave malformed rows out")
+    data.add_argument("--rows", type=int, default=3, help="show: so many rows (3)")
+    data.add_argument("--model", help="show: whose tokenizer and template, a name or a folder")
+    data.add_argument("--tokenizer", help="show: default: the model's")
+    data.add_argument("--chat-template", help="show: a .jinja file or the template itself")
+    data.add_argument(
+        "--trust-remote-code", action="store_true", help="show: run code of the checkpoint"
+    )
+    data.add_argument("--to", choices=("trl",), help="show: write all rows in this form")
+    data.add_argument(
+        "--list-to-pairs", choices=("best_worst", "best_rest"), help="show: pairs of lists"
+    )
+    reading_flags(data)
     data.add_argument("--count", type=int, default=8, help="rso: answers kept a prompt (8)")
     data.add_argument("--beta", type=float, default=0.5, help="rso: 0 keeps the best (0.5)")
     data.add_argument("--seed", type=int, default=0, help="rso: of the draws (0)")
@@ -246,6 +285,8 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
 
     for parser in (preparing, sample):
         parser.add_argument("--model", required=True, help="name on the hub, or a folder")
+    for parser in (score, weighing):
+        reading_flags(parser)
     for parser in (score, sample, preparing):
         gguf_flag(parser)
         parser.add_argument("--revision", help="branch, tag or commit of the model")

@@ -18,6 +18,26 @@ from fastpo.data.formats import BadField
 from fastpo.data.rows import load_rows
 from fastpo.data.schedules import curriculum, sampled
 
+# Flag -> its name among the arguments, and its value where it is not given.
+_OF_SHOW = {
+    "--rows": ("rows", 3),
+    **{
+        f"--{name.replace('_', '-')}": (name, unset)
+        for unset, names in {
+            None: (
+                *("model", "tokenizer", "chat_template", "to", "list_to_pairs", "columns"),
+                "chat_template_kwargs",
+            ),
+            False: (
+                *("text_as_messages", "no_append_eos", "continue_final_message", "bos"),
+                "trust_remote_code",
+            ),
+            "auto": ("dialect",),
+        }.items()
+        for name in names
+    },
+}
+
 
 def _check(row: Mapping[str, Any]) -> None:
     responses, scores = row.get("responses"), row.get("scores")
@@ -50,8 +70,17 @@ def _write(path: Path, rows: Sequence[Mapping[str, Any]], over: bool) -> None:
 
 
 def data(arguments: argparse.Namespace) -> int:
-    """Rejection sampling (`rso`) or stages of pairs (`curriculum`) from scored lists."""
+    """Show how rows are read, or make samples (`rso`) or stages (`curriculum`) of scored lists."""
+    if arguments.action == "show":
+        from fastpo.cli.show import show
+
+        return show(arguments)
     show_log(logging.WARNING)
+    for flag, (name, unset) in _OF_SHOW.items():
+        if getattr(arguments, name) != unset:
+            raise ValueError(f"{flag} is of `fastpo data show`: drop it")
+    if arguments.out is None:
+        raise ValueError(f"name what to write: fastpo data {arguments.action} DATASET OUT")
     out = Path(arguments.out)
     over, staged = arguments.overwrite, arguments.action == "curriculum"
     there = sorted(out.glob("stage-*.jsonl"))

@@ -24,8 +24,9 @@ from fastpo.cli.models import (
     table,
 )
 from fastpo.cli.output import check_outputs, json_lines
+from fastpo.cli.reading import data_options
 from fastpo.cli.token_view import SHOWN, token_rows, write_page
-from fastpo.data.build import DataOptions, build_groups
+from fastpo.data.build import build_groups
 from fastpo.data.follow_ups import followed_up, next_turns, read_follow_ups
 from fastpo.data.groups import Group, Response
 from fastpo.data.rows import load_rows
@@ -159,11 +160,8 @@ def score(arguments: argparse.Namespace) -> int:
     tokenizer = open_tokenizer(
         arguments.model, arguments.tokenizer, arguments.chat_template, **source
     )
-    options = DataOptions(
-        max_length=arguments.max_length,
-        on_bad_row="skip" if arguments.skip_bad_rows else "error",
-        reference_prompt=arguments.reference_prompt,
-    )
+    form = {"max_length": arguments.max_length, "reference_prompt": arguments.reference_prompt}
+    options = data_options(arguments, **form)
     data = build_groups(rows, tokenizer, options, source=arguments.dataset)
     if arguments.ches or arguments.entanglement:
         _require_pairs(data.groups)

@@ -26,7 +26,7 @@ SHOWN = 50  # groups on a page: 100 responses of 300 tokens are 4 MB
 FULL = 95  # percentile of |reward| from which on the colour is full, so that outliers hide nothing
 
 
-def _texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     """What each token adds; decoded alone, SentencePiece's tokens lose the blank before them."""
     texts = []
     for before, token in zip([ids[:0], *([i] for i in ids[:-1])], ids, strict=True):
@@ -61,7 +61,7 @@ def token_rows(
                 "label": k == 0 if response.label is None else response.label,
                 "reward": float(values[g, k, -1]),
                 "ids": ids,
-                "tokens": _texts(tokenizer, ids),
+                "tokens": token_texts(tokenizer, ids),
                 "rewards": rewards[g, k, : len(ids)].tolist(),
                 "values": values[g, k, : len(ids)].tolist(),
             }

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastpo.cli.models import check_adapter, open_model, open_tokenizer, show_log
 from fastpo.cli.output import check_outputs, json_lines
+from fastpo.cli.reading import data_options
 from fastpo.data.rows import load_rows
 from fastpo.data.scored_weights import get_rule
 from fastpo.model.device import default_device
@@ -79,7 +80,7 @@ def weigh(arguments: argparse.Namespace) -> int:
         second,
         f"{arguments.out}.scores",
         prompts=prompts,
-        max_length=arguments.max_length,
+        options=data_options(arguments, max_length=arguments.max_length),
         batch_size=arguments.batch_size,
         source=arguments.dataset,
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 OnBadRow = Literal["error", "skip"]
@@ -31,6 +32,24 @@ class BadRow(ValueError):
             return text
         shown = repr(self.value)
         return f"{text}; got {shown if len(shown) <= 200 else shown[:197] + '...'}"
+
+
+@contextmanager
+def naming(source: str, row: int) -> Iterator[None]:
+    """Make a `BadRow` of whatever goes wrong with a row inside.
+
+    A ValueError that is no `BadField` is a fault of the run, which other rows would have too.
+    """
+    try:
+        yield
+    except BadField as bad:
+        raise BadRow(source, row, bad.field, bad.reason, bad.value) from bad
+    except (UnicodeError, RecursionError) as error:
+        raise BadRow(source, row, "row", f"{type(error).__name__}: {error}") from error
+    except (ValueError, MemoryError):
+        raise
+    except Exception as error:
+        raise BadRow(source, row, "row", f"{type(error).__name__}: {error}") from error
 
 
 def report(skipped: Sequence[BadRow], num_rows: int, shown: int) -> str:

@@ -19,7 +19,7 @@ import torch.utils.data
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from fastpo.data.bad_rows import BadField, BadRow, OnBadRow, report
+from fastpo.data.bad_rows import BadField, BadRow, OnBadRow, naming, report
 from fastpo.data.dialects import Columns
 from fastpo.data.formats import (
     CONTEXTS,
@@ -245,7 +245,7 @@ def _with_turns(group: Group, turns: Sequence[Turn], leading: int, options: Data
     return replace(group, short_prompt_ids=fitted[0].prompt_ids, short_turns=fitted)
 
 
-def _origin(row: Any, source: str, index: int) -> tuple[str, int]:
+def origin(row: Any, source: str, index: int) -> tuple[str, int]:
     """The row's own file and number there, if it knows them; BadRow where it was a broken line."""
     if isinstance(row, Mapping) and row.get(FILE) is not None:
         source, index = row[FILE], row[ROW]
@@ -254,7 +254,14 @@ def _origin(row: Any, source: str, index: int) -> tuple[str, int]:
     return source, index
 
 
-class _Builder:
+def own_columns(row: Any) -> Any:
+    """A row without what `load_rows` adds."""
+    if not isinstance(row, Mapping):
+        return row
+    return {name: value for name, value in row.items() if name not in (FILE, ROW, TORN)}
+
+
+class Builder:
     """Makes groups of the rows of one data set, and says afterwards what was odd about them.
 
     Args:
@@ -284,17 +291,9 @@ class _Builder:
         Raises:
             BadRow: names the row's own file and its number there, if it knows them.
         """
-        source, index = _origin(row, self.source, index)
-        try:
-            if isinstance(row, Mapping):
-                row = {name: row[name] for name in row if name not in (FILE, ROW, TORN)}
-            return self._groups(row, source, index)
-        except BadField as bad:
-            raise BadRow(source, index, bad.field, bad.reason, bad.value) from bad
-        except (ValueError, MemoryError):  # faults of the run, which another row would have too
-            raise
-        except Exception as error:
-            raise BadRow(source, index, "row", f"{type(error).__name__}: {error}") from error
+        source, index = origin(row, self.source, index)
+        with naming(source, index):
+            return self._groups(own_columns(row), source, index)
 
     def _groups(self, row: Any, source: str, index: int) -> list[Group]:
         options, extras = self.options, self.extras
@@ -461,7 +460,7 @@ def row_to_group(
         BadRow: whatever `options.on_bad_row` says.
     """
     options = options or DataOptions()
-    return _Builder(tokenizer, options, source, needs=needs).groups(row, index)
+    return Builder(tokenizer, options, source, needs=needs).groups(row, index)
 
 
 def _check_extras(extras: Sequence[str]) -> None:
@@ -486,13 +485,10 @@ def good_rows(
     skipped: list[BadRow] = []
     num_rows = 0
     for row in rows:
-        own = {name: value for name, value in row.items() if name not in (FILE, ROW, TORN)}
+        own = own_columns(row)
         try:
-            where = _origin(row, source, num_rows)
-            try:
+            with naming(*origin(row, source, num_rows)):
                 checked = check(own)
-            except BadField as bad:
-                raise BadRow(*where, bad.field, bad.reason, bad.value) from bad
         except BadRow as bad:
             if on_bad_row == "error":
                 raise
@@ -672,7 +668,7 @@ def build_groups(
     """
     options = options or DataOptions()
     _check_extras(extras)
-    builder = _Builder(tokenizer, options, source, extras, needs)
+    builder = Builder(tokenizer, options, source, extras, needs)
     groups: list[Group] = []
     skipped: list[BadRow] = []
     num_rows = 0
@@ -728,7 +724,7 @@ class GroupStream(torch.utils.data.IterableDataset[Group]):
         self.num_rows = 0
         self._skipped: dict[tuple[str, int], BadRow] = {}
         self._head: list[Group] = []
-        self._builder = _Builder(tokenizer, self.options, source, self.extras, needs)
+        self._builder = Builder(tokenizer, self.options, source, self.extras, needs)
 
     @property
     def skipped(self) -> list[BadRow]:

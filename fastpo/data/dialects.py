@@ -37,7 +37,9 @@ PROMPTS = {
 }
 
 # Columns with something to train on that no reader reads.
-_UNREAD = re.compile(r"(.+_)?(image|video|audio)s?|objects|(chosen|rejected)_tools|.+_prompt")
+_UNREAD = re.compile(
+    r"(.+_)?(image|video|audio)s?|objects|(chosen|rejected)_(tools|prompt)|system_prompt"
+)
 
 
 class Reading:

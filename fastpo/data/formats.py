@@ -116,6 +116,7 @@ class Example:
     labels: list[bool]
     ranks: list[int]  # dense: 0 is best, ties share a rank
     scores: list[float | None]
+    dialect: str = "trl"  # which reader of `fastpo.data.dialects` read the row
     weight: float = 1.0
     ranked: bool = False  # a list, which options may turn into pairs
     margin: float | None = None
@@ -135,6 +136,14 @@ class Example:
     @property
     def conversational(self) -> bool:
         return not isinstance(self.responses[0], str)
+
+    def parts(self) -> tuple[Content | None, list[Content]]:
+        """The prompt and the responses behind it; None where a text's tokens imply the prompt."""
+        if self.prompt is None and self.tokens is None and self.conversational:
+            responses: Any = self.responses
+            border = common_messages(responses)
+            return responses[0][:border], [response[border:] for response in responses]
+        return self.prompt, self.responses
 
 
 def _is_empty(content: Content) -> bool:
@@ -769,6 +778,7 @@ def read_row(
             return None
 
     name, reading, example = _recognised(present, columns, extras, prompts)
+    example.dialect = name
     columns.check_unread(name, reading, _OPTIONAL.union(prompts))
     present = reading.columns
     grades = _pair_scores if example.labels == [True, False] and not example.ranked else None

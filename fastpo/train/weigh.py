@@ -8,6 +8,7 @@ pure functions in `fastpo.data.scored_weights`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from fastpo.data.build import DataOptions, build_groups
+from fastpo.data.build import DataOptions, build_groups, own_columns
 from fastpo.data.formats import read_row
 from fastpo.data.groups import Group
-from fastpo.data.rows import FILE, ROW
 from fastpo.data.scored_weights import Rule
 from fastpo.model.scoring import Packer
 from fastpo.train.reference import (
@@ -109,7 +109,7 @@ def weigh(
     folder: str | Path,
     *,
     prompts: tuple[str, str] = ("prompt", "prompt"),
-    max_length: int | None = None,
+    options: DataOptions | None = None,
     batch_size: int = 4,
     source: str = "rows",
     progress: bool = True,
@@ -124,7 +124,7 @@ def weigh(
             time, unless the rule contrasts them or both are the same object.
         folder: where log-probs are kept, for a run that goes on or another rule.
         prompts: the column that each scorer reads as its prompt.
-        max_length: most tokens of the prompt and a response; prompts are cut to it.
+        options: how rows are read, and how long they may be; prompts are cut to it.
         batch_size: groups a batch.
         source: name of the data for messages.
         progress: whether to show bars.
@@ -138,15 +138,17 @@ def weigh(
         raise ValueError(f"{source}: the rows have a column {rule.column!r} already: drop it first")
     if rule.contrasts and len(set(prompts)) > 1:
         raise ValueError(f"prompts={prompts}: this rule contrasts two models after one prompt")
-    options = {p: DataOptions(max_length=max_length, reference_prompt=p) for p in set(prompts)}
+    read = options or DataOptions()
+    options_of = {p: replace(read, reference_prompt=p) for p in set(prompts)}
     groups = {
         p: build_groups(rows, tokenizer, o, source=source, progress=progress).groups
-        for p, o in options.items()
+        for p, o in options_of.items()
     }
+    columns_of = read.reader()
 
     def filled(name: str, prompt: str, *scorers: LiveReference) -> ReferenceStore:
         at = Path(folder) / name
-        data = groups[prompt], scorers, tokenizer, options[prompt]
+        data = groups[prompt], scorers, tokenizer, options_of[prompt]
         return _filled(at, *data, batch_size, progress)
 
     if rule.contrasts:
@@ -162,14 +164,15 @@ def weigh(
             responses = groups[prompts[0]][i].responses
             ends = np.cumsum([r.loss_mask.sum() for r in responses])[:-1]
             scores = [np.split(store[groups[prompt][i]], ends) for store, prompt in stores]
-            order = read_row(row).order or range(len(responses))  # best first, as responses are
+            order = read_row(own_columns(row), columns=columns_of).order  # best first, as here
             column: list[list[float]] = [[]] * len(responses)
-            for place, response, *given in zip(order, responses, *scores, strict=True):
+            for place, response, *given in zip(
+                order or range(len(responses)), responses, *scores, strict=True
+            ):
                 numbers = np.full(len(response.input_ids), rule.absent)
                 found = rule.fn(*(each.astype(np.float64) for each in given), response.label)
                 numbers[response.loss_mask] = found
                 column[place] = numbers.round(6).tolist()
-            kept = {name: value for name, value in row.items() if name not in (FILE, ROW)}
-            yield {**kept, rule.column: column}
+            yield {**own_columns(row), rule.column: column}
 
     return columns()
