@@ -90,7 +90,8 @@ class Dialect:
 
     Args:
         tools: who writes such rows.
-        shape: the columns that are read; `?` follows those that may be missing.
+        shape: the columns that are read; `?` follows those that may be missing, `/` parts names
+            of one thing, `;` rows of another kind.
         claims: says whether a row looks like one of these.
         read: fills a `Reading`.
         turns: whether texts are turns of a conversation, which a chat template renders.
@@ -281,9 +282,17 @@ def _distilabel(reading: Reading) -> None:
     reading.take("scores", "ratings")
 
 
-def _as_it_is(reading: Reading) -> None:
-    """Columns of which `fastpo.data.formats` knows more than prompt and responses."""
+def _logo(reading: Reading) -> None:
     reading.columns = dict(reading.row)
+    reading.used |= {"all_ref_ids", "prefix_id", "suffix_id", "label"}  # of other steps of its code
+
+
+def _longpo(reading: Reading) -> None:
+    reading.columns = dict(reading.row)
+    kinds = ("input_ids", "labels", "attention_mask")
+    reading.used |= {
+        f"{ref}{side}_{kind}" for ref in ("", "ref_") for side in SIDES for kind in kinds
+    }
 
 
 def _openai_claims(row: Row) -> bool:
@@ -301,7 +310,7 @@ def _axolotl_claims(row: Row) -> bool:
 DIALECTS: dict[str, Dialect] = {
     "trl": Dialect(
         "TRL, OpenRLHF, ultrafeedback_binarized",
-        "prompt?, system?, chosen, rejected | prompt, completion, label | prompt?, responses, "
+        "prompt?, system?, chosen, rejected; prompt, completion, label; prompt?, responses, "
         "scores?, ranks?",
         _trl_claims,
         _trl,
@@ -315,13 +324,13 @@ DIALECTS: dict[str, Dialect] = {
     ),
     "alpaca": Dialect(
         "LLaMA-Factory",
-        "instruction, input?, system?, history?, chosen, rejected | ..., output, kto_tag",
+        "instruction, input?, system?, history?, chosen, rejected; instruction, output, kto_tag",
         lambda row: "instruction" in row and (_has(row, *SIDES) or _has(row, "output", "kto_tag")),
         _alpaca,
     ),
     "sharegpt": Dialect(
         "LLaMA-Factory",
-        "conversations, system?, tools?, chosen, rejected | conversations, kto_tag",
+        "conversations, system?, tools?, chosen, rejected; conversations / messages, kto_tag",
         lambda row: (
             ("conversations" in row and (_pair(row) or "kto_tag" in row or "label" in row))
             or _has(row, "messages", "kto_tag")
@@ -330,7 +339,7 @@ DIALECTS: dict[str, Dialect] = {
     ),
     "ms_swift": Dialect(
         "ms-swift",
-        "messages, rejected_response | messages, rejected_messages | messages, label",
+        "messages, rejected_response / rejected_messages; messages, label",
         lambda row: (
             "messages" in row
             and (any(name in row for name in _SWIFT_REJECTED) or "label" in row)
@@ -346,8 +355,8 @@ DIALECTS: dict[str, Dialect] = {
     ),
     "axolotl": Dialect(
         "axolotl, Argilla, older NeMo",
-        "messages | prompt | question | input | instruction, system?, chosen | chosen_response, "
-        "rejected | rejected_response",
+        "messages / prompt / question / input / instruction, system?, chosen / chosen_response, "
+        "rejected / rejected_response",
         _axolotl_claims,
         _axolotl,
     ),
@@ -359,13 +368,13 @@ DIALECTS: dict[str, Dialect] = {
     ),
     "argilla": Dialect(
         "Argilla",
-        "instruction, completion, label | instruction, responses",
+        "instruction, completion, label; instruction, responses",
         lambda row: "instruction" in row and _answers(row) and not _pair(row),
         _axolotl,
     ),
     "distilabel": Dialect(
         "distilabel",
-        "instruction | input, generations, ratings",
+        "instruction / input, generations, ratings",
         lambda row: (
             _has(row, "generations", "ratings") and ("instruction" in row or "input" in row)
         ),
@@ -387,19 +396,15 @@ DIALECTS: dict[str, Dialect] = {
     ),
     "logo": Dialect(
         "LOGO's authors",
-        "all_ref_text, combined_question, final_answer, prefix_a, suffix_a | siffix_a, "
-        "all_ref_ids?, prefix_id?, suffix_id?, label?",
+        "all_ref_text, combined_question, final_answer, prefix_a, suffix_a / siffix_a",
         lambda row: "all_ref_text" in row,
-        _as_it_is,
+        _logo,
     ),
     "longpo": Dialect(
         "LongPO's authors",
-        "chosen_input_ids, chosen_labels, chosen_attention_mask?, rejected_input_ids, "
-        "rejected_labels, rejected_attention_mask?, ref_chosen_input_ids?, ref_chosen_labels?, "
-        "ref_chosen_attention_mask?, ref_rejected_input_ids?, ref_rejected_labels?, "
-        "ref_rejected_attention_mask?",
+        "chosen_input_ids, chosen_labels, rejected_input_ids, rejected_labels",
         lambda row: any(f"{side}_input_ids" in row for side in SIDES) and not _answers(row),
-        _as_it_is,
+        _longpo,
         turns=False,
     ),
 }

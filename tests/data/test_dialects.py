@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 
@@ -339,6 +340,12 @@ def test_faults_are_told_in_the_row_s_own_words():
         with pytest.raises(BadField) as caught:
             read_row(row)
         assert caught.value.field == field
+
+
+def test_the_table_of_the_docs():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    rows = [f"| `{name}` | {d.tools} | {d.shape} |" for name, d in DIALECTS.items()]
+    assert "\n".join(rows) in page
 
 
 # --- columns -------------------------------------------------------------------------------------
