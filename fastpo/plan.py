@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from fastpo.head import plan_head
 from fastpo.model.attention import COPIES_MIB
+from fastpo.model.limits import Positions
 
 GIB = 2**30
 
@@ -117,6 +118,7 @@ class Shape:
     head: int  # the head's weight where it is not the embedding, else 0
     windows: tuple[int | None, ...]  # sliding window of each layer
     scored_heads: int  # whose scores are materialised, for a soft-cap; else 0
+    positions: Positions | None = None  # how far they reach
 
     @property
     def matrices(self) -> int:
@@ -162,6 +164,7 @@ class Shape:
             head=0 if tied else head.weight.numel(),
             windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
             scored_heads=heads if getattr(config, "attn_logit_softcapping", None) else 0,
+            positions=Positions.of(model),
         )
 
 
@@ -211,6 +214,14 @@ class Job:
                 f"a context of {self.context} tokens has no room for a response of "
                 f"{self.response} and a prompt: give a smaller --response"
             )
+
+    @property
+    def warning(self) -> str | None:
+        """One line where the context reaches beyond the positions that the model was made for."""
+        positions = self.shape.positions
+        if positions is None or not positions.beyond(self.context):
+            return None
+        return positions.told_of(f"a context of {self.context} tokens", "lower it (max_length)")
 
     @property
     def prompt(self) -> int:

@@ -183,10 +183,13 @@ def plan_step(arguments: argparse.Namespace) -> int:
             "fits": advice.switches == (),
             "switches": advice.switches,
             "longest_context": advice.longest,
+            "positions": None if job.shape.positions is None else job.shape.positions.limit,
+            "warning": job.warning,
         }
         print(json.dumps(facts, indent=1))
         return 0
-    print(f"{describe(job, planned, card, arguments.gpu)}\n\n{verdict(advice)}")
+    warning = "" if job.warning is None else f"\nwarning: {job.warning}"
+    print(f"{describe(job, planned, card, arguments.gpu)}\n\n{verdict(advice)}{warning}")
     return 0
 
 
