@@ -58,6 +58,8 @@ def job_of(recipe: Recipe, card: Card | None = None, **given: Any) -> Job:
         "weights": _weights(dtype, method),
         "rank": lora.get("r"),
         "targets": None if targets == "all-linear" else tuple(targets),
+        # As of a run where the tokenizer is the larger one; nothing is read here to find out.
+        "embeddings": model.resize_embeddings and adapter is None,
         "optim": str(getattr(config.optim, "value", config.optim)),
         # A moving copy beside an adapter shares the weights under it, so `moves` is not told.
         "reference": resolve_kind(

@@ -231,6 +231,8 @@ def test_a_recipe_becomes_a_job(tmp_path: Path) -> None:
     assert (job.method, job.rank, job.targets) == ("qlora", 16, ("q_proj", "v_proj"))
     assert (job.reference, job.divergence, job.offload) == ("adapter", True, True)
     assert plan(job).host["optimiser"] > 0
+    assert not job.embeddings
+    assert job_of(load_recipe(path, ["--resize_embeddings"])).embeddings
     path.write_text(
         text.replace("max_length: 65536\n", "").replace(
             "meta-llama/Llama-3.3-70B-I", "llama-3-70b #"
