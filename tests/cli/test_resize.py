@@ -230,3 +230,17 @@ def test_what_transformers_cannot_resize_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(model, "resize_token_embeddings", refuse)
     with pytest.raises(ValueError, match=r"cannot resize the embedding of llama \(packed\): name"):
         resize_embeddings(model, 200)
+
+
+def test_new_rows_are_the_same_each_time(larger: Path) -> None:
+    """So that a reference, and whoever opens an adapter later, meets those of the training."""
+    drawn = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.random.get_rng_state()
+        model: Any = load_model(str(larger / "untied"), device="cpu", vocabulary=ROWS + 2)
+        assert torch.equal(before, torch.random.get_rng_state())
+        drawn.append([model.get_input_embeddings().weight, model.get_output_embeddings().weight])
+    assert torch.equal(drawn[0][0], drawn[1][0])
+    assert torch.equal(drawn[0][1], drawn[1][1])
+    assert drawn[0][0][ROWS:].abs().amax(1).gt(0).all()
