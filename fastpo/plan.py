@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from fastpo.head import plan_head
 from fastpo.model.attention import COPIES_MIB
+from fastpo.model.limits import Positions
 
 GIB = 2**30
 
@@ -117,6 +118,7 @@ class Shape:
     head: int  # the head's weight where it is not the embedding, else 0
     windows: tuple[int | None, ...]  # sliding window of each layer
     scored_heads: int  # whose scores are materialised, for a soft-cap; else 0
+    positions: Positions | None = None  # how far they reach
 
     @property
     def matrices(self) -> int:
@@ -162,6 +164,7 @@ class Shape:
             head=0 if tied else head.weight.numel(),
             windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
             scored_heads=heads if getattr(config, "attn_logit_softcapping", None) else 0,
+            positions=Positions.of(model),
         )
 
 
@@ -179,6 +182,7 @@ class Job:
         weights: dtype of what is not quantised.
         computed: dtype of products; float32 weights with bfloat16 here is autocast.
         rank: of the adapter; `targets`: endings of the names of adapted matrices, None for all.
+        embeddings: embedding and head are trained whole beside the adapter, in float32.
         optim: the Trainer's name; a `paged_` one keeps its states on the host.
         reference: none, adapter, copy or store.
         references: whole models that a `copy` means.
@@ -196,6 +200,7 @@ class Job:
     computed: str = "bfloat16"
     rank: int = 16
     targets: tuple[str, ...] | None = None
+    embeddings: bool = False
     optim: str = "adamw_torch"
     reference: str = "none"
     references: int = 1
@@ -211,6 +216,14 @@ class Job:
                 f"a context of {self.context} tokens has no room for a response of "
                 f"{self.response} and a prompt: give a smaller --response"
             )
+
+    @property
+    def warning(self) -> str | None:
+        """One line where the context reaches beyond the positions that the model was made for."""
+        positions = self.shape.positions
+        if positions is None or not positions.beyond(self.context):
+            return None
+        return positions.told_of(f"a context of {self.context} tokens", "lower it (max_length)")
 
     @property
     def prompt(self) -> int:
@@ -286,6 +299,7 @@ def plan(job: Job) -> Plan:
     if half and copies > COPIES_MIB << 20:
         copies = 0  # attention merges its parts instead
 
+    trains_head = full or job.embeddings
     labels = job.groups * job.candidates * job.response
     _, schedule, _ = plan_head(
         labels,
@@ -295,15 +309,16 @@ def plan(job: Job) -> Plan:
         backend="torch",
         stats=("logps", "kl_ref_policy") if job.divergence else ("logps",),
         num_grad_stats=1 + job.divergence,
-        needs_head=full,
+        needs_head=trains_head,
         with_reference=job.divergence,
         workspace_mib=job.workspace_mib,
     )
     buffers = (1 + job.divergence) if schedule.name == "frozen" else 1
     head = (job.workspace_mib << 20) + labels * shape.hidden * (4 * buffers + size)
-    if full:  # dW, before it is accumulated; summed over parts of a batch also in fp32
-        sums = 4 if schedule.name == "recompute" and size < 4 else 0
-        head += shape.vocabulary * shape.hidden * (size + sums)
+    if trains_head:  # dW, before it is accumulated; summed over parts of a batch also in fp32
+        head_size = size if full else 4
+        sums = 4 if schedule.name == "recompute" and head_size < 4 else 0
+        head += shape.vocabulary * shape.hidden * (head_size + sums)
 
     device = {
         "context and libraries": CONTEXT,
@@ -331,13 +346,15 @@ def plan(job: Job) -> Plan:
 
 
 def _adapter(job: Job) -> int:
-    """Weights of a LoRA adapter."""
+    """Weights of a LoRA adapter, and of what is trained beside it."""
+    shape = job.shape
+    ends = shape.vocabulary * shape.hidden + shape.head if job.embeddings else 0
     chosen = [
         (out, into)
         for name, out, into in job.shape.linears
         if job.targets is None or name.endswith(job.targets)
     ]
-    return sum(job.rank * (out + into) for out, into in chosen)
+    return ends + sum(job.rank * (out + into) for out, into in chosen)
 
 
 def _flop(job: Job, head_products: float) -> float:

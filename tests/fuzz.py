@@ -105,7 +105,11 @@ _SMALL: dict[str, list[Any]] = {
     "torch_compile_mode": [None, 3],
     "gradient_accumulation_steps": [1, 2, 0, -1, "x", 1.5],
     "local_rank": [-1, "x"],
-}
+    "dialect": ["auto", "trl", "alpaca", "x", None, 3],
+    "columns": [{}, {"prompt": "prompt"}, {"chosen": "rejected", "rejected": "chosen"},
+                {"prompt": None}, {"prompt": 3}, {"x": "prompt"}, {"chosen": "x"}, {"": ""}, "x",
+                [1]],
+}  # fmt: skip
 ODD: list[Any] = [
     None, True, False, 0, 1, -1, 2, 7, 2**31, 2**63, 10**400, 0.5, -0.0, 1e-300, 1e308, -0.5,
     math.nan, math.inf, -math.inf, "", " ", "x", "none", "null", "no", "auto", "1", "1e-5", "0x10",

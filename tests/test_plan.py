@@ -109,6 +109,20 @@ def test_known_sums() -> None:
     assert plan(mlps).device["adapter"] == 4 * 32 * 80 * 3 * (8192 + 28672)
 
 
+def test_embeddings_that_are_trained_beside_an_adapter() -> None:
+    ends = 2 * 128256 * 4096  # of two matrices, in float32
+    without, job = LONG, dataclasses.replace(LONG, embeddings=True)
+    before, after = plan(without).device, plan(job).device
+    assert after["adapter"] - before["adapter"] == 4 * ends
+    assert after["gradients"] - before["gradients"] == 4 * ends
+    assert after["optimiser"] - before["optimiser"] == 8 * ends
+    assert after["head"] - before["head"] >= 4 * ends // 2
+    tied = Job(Shape.of(model_config("smollm2-135m")), context=2048, embeddings=True)
+    alone = dataclasses.replace(tied, embeddings=False)
+    adapters = [plan(each).device["adapter"] for each in (tied, alone)]
+    assert adapters[0] - adapters[1] == 4 * 49152 * 576
+
+
 def test_full_training_and_references() -> None:
     full = dataclasses.replace(LONG, method="full", reference="copy", references=2)
     parts, count = plan(full).device, 8_030_261_248

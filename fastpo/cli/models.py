@@ -12,7 +12,15 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fastpo.model.adapters import altered_base, raise_saved_modules
-from fastpo.model.load import check_place, load_model, load_tokenizer, trained_adapter
+from fastpo.model.limits import embedding_rows
+from fastpo.model.load import (
+    adapter_rows,
+    check_place,
+    load_model,
+    load_tokenizer,
+    resize_embeddings,
+    trained_adapter,
+)
 from fastpo.model.random_init import byte_tokenizer, model_config
 from fastpo.reading import opening, read_text
 from fastpo.redact import redact
@@ -78,6 +86,7 @@ def open_model(
     lora: dict[str, Any] | None = None,
     gguf_file: str | None = None,
     trainable: bool = False,
+    vocabulary: int | None = None,
     **options: Any,
 ) -> nn.Module:
     """A model, or the adapter that a LoRA run left in a folder on top of its base model.
@@ -87,16 +96,28 @@ def open_model(
         lora: arguments of a fresh adapter.
         gguf_file: file with the weights of the model, or of the adapter's base model.
         trainable: whether an adapter in the folder is to be trained on.
+        vocabulary: rows that the embedding of a model is grown to, as `load_model` does.
         options: of `load_model`.
+
+    Raises:
+        ValueError: an adapter whose embedding has fewer rows than `vocabulary`.
     """
     check_place(name)
     adapter = trained_adapter(name)
     if adapter is None:
-        return load_model(name, lora=lora, gguf_file=gguf_file, **options)
+        return load_model(name, lora=lora, gguf_file=gguf_file, vocabulary=vocabulary, **options)
     from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 
     base = {"gguf_file": gguf_file or adapter.gguf_file, "revision": adapter.revision}
     model: Any = load_model(adapter.base, **{**options, **base})
+    rows = adapter_rows(name, model) or embedding_rows(model)
+    if vocabulary is not None and rows < vocabulary:
+        raise ValueError(
+            f"{name} is an adapter of an embedding with {rows} rows, which cannot be resized to "
+            f"{vocabulary} under it: merge it first with `fastpo merge`"
+        )
+    if rows != embedding_rows(model):
+        resize_embeddings(model, rows)
     with opening(name), warnings.catch_warnings():
         # peft would draw a missing weight at random, and warn.
         warnings.filterwarnings("error", "Found missing adapter keys")

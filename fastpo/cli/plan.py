@@ -58,6 +58,8 @@ def job_of(recipe: Recipe, card: Card | None = None, **given: Any) -> Job:
         "weights": _weights(dtype, method),
         "rank": lora.get("r"),
         "targets": None if targets == "all-linear" else tuple(targets),
+        # As of a run where the tokenizer is the larger one; nothing is read here to find out.
+        "embeddings": model.resize_embeddings and adapter is None,
         "optim": str(getattr(config.optim, "value", config.optim)),
         # A moving copy beside an adapter shares the weights under it, so `moves` is not told.
         "reference": resolve_kind(
@@ -183,10 +185,13 @@ def plan_step(arguments: argparse.Namespace) -> int:
             "fits": advice.switches == (),
             "switches": advice.switches,
             "longest_context": advice.longest,
+            "positions": None if job.shape.positions is None else job.shape.positions.limit,
+            "warning": job.warning,
         }
         print(json.dumps(facts, indent=1))
         return 0
-    print(f"{describe(job, planned, card, arguments.gpu)}\n\n{verdict(advice)}")
+    warning = "" if job.warning is None else f"\nwarning: {job.warning}"
+    print(f"{describe(job, planned, card, arguments.gpu)}\n\n{verdict(advice)}{warning}")
     return 0
 
 

@@ -23,12 +23,13 @@ from transformers import set_seed
 
 from fastpo.cli.models import open_model, open_tokenizer, show_log
 from fastpo.cli.output import check_outputs, hold, partial_of
-from fastpo.cli.sample import answers, prompt_ids, sampling
+from fastpo.cli.sample import answers, check_prompts, prompt_ids, sampling
 from fastpo.data.formats import Content
 from fastpo.data.logo import Generate, LogoOptions, logo_rows, split
 from fastpo.data.rows import load_rows
 from fastpo.model.device import default_device
 from fastpo.model.hidden import generation
+from fastpo.model.limits import Positions, Vocabulary
 from fastpo.redact import redact
 from fastpo.train.folder import write_text
 
@@ -69,9 +70,11 @@ def transformers_generator(
 ) -> Generate:
     """Answers with `model.generate`, in batches that a seed before the first decides."""
     how = sampling(temperature)
+    limits = Vocabulary.of(tokenizer, model), Positions.of(model)
 
     def generate(prompts: Sequence[Content], seed: int) -> list[str]:
         ids = [prompt_ids(tokenizer, {"prompt": p}) for p in prompts]
+        check_prompts(*limits, ids, "the questions", max_new_tokens)
         set_seed(seed)
         texts: list[str] = []
         with generation(model), torch.inference_mode():

@@ -18,9 +18,9 @@ from fastpo.cli.output import check_outputs, json_lines
 from fastpo.data.build import good_rows
 from fastpo.data.formats import BadField
 from fastpo.data.rows import load_rows
-from fastpo.model.check import check_token_ids, embedding_rows, padding_token
 from fastpo.model.device import default_device
 from fastpo.model.hidden import generation
+from fastpo.model.limits import Positions, Vocabulary
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[int]:
@@ -63,11 +63,35 @@ def sampling(temperature: float, top_p: float = 1.0) -> dict[str, Any]:
 def answers(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], **how: Any) -> list[str]:
     """What the model says to a batch of prompts, `num_return_sequences` texts each in turn."""
     longest = max(map(len, prompts))
-    pad = padding_token(tokenizer, embedding_rows(model))
+    pad = Vocabulary.of(tokenizer, model).padding
     ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts]).to(model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts]).to(ids)
     tokens = model.generate(input_ids=ids, attention_mask=mask, **how, pad_token_id=pad)
     return tokenizer.batch_decode(tokens[:, longest:], skip_special_tokens=True)
+
+
+def check_prompts(
+    vocabulary: Vocabulary,
+    positions: Positions,
+    prompts: Sequence[Sequence[int]],
+    source: str,
+    new_tokens: int,
+) -> None:
+    """Check what a model is about to answer; one warning of answers that may reach too far.
+
+    Raises:
+        ValueError: a token beyond the model's embedding, or a prompt beyond its table of positions.
+    """
+    for i, prompt in enumerate(prompts):
+        vocabulary.check(prompt, f"{source}, prompt {i}")
+    size, longest = max(((len(prompt), i) for i, prompt in enumerate(prompts)), default=(0, 0))
+    if not positions.told:
+        positions.check(
+            f"{source}, prompt {longest}: {size} tokens and {new_tokens} new ones",
+            size + new_tokens,
+            "shorten the prompt, or ask for fewer new tokens",
+            certain=positions.beyond(size),
+        )
 
 
 def sample(arguments: argparse.Namespace) -> int:
@@ -101,8 +125,8 @@ def sample(arguments: argparse.Namespace) -> int:
     )
     rows, prompts = zip(*good, strict=True)
     model = open_model(arguments.model, dtype=arguments.dtype, device=default_device(), **source)
-    for i, prompt in enumerate(prompts):
-        check_token_ids(prompt, embedding_rows(model), f"{arguments.prompts}, prompt {i}")
+    limits = Vocabulary.of(tokenizer, model), Positions.of(model)
+    check_prompts(*limits, prompts, arguments.prompts, arguments.max_new_tokens)
     set_seed(arguments.seed)
     bar = tqdm(total=len(rows), desc="sampling", unit="prompt", disable=None)
     lines = json_lines(arguments.out, over=arguments.overwrite)

@@ -30,7 +30,6 @@ from fastpo.data.build import build_groups
 from fastpo.data.follow_ups import followed_up, next_turns, read_follow_ups
 from fastpo.data.groups import Group, Response
 from fastpo.data.rows import load_rows
-from fastpo.model.check import check_token_ids
 from fastpo.model.device import default_device
 from fastpo.model.diagnostics import ches, entanglement
 from fastpo.model.scoring import Packer, Scorer
@@ -184,7 +183,7 @@ def score(arguments: argparse.Namespace) -> int:
     scorers = [policy] if reference in (None, policy) else [policy, reference]
     packed = Packer(scorers, data.groups, tokenizer)
     for turn in itertools.chain(*(turns or ())):
-        check_token_ids(turn.input_ids, packed.embedding_rows, "--follow-up")
+        packed.vocabulary.check(turn.input_ids, "--follow-up")
 
     summary, on_page = Summary(), []
     over = arguments.overwrite

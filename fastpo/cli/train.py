@@ -30,6 +30,7 @@ from fastpo.data.build import GroupDataset, GroupStream, build_groups
 from fastpo.data.packing import counts_of
 from fastpo.data.rows import load_rows
 from fastpo.head import Workspace, plan_head
+from fastpo.model.limits import vocabulary_size
 from fastpo.model.load import trained_adapter
 from fastpo.model.merge import blend
 from fastpo.objectives import OBJECTIVES
@@ -581,6 +582,7 @@ def _train(
         **gguf,
     )
     lora = recipe.model.lora
+    vocabulary = vocabulary_size(tokenizer) if recipe.model.resize_embeddings else None
 
     def opened_model() -> nn.Module:
         # A fresh adapter is drawn here, before the Trainer sets its seed.
@@ -593,6 +595,7 @@ def _train(
             attn_implementation=recipe.model.attn_implementation,
             lora={} if lora is True else (lora or None),
             trainable=True,
+            vocabulary=vocabulary,
             **source,
             **gguf,
         )
@@ -609,6 +612,7 @@ def _train(
         dtype=recipe.model.dtype,
         attn_implementation=recipe.model.attn_implementation,
         trust_remote_code=recipe.model.trust_remote_code,
+        vocabulary=vocabulary,
     )
 
     def opened(named: str | dict[str, float] | None) -> Any:

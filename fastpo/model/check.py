@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -85,63 +85,6 @@ def can_share_prompt(model: nn.Module) -> tuple[bool, str]:
     if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", "") == "alibi":
         return False, f"{name} biases attention by row position (ALiBi)"
     return True, f"{name} takes its attention from transformers' AttentionInterface"
-
-
-def check_positions(model: nn.Module, groups: Iterable[Group]) -> None:
-    """One warning where synthetic positions pass those that the model was made for.
-
-    Raises:
-        ValueError: they do, and the model looks positions up in a table.
-    """
-    config = decoder_of(model).config
-    most = getattr(config, "max_position_embeddings", None)
-    reach = max((g.span for g in groups if g.prompt_positions is not None), default=0)
-    if most is None or reach <= most:
-        return
-    told = f"synthetic positions reach over {reach}, {config.model_type} was made for {most}"
-    if getattr(config, "rope_parameters", None) is None:
-        raise ValueError(f"{told}: lower position_synthesis.length")
-    logger.warning("%s: beyond, it has seen nothing yet; or scale its rotary embedding", told)
-
-
-def embedding_rows(*models: nn.Module | None) -> int:
-    """How many token ids every one of the models takes; None is no model."""
-    weights: list[Any] = [
-        next(causal_lm(model).get_input_embeddings().parameters())
-        for model in models
-        if model is not None
-    ]
-    # ZeRO-3 leaves an empty tensor and keeps its shape beside it.
-    return min(getattr(weight, "ds_shape", weight.shape)[0] for weight in weights)
-
-
-def check_token_ids(ids: Sequence[int] | np.ndarray, rows: int, where: str) -> None:
-    """Nothing, or ValueError for a token beyond an embedding of `rows`: a GPU would only abort."""
-    beyond = np.asarray(ids)[np.asarray(ids) >= rows]
-    if len(beyond):
-        raise ValueError(
-            f"{where}: token {beyond[0]} of the rows is beyond the model's embedding of {rows} "
-            "rows: name the tokenizer that the model was trained with, or resize the embedding "
-            "(`model.resize_token_embeddings`)"
-        )
-
-
-def check_tokens(groups: Iterable[Group], rows: int) -> None:
-    """Nothing, or the first group with a token beyond an embedding of `rows`.
-
-    A larger vocabulary whose tokens do not occur in the groups does no harm.
-
-    Raises:
-        ValueError: names source and row, token and size.
-    """
-    for group in groups:
-        check_token_ids(group.token_ids, rows, f"{group.source or 'data'}, row {group.row}")
-
-
-def padding_token(tokenizer: Any, rows: int) -> int:
-    """A token to pad with: masked and never scored, so any that the embedding has will do."""
-    pad = tokenizer.pad_token_id
-    return pad if isinstance(pad, int) and pad < rows else 0
 
 
 def self_check(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -24,10 +25,11 @@ from transformers import (
 from fastpo.model.adapters import raise_saved_modules
 from fastpo.model.attention import NAME
 from fastpo.model.device import default_device, native_bf16
+from fastpo.model.limits import embedding_rows
 from fastpo.model.lora import lora_faults
 from fastpo.model.random_init import model_config, random_model
 from fastpo.optional import require
-from fastpo.reading import check_json, opening, reading
+from fastpo.reading import check_json, opening, reading, told
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +78,22 @@ def trained_adapter(name_or_path: str) -> Adapter | None:
     return Adapter(base, revision, asked.get("gguf_file"))
 
 
+def adapter_rows(name_or_path: str, model: Any) -> int | None:
+    """Rows of the embedding or head that an adapter's file holds, or None if it holds neither.
+
+    They say how large the vocabulary was when it was trained; peft would refuse another size.
+    """
+    path = Path(name_or_path) / "adapter_model.safetensors"
+    if not path.is_file():
+        return None
+    with reading(path, "save or download the adapter again"), safe_open(path, "np") as file:
+        for key in file.keys():  # noqa: SIM118 - a file is no mapping
+            parts = key.split(".")
+            if parts[-1] == "weight" and "lora_" not in key and {*parts} & {*_ends(model)}:
+                return file.get_slice(key).get_shape()[0]
+    return None
+
+
 def check_place(name: str) -> None:
     """ValueError for what can only be a path and leads nowhere.
 
@@ -103,6 +121,7 @@ def load_model(
     lora: dict[str, Any] | None = None,
     device: str | torch.device | None = None,
     random_init: bool = False,
+    vocabulary: int | None = None,
 ) -> nn.Module:
     """A causal language model, with a fresh LoRA adapter if asked for.
 
@@ -120,6 +139,8 @@ def load_model(
         random_init: draw the weights instead of reading them, to measure memory and speed;
             `name_or_path` may then be a preset or a config.json too, and `device` is the
             accelerator by default.
+        vocabulary: rows that embedding and head are grown to; one with as many or more stays. An
+            adapter then trains both whole, unless it names tokens or one of them itself.
 
     Raises:
         ValueError: an encoder-decoder or other model that is no causal language model, an unknown
@@ -159,7 +180,7 @@ def load_model(
             attn_implementation=attn_implementation,
             device=default_device() if device is None else torch.device(device),
         )
-        return model if lora is None else add_lora(model, lora)
+        return _completed(model, vocabulary, lora)
     if gguf_file is not None:
         if quantization is not None:
             raise ValueError(f"gguf_file={gguf_file!r} is dequantised on load: no quantization")
@@ -187,7 +208,71 @@ def load_model(
                 "sdpa or flash_attention_2, or leave it out"
             ) from error
         raise
+    return _completed(model, vocabulary, lora)
+
+
+def _completed(model: Any, vocabulary: int | None, lora: dict[str, Any] | None) -> nn.Module:
+    """The model with rows for a larger vocabulary, then with an adapter."""
+    if vocabulary is not None and vocabulary > embedding_rows(model):
+        resize_embeddings(model, vocabulary)
+        lora = None if lora is None else _with_embeddings(model, lora)
     return model if lora is None else add_lora(model, lora)
+
+
+def resize_embeddings(model: Any, rows: int) -> None:
+    """Give embedding and head so many rows; new ones are drawn around the mean of the others.
+
+    The draw depends on the weights alone: whoever opens an adapter later meets the same rows.
+
+    Raises:
+        ValueError: a model of which transformers cannot, as with a quantised embedding.
+    """
+    before, device = embedding_rows(model), model.device
+    seeded = [] if device.type == "cpu" else [device]
+    name = model.config.model_type
+    if len(_ends(model)) == 2:  # where the configuration said otherwise, one would be dropped
+        for config in (model.config, model.config.get_text_config(decoder=True)):
+            config.tie_word_embeddings = False
+    try:
+        kind = seeded[0].type if seeded else "cuda"
+        with torch.random.fork_rng(seeded, device_type=kind):
+            torch.manual_seed(0)
+            model.resize_token_embeddings(rows)
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"transformers cannot resize the embedding of {name} ({told(error)}): name the "
+            "tokenizer that it was trained with, or save a resized model"
+        ) from error
+    head = model.get_output_embeddings()
+    if embedding_rows(model) != rows or (head is not None and head.weight.shape[0] != rows):
+        raise ValueError(
+            f"the embedding of {name} was resized from {before} to {rows} rows, its head was not: "
+            "name the tokenizer that it was trained with, or save a resized model"
+        )
+    logger.info("%s: the embedding has %d rows instead of %d", name, rows, before)
+
+
+def _ends(model: Any) -> list[str]:
+    """Names of the embedding and of the head, where that has a matrix of its own."""
+    names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = getattr(head, "weight", None) is embedding.weight
+    return [names[embedding]] if tied else [names[embedding], names[head]]
+
+
+def _with_embeddings(model: Any, lora: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of an adapter under which new rows of embedding and head are trained."""
+    ends = _ends(model)
+    asked = [*(lora.get("modules_to_save") or ())]
+    missing = [end for end in ends if end not in {*asked, *(lora.get("target_modules") or ())}]
+    if lora.get("trainable_token_indices") or not missing:
+        return lora
+    logger.info(
+        "beside the adapter %s is trained whole, for the rows of new tokens", " and ".join(missing)
+    )
+    return {"ensure_weight_tying": len(ends) == 1, **lora, "modules_to_save": [*asked, *missing]}
 
 
 def load_tokenizer(

@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from fastpo.data.groups import Group
 from fastpo.data.packing import collate
 from fastpo.head import Head
-from fastpo.model.check import check_tokens, embedding_rows, padding_token, self_check
+from fastpo.model.check import self_check
 from fastpo.model.facts import read_head
 from fastpo.model.hidden import label_hidden
+from fastpo.model.limits import Positions, Vocabulary
 
 _CHECKED = 8  # groups that a model is checked on before its first batch
 
@@ -52,12 +53,12 @@ class Packer:
     """Packs groups into batches on the scorers' device, each of which is checked first.
 
     Attributes:
-        embedding_rows: how many token ids every scorer takes.
+        vocabulary: the token ids that every scorer takes.
         share_prompt: one prompt copy per group, where the self-check of every scorer allows it.
 
     Raises:
         SelfCheckError: as `fastpo.model.check.self_check`.
-        ValueError: a token beyond a scorer's embedding.
+        ValueError: a token beyond a scorer's embedding, or a row beyond its table of positions.
     """
 
     def __init__(
@@ -66,9 +67,11 @@ class Packer:
         groups: Sequence[Group],
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
-        self.embedding_rows = embedding_rows(*(scorer.model for scorer in scorers))
-        check_tokens(groups, self.embedding_rows)
-        self.pad_token_id = padding_token(tokenizer, self.embedding_rows)
+        models = [scorer.model for scorer in scorers]
+        self.vocabulary = Vocabulary.of(tokenizer, *models)
+        self.vocabulary.check_groups(groups)
+        Positions.of(*models).check_groups(groups)
+        self.pad_token_id = self.vocabulary.padding
         self.device = scorers[0].head.weight.device
         self.share_prompt = all(
             self_check(s.model, s.head, groups[:_CHECKED], self.pad_token_id).share_prompt

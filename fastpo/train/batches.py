@@ -19,7 +19,7 @@ from fastpo.data.fit import Grades, check_grades
 from fastpo.data.groups import Group
 from fastpo.data.packing import collate, row_order
 from fastpo.data.rows import load_rows
-from fastpo.model.check import check_tokens
+from fastpo.model.limits import Positions, Vocabulary
 from fastpo.train.config import PreferenceConfig
 from fastpo.train.store import ReferenceStore
 
@@ -115,7 +115,9 @@ class Collator:
 
     pad_token_id: int
     share_prompt: bool = True
-    embedding_rows: int | None = None  # tokens of a stream are checked as they come
+    # Tokens and lengths of a stream are checked as they come.
+    vocabulary: Vocabulary | None = None
+    positions: Positions | None = None
     store: ReferenceStore | None = None
     store2: ReferenceStore | None = None
     grades: Grades = ()
@@ -126,8 +128,10 @@ class Collator:
             check_grades(self.grades, group)
         filler = [item.group for item in items[:1] if isinstance(item, Filler)]
         packed = groups or filler
-        if self.embedding_rows is not None:
-            check_tokens(packed, self.embedding_rows)
+        if self.vocabulary is not None:
+            self.vocabulary.check_groups(packed)
+        if self.positions is not None and not self.positions.told:
+            self.positions.check_groups(packed)
         logps = {
             name: [store[group] for group in packed]
             for name, store in (("ref_logps", self.store), ("ref2_logps", self.store2))

@@ -145,6 +145,17 @@ NAMES: dict[str, str] = {
     "model_quantization_config_kwargs": "quantization",
     "gc_collect_steps": "torch_empty_cache_steps",
     "enable_thinking": "chat_template_kwargs: {{enable_thinking: {value}}}",
+    # OpenRLHF, and the columns of axolotl's data sets.
+    "prompt_key": "columns: {{prompt: {value}}}",
+    "chosen_key": "columns: {{chosen: {value}}}",
+    "rejected_key": "columns: {{rejected: {value}}}",
+    "label_key": "columns: {{label: {value}}}",
+    "field_prompt": "columns: {{prompt: {value}}}",
+    "field_chosen": "columns: {{chosen: {value}}}",
+    "field_rejected": "columns: {{rejected: {value}}}",
+    "field_messages": "columns: {{messages: {value}}}",
+    "field_system": "columns: {{system: {value}}}",
+    "field_tools": "columns: {{tools: {value}}}",
 }
 """A key -> the key here, or the key with its value."""
 
@@ -164,12 +175,21 @@ _ADAPTER = (
     "There is none: an adapter that model names is trained on, and its start is the reference."
 )
 _MIXTURE = "There is none: one data set a run, so write what is to be mixed into one file first."
-_COLUMNS = "Columns are recognised by their names (docs/data.md): rename them, leave it out."
+_COLUMNS = (
+    "Columns are recognised by their names (docs/data.md), and columns names others, "
+    "{{prompt: question}}: leave it out."
+)
+_MESSAGES = "Messages are recognised by their keys and roles (docs/data.md): leave it out."
+_NEW_TOKENS = (
+    "Save a tokenizer that has them to a folder, name that as tokenizer, and set "
+    "resize_embeddings: true."
+)
 _MERGE = "There is none: `fastpo merge` writes the merged model afterwards."
 _OPTIMISER = "There is none: optim names an optimiser of transformers, optim_args its arguments."
 _LAUNCH = "There is none: start ranks with `torchrun` or `accelerate launch`, sharding with fsdp."
 _KERNELS = "There is none: layer_kernels chooses kernels of norms and activations."
 _FREEZE = "There is none: train an adapter (lora), whose target_modules name what is trained."
+_ENDS = "The end of a response is scored, always; append_eos: false adds none: leave it out."
 _RESPONSES = "Only responses are scored, always: leave it out."
 _LOSSES = "`fastpo objectives` lists the losses that there are: leave it out."
 _ALWAYS = "That is always so: leave it out."
@@ -200,7 +220,37 @@ BY_VALUE: dict[str, dict[object, str]] = {
         "drop": "Here it is truncation: error with on_bad_row: skip.",
         "": "Here it is truncation: error.",
     },
+    "train_on_eos": {"none": "Here it is append_eos: false.", "": _ENDS},
+    "train_on_eot": {"none": "Here it is append_eos: false.", "": _ENDS},
+    "resize_token_embeddings_to_32x": {
+        False: "Here it is resize_embeddings: true.",
+        True: "There are no multiples of 32: resize_embeddings: true grows it to the tokenizer's "
+        "length.",
+    },
+    "mean_resizing_embeddings": {
+        True: _ALWAYS,
+        False: "Rows of new tokens are drawn around the mean of the others: leave it out.",
+    },
+    "shrink_embeddings": {
+        False: _ALWAYS,
+        True: "Embeddings never shrink, rows of no token do no harm: leave it out.",
+    },
+    # Settings of tokenizers.
+    "add_eos_token": {True: "Here it is append_eos: true.", False: "Here it is append_eos: false."},
+    "add_bos_token": {
+        True: "Here it is bos: true.",
+        False: "The tokenizer decides, and bos: true adds one: leave it out.",
+    },
     # LLaMA-Factory 0.9.5.
+    "resize_vocab": {
+        True: "Here it is resize_embeddings: true.",
+        False: "Nothing is resized without resize_embeddings: leave it out.",
+    },
+    "formatting": {
+        "alpaca": "Here it is dialect: alpaca.",
+        "sharegpt": "Here it is dialect: sharegpt.",
+        "": "dialect: auto recognises rows by their columns (docs/data.md): leave it out.",
+    },
     "finetuning_type": {
         "lora": "Here it is lora: true.",
         "full": _FULL,
@@ -373,11 +423,10 @@ NOTES: dict[str, str] = {
     "pretraining_dataset": "There is none: rows are preferences, or prompts with answers.",
     "hf_use_auth_token": "There is none: log in with `hf auth login`.",
     "special_tokens": _TOKENIZER,
-    "tokens": _TOKENIZER,
+    "tokens": _NEW_TOKENS,
     "added_tokens_overrides": _TOKENIZER,
     "eot_tokens": _TOKENIZER,
     "default_system_message": "Rows bring their own system messages (docs/data.md).",
-    "resize_token_embeddings_to_32x": _UNSUPPORTED,
     "fix_untrained_tokens": _UNSUPPORTED,
     "unfrozen_parameters": _FREEZE,
     "lr_groups": "There is none: one learning_rate.",
@@ -425,8 +474,6 @@ NOTES: dict[str, str] = {
     "quantize_moe_experts": _UNSUPPORTED,
     "fp32_norms": _UNSUPPORTED,
     "fp32_norm_classes": _UNSUPPORTED,
-    "shrink_embeddings": _UNSUPPORTED,
-    "mean_resizing_embeddings": _UNSUPPORTED,
     "use_onebitllms": _UNSUPPORTED,
     "curriculum_sampling": "Here it is train_sampling_strategy: sequential, of rows in order.",
     "dynamic_checkpoint": "Here they are save_steps; a run that is stopped saves and resumes.",
@@ -475,8 +522,20 @@ NOTES: dict[str, str] = {
     "dataset_dir": "There is none: dataset is a file, a folder or a name on the hub, and its rows "
     "say what they are (docs/data.md).",
     "media_dir": "Rows are text: leave it out.",
-    "template": "The checkpoint's own chat template is used: leave it out, or name a .jinja file "
-    "as chat_template.",
+    "template": "The checkpoint's own chat template is used, on rows of text where "
+    "text_as_messages is true: leave it out, or name a .jinja file as chat_template.",
+    "tags": _MESSAGES,
+    "ranking": "Preferences are recognised by their columns (docs/data.md): leave it out.",
+    # ms-swift and OpenRLHF.
+    "new_special_tokens": _NEW_TOKENS,
+    "apply_chat_template": "Rows of messages go through the chat template, always; "
+    "text_as_messages: true makes messages of rows of text.",
+    "input_template": "Rows are read as they are: write the template into the prompts, or name a "
+    ".jinja file as chat_template, with text_as_messages: true.",
+    # TRL 1.16: SFTConfig.
+    "dataset_text_field": _COLUMNS,
+    "assistant_only_loss": _RESPONSES,
+    "completion_only_loss": _RESPONSES,
     "val_size": _HELD_OUT,
     "train_on_prompt": _RESPONSES,
     "mask_history": "Turns before the response are its prompt (docs/data.md): leave it out.",
@@ -517,11 +576,10 @@ NOTES: dict[str, str] = {
     "cache_dir": "There is none: set the environment variable HF_HOME.",
     "use_fast_tokenizer": _ALWAYS,
     "split_special_tokens": _TOKENIZER,
-    "add_tokens": _TOKENIZER,
-    "add_special_tokens": _TOKENIZER,
-    "new_special_tokens_config": _TOKENIZER,
+    "add_tokens": _NEW_TOKENS,
+    "add_special_tokens": _NEW_TOKENS,
+    "new_special_tokens_config": _NEW_TOKENS,
     "init_special_tokens": _TOKENIZER,
-    "resize_vocab": _TOKENIZER,
     "plot_loss": "report.html has the curves, always: leave it out.",
     "compute_accuracy": "rewards/accuracies is always written: leave it out.",
     "disable_shuffling": "Here it is train_sampling_strategy: sequential.",
@@ -602,9 +660,9 @@ BY_PREFIX: dict[str, str] = {
     "crop_to_patches": "Rows are text: leave it out.",
     "role_boundaries": _RESPONSES,
     "roles_to_train": _RESPONSES,
-    "train_on_eo": _RESPONSES,
+    "roles": _MESSAGES,
     "field_": _COLUMNS,
-    "message_": _COLUMNS,
+    "message_": _MESSAGES,
     "trackio_": "Here it is report_to: trackio, and its own variables.",
     "hf_mlflow_": "Here it is report_to: mlflow, and its own variables.",
     "offload_folder": _LAUNCH,

@@ -48,6 +48,8 @@ class ModelSection:
         attn_implementation: attention of the unshared path; the default is transformers' choice.
         lora: `true`, or arguments of `peft.LoraConfig` such as `{r: 16, lora_alpha: 32}`.
         tokenizer: name or folder; `model` by default.
+        resize_embeddings: grow the embedding and the head of `model`, and of references, to the
+            tokenizer's length; one that is long enough stays. An adapter then trains both whole.
         chat_template: a .jinja file, or the template itself.
         ref_model: another model as the reference; by default the model as it is at the start. A
             mapping of models to shares that add up to 1 is their soup, or with a negative share
@@ -65,6 +67,7 @@ class ModelSection:
     attn_implementation: str | None = None
     lora: bool | dict[str, Any] | None = None
     tokenizer: str | None = None
+    resize_embeddings: bool = False
     chat_template: str | None = None
     ref_model: str | dict[str, float] | None = None
     ref_model2: str | dict[str, float] | None = None

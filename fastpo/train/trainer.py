@@ -54,11 +54,7 @@ from fastpo.loss import LossOutput, PreferenceLoss
 from fastpo.model.adapters import adapter_effect, copied
 from fastpo.model.check import (
     can_share_prompt,
-    check_positions,
-    check_tokens,
-    embedding_rows,
     few_tokens,
-    padding_token,
     self_check,
 )
 from fastpo.model.facts import read_head
@@ -71,6 +67,7 @@ from fastpo.model.hidden import (
     refuse_prompt_learning,
 )
 from fastpo.model.layer_kernels import use_layer_kernels
+from fastpo.model.limits import Positions, Vocabulary
 from fastpo.model.load import disable_dropout
 from fastpo.model.merge import write_merged
 from fastpo.model.offload import LayerInputOffload
@@ -236,7 +233,8 @@ class PreferenceTrainer(Trainer):
         self._balance = balance_coefficient(model, args.router_aux_loss_coef)
         shares, self.sharing_reason = self._shares_prompts(model, args)
         self._checked = False
-        rows = embedding_rows(model, ref_model, ref_model2)
+        vocabulary = Vocabulary.of(processing_class, model, ref_model, ref_model2)
+        positions = Positions.of(model, ref_model, ref_model2)
 
         def groups_of(data: Any, source: str) -> Any:
             if data is None:
@@ -246,8 +244,8 @@ class PreferenceTrainer(Trainer):
             # Of a stream the beginning; what is wrong later stops the step that meets it.
             looked_at: Any = groups if isinstance(groups, Sized) else groups.head(_CHECKED)
             check_fit(loss, looked_at, reference_prompt=args.reference_prompt)
-            check_positions(model, looked_at)
-            check_tokens(looked_at, rows)
+            positions.check_groups(looked_at)
+            vocabulary.check_groups(looked_at)
             if args.max_tokens_per_row is not None:
                 check_budget(looked_at, args.max_tokens_per_row, share_prompt=shares)
             return groups
@@ -279,9 +277,10 @@ class PreferenceTrainer(Trainer):
             model=model,
             args=args,
             data_collator=Collator(
-                padding_token(processing_class, rows),
+                vocabulary.padding,
                 shares,
-                embedding_rows=rows,
+                vocabulary=vocabulary,
+                positions=positions,
                 grades=loss.grade_domains,
             ),
             train_dataset=train_dataset,  # pyright: ignore[reportArgumentType]

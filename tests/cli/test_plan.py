@@ -12,6 +12,7 @@ import yaml
 
 from fastpo.cli import main
 from fastpo.cli.plan import job_of
+from fastpo.model.random_init import PRESETS
 from fastpo.plan import GIB, plan
 from fastpo.train.recipe import load_recipe
 
@@ -55,6 +56,35 @@ def test_a_step_that_does_not_fit_gets_advice(capsys: pytest.CaptureFixture[str]
     assert facts["switches"] == []
     assert facts["peak_bytes"] < 78 * GIB < facts["host_peak_bytes"]
     assert facts["job"]["reference"] == "adapter"
+
+
+def test_a_context_beyond_the_positions_is_warned_of(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def planned(name: str, context: int) -> tuple[str, dict[str, Any]]:
+        words = ["plan", "--model", name, "--context", str(context)]
+        assert main(words) == 0
+        text = capsys.readouterr().out
+        assert main([*words, "--json"]) == 0
+        return text, json.loads(capsys.readouterr().out)
+
+    text, facts = planned("qwen2.5-0.5b", 32768)
+    assert "warning" not in text
+    assert (facts["positions"], facts["warning"]) == (32768, None)
+    text, facts = planned("qwen2.5-0.5b", 32769)
+    assert text.endswith(f"\nwarning: {facts['warning']}\n")
+    assert "a context of 32769 tokens, qwen2 was made for 32768: lower it (max_length), or" in text
+    scaled = PRESETS["qwen2.5-0.5b"] | {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32768,
+        }
+    }
+    (tmp_path / "config.json").write_text(json.dumps(scaled))
+    assert planned(str(tmp_path / "config.json"), 131072)[1]["warning"] is None
+    assert "made for 131072" in planned(str(tmp_path / "config.json"), 131073)[1]["warning"]
 
 
 def test_an_objective_says_how_many_responses_and_whether_a_reference(
@@ -201,6 +231,8 @@ def test_a_recipe_becomes_a_job(tmp_path: Path) -> None:
     assert (job.method, job.rank, job.targets) == ("qlora", 16, ("q_proj", "v_proj"))
     assert (job.reference, job.divergence, job.offload) == ("adapter", True, True)
     assert plan(job).host["optimiser"] > 0
+    assert not job.embeddings
+    assert job_of(load_recipe(path, ["--resize_embeddings"])).embeddings
     path.write_text(
         text.replace("max_length: 65536\n", "").replace(
             "meta-llama/Llama-3.3-70B-I", "llama-3-70b #"

@@ -481,3 +481,34 @@ def test_a_recipe_names_file_and_line(tmp_path: Path, line: str, words: str) -> 
         load_recipe(path)
     assert str(error.value).startswith(f"{path}:")
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("field_messages", "talk", "Here it is columns: {messages: talk}."),
+        ("chosen_key", "good", "Here it is columns: {chosen: good}."),
+        ("field_instruction", "q", "Columns are recognised by their names (docs/data.md), and"),
+        ("formatting", "sharegpt", "Here it is dialect: sharegpt."),
+        ("formatting", "openai", "dialect: auto recognises rows"),
+        ("train_on_eos", "none", "Here it is append_eos: false."),
+        ("train_on_eos", "turn", "The end of a response is scored, always; append_eos: false adds"),
+        ("add_eos_token", False, "Here it is append_eos: false."),
+        ("add_bos_token", True, "Here it is bos: true."),
+        ("add_bos_token", False, "The tokenizer decides, and bos: true adds one"),
+        ("resize_vocab", True, "Here it is resize_embeddings: true."),
+        ("resize_token_embeddings_to_32x", True, "There are no multiples of 32"),
+        ("shrink_embeddings", True, "Embeddings never shrink"),
+        ("add_tokens", "<a>,<b>", "Save a tokenizer that has them to a folder"),
+        ("dataset_text_field", "text", "Columns are recognised by their names"),
+        ("template", "chatml", "The checkpoint's own chat template is used, on rows of text where"),
+    ],
+)
+def test_how_rows_and_tokens_are_asked_for_here(key: str, value: object, said: str) -> None:
+    found = told(key, value)
+    assert found is not None
+    assert found.startswith(said)
+    named = re.findall(
+        r"\b(columns|dialect|append_eos|bos|resize_embeddings|text_as_messages):", said
+    )
+    assert set(named) <= set(fields_of_recipe())

@@ -14,7 +14,7 @@ from torch.nn.functional import logsigmoid
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastpo.data.groups import Group, Response
-from fastpo.model.check import check_positions
+from fastpo.model.limits import Positions
 from tests.numerics import assert_three_way
 from tests.train import tiny
 
@@ -77,16 +77,17 @@ def test_one_prompt_copy_a_triple(trainer: Any) -> None:
 def test_positions_beyond_the_model(caplog: pytest.LogCaptureFixture) -> None:
     groups = tiny.logo_groups(2, length=300)
     with caplog.at_level(logging.WARNING):
-        check_positions(tiny.model(), tiny.logo_groups(2))
-        check_positions(tiny.model(), tiny.groups(2, 3))
+        positions = Positions.of(tiny.model())
+        positions.check_groups(tiny.logo_groups(2))
+        positions.check_groups(tiny.groups(2, 3))
         assert not caplog.records
-        check_positions(tiny.model(), groups)
+        positions.check_groups(groups)
     assert "reach over 300, llama was made for 256" in caplog.text
     table = GPT2LMHeadModel(
         GPT2Config(vocab_size=tiny.VOCAB, n_positions=256, n_embd=8, n_layer=1, n_head=1)
     )
     with pytest.raises(ValueError, match=r"gpt2 was made for 256: lower position_synthesis"):
-        check_positions(table, groups)
+        Positions.of(table).check_groups(groups)
 
 
 def test_settings_reach_the_rows(config: Any) -> None:

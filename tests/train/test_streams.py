@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -110,3 +111,21 @@ def test_a_worker_without_rows_ends() -> None:
     loader = torch.utils.data.DataLoader(Passes(stream(1), 0), batch_size=None, num_workers=2)
     groups = iter(loader)
     assert [next(groups).row for _ in range(3)] == [0, 0, 0]
+
+
+def test_rows_beyond_the_positions_are_warned_of_once(
+    trainer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = tiny.rows(20)
+    for i in (12, 15):  # beyond those that are looked at before the first step
+        rows[i]["prompt"] = " ".join(["w5"] * (300 + i))
+    model = tiny.model()
+    with caplog.at_level(logging.WARNING):
+        made = trainer(model=model, train_dataset=load_rows(rows, streaming=True), max_steps=6)
+        assert "was made for" not in caplog.text
+        made.train()
+        assert caplog.text.count("llama was made for 256") == 1
+        caplog.clear()
+        trainer(model=model, train_dataset=rows, max_steps=1).train()
+    assert caplog.text.count("was made for") == 1
+    assert "row 15: " in caplog.text

@@ -1,0 +1,207 @@
+"""What a model takes: token ids as its embedding has rows, positions as it was made for."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from fastpo.data.groups import Group
+from fastpo.model.hidden import causal_lm, decoder_of
+
+logger = logging.getLogger(__name__)
+
+# GPT-J and CodeGen look their rotations up, CTRL its waves, in a buffer of so many rows.
+_TABLES = ("embed_positions", "pos_encoding")
+_LEARNED = re.compile(r"wpe|pos")
+_MADE_FOR_A_LENGTH = re.compile(r"rotary|rope|embed_positions")
+
+
+def embedding_rows(model: nn.Module) -> int:
+    """How many token ids a model takes."""
+    weight: Any = next(causal_lm(model).get_input_embeddings().parameters())
+    # ZeRO-3 leaves an empty tensor and keeps its shape beside it.
+    return getattr(weight, "ds_shape", weight.shape)[0]
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """How many rows an embedding needs for every token; ids may have gaps, which `len` skips."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The token ids that every one of some models takes.
+
+    Args:
+        rows: of the smallest embedding.
+        owner: whose embedding that is, for messages.
+        tokenizer: what made the ids, for messages.
+    """
+
+    rows: int
+    owner: str
+    tokenizer: Any
+
+    @classmethod
+    def of(cls, tokenizer: Any, model: nn.Module, *others: nn.Module | None) -> Vocabulary:
+        """Of a model and of those beside it; None is no model."""
+        owner, rows = "the model", embedding_rows(model)
+        for other in others:
+            if other is not None and (fewer := embedding_rows(other)) < rows:
+                owner, rows = (
+                    getattr(causal_lm(other), "name_or_path", "") or "the reference",
+                    fewer,
+                )
+        return cls(rows, owner, tokenizer)
+
+    @property
+    def padding(self) -> int:
+        """A token to pad with: masked and never scored, so any that the embedding has will do."""
+        pad = self.tokenizer.pad_token_id
+        return pad if isinstance(pad, int) and pad < self.rows else 0
+
+    def check(self, ids: Sequence[int] | np.ndarray, where: str) -> None:
+        """Nothing, or ValueError for a token beyond the embedding: a GPU would only abort."""
+        beyond = np.asarray(ids)[np.asarray(ids) >= self.rows]
+        if not len(beyond):
+            return
+        token = int(beyond[0])
+        raise ValueError(
+            f"{where}: token {token} of the rows is beyond {self.owner}'s embedding of {self.rows} "
+            f"rows (it is {self.tokenizer.convert_ids_to_tokens(token)!r}, of a tokenizer with "
+            f"{vocabulary_size(self.tokenizer)} tokens): name the tokenizer that the model was "
+            "trained with, or resize the embedding: train with resize_embeddings: true (in Python, "
+            "model.resize_token_embeddings)"
+        )
+
+    def check_groups(self, groups: Iterable[Group]) -> None:
+        """Nothing, or ValueError for the first group with a token beyond the embedding.
+
+        A larger vocabulary whose tokens do not occur in the groups does no harm.
+        """
+        for group in groups:
+            self.check(group.token_ids, f"{group.source or 'data'}, row {group.row}")
+
+
+@dataclass
+class Positions:
+    """How far a model's positions reach.
+
+    Args:
+        limit: tokens in a row that it was made for; None where length is no matter, as without
+            positions or with ALiBi.
+        name: of the model's type.
+        table: whether it looks positions up, so that beyond the limit nothing runs.
+        told: whether somebody was warned.
+    """
+
+    limit: int | None
+    name: str
+    table: bool = False
+    told: bool = False
+
+    @classmethod
+    def of(cls, *models: nn.Module | None) -> Positions:
+        """The shortest of some causal language models, which may lie on the meta device."""
+        every = [cls._of(model) for model in models if model is not None]
+        return min(every, key=lambda each: math.inf if each.limit is None else each.limit)
+
+    @classmethod
+    def _of(cls, model: nn.Module) -> Positions:
+        try:
+            decoder = decoder_of(model)
+        except ValueError:
+            decoder = causal_lm(model)
+        config = decoder.config
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is None:
+            return cls(None, config.model_type)
+        modules = [(name.rpartition(".")[2], each) for name, each in decoder.named_modules()]
+        if any(
+            isinstance(module, nn.Embedding)
+            and _LEARNED.search(name)
+            and module.num_embeddings >= limit
+            for name, module in modules
+        ) or any(name.rpartition(".")[2] in _TABLES for name, _ in decoder.named_buffers()):
+            return cls(limit, config.model_type, table=True)
+        given = getattr(config, "rope_parameters", None)
+        if not given and not any(_MADE_FOR_A_LENGTH.search(name) for name, _ in modules):
+            return cls(None, config.model_type)
+        return cls(_scaled(given or {}, limit), config.model_type)
+
+    def beyond(self, tokens: int) -> bool:
+        """Whether so many tokens in a row are too many."""
+        return self.limit is not None and tokens > self.limit
+
+    def told_of(self, what: str, remedy: str = "lower max_length") -> str:
+        """One line about `what` reaches beyond the limit."""
+        made = f"{what}, {self.name} was made for {self.limit}: {remedy}"
+        if self.table:
+            return f"{made}; its table of positions ends there (max_position_embeddings)"
+        return (
+            f"{made}, or scale its rotary embedding (rope_parameters, or max_position_embeddings, "
+            "in the model's config)"
+        )
+
+    def check(
+        self,
+        what: str,
+        tokens: int,
+        remedy: str = "lower max_length",
+        *,
+        certain: bool = True,
+    ) -> None:
+        """A warning where `tokens` in a row reach beyond the limit.
+
+        Raises:
+            ValueError: they are `certain` to, and the model looks positions up in a table.
+        """
+        if not self.beyond(tokens):
+            return
+        self.told = True
+        if self.table and certain:
+            raise ValueError(self.told_of(what, remedy))
+        logger.warning("%s", self.told_of(what, remedy))
+
+    def check_groups(self, groups: Iterable[Group]) -> None:
+        """`check` of the group that reaches furthest."""
+        if self.limit is None:
+            return
+        furthest = max(groups, key=_reach, default=None)
+        if furthest is None or not self.beyond(tokens := _reach(furthest)):
+            return
+        where = f"{furthest.source or 'data'}, row {furthest.row}"
+        if furthest.prompt_positions is not None and tokens == furthest.span:
+            remedy = "lower position_synthesis.length"
+            self.check(f"{where}: synthetic positions reach over {tokens}", tokens, remedy)
+        else:
+            self.check(f"{where}: {tokens} tokens of prompt and response", tokens)
+
+
+def _reach(group: Group) -> int:
+    """Positions that the longest prompt with a response reaches over, the reference's too."""
+    contexts = [*group.contexts, *group.for_reference.contexts]
+    return max(
+        context.end + max((len(r.input_ids) for r in context.responses), default=0)
+        for context in contexts
+    )
+
+
+def _scaled(given: dict[str, Any], limit: int) -> int:
+    """The limit under rope parameters: beside scaled ones, some configurations keep that before."""
+    nested = [each for each in given.values() if isinstance(each, dict)]
+    reaches = [limit]
+    for rope in nested or [given]:
+        factor, before = rope.get("factor"), rope.get("original_max_position_embeddings")
+        if before is None and not nested:  # Gemma 3, with parameters by kind of layer, counts it in
+            before = limit
+        if rope.get("rope_type", "default") != "default" and factor and before:
+            reaches.append(int(factor * before))
+    return max(reaches)
