@@ -10,7 +10,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
@@ -52,7 +52,7 @@ _TOOL = {
 }
 _PART = re.compile(rf"""['"]text['"]\s*:\s*['"]({_USER}|{_ANSWER})""")
 _MARKER = re.compile(r"[<\[|].*[>\]|]", re.DOTALL)
-_THINK = re.compile(r"\W*(think|thought|reason)", re.IGNORECASE)
+_THINK = re.compile(r"[<\[][^<\[]*(?:think|thought|reason)\w*[^\w\s]*", re.IGNORECASE)
 
 
 class Piece(NamedTuple):
@@ -74,6 +74,7 @@ def common_prefix(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(b))
 
 
+@cache
 def own_arguments() -> frozenset[str]:
     """Names that `apply_chat_template` or its renderer take for themselves."""
     names = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
@@ -246,13 +247,28 @@ class TemplateFacts:
         return bool(self._plain) and self._conversation.startswith(kept)
 
     @cached_property
-    def header(self) -> str:
-        """What opens an answer, without a thought's beginning; empty where nothing does."""
+    def _opened(self) -> str:
         before = self._rendered([self._question])
         opened = self._rendered([self._question], generation_prompt=True)
-        header = opened[common_prefix(before, opened) :].strip()
-        thought = _THINK.search(header)
-        return header[: thought.start()].strip() if thought else header
+        return opened[common_prefix(before, opened) :]
+
+    @cached_property
+    def header(self) -> str:
+        """What opens an answer, without a thought's beginning; empty where nothing does."""
+        thought = _THINK.search(self._opened)
+        return self._opened[: thought.start() if thought else None].strip()
+
+    @cached_property
+    def thought(self) -> str:
+        """The tag that opens a thought (DeepSeek-R1's `<think>`) in that header, or nothing."""
+        thought = _THINK.search(self._opened)
+        return thought[0] if thought else ""
+
+    def before_thought(self, text: str, place: int) -> int:
+        """The place in a rendered text, or that of the tag right before it, if there is one."""
+        if self.thought and text[:place].rstrip().endswith(self.thought):
+            return text.rindex(self.thought, 0, place)
+        return place
 
     def before_answer(self, kwargs: Mapping[str, Any]) -> str:
         """What it writes before an answer to no question; raises what the template does."""
@@ -408,6 +424,7 @@ class TemplateFacts:
             "tool calls": written if self.calls else "none",
             "reasoning": ", ".join(self.reasoning) or "none",
             "header": repr(self.header) if self.header else "none",
+            "thought": f"{self.thought!r} opens an answer" if self.thought else "none",
             "end of turn": repr(self.end_of_turn) if self.end_of_turn else "none: EOS is added",
             "earlier turns": "alike whatever follows"
             if self.stable

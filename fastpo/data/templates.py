@@ -8,7 +8,6 @@ token spans the border ("Answer: " + "yes" holds " yes"), the piece before it go
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, NoReturn, cast
@@ -52,9 +51,8 @@ class Encoded(NamedTuple):
     prompt_offsets: np.ndarray | None = None  # [P, 2], the same of the prompt
 
 
-# A line such as "Assistant:" or "### Response:" at a prompt's end says who speaks next.
-LABEL = re.compile(r"(?:^|\n)[^\S\n]*([^\n]{1,40}:)\s*$")
-MOST_TEMPLATES = 256
+LONGEST_LABEL = 40  # characters of a line such as "Assistant:", which says who speaks next
+MOST_TEMPLATES = 256  # whose facts are kept
 
 
 class Template(NamedTuple):
@@ -257,19 +255,25 @@ class Encoder:
             self._facts[key] = TemplateFacts(self.tokenizer, kwargs)
         return Template(self._facts[key], kwargs)
 
-    def _ids(
-        self, text: str, name: str = "text", *, add_special_tokens: bool = False
-    ) -> np.ndarray:
+    def _tokenized(self, text: str, name: str, **options: Any) -> Any:
+        options = {"add_special_tokens": False, **options}
         # verbose=False: lengths are checked against the user's budget, not against a warning.
         try:
-            encoding = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+            return self.tokenizer(text, verbose=False, **options)
         except MemoryError:
             raise
         except Exception as error:  # a lone surrogate, as a rule
-            raise BadField(
-                name, f"the tokenizer fails on it: {type(error).__name__}: {error}", text
-            ) from error
-        return np.asarray(encoding["input_ids"], dtype=np.int32)
+            reason = f"the tokenizer fails on it: {type(error).__name__}: {error}"
+            raise BadField(name, reason, text) from error
+
+    def _ids(self, text: str, name: str = "text", **options: Any) -> np.ndarray:
+        return np.asarray(self._tokenized(text, name, **options)["input_ids"], dtype=np.int32)
+
+    def _tokens(self, text: str, name: str = "text") -> tuple[np.ndarray, np.ndarray]:
+        """Ids [T] of a text, and the characters [T, 2] of each."""
+        encoding = self._tokenized(text, name, return_offsets_mapping=True)
+        offsets = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        return np.asarray(encoding["input_ids"], dtype=np.int32), offsets
 
     def _is_blank(self, token: int) -> bool:
         return token not in self.special and not self.tokenizer.decode([token]).strip()
@@ -313,9 +317,11 @@ class Encoder:
     def _check_repeated(self, prompt: str, responses: Mapping[str, str]) -> None:
         """Refuse responses that begin with the prompt's end, or all with the whole prompt."""
         headers = [self._text_facts.header] if self._text_facts is not None else []
-        if label := LABEL.search(prompt):
-            headers.append(label[1])
-        headers = [header for header in headers if header and prompt.rstrip().endswith(header)]
+        bare = prompt.rstrip()
+        headers = [header for header in headers if header and bare.endswith(header)]
+        label = bare.rpartition("\n")[2].strip()
+        if label.endswith(":") and len(label) <= LONGEST_LABEL:
+            headers.append(label)
         for name, response in responses.items():
             for header in headers:
                 if response.lstrip().startswith(header):
@@ -344,10 +350,7 @@ class Encoder:
                 f"spans need a tokenizer that knows its offsets, and "
                 f"{type(self.tokenizer).__name__} is not a fast one: drop the spans"
             )
-        encoding = self.tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        found = np.asarray(encoding["offset_mapping"], dtype=np.int64)[border:][:length] - start
+        found = self._tokens(text)[1][border:][:length] - start
         padded = np.full((length, 2), -1, dtype=np.int64)
         padded[: len(found)] = found
         return padded
@@ -357,7 +360,7 @@ class Encoder:
 
         A text that was rendered beforehand may end in several, or in blanks behind one.
         """
-        places = np.flatnonzero(np.isin(ids, self._ends))
+        places = np.flatnonzero((ids[:, None] == self._ends).any(1))
         length = stop = len(ids)
         if len(places):
             while length and (
@@ -412,7 +415,12 @@ class Encoder:
         if not ends:
             texts = [_cut_end(*each, facts) for each in zip(names, texts, chat.closed, strict=True)]
         head = self._ids(chat.opening, where)
-        sequences = [self._ids(text, name) for name, text in zip(names, texts, strict=True)]
+        sequences, offsets = [], []
+        for name, text, response in zip(names, texts, chat.responses, strict=True):
+            several = len(response) > 1 and self.assistant_only and self.tokenizer.is_fast
+            ids, places = self._tokens(text, name) if several else (self._ids(text, name), None)
+            sequences.append(ids)
+            offsets.append(places)
         border = min(_common(head, sequence) for sequence in sequences)
         if border < len(head):
             if not chat.cut and border < self._least_border(where, chat, chat.prompt, head):
@@ -421,17 +429,17 @@ class Encoder:
         encoded = []
         for k, name in enumerate(names):
             mask = self._score_mask(name, chat, k, sequences[k], border)
-            self._check_said(name, chat, k, texts[k], mask)
+            self._check_said(name, chat, k, texts[k], mask, offsets[k])
             ids, mask = sequences[k][border:], mask[border:]
             encoded.append(self._close_turn(name, ids, mask, facts, ends or chat.closed[k]))
-        offsets = []
-        for k in range(len(example.spans or ())):
-            start = chat.start_of_last(names[k], k)
-            offsets.append(self._offsets(texts[k], border, len(encoded[k][0]), start))
+        spans = [
+            self._offsets(texts[k], border, len(encoded[k][0]), chat.start_of_last(names[k], k))
+            for k in range(len(example.spans or ()))
+        ]
         found = None
         if prompt_offsets:
             found = self._offsets(chat.opening, 0, border, chat.start_of_question(where))
-        return self._encoded(head[:border], encoded, offsets, found)
+        return self._encoded(head[:border], encoded, spans, found)
 
     def _conversation(self, example: Example, where: str) -> Conversation:
         every = cast("dict[str, Messages]", _every(example))
@@ -565,22 +573,30 @@ class Encoder:
         )
 
     def _check_said(
-        self, name: str, chat: Conversation, k: int, text: str, mask: np.ndarray
+        self,
+        name: str,
+        chat: Conversation,
+        k: int,
+        text: str,
+        mask: np.ndarray,
+        offsets: np.ndarray | None,
     ) -> None:
         """Refuse an answer of which the template leaves something out, or outside what is scored.
 
         Looked for where the answer stands, since the prompt may say the same.
         """
-        region = text[common_prefix(chat.opening, text) :]
-        scored = region
-        if not mask.all() and self.tokenizer.is_fast:
-            offsets = self._offsets(text, 0, len(mask), 0)[mask]
-            scored = "".join(text[start:stop] for start, stop in offsets if start >= 0)
+        facts = chat.template.facts
+        start = facts.before_thought(text, common_prefix(chat.opening, text))
+        region = scored = text[start:]
+        if offsets is not None:
+            edges = np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2)
+            places = [(int(offsets[i, 0]), int(offsets[j - 1, 1])) for i, j in edges]
+            scored = "".join(text[facts.before_thought(text, i) : j] for i, j in places)
         for i, message in enumerate(chat.added[k]):
             assistant = message["role"] == "assistant"
             key = left_out(message, scored) if assistant else _unwritten(message, region)
             if key is not None:
-                raise BadField(name, _leaves_out(key, i, message, chat.template.facts), message)
+                raise BadField(name, _leaves_out(key, i, message, facts), message)
 
     def _turn_length(self, ids: np.ndarray, facts: TemplateFacts) -> tuple[int, bool]:
         """Tokens up to and including the end of turn, and whether there is one.
