@@ -350,7 +350,7 @@ class TemplateFacts:
 
     def _adapted(self, name: str, message: dict[str, Any]) -> dict[str, Any]:
         changed = dict(message)
-        if "content" in message:
+        if message.get("content") is not None:
             text = message_text(message)
             if message["role"] == "assistant":
                 text = self.without_end(text)

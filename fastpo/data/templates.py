@@ -287,8 +287,9 @@ class Encoder:
         if prompt is not None:
             self._check_repeated(prompt, every)
         texts = {name: (prompt or "") + response for name, response in every.items()}
+        head = None if prompt is None else self._ids(prompt, "prompt")
         sequences = [self._ids(text, name) for name, text in texts.items()]
-        head = sequences[0] if prompt is None else self._ids(prompt, "prompt")
+        head = sequences[0] if head is None else head
         border = min(_common(head, sequence) for sequence in sequences)
         if prompt is None:
             # A character of several byte tokens is not divided.
@@ -463,14 +464,17 @@ class Encoder:
             }
         opens = all(response[0]["role"] == "assistant" for response in added.values())
         # After an assistant's turn in the prompt the user speaks, with no header for a model.
-        before = template.render(where, prompt, opens) if prompt else ""
+        if prompt:
+            before = template.render(where, prompt, opens)
+        else:
+            before = "" if continues else _before_answer(where, template)
         texts = [template.render(name, prompt + response) for name, response in whole.items()]
         if begun is not None:
             opening = _opening_of(where, before, message_text(begun), whole, texts)
         elif prompt:
             opening = before
         else:
-            opening = _opening_of_answer(where, template, texts)
+            opening = before[: min(common_prefix(before, text) for text in texts)]
         cut = begun is not None or not prompt
         return Conversation(
             template,
@@ -662,17 +666,16 @@ def _opening_of(
     return texts[0][: len(opening)]  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
-def _opening_of_answer(where: str, template: Template, texts: list[str]) -> str:
+def _before_answer(where: str, template: Template) -> str:
     """What the template writes before an answer to no question."""
     try:
-        opening = template.facts.before_answer(template.kwargs)
+        return template.facts.before_answer(template.kwargs)
     except MemoryError:
         raise
     except Exception as error:
         raise BadField(
             where, f"no messages, and {refusal(error)}; a user message is needed"
         ) from error
-    return opening[: min(common_prefix(opening, text) for text in texts)]
 
 
 def _joined(
