@@ -105,6 +105,11 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
     return int(different[0]) if different.size else n
 
 
+def _array(offsets: Any) -> np.ndarray:
+    """[T, 2] characters of tokens, from a list of pairs."""
+    return np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+
+
 def _common_messages(conversations: Sequence[Messages]) -> int:
     shortest = min(len(c) for c in conversations)
     for i in range(shortest):
@@ -255,25 +260,29 @@ class Encoder:
             self._facts[key] = TemplateFacts(self.tokenizer, kwargs)
         return Template(self._facts[key], kwargs)
 
-    def _tokenized(self, text: str, name: str, **options: Any) -> Any:
+    def _tokenized(self, texts: Sequence[tuple[str, str]], **options: Any) -> Any:
+        """What the tokenizer makes of several (field, text), of which each refusal names one."""
         options = {"add_special_tokens": False, **options}
         # verbose=False: lengths are checked against the user's budget, not against a warning.
         try:
-            return self.tokenizer(text, verbose=False, **options)
+            return self.tokenizer([text for _, text in texts], verbose=False, **options)
         except MemoryError:
             raise
         except Exception as error:  # a lone surrogate, as a rule
+            if len(texts) > 1:
+                for each in texts:
+                    self._tokenized([each], **options)
+            name, text = texts[0]
             reason = f"the tokenizer fails on it: {type(error).__name__}: {error}"
             raise BadField(name, reason, text) from error
 
-    def _ids(self, text: str, name: str = "text", **options: Any) -> np.ndarray:
-        return np.asarray(self._tokenized(text, name, **options)["input_ids"], dtype=np.int32)
+    def _ids_of(self, texts: Sequence[tuple[str, str]], **options: Any) -> list[np.ndarray]:
+        """Ids of each text [T]; one call for several costs less than several calls."""
+        encoding = self._tokenized(texts, **options)
+        return [np.asarray(ids, dtype=np.int32) for ids in encoding["input_ids"]]
 
-    def _tokens(self, text: str, name: str = "text") -> tuple[np.ndarray, np.ndarray]:
-        """Ids [T] of a text, and the characters [T, 2] of each."""
-        encoding = self._tokenized(text, name, return_offsets_mapping=True)
-        offsets = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-        return np.asarray(encoding["input_ids"], dtype=np.int32), offsets
+    def _ids(self, text: str, name: str = "text", **options: Any) -> np.ndarray:
+        return self._ids_of([(name, text)], **options)[0]
 
     def _is_blank(self, token: int) -> bool:
         return token not in self.special and not self.tokenizer.decode([token]).strip()
@@ -287,9 +296,10 @@ class Encoder:
         if prompt is not None:
             self._check_repeated(prompt, every)
         texts = {name: (prompt or "") + response for name, response in every.items()}
-        head = None if prompt is None else self._ids(prompt, "prompt")
-        sequences = [self._ids(text, name) for name, text in texts.items()]
-        head = sequences[0] if head is None else head
+        given = [] if prompt is None else [("prompt", prompt)]
+        head, *sequences = self._ids_of([*given, *texts.items()])
+        if prompt is None:
+            sequences.insert(0, head)
         border = min(_common(head, sequence) for sequence in sequences)
         if prompt is None:
             # A character of several byte tokens is not divided.
@@ -351,7 +361,8 @@ class Encoder:
                 f"spans need a tokenizer that knows its offsets, and "
                 f"{type(self.tokenizer).__name__} is not a fast one: drop the spans"
             )
-        found = self._tokens(text)[1][border:][:length] - start
+        encoding = self._tokenized([("spans", text)], return_offsets_mapping=True)
+        found = _array(encoding["offset_mapping"][0])[border:][:length] - start
         padded = np.full((length, 2), -1, dtype=np.int64)
         padded[: len(found)] = found
         return padded
@@ -415,13 +426,13 @@ class Encoder:
         texts = chat.texts
         if not ends:
             texts = [_cut_end(*each, facts) for each in zip(names, texts, chat.closed, strict=True)]
-        head = self._ids(chat.opening, where)
-        sequences, offsets = [], []
-        for name, text, response in zip(names, texts, chat.responses, strict=True):
-            several = len(response) > 1 and self.assistant_only and self.tokenizer.is_fast
-            ids, places = self._tokens(text, name) if several else (self._ids(text, name), None)
-            sequences.append(ids)
-            offsets.append(places)
+        several = self.assistant_only and any(len(response) > 1 for response in chat.responses)
+        encoding = self._tokenized(
+            [(where, chat.opening), *zip(names, texts, strict=True)],
+            return_offsets_mapping=several and self.tokenizer.is_fast,
+        )
+        head, *sequences = [np.asarray(ids, dtype=np.int32) for ids in encoding["input_ids"]]
+        offsets = encoding.get("offset_mapping")
         border = min(_common(head, sequence) for sequence in sequences)
         if border < len(head):
             if not chat.cut and border < self._least_border(where, chat, chat.prompt, head):
@@ -430,7 +441,8 @@ class Encoder:
         encoded = []
         for k, name in enumerate(names):
             mask = self._score_mask(name, chat, k, sequences[k], border)
-            self._check_said(name, chat, k, texts[k], mask, offsets[k])
+            places = None if offsets is None or mask.all() else _array(offsets[k + 1])
+            self._check_said(name, chat, k, texts[k], mask, places)
             ids, mask = sequences[k][border:], mask[border:]
             encoded.append(self._close_turn(name, ids, mask, facts, ends or chat.closed[k]))
         spans = [

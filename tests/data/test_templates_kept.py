@@ -438,7 +438,7 @@ def test_facts(tokenizers):
         "header": r"'<|im_start|>assistant'",
         "thought": "none",
         "end of turn": "'<|im_end|>'",
-        "earlier turns": "alike whatever follows",
+        "past turns": "alike whatever follows",
         "generation": "none",
     }
     assert not TemplateFacts(tokenizers("rewriting"), {}).stable
