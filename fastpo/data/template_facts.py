@@ -426,9 +426,7 @@ class TemplateFacts:
             "header": repr(self.header) if self.header else "none",
             "thought": f"{self.thought!r} opens an answer" if self.thought else "none",
             "end of turn": repr(self.end_of_turn) if self.end_of_turn else "none: EOS is added",
-            "earlier turns": "alike whatever follows"
-            if self.stable
-            else "change when more follows",
+            "past turns": "alike whatever follows" if self.stable else "change when more follows",
             "generation": "marks the assistant's text" if self.generation else "none",
         }
 
