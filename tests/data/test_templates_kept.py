@@ -150,7 +150,8 @@ def test_a_lone_surrogate_is_a_bad_row(tokenizers, field):
 
 def test_an_answer_that_also_stands_in_the_prompt(tokenizers):
     source = CHATML.replace("{{ m['content'] }}", "{{ m['content'] if m.role == 'user' }}")
-    refused(tokenizers, source, "leaves out content of message 0", chosen=[assistant("hi")])
+    row = {"prompt": [user("hi or green")], "chosen": [assistant("hi")]}
+    refused(tokenizers, source, "'chosen': .*leaves out content of message 0", **row)
 
 
 def test_reasoning_that_is_also_the_answer(tokenizers):
