@@ -216,6 +216,26 @@ def _head_costs(head: Head, device: torch.device, tokens: int, workspace_mib: Wo
     _line("logits", f"{full:,.0f} MiB in float32 if they were stored; {mib:g} MiB are used")
 
 
+def _chat_template(arguments: argparse.Namespace) -> None:
+    """Print what the model's chat template does with conversations."""
+    from fastpo.cli.models import open_tokenizer
+    from fastpo.data.template_facts import TemplateFacts
+
+    source = {name: getattr(arguments, name) for name in ("gguf_file", "revision")}
+    remote = arguments.trust_remote_code
+    print("\nchat template")
+    try:
+        tokenizer = open_tokenizer(arguments.model, None, None, **source, trust_remote_code=remote)
+    except (OSError, ValueError) as error:  # a folder of weights alone
+        _line("tokenizer", f"none: {str(error).splitlines()[0]}")
+        return
+    if tokenizer.chat_template is None:
+        _line("template", "none: rows must be text, or bring a template with chat_template")
+        return
+    for name, text in TemplateFacts(tokenizer, {}).describe().items():
+        _line(name, text)
+
+
 def _model(arguments: argparse.Namespace, device: torch.device) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -267,6 +287,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     _extras()
     if arguments.model is not None:
         _model(arguments, device)
+        _chat_template(arguments)
     if not sound:
         print("\na back end gives wrong numbers: please report the lines above")
     return 0 if sound else 1

@@ -210,17 +210,17 @@ def test_tool_call_ends_with_its_own_token(tokenizers):
     tokenizer = tokenizers()
     tokenizer.chat_template = TEMPLATES["chatml"].replace(
         "<|im_end|>\n{% endfor %}",
-        "{% if m['tool_calls'] %}call<|eom|>{% else %}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}",
+        "{% if m['tool_calls'] %}call {{ m['tool_calls'][0]['name'] }}<|eom|>"
+        "{% else %}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}",
     )
-    call = {"role": "assistant", "tool_calls": [{"name": "f"}]}
+    call = {"role": "assistant", "tool_calls": [{"name": "fly"}]}
     row = {**CHAT, "chosen": [call, {"role": "tool", "content": "7"}, assistant("seven")]}
     chosen = one(row, tokenizer).responses[0]
     assert shown(tokenizer, chosen) == (
-        "call<|eom|>{\n<|im_start|>tool\n7<|im_end|>\n<|im_start|>assistant\n}seven<|im_end|>"
+        "call fly<|eom|>{\n<|im_start|>tool\n7<|im_end|>\n<|im_start|>assistant\n}seven<|im_end|>"
     )
-    assert (
-        shown(tokenizer, one({**CHAT, "chosen": [call]}, tokenizer).responses[0]) == "call<|eom|>"
-    )
+    alone = one({**CHAT, "chosen": [call]}, tokenizer).responses[0]
+    assert shown(tokenizer, alone) == "call fly<|eom|>"
 
 
 def test_content_in_parts(tokenizers):
@@ -250,7 +250,7 @@ def test_template_that_opens_a_thought(tokenizers, caplog):
         (
             "thinking",
             {**CHAT, "chosen": [assistant("<think>why</think>blue")]},
-            "'chosen': the chat template leaves out part of the answer",
+            r"'chosen': the chat template leaves out content of message 0 .*: its reasoning before",
         ),
         ("counting", CHAT, "'prompt': the chat template writes the prompt differently once"),
         ("rewriting", MULTI, "'chosen': cannot tell which tokens are message 0's"),
