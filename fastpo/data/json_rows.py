@@ -1,0 +1,470 @@
+"""Rows of JSON files, each exactly what its own text says.
+
+The JSON reader of `datasets` guesses one type for all rows from the first of them: it refuses what
+comes later, and gives every object the keys of all others. Here Python's parser reads row by row.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import datasets.config
+import pyarrow as pa
+from filelock import FileLock
+
+from fastpo.data.rows import FILE, ROW, TORN
+from fastpo.reading import REPAIR, told
+
+VERSION = 1
+"""Of the tables in the cache: raise it where a reader must not take older ones."""
+CHUNK = 1 << 20  # characters of a list that are read at once
+BATCH = 1000, 8 << 20  # most rows, and about the most characters, of a batch in a table
+
+
+class JsonRow(NamedTuple):
+    """A row of a file: its number there, from 0, and what is wrong with it or ""."""
+
+    index: int
+    row: dict[str, Any]
+    fault: str
+    size: int  # characters, or bytes
+
+
+# --- bytes and text ------------------------------------------------------------------------------
+
+
+def _open_zstd(file: str) -> IO[bytes]:
+    return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(file), "zstd"))  # pyright: ignore
+
+
+OPENERS: dict[tuple[str, bytes], Callable[[str], Any]] = {
+    (".gz", b"\x1f\x8b"): gzip.open,
+    (".bz2", b"BZh"): bz2.open,
+    (".xz", b"\xfd7zXZ\0"): lzma.open,
+    (".zst", b"(\xb5/\xfd"): _open_zstd,
+}
+"""(suffix, first bytes) -> how a compressed file is opened."""
+
+
+def _open(file: str) -> IO[bytes]:
+    """The bytes of a file, which a suffix or its first bytes call compressed."""
+    with open(file, "rb") as opened:
+        head = opened.read(8)
+    for (suffix, magic), opener in OPENERS.items():
+        if file.lower().endswith(suffix) or head.startswith(magic):
+            return opener(file)
+    return open(file, "rb")
+
+
+class _Decoder(json.JSONDecoder):
+    """Python's parser, which also keeps the first key that an object has twice."""
+
+    def __init__(self):
+        self.twice: str | None = None
+        super().__init__(object_pairs_hook=self._object)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs) and self.twice is None:
+            self.twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        return made
+
+    def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
+        self.twice = None
+        return super().raw_decode(s, idx)
+
+
+def _plain(value: Any) -> Any:
+    """Arrays and numbers of NumPy and PyTorch, which users' objects hold, as Python's."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is no JSON")
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, default=_plain).encode
+
+
+def _half_pair(value: Any) -> str:
+    """The first half of a surrogate pair in a value, which no UTF-8 text can hold, or ""."""
+    try:
+        _encode(value).encode()
+    except UnicodeEncodeError as error:
+        return str(error.object[error.start])
+    except (TypeError, ValueError):  # of an object, which Arrow may know
+        pass
+    return ""
+
+
+def _fault(value: Any, text: str, twice: str | None) -> str:
+    """What is wrong with a row that was parsed, or ""."""
+    if not isinstance(value, dict):
+        return f"is not a JSON object; got {_start(text)!r}"
+    if twice is not None:
+        return f"has the key {twice!r} twice"
+    if reserved := {FILE, ROW, TORN} & value.keys():
+        return f"has the key {min(reserved)!r}, which is reserved: give it another name"
+    # Only an escape can write what is no character; a search is quicker than encoding every row.
+    if re.search(r"\\u[dD][89a-fA-F]", text) and (half := _half_pair(value)):
+        return f"has {half!r}, half of a character of two (a surrogate pair)"
+    return ""
+
+
+# --- lines and lists -----------------------------------------------------------------------------
+
+
+def _line(index: int, line: bytes, decoder: _Decoder) -> JsonRow:
+    row, fault, text = {}, "", ""
+    try:
+        text = line.decode()
+        row = decoder.decode(text)
+        fault = _fault(row, text, decoder.twice)
+    except UnicodeDecodeError as error:
+        fault = f"is {told(error)}"
+    except json.JSONDecodeError as error:
+        fault = f"is not JSON ({error.msg} at column {error.pos + 1}); got {_start(text)!r}"
+    except ValueError as error:  # a number of thousands of digits
+        fault = f"is not JSON ({told(error)})"
+    except RecursionError:
+        fault = "is nested too deep"
+    return JsonRow(index, row, f"line {index + 1} {fault}" if fault else "", len(line))
+
+
+def _lines(opened: Iterable[bytes]) -> Iterator[JsonRow]:
+    """Rows of JSON lines; blank lines are none, but counted."""
+    decoder = _Decoder()
+    for index, line in enumerate(opened):  # of bytes: text is divided at other characters too
+        if index == 0:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if line.strip():
+            yield _line(index, line, decoder)
+
+
+def _start(text: str) -> str:
+    return text.rstrip("\r\n")[:200]
+
+
+_BLANK = re.compile(r"[ \t\r\n]*")
+
+
+class _Text:
+    """A window of a text, which grows with the value that is read from it.
+
+    Bytes that are no UTF-8 become halves of surrogate pairs.
+    """
+
+    def __init__(self, opened: IO[bytes]):
+        self.file = io.TextIOWrapper(opened, "utf-8-sig", "surrogateescape", newline="\n")
+        self.text, self.at, self.ended = "", 0, False
+        self._lines_before = 0
+
+    @property
+    def line(self) -> int:
+        """The number, from 1, of the line that is read next."""
+        return self._lines_before + self.text.count("\n", 0, self.at) + 1
+
+    def grow(self) -> None:
+        """Forget what was read, and hold at least twice as much of what follows."""
+        self._lines_before = self.line - 1
+        left = self.text[self.at :]
+        more = self.file.read(max(CHUNK, len(left)))
+        self.text, self.at, self.ended = left + more, 0, not more
+
+    def peek(self) -> str:
+        """The next character that is not blank; "" at the end."""
+        while True:
+            self.at = _BLANK.match(self.text, self.at).end()  # pyright: ignore
+            if self.at < len(self.text) or self.ended:
+                return self.text[self.at : self.at + 1]
+            self.grow()
+
+    def value(self, decoder: _Decoder) -> tuple[Any, str]:
+        """The next value, and its text.
+
+        Raises:
+            ValueError: not JSON; names the line.
+        """
+        self.peek()
+        while True:
+            try:
+                value, end = decoder.raw_decode(self.text, self.at)
+                if end < len(self.text) or self.ended:  # a number might go on
+                    text, self.at = self.text[self.at : end], end
+                    return value, text
+            except json.JSONDecodeError as error:
+                # The end of the window cuts values: only what is wrong well before it is wrong.
+                cut = error.msg.startswith("Unterminated") or error.pos > len(self.text) - 16
+                if self.ended or not cut:
+                    self.at = min(error.pos, len(self.text))
+                    raise ValueError(f"line {self.line} is not JSON ({error.msg})") from None
+            except (ValueError, RecursionError) as error:
+                reason = "nested too deep" if isinstance(error, RecursionError) else told(error)
+                raise ValueError(f"the value at line {self.line} is not JSON ({reason})") from None
+            self.grow()
+
+
+def _elements(text: _Text) -> Iterator[JsonRow]:
+    """Rows of one list of objects.
+
+    Raises:
+        ValueError: the list is not JSON, or something follows it; names the line.
+    """
+    decoder = _Decoder()
+    text.peek()
+    text.at += 1
+    index = 0
+    while index or text.peek() != "]":
+        value, source = text.value(decoder)
+        fault = _fault(value, source, decoder.twice)
+        if not source.isascii() and _half_pair(source):
+            fault = "is not UTF-8 text"
+        if fault:
+            line = text.line - source.count("\n")
+            fault = f"element {index + 1} (line {line}) {fault}"
+        yield JsonRow(index, value, fault, len(source))
+        index += 1
+        separator = text.peek()
+        if separator == "]":
+            break
+        if separator != ",":
+            raise ValueError(f"line {text.line} is not JSON (a list goes on with ',' or ends)")
+        text.at += 1
+    text.at += 1
+    if text.peek():
+        raise ValueError(f"line {text.line} goes on after the end of the list")
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _refuse_one_object(file: str) -> None:
+    """Refuse a file whose first object is spread over several lines; others pass.
+
+    Raises:
+        ValueError: such a file; says which key holds rows, where one does.
+    """
+    try:
+        with _open(file) as opened:
+            value, source = _Text(opened).value(_Decoder())
+    except ValueError:
+        return  # lines, of which the first is broken
+    lists = [
+        key
+        for key, held in (value.items() if isinstance(value, dict) else ())
+        if isinstance(held, list) and held and all(isinstance(row, dict) for row in held)
+    ]
+    if "\n" in source.strip():
+        hint = (
+            f"; its key {lists[0]!r} holds rows: write that list alone" if len(lists) == 1 else ""
+        )
+        raise ValueError(
+            "it holds an object over several lines, where each line, or each element of one list, "
+            f"must be a row{hint}"
+        )
+
+
+def read_json(file: str) -> Iterator[JsonRow]:
+    """Rows of a file of JSON lines, or of one list of objects; compressed ones too.
+
+    Raises:
+        ValueError: the file as a whole cannot be read as either, or holds no rows.
+        OSError, EOFError and other errors of the libraries that decompress.
+    """
+    with _open(file) as opened:
+        head = opened.read(1 << 16)
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError("not UTF-8 text but UTF-16 (save it as UTF-8)")
+    start = head.removeprefix(codecs.BOM_UTF8).lstrip().decode(errors="replace")
+    first, _, others = start.partition("\n")
+    one_value = len(first) < len(start) and not _is_json(first)
+    if start.startswith("{") and ".json" in Path(file).suffixes and one_value:
+        _refuse_one_object(file)
+    # A list in a line of its own, with more lines after it, is a broken line of JSON lines.
+    is_list = start.startswith("[") and (one_value or not others.strip())
+    empty = True
+    with _open(file) as opened:
+        for row in _elements(_Text(opened)) if is_list else _lines(opened):
+            empty = False
+            yield row
+    if empty:
+        raise ValueError("it is empty")
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+_decode = json.JSONDecoder().raw_decode
+
+
+class ExactJson(datasets.Json):
+    """Values as JSON text, read by Python's parser.
+
+    That of `datasets` knows no whole numbers of more than 64 bits. Saved, it is `datasets.Json`.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, datasets.Json)  # so that both kinds of tables can be joined
+
+    def encode_example(self, example_data: Any) -> str | None:
+        return None if example_data is None else _encode(example_data)
+
+    def decode_example(self, example_data: str | None, token_per_repo_id: Any = None) -> Any:
+        return None if example_data is None else _decode(example_data)[0]
+
+
+KINDS = {str: "string", int: "int64", float: "float64", bool: "bool"}
+"""Types whose columns are Arrow's own, so that sorting and exports of `datasets` know them."""
+
+
+def _widen(kinds: dict[str, str | None], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Bring the kinds of columns up to what holds the rows too; None: null so far."""
+    for row in rows:
+        for name, value in row.items():
+            kind = kinds.setdefault(name, None)
+            if kind == "json" or value is None:
+                continue
+            own = KINDS.get(type(value), "json")
+            if own == "int64" and not -(2**63) <= value < 2**63:
+                own = "json"
+            if kind != own:
+                kinds[name] = own if kind is None else "json"
+
+
+def _features(kinds: Mapping[str, str | None]) -> datasets.Features:
+    return datasets.Features(
+        {
+            name: ExactJson() if kind in (None, "json") else datasets.Value(kind)
+            for name, kind in kinds.items()
+        }
+    )
+
+
+def _table(rows: Sequence[Mapping[str, Any]], features: datasets.Features) -> pa.Table:
+    schema = features.arrow_schema
+    columns = []
+    for field in schema:
+        values = [row.get(field.name) for row in rows]
+        if isinstance(features[field.name], ExactJson):
+            texts = [None if value is None else _encode(value) for value in values]
+            column = pa.ExtensionArray.from_storage(field.type, pa.array(texts, pa.string()))
+        else:
+            column = pa.array(values, field.type)
+        columns.append(column)
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _batches(files: Sequence[str], naming: Callable[[str], Any]) -> Iterator[list[dict[str, Any]]]:
+    """The rows of files in lists; `naming(file)` is a context in which a file is read."""
+    batch: list[dict[str, Any]] = []
+    size = 0
+    for file in files:
+        with naming(file):
+            for index, row, fault, length in read_json(file):
+                batch.append({**({TORN: fault} if fault else row), FILE: file, ROW: index})
+                size += length
+                if len(batch) == BATCH[0] or size > BATCH[1]:
+                    yield batch
+                    batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _write(path: Path, files: Sequence[str], naming: Callable[[str], Any]) -> None:
+    """The rows as one table; a second time where the first rows did not show all columns."""
+    kinds: dict[str, str | None] = {}
+    _widen(kinds, next(_batches(files, naming)))
+    while True:
+        features = _features(written := dict(kinds))
+        with path.open("wb") as out, pa.ipc.new_stream(out, features.arrow_schema) as writer:
+            for batch in _batches(files, naming):
+                _widen(kinds, batch)
+                if kinds == written:
+                    writer.write_table(_table(batch, features))
+        if kinds == written:
+            return
+
+
+def json_dataset(files: Sequence[str], naming: Callable[[str], Any]) -> datasets.Dataset:
+    """The rows of JSON files, with `FILE`, `ROW`, and `TORN` where a row is broken.
+
+    Values are those that Python's parser reads. A row without a column of others holds None there.
+    The table lies in the cache of `datasets`, where the files are found again until they change.
+
+    Args:
+        naming: makes of a file's name the context in which it is read; errors may be named there.
+    """
+    status = [(file, str(Path(file).absolute()), Path(file).stat()) for file in files]
+    version = [VERSION, *((f, full, s.st_mtime_ns, s.st_size) for f, full, s in status)]
+    digest = hashlib.sha256(repr(version).encode()).hexdigest()
+    path = Path(datasets.config.HF_DATASETS_CACHE) / "fastpo" / f"{digest}.arrow"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):  # of several processes one reads the files
+        partial = path.with_suffix(".partial")
+        if not path.exists():
+            _write(partial, files, naming)
+            os.replace(partial, path)
+    return _exactly(datasets.Dataset.from_file(str(path)))
+
+
+def _exactly(rows: datasets.Dataset) -> datasets.Dataset:
+    """The data set with the JSON columns that the table's own description calls `datasets.Json`."""
+    features = {
+        name: ExactJson() if isinstance(feature, datasets.Json) else feature
+        for name, feature in rows.features.items()
+    }
+    rows.info.features = datasets.Features(features)
+    return rows
+
+
+def objects_dataset(rows: Sequence[Any], mark_torn: bool) -> datasets.Dataset:
+    """Rows in memory as a data set whose values are the rows' own.
+
+    Args:
+        mark_torn: a row that is no dict, or holds what is no text, becomes one of `TORN` alone.
+
+    Raises:
+        ValueError: such a row, without `mark_torn`; names its number.
+    """
+    good: list[Mapping[str, Any]] = []
+    for index, row in enumerate(rows):
+        fault = ""
+        if not isinstance(row, Mapping):
+            fault = f"row {index} is {type(row).__name__}, not a dict; got {row!r:.200}"
+        elif half := _half_pair(row):
+            fault = f"row {index} has {half!r}, half of a character of two (a surrogate pair)"
+        if fault and not mark_torn:
+            raise ValueError(f"{fault}; {REPAIR}")
+        good.append({TORN: fault} if fault else row)
+    kinds: dict[str, str | None] = {}
+    _widen(kinds, good)
+    foreign = {n: [row.get(n) for row in good] for n in kinds if not _all_json(good, n)}
+    own = {name: kind for name, kind in kinds.items() if name not in foreign}
+    made = _exactly(datasets.Dataset(_table(good, _features(own))))
+    for name, values in foreign.items():  # dates, images: what Arrow makes of them
+        made = made.add_column(name, values)
+    return made
+
+
+def _all_json(rows: Iterable[Mapping[str, Any]], name: str) -> bool:
+    try:
+        for row in rows:
+            _encode(row.get(name))
+    except (TypeError, ValueError):
+        return False
+    return True
