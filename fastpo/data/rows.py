@@ -1,8 +1,8 @@
 """Rows from wherever they are: the Hub, files, folders, globs, or objects already in memory.
 
 JSON is read by `fastpo.data.json_rows`, all else by the `datasets` library; this file finds out
-which reader to call. Only functions that read import them, since groups already made are trained on
-without.
+which reader to call. Only functions that read import it, since groups already made are trained on
+without it.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _stream(reader: str, file: str) -> Iterator[dict[str, Any]]:
 
 
 def _whole_json(files: list[str], origin: bool) -> datasets.Dataset:
-    from fastpo.data.json_rows import json_dataset
+    from fastpo.data.json_tables import json_dataset
 
     rows = json_dataset(files, _naming)
     if not origin and TORN in rows.column_names:
@@ -345,7 +345,7 @@ def load_rows(
             raise ValueError(f"split={split!r} needs a path, a name or a dict of splits")
         return source
     if not isinstance(source, (str, Path)):
-        from fastpo.data.json_rows import objects_dataset
+        from fastpo.data.json_tables import objects_dataset
 
         if streaming:  # a tuple, since a list would be taken for one of files
             return datasets.IterableDataset.from_generator(
