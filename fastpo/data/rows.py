@@ -8,6 +8,7 @@ without it.
 from __future__ import annotations
 
 import glob
+import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -227,8 +228,8 @@ def _load_dataset(source: str, name: str | None, split: str, streaming: bool) ->
 # --- rows as they were written -------------------------------------------------------------------
 
 
-def _each(rows: Iterable[Any]) -> Iterator[Any]:
-    yield from rows
+def _each(packed: bytes) -> Iterator[Any]:
+    yield from pickle.loads(packed)
 
 
 def exact_rows(rows: Iterable[Any], source: str = "rows") -> Iterator[Any]:
@@ -347,10 +348,9 @@ def load_rows(
     if not isinstance(source, (str, Path)):
         from fastpo.data.json_tables import objects_dataset
 
-        if streaming:  # a tuple, since a list would be taken for one of files
-            return datasets.IterableDataset.from_generator(
-                _each, gen_kwargs={"rows": tuple(source)}
-            )
+        if streaming:  # packed, since `datasets` takes its time over every object to name the rows
+            packed = pickle.dumps(list(source))
+            return datasets.IterableDataset.from_generator(_each, gen_kwargs={"packed": packed})
         return objects_dataset(source, mark_torn=origin)
 
     path = Path(source).expanduser()

@@ -265,11 +265,20 @@ def test_every_row_is_what_its_element_says(tmp_path, monkeypatch, name, indent)
 
 
 def test_numbers_cut_by_the_window(tmp_path, monkeypatch):
-    path = written(tmp_path / "d.json", "[" + "12345 " * 20 + "]")
+    path = written(tmp_path / "d.json", "[" + ",".join(["12345"] * 20) + "]")
     for chunk in range(1, 9):
         monkeypatch.setattr("fastpo.data.json_rows.CHUNK", chunk)
-        with pytest.raises(ValueError, match="line 1 is not JSON"):
-            list(read_json(str(path)))
+        faults = [row.fault for row in read_json(str(path))]
+        assert len(faults) == 20
+        assert all(fault.endswith("is not a JSON object; got '12345'") for fault in faults)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_columns_that_begin_late(tmp_path, monkeypatch, rows):
+    """In a later batch of the table than the first, and of another kind there."""
+    monkeypatch.setattr("fastpo.data.json_tables.BATCH", (rows, 1 << 20))
+    read = load_rows(written(tmp_path / "d.jsonl", as_lines(STRANGE)))
+    assert [without_none(row) for row in read] == [*map(without_none, STRANGE)]
 
 
 BROKEN = {
@@ -427,6 +436,17 @@ def test_null_keys_that_arrow_adds_are_taken_away(tmp_path, streaming):
     assert list(exact_rows(NESTED)) == NESTED
 
 
+def test_null_keys_of_a_stream_without_types(monkeypatch):
+    """Which `load_dataset` makes of JSON on the Hub."""
+
+    def load_dataset(path, **kwargs):
+        rows = datasets.Dataset.from_list(NESTED)
+        return datasets.IterableDataset.from_generator(lambda: iter(list(rows)))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert list(load_rows("owner/some", streaming=True)) == CLEAN
+
+
 def test_a_transform_has_the_last_word():
     dataset = datasets.Dataset.from_dict({"a": [1, 2]})
     own = dataset.with_transform(lambda batch: {"a": [{"b": None} for _ in batch["a"]]})
@@ -442,6 +462,10 @@ def test_an_error_while_a_row_is_read_names_the_row(size):
             raise KeyError("lost")
         return batch
 
+    texts = pa.array(["1"] * (size - 1) + ["{"])
+    column = pa.ExtensionArray.from_storage(pa.json_(), texts)
+    with pytest.raises(ValueError, match=f"cannot read a, row {size - 1}: "):
+        list(exact_rows(datasets.Dataset(pa.table({"a": column})), "a"))
     read = exact_rows(dataset.with_transform(fails), "the source")
     with pytest.raises(ValueError, match=f"cannot read the source, row {size - 1}: .*lost"):
         list(read)
