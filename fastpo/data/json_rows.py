@@ -257,19 +257,17 @@ def _refuse_one_object(file: str) -> None:
             value, source = _Text(opened).value(_Decoder())
     except ValueError:
         return  # lines, of which the first is broken
-    lists = [
-        key
-        for key, held in (value.items() if isinstance(value, dict) else ())
-        if isinstance(held, list) and held and all(isinstance(row, dict) for row in held)
-    ]
-    if "\n" in source.strip():
-        hint = (
-            f"; its key {lists[0]!r} holds rows: write that list alone" if len(lists) == 1 else ""
-        )
-        raise ValueError(
-            "it holds an object over several lines, where each line, or each element of one list, "
-            f"must be a row{hint}"
-        )
+    if "\n" not in source:
+        return
+    reason = "it holds an object over several lines: write each row in a line of its own"
+    keys = [key for key, held in value.items() if isinstance(held, list) and _are_rows(held)]
+    if len(keys) == 1:
+        reason = f"it holds one object, whose key {keys[0]!r} holds rows: write that list alone"
+    raise ValueError(reason)
+
+
+def _are_rows(held: list[Any]) -> bool:
+    return bool(held) and all(isinstance(row, dict) for row in held)
 
 
 def read_json(file: str) -> Iterator[JsonRow]:
@@ -286,10 +284,11 @@ def read_json(file: str) -> Iterator[JsonRow]:
     start = head.removeprefix(codecs.BOM_UTF8).lstrip().decode(errors="replace")
     first, _, others = start.partition("\n")
     one_value = len(first) < len(start) and not _is_json(first)
-    if start.startswith("{") and ".json" in Path(file).suffixes and one_value:
+    any_json = ".json" in Path(file.lower()).suffixes
+    if start.startswith("{") and any_json and one_value:
         _refuse_one_object(file)
     # A list in a line of its own, with more lines after it, is a broken line of JSON lines.
-    opens = r"\[" if ".json" in Path(file).suffixes else r"\[\s*\{"
+    opens = r"\[" if any_json else r"\[\s*\{"
     is_list = re.match(opens, start) and (one_value or not others.strip())
     empty = True
     with _open(file) as opened:

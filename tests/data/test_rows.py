@@ -186,7 +186,7 @@ def test_broken_lines_are_bad_rows(tmp_path, name, streaming, tokenizers):
         (
             "rows.json",
             '{\n"n": 1, "rows": [{}]}',
-            "its key 'rows' holds rows: write that list alone",
+            "whose key 'rows' holds rows: write that list alone",
         ),
     ],
 )
