@@ -1,17 +1,15 @@
 """Rows from wherever they are: the Hub, files, folders, globs, or objects already in memory.
 
-Reading is the `datasets` library's work; this file only finds out which of its readers to call.
-Only functions that read import it, since groups already made are trained on without it.
+JSON is read by `fastpo.data.json_rows`, all else by the `datasets` library; this file finds out
+which reader to call. Only functions that read import it, since groups already made are trained on
+without it.
 """
 
 from __future__ import annotations
 
 import glob
-import hashlib
-import itertools
-import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+import pickle
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -36,9 +34,10 @@ READERS = {
 COMPRESSIONS = {".gz", ".bz2", ".xz", ".zst"}
 FILE, ROW = "__file__", "__row__"
 """Columns that say which file a row was read from, and its number there, from 0."""
-BOM = "\ufeff"
 TORN = "__torn__"
 """Column of a row that stands for a broken line of JSON lines: what is wrong with it."""
+CANNOT = "cannot read"
+"""Errors that begin with it name the file already."""
 
 
 def _suffix(path: str) -> str:
@@ -60,21 +59,10 @@ def _reader(files: list[str]) -> str:
     return reader
 
 
-def _refuse_null(file: str) -> None:
-    """Arrow's reader of JSON ends the process where the first value is null."""
-    import fsspec
-
-    with fsspec.open(file, "rb", compression="infer") as opened:
-        if opened.read(4096).lstrip().startswith(b"null"):  # pyright: ignore
-            raise ValueError("it begins with null, not with a JSON object")
-
-
 def _load_file(reader: str, file: str, streaming: bool) -> Any:
     import datasets
     import pandas
 
-    if reader == "json":
-        _refuse_null(file)
     options: dict[str, Any] = {}
     if reader == "csv":
         sep = "\t" if _suffix(file) == ".tsv" else ","
@@ -91,68 +79,6 @@ def _load_file(reader: str, file: str, streaming: bool) -> Any:
     )
 
 
-def _lines(file: str) -> Iterator[tuple[str, str]]:
-    """(line, what is wrong with it or "") of a file of JSON lines; none of other files."""
-    if _suffix(file) not in (".jsonl", ".ndjson"):
-        return
-    import datasets
-
-    # The text reader undoes every compression that the other ones undo.
-    lines = datasets.load_dataset("text", data_files=[file], split="train", streaming=True)
-    for number, line in enumerate(lines, 1):
-        text, reason = line["text"].removeprefix(BOM), ""
-        try:
-            if text.strip() and not isinstance(json.loads(text), dict):
-                reason = "not a JSON object"
-        except (ValueError, RecursionError) as error:
-            reason = f"not JSON ({error})"
-        yield text, f"line {number} is {reason}; got {text[:200]!r}" if reason else ""
-
-
-def _mended(file: str) -> str | None:
-    """A copy in the cache of `datasets` whose broken lines are `{TORN: reason}`; None of others.
-
-    A byte order mark, which Arrow takes for a broken line, is left out.
-    """
-    import datasets.config
-
-    status = Path(file).stat()
-    version = f"{Path(file).absolute()} {status.st_mtime_ns} {status.st_size}"
-    name = hashlib.sha256(version.encode()).hexdigest()
-    copy = Path(datasets.config.HF_DATASETS_CACHE) / "mended" / f"{name}.jsonl"
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    partial, torn = copy.with_suffix(f".{os.getpid()}.partial"), _marked(file)
-    try:
-        with partial.open("w", encoding="utf-8") as out:
-            for text, reason in _lines(file):
-                torn = torn or bool(reason)
-                if text.strip():  # no row, and an error to some releases
-                    out.write(f"{json.dumps({TORN: reason}) if reason else text}\n")
-        if torn:
-            os.replace(partial, copy)
-            return str(copy)
-    except Exception:  # no lines to tell apart; whoever asks has an error already
-        return None
-    finally:
-        partial.unlink(missing_ok=True)
-    return None
-
-
-def _marked(file: str) -> bool:
-    with open(file, "rb") as opened:
-        return opened.read(3) == BOM.encode()
-
-
-def _broken_line(file: str) -> str | None:
-    """What is wrong with the first broken line of JSON lines, where lines can be told apart."""
-    try:
-        return next((reason for _, reason in _lines(file) if reason), None)
-    except UnicodeDecodeError as error:
-        return told(error)
-    except Exception:  # whoever asks has an error already
-        return None
-
-
 @contextmanager
 def _naming(file: str) -> Iterator[None]:
     """Errors of `datasets`, of many classes, name no file, or one in its cache."""
@@ -163,64 +89,83 @@ def _naming(file: str) -> Iterator[None]:
     except (ImportError, MemoryError):
         raise
     except Exception as error:
-        reason = _broken_line(file) or told(error.__cause__ or error)
-        raise ValueError(f"cannot read {file}: {reason}; {REPAIR}") from error
-
-
-def _streamed(reader: str, file: str, read: str) -> Iterator[dict[str, Any]]:
-    """The rows of `read`, which is `file` or stands for it."""
-    with _naming(file):
-        # By batches, since row by row a loader's process would take its share of a share.
-        for batch in _load_file(reader, read, streaming=True).iter(batch_size=100):
-            for values in zip(*batch.values(), strict=True):
-                yield dict(zip(batch, values, strict=True))
+        if str(error).startswith(CANNOT):  # named already
+            raise
+        reason = told(error.__cause__ or error)
+        raise ValueError(f"{CANNOT} {file}: {reason}; {REPAIR}") from error
 
 
 def _read(reader: str, files: list[str], origin: bool) -> Iterator[dict[str, Any]]:
     for file in files:
-        done = 0
-        try:
-            for row in _streamed(reader, file, file):
-                yield {**row, FILE: file, ROW: done} if origin else row
-                done += 1
-        except ValueError:
-            mended = _mended(file) if origin else None
-            if mended is None:
-                raise
-            rows = enumerate(_streamed(reader, file, mended))
-            for index, row in itertools.islice(rows, done, None):
-                yield {**row, FILE: file, ROW: index}
+        with _naming(file):
+            rows = (
+                _read_json(file, origin) if reader == "json" else enumerate(_stream(reader, file))
+            )
+            for index, row in rows:
+                yield {**row, FILE: file, ROW: index} if origin else row
 
 
-def _load_files(files: list[str], split: str, streaming: bool, origin: bool) -> Rows:
-    import datasets
+def _read_json(file: str, origin: bool) -> Iterator[tuple[int, dict[str, Any]]]:
+    from fastpo.data.json_rows import read_json
 
-    reader = _reader(files)
-    if streaming:
-        if split != "train":
-            raise ValueError(f"split={split!r}: streamed files have the split 'train' alone")
-        # A list among the arguments is what loader processes divide: each reads files of its own.
-        return datasets.IterableDataset.from_generator(
-            _read, gen_kwargs={"reader": reader, "files": files, "origin": origin}
-        )
+    for index, row, fault, _ in read_json(file):
+        if fault and not origin:
+            raise ValueError(fault)
+        yield index, {TORN: fault} if fault else row
+
+
+def _stream(reader: str, file: str) -> Iterator[dict[str, Any]]:
+    # By batches, since row by row a loader's process would take its share of a share.
+    for batch in _load_file(reader, file, streaming=True).iter(batch_size=100):
+        for values in zip(*batch.values(), strict=True):
+            yield _without_nulls(dict(zip(batch, values, strict=True)))
+
+
+def _whole_json(files: list[str], origin: bool) -> datasets.Dataset:
+    from fastpo.data.json_tables import json_dataset
+
+    rows = json_dataset(files, _naming)
+    if not origin and TORN in rows.column_names:
+        row: Any = next(row for row in rows.select_columns([FILE, TORN]) if row[TORN])  # pyright: ignore
+        raise ValueError(f"{CANNOT} {row[FILE]}: {row[TORN]}; {REPAIR}")
+    return rows if origin else rows.remove_columns([FILE, ROW])
+
+
+def _whole(reader: str, files: list[str], origin: bool) -> datasets.Dataset:
+    if reader == "json":
+        return _whole_json(files, origin)
     parts: list[datasets.Dataset] = []
     for file in files:
         with _naming(file):
-            try:
-                part = _load_file(reader, file, streaming=False)
-            except Exception:
-                mended = _mended(file) if origin else None
-                if mended is None:
-                    raise
-                part = _load_file(reader, mended, streaming=False)
+            part = _load_file(reader, file, streaming=False)
             # Arrow's readers let text pass that is no UTF-8; it would fail where a row is used.
             part.data.validate(full=True)
         if origin:
             part = part.add_column(FILE, [file] * len(part)).add_column(ROW, [*range(len(part))])
         parts.append(part)
-    rows = _joined(parts)
-    slices = datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(rows)})
-    return datasets.concatenate_datasets([rows.select(range(s.from_, s.to)) for s in slices])
+    return _joined(parts)
+
+
+def _load_files(files: Mapping[str, list[str]], split: str, streaming: bool, origin: bool) -> Rows:
+    """Rows of `split`, from the files of each split."""
+    import datasets
+
+    if streaming:
+        if split not in files:
+            raise ValueError(f"split={split!r}: streamed files have {', '.join(files)} alone")
+        reader = _reader(files[split])
+        # A list among the arguments is what loader processes divide: each reads files of its own.
+        return datasets.IterableDataset.from_generator(
+            _read, gen_kwargs={"reader": reader, "files": files[split], "origin": origin}
+        )
+    wholes = {
+        name: _whole(_reader(listed), listed, origin)
+        for name, listed in files.items()
+        if name in split  # "train[:10%]+test" names two
+    }
+    lengths = {name: len(wholes.get(name, ())) for name in files}
+    slices = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    return _joined([wholes[s.splitname].select(range(s.from_, s.to)) for s in slices])
 
 
 def _joined(parts: list[datasets.Dataset]) -> datasets.Dataset:
@@ -228,8 +173,8 @@ def _joined(parts: list[datasets.Dataset]) -> datasets.Dataset:
     import datasets
     import pyarrow
 
-    if len(parts) == 1:
-        return parts[0]
+    if all(part.features == parts[0].features for part in parts):
+        return datasets.concatenate_datasets(parts)
     schemas = [part.features.arrow_schema.remove_metadata() for part in parts]
     try:
         schema = pyarrow.unify_schemas(schemas, promote_options="permissive")
@@ -241,14 +186,114 @@ def _joined(parts: list[datasets.Dataset]) -> datasets.Dataset:
     )
 
 
-def _load_folder(folder: Path, name: str | None, split: str, streaming: bool) -> Rows:
+def _load_folder(folder: Path, name: str | None, split: str, streaming: bool, origin: bool) -> Rows:
     import datasets
 
     saved = (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
     if saved:  # written by Dataset.save_to_disk
-        rows = _one_split(datasets.load_from_disk(str(folder)), split, str(folder))
+        with _naming(str(folder)):
+            loaded = datasets.load_from_disk(str(folder))
+        rows = _one_split(loaded, split, str(folder))
         return rows.to_iterable_dataset() if streaming else rows
-    return datasets.load_dataset(str(folder), name=name, split=split, streaming=streaming)
+    with _naming(str(folder)):
+        files = _json_files(folder, name)
+        if files is None:
+            return _load_dataset(str(folder), name, split, streaming)
+    return _load_files(files, split, streaming, origin)
+
+
+def _json_files(folder: Path, name: str | None) -> dict[str, list[str]] | None:
+    """The files of each split, where `datasets` would read JSON and is told no more than that."""
+    import datasets
+    from datasets.packaged_modules.json.json import Json
+
+    builder = datasets.load_dataset_builder(str(folder), name=name)
+    told_how = builder.info.features is not None or builder.config.field is not None  # pyright: ignore
+    if told_how or not isinstance(builder, Json):
+        return None
+    files = {str(s): [str(f) for f in listed] for s, listed in builder.config.data_files.items()}  # pyright: ignore
+    readable = all(READERS.get(_suffix(f)) == "json" for listed in files.values() for f in listed)
+    return files if readable else None  # archives, files elsewhere
+
+
+def _load_dataset(source: str, name: str | None, split: str, streaming: bool) -> Rows:
+    import datasets
+
+    rows = datasets.load_dataset(source, name=name, split=split, streaming=streaming)
+    if streaming and rows.features is None:  # nothing tells later that Arrow made these rows
+        return rows.map(_without_nulls)
+    return rows
+
+
+# --- rows as they were written -------------------------------------------------------------------
+
+
+def _each(packed: bytes) -> Iterator[Any]:
+    yield from pickle.loads(packed)
+
+
+def exact_rows(rows: Iterable[Any], source: str = "rows") -> Iterator[Any]:
+    """Rows in turn, without the null keys that Arrow gave to dicts within their columns.
+
+    Null columns stay. So do nulls that a JSON file, or a list of dicts, holds itself.
+
+    Args:
+        rows: dicts, such as `load_rows` returns, or a data set of the user's.
+        source: name of the data for messages.
+
+    Raises:
+        ValueError: a row cannot be read; names the source, the row, the reason and the remedy.
+    """
+    features = getattr(rows, "features", None)
+    formatted = getattr(rows, "format", None)
+    if isinstance(formatted, Mapping) and formatted.get("type") == "custom":
+        features = None  # a transform's values are the user's
+    plain = isinstance(formatted, Mapping) and formatted.get("type") is None
+    iterator, index = _by_batches(rows) if plain else iter(rows), 0
+    while True:
+        try:
+            row = next(iterator)
+        except StopIteration:
+            return
+        except (ImportError, MemoryError):
+            raise
+        except Exception as error:
+            if str(error).startswith(CANNOT):
+                raise
+            reason = told(error.__cause__ or error)
+            raise ValueError(f"{CANNOT} {source}, row {index}: {reason}; {REPAIR}") from error
+        yield _without_nulls(row, features) if isinstance(features, Mapping) else row
+        index += 1
+
+
+def _by_batches(rows: Any, size: int = 100) -> Iterator[Any]:
+    """The rows of a `datasets.Dataset`, several times faster than one by one."""
+    for start in range(0, len(rows), size):
+        numbers = range(start, min(start + size, len(rows)))
+        try:
+            batch = rows[numbers.start : numbers.stop]
+        except Exception:
+            yield from (rows[number] for number in numbers)  # the one that fails shows itself
+        else:
+            for values in zip(*batch.values(), strict=True):
+                yield dict(zip(batch, values, strict=True))
+
+
+def _without_nulls(row: Mapping[str, Any], features: Mapping[str, Any] | None = None) -> Any:
+    """The row, of known features or unknown ones, as `exact_rows` says."""
+    return {name: _strip(value, (features or {}).get(name)) for name, value in row.items()}
+
+
+def _strip(value: Any, feature: Any) -> Any:
+    if hasattr(feature, "decode_example"):  # JSON text, images: not Arrow's dicts
+        return value
+    if isinstance(value, dict):
+        inner = feature if isinstance(feature, dict) else {}
+        return {k: _strip(held, inner.get(k)) for k, held in value.items() if held is not None}
+    if isinstance(value, list) and any(isinstance(held, dict | list) for held in value):
+        inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+        return [_strip(held, inner) for held in value]
+    return value
 
 
 def _one_split(loaded: Any, split: str, source: str) -> Any:
@@ -280,6 +325,10 @@ def load_rows(
         origin: add the columns `FILE` and `ROW` to rows of a file or a glob, which messages about
             bad rows then name; a broken line of JSON lines is then a row that says so in `TORN`.
 
+    Returns:
+        Rows whose values are those of the file. A row of an `IterableDataset` has the keys that
+        its line has; in a `Dataset` a column that a row lacks is None there.
+
     Raises:
         FileNotFoundError: nothing there; the message lists every place that was tried.
         ValueError: unknown file format, mixed formats, unknown split, or an unreadable file.
@@ -297,32 +346,31 @@ def load_rows(
             raise ValueError(f"split={split!r} needs a path, a name or a dict of splits")
         return source
     if not isinstance(source, (str, Path)):
-        # Dataset.from_list would keep only the columns of the first row.
-        columns = dict.fromkeys(key for row in source for key in row)
-        rows = datasets.Dataset.from_dict(
-            {key: [row.get(key) for row in source] for key in columns}
-        )
-        return rows.to_iterable_dataset() if streaming else rows
+        from fastpo.data.json_tables import objects_dataset
+
+        if streaming:  # packed, since `datasets` takes its time over every object to name the rows
+            packed = pickle.dumps(list(source))
+            return datasets.IterableDataset.from_generator(_each, gen_kwargs={"packed": packed})
+        return objects_dataset(source, mark_torn=origin)
 
     path = Path(source).expanduser()
     try:
         if path.is_file():
-            return _load_files([str(path)], wanted, streaming, origin)
+            return _load_files({"train": [str(path)]}, wanted, streaming, origin)
         if path.is_dir():
             if path.resolve() in (Path("/"), Path.home()):  # all their files would be looked at
                 raise ValueError(f"{source} is no data set: name a file or a folder in it")
-            with _naming(str(source)):
-                return _load_folder(path, name, wanted, streaming)
+            return _load_folder(path, name, wanted, streaming, origin)
         matches = sorted(f for f in glob.glob(str(path), recursive=True) if Path(f).is_file())
         if matches:
-            return _load_files(matches, wanted, streaming, origin)
+            return _load_files({"train": matches}, wanted, streaming, origin)
         # A Hub name is `name` or `owner/name`; anything else can only have meant a file.
         if _suffix(str(path)) in READERS or path.is_absolute() or len(path.parts) > 2:
             raise FileNotFoundError(
                 f"no rows at {str(source)!r}: looked for a file, a folder and a glob at "
                 f"{path.absolute()}"
             )
-        return datasets.load_dataset(str(source), name=name, split=wanted, streaming=streaming)
+        return _load_dataset(str(source), name, wanted, streaming)
     except (DatasetNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
             f"no rows at {str(source)!r}: looked for a file, a folder and a glob at "

@@ -1,0 +1,187 @@
+"""Rows of JSON as a `datasets.Dataset`, whose table keeps values of mixed kinds as their text."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastpo.data.json_rows import encode, half_pair, read_json
+from fastpo.data.rows import FILE, ROW, TORN
+from fastpo.reading import REPAIR
+
+if TYPE_CHECKING or importlib.util.find_spec("datasets") is not None:
+    import datasets.config
+    import pyarrow as pa
+    from datasets import Json
+    from filelock import FileLock
+else:  # `load_rows` says that it is missing
+    Json = object
+
+VERSION = 1
+"""Of the tables in the cache: raise it where a reader must not take older ones."""
+BATCH = 1000, 8 << 20  # most rows, and about the most characters, of a batch in a table
+
+_decode = json.JSONDecoder().raw_decode
+
+
+class ExactJson(Json):
+    """Values as JSON text, read by Python's parser.
+
+    That of `datasets` knows no whole numbers of more than 64 bits. Saved, it is `datasets.Json`.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Json)  # so that both kinds of tables can be joined
+
+    def encode_example(self, example_data: Any) -> str | None:
+        return None if example_data is None else encode(example_data)
+
+    def decode_example(self, example_data: str | None, token_per_repo_id: Any = None) -> Any:
+        return None if example_data is None else _decode(example_data)[0]
+
+
+KINDS = {str: "string", int: "int64", float: "float64", bool: "bool"}
+"""Types whose columns are Arrow's own, so that sorting and exports of `datasets` know them."""
+
+
+def _widen(kinds: dict[str, str | None], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Bring the kinds of columns up to what holds the rows too; None: null so far."""
+    for row in rows:
+        for name, value in row.items():
+            kind = kinds.setdefault(name, None)
+            if kind == "json" or value is None:
+                continue
+            own = KINDS.get(type(value), "json")
+            if own == "int64" and not -(2**63) <= value < 2**63:
+                own = "json"
+            if kind != own:
+                kinds[name] = own if kind is None else "json"
+
+
+def _features(kinds: Mapping[str, str | None]) -> datasets.Features:
+    return datasets.Features(
+        {
+            name: ExactJson() if kind in (None, "json") else datasets.Value(kind)
+            for name, kind in kinds.items()
+        }
+    )
+
+
+def _table(rows: Sequence[Mapping[str, Any]], features: datasets.Features) -> pa.Table:
+    schema = features.arrow_schema
+    columns = []
+    for field in schema:
+        values = [row.get(field.name) for row in rows]
+        if isinstance(features[field.name], ExactJson):
+            texts = [None if value is None else encode(value) for value in values]
+            column = pa.ExtensionArray.from_storage(field.type, pa.array(texts, pa.string()))
+        else:
+            column = pa.array(values, field.type)
+        columns.append(column)
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _batches(files: Sequence[str], naming: Callable[[str], Any]) -> Iterator[list[dict[str, Any]]]:
+    """The rows of files in lists; `naming(file)` is a context in which a file is read."""
+    batch: list[dict[str, Any]] = []
+    size = 0
+    for file in files:
+        with naming(file):
+            for index, row, fault, length in read_json(file):
+                batch.append({**({TORN: fault} if fault else row), FILE: file, ROW: index})
+                size += length
+                if len(batch) == BATCH[0] or size > BATCH[1]:
+                    yield batch
+                    batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _write(path: Path, files: Sequence[str], naming: Callable[[str], Any]) -> None:
+    """The rows as one table; a second time where the first rows did not show all columns."""
+    kinds: dict[str, str | None] = {}
+    _widen(kinds, next(_batches(files, naming)))
+    while True:
+        features = _features(written := dict(kinds))
+        with path.open("wb") as out, pa.ipc.new_stream(out, features.arrow_schema) as writer:
+            for batch in _batches(files, naming):
+                _widen(kinds, batch)
+                if kinds == written:
+                    writer.write_table(_table(batch, features))
+        if kinds == written:
+            return
+
+
+def json_dataset(files: Sequence[str], naming: Callable[[str], Any]) -> datasets.Dataset:
+    """The rows of JSON files, with `FILE`, `ROW`, and `TORN` where a row is broken.
+
+    Values are those that Python's parser reads. A row without a column of others holds None there.
+    The table lies in the cache of `datasets`, where the files are found again until they change.
+
+    Args:
+        naming: makes of a file's name the context in which it is read; errors may be named there.
+    """
+    status = [(file, str(Path(file).absolute()), Path(file).stat()) for file in files]
+    version = [VERSION, *((f, full, s.st_mtime_ns, s.st_size) for f, full, s in status)]
+    digest = hashlib.sha256(repr(version).encode()).hexdigest()
+    path = Path(datasets.config.HF_DATASETS_CACHE) / "fastpo" / f"{digest}.arrow"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):  # of several processes one reads the files
+        partial = path.with_suffix(".partial")
+        if not path.exists():
+            _write(partial, files, naming)
+            os.replace(partial, path)
+    return _exactly(datasets.Dataset.from_file(str(path)))
+
+
+def _exactly(rows: datasets.Dataset) -> datasets.Dataset:
+    """The data set with the JSON columns that the table's own description calls `datasets.Json`."""
+    features = {
+        name: ExactJson() if isinstance(feature, Json) else feature
+        for name, feature in rows.features.items()
+    }
+    rows.info.features = datasets.Features(features)
+    return rows
+
+
+def objects_dataset(rows: Sequence[Any], mark_torn: bool) -> datasets.Dataset:
+    """Rows in memory as a data set whose values are the rows' own.
+
+    Args:
+        mark_torn: a row that is no dict, or holds what is no text, becomes one of `TORN` alone.
+
+    Raises:
+        ValueError: such a row, without `mark_torn`; names its number.
+    """
+    good: list[Mapping[str, Any]] = []
+    for index, row in enumerate(rows):
+        fault = ""
+        if not isinstance(row, Mapping):
+            fault = f"row {index} is {type(row).__name__}, not a dict; got {row!r:.200}"
+        elif half := half_pair(row):
+            fault = f"row {index} has {half!r}, half of a character of two (a surrogate pair)"
+        if fault and not mark_torn:
+            raise ValueError(f"{fault}; {REPAIR}")
+        good.append({TORN: fault} if fault else row)
+    kinds: dict[str, str | None] = {}
+    _widen(kinds, good)
+    foreign = {n: [row.get(n) for row in good] for n in kinds if not _all_json(good, n)}
+    own = {name: kind for name, kind in kinds.items() if name not in foreign}
+    made = _exactly(datasets.Dataset(_table(good, _features(own))))
+    for name, values in foreign.items():  # dates, images: what Arrow makes of them
+        made = made.add_column(name, values)
+    return made
+
+
+def _all_json(rows: Iterable[Mapping[str, Any]], name: str) -> bool:
+    try:
+        for row in rows:
+            encode(row.get(name))
+    except (TypeError, ValueError):
+        return False
+    return True
