@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 from fastpo.cli.models import show_log
 from fastpo.cli.output import check_outputs, json_lines
+from fastpo.data.bad_rows import BadField
 from fastpo.data.build import good_rows
-from fastpo.data.formats import BadField
 from fastpo.data.rows import load_rows
 from fastpo.data.schedules import curriculum, sampled
 
@@ -49,16 +49,16 @@ def _check(row: Mapping[str, Any]) -> None:
 
 
 def _scored_lists(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    rows = load_rows(
+    rows: Any = load_rows(
         arguments.dataset, split=arguments.split, name=arguments.dataset_name, origin=True
     )
     good = good_rows(
-        tqdm(rows, desc="lists", unit="row", disable=None),
+        rows,
         _check,
         source=arguments.dataset,
         on_bad_row="skip" if arguments.skip_bad_rows else "error",
     )
-    for row, _ in good:
+    for row, _ in tqdm(good, total=len(rows), desc="lists", unit="row", disable=None):
         yield {name: value for name, value in row.items() if value is not None}
 
 

@@ -24,8 +24,8 @@ from transformers import set_seed
 from fastpo.cli.models import open_model, open_tokenizer, show_log
 from fastpo.cli.output import check_outputs, hold, partial_of
 from fastpo.cli.sample import answers, check_prompts, prompt_ids, sampling
-from fastpo.data.formats import Content
 from fastpo.data.logo import Generate, LogoOptions, logo_rows, split
+from fastpo.data.messages import Content
 from fastpo.data.rows import load_rows
 from fastpo.model.device import default_device
 from fastpo.model.hidden import generation

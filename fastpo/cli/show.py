@@ -22,7 +22,7 @@ from fastpo.data.build import Builder, DataOptions, good_rows, origin, own_colum
 from fastpo.data.formats import Example, read_row
 from fastpo.data.groups import Group
 from fastpo.data.messages import Content, message_text
-from fastpo.data.rows import load_rows
+from fastpo.data.rows import exact_rows, load_rows
 from fastpo.data.trl import to_trl
 from fastpo.redact import redact
 
@@ -182,7 +182,9 @@ def show(arguments: argparse.Namespace) -> int:
     columns = options.reader()
     builder = Builder(tokenizer, options, arguments.dataset) if tokenizer is not None else None
     shown = 0
-    for index, row in enumerate(itertools.islice(rows, arguments.rows)):
+    for index, row in enumerate(
+        itertools.islice(exact_rows(rows, arguments.dataset), arguments.rows)
+    ):
         try:
             source, number = origin(row, arguments.dataset, index)
             with naming(source, number):
@@ -211,15 +213,10 @@ def _convert(arguments: argparse.Namespace, rows: Any, options: DataOptions) -> 
         example = read_row(row, columns=columns)
         return list(to_trl(example, columns.renamed(row), options.list_to_pairs))
 
-    good = good_rows(
-        tqdm(rows, desc="rows", unit="row", disable=None),
-        converted,
-        source=arguments.dataset,
-        on_bad_row=options.on_bad_row,
-    )
+    good = good_rows(rows, converted, source=arguments.dataset, on_bad_row=options.on_bad_row)
     count = 0
     with json_lines(arguments.out, over=arguments.overwrite) as write:
-        for _, written in good:
+        for _, written in tqdm(good, total=len(rows), desc="rows", unit="row", disable=None):
             for row in written:
                 write(row)
                 count += 1

@@ -38,7 +38,7 @@ from fastpo.data.positions import (
     cut_chunks,
     synthetic_positions,
 )
-from fastpo.data.rows import FILE, ROW, TORN
+from fastpo.data.rows import FILE, ROW, TORN, exact_rows
 from fastpo.data.templates import Encoded, Encoder
 from fastpo.data.token_weights import check_schemes, span_weights, take_column, weighted
 
@@ -484,7 +484,7 @@ def good_rows(
     """
     skipped: list[BadRow] = []
     num_rows = 0
-    for row in rows:
+    for row in exact_rows(rows, source):
         own = own_columns(row)
         try:
             with naming(*origin(row, source, num_rows)):
@@ -674,7 +674,8 @@ def build_groups(
     num_rows = 0
     total = len(rows) if isinstance(rows, Sized) else None
     # disable=None: only where stderr is a terminal.
-    bar = tqdm(rows, total=total, desc=f"Tokenising {source}", disable=None if progress else True)
+    hidden = None if progress else True
+    bar = tqdm(exact_rows(rows, source), total=total, desc=f"Tokenising {source}", disable=hidden)
     for index, row in enumerate(bar):
         num_rows += 1
         try:
@@ -755,7 +756,7 @@ class GroupStream(torch.utils.data.IterableDataset[Group]):
     def _groups(self) -> Iterator[Group]:
         builder = self._builder
         num_rows = num_bad = 0
-        rows = enumerate(self.rows)
+        rows = enumerate(exact_rows(self.rows, self.source))
         worker = torch.utils.data.get_worker_info()
         if worker is not None and not isinstance(self.rows, torch.utils.data.IterableDataset):
             rows = itertools.islice(rows, worker.id, None, worker.num_workers)

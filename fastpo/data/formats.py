@@ -522,8 +522,6 @@ def _check_prompt(name: str, prompt: Content, conversational: bool) -> None:
     if isinstance(prompt, str) == conversational:
         kinds = ("messages", "text") if isinstance(prompt, str) else ("text", "messages")
         raise BadField(name, f"{kinds[1]}, but the responses are {kinds[0]}", prompt)
-    if conversational and not prompt:
-        raise BadField(name, "no messages", prompt)
 
 
 def check_distinct(names: Sequence[str], ranks: Sequence[int], contents: Sequence[Any]) -> None:

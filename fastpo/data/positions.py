@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from fastpo.data.formats import BadField
+from fastpo.data.bad_rows import BadField
 
 
 @dataclass(frozen=True)

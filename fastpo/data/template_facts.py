@@ -16,7 +16,8 @@ from typing import Any, Literal, NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from fastpo.data.formats import BadField, Messages, message_text
+from fastpo.data.bad_rows import BadField
+from fastpo.data.messages import Messages, message_text
 
 Form = Literal["text", "parts", "dict", "wrapped", "flat", "either"]
 

@@ -15,14 +15,9 @@ from typing import Any, NamedTuple, NoReturn, cast
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from fastpo.data.formats import (
-    BESIDE_CONTENT,
-    BadField,
-    Example,
-    Messages,
-    Tokens,
-    message_text,
-)
+from fastpo.data.bad_rows import BadField
+from fastpo.data.formats import Example, Tokens
+from fastpo.data.messages import BESIDE_CONTENT, Messages, common_messages, message_text
 from fastpo.data.template_facts import (
     REASONING,
     TemplateFacts,
@@ -108,14 +103,6 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
 def _array(offsets: Any) -> np.ndarray:
     """[T, 2] characters of tokens, from a list of pairs."""
     return np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
-
-
-def _common_messages(conversations: Sequence[Messages]) -> int:
-    shortest = min(len(c) for c in conversations)
-    for i in range(shortest):
-        if any(c[i] != conversations[0][i] for c in conversations):
-            return i
-    return shortest
 
 
 class Encoder:
@@ -809,7 +796,7 @@ def _split_prompt(
     """Prompt and responses of a conversational row, the implicit prompt taken off."""
     if prompt is None:
         names = list(responses)
-        border = _common_messages(list(responses.values()))
+        border = common_messages(list(responses.values()))
         _require_prompt(border, names)
         _require_rest(names, [len(r) - border for r in responses.values()], "messages")
         prompt = responses[names[0]][:border]

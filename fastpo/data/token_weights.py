@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from fastpo.data.formats import BadField, Span
+from fastpo.data.bad_rows import BadField
+from fastpo.data.formats import Span
 from fastpo.data.groups import Group, Response
 
 

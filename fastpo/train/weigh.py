@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from fastpo.data.build import DataOptions, build_groups, own_columns
 from fastpo.data.formats import read_row
 from fastpo.data.groups import Group
+from fastpo.data.rows import exact_rows
 from fastpo.data.scored_weights import Rule
 from fastpo.model.scoring import Packer
 from fastpo.train.reference import (
@@ -160,7 +161,7 @@ def weigh(
         ]
 
     def columns() -> Iterator[dict[str, Any]]:
-        for i, row in enumerate(rows):
+        for i, row in enumerate(exact_rows(rows, source)):
             responses = groups[prompts[0]][i].responses
             ends = np.cumsum([r.loss_mask.sum() for r in responses])[:-1]
             scores = [np.split(store[groups[prompt][i]], ends) for store, prompt in stores]

@@ -273,7 +273,6 @@ BAD = {
         "prompt",
         "no user message",
     ),
-    "no messages": ({**CHAT, "prompt": []}, "prompt", "no messages"),
     "empty conversation": ({**CHAT, "chosen": []}, "chosen", "empty response"),
     "empty message": ({**CHAT, "chosen": [assistant(" ")]}, "chosen", "empty response"),
     "empty last message": (
