@@ -19,6 +19,7 @@ from fastpo.data.messages import (
     content_of,
     is_sequence,
     parsed,
+    plain,
     speaks_as_hh,
     split_hh,
     user,
@@ -188,7 +189,7 @@ def _hh_claims(row: Row) -> bool:
 
 
 def _openai(reading: Reading) -> None:
-    given = parsed("input", reading.get("input"))
+    given = plain(parsed("input", reading.get("input")))
     if not isinstance(given, Mapping):
         raise BadField("input", "not a dict of messages and tools", given)
     reading.put("prompt", given.get("messages"), "input.messages")
@@ -266,16 +267,17 @@ _SWIFT_REJECTED = ("rejected_response", "rejected_messages")
 
 def _nemo(reading: Reading) -> None:
     reading.take("prompt", "context")
-    completions = parsed("completions", reading.get("completions"))
+    completions = reading.get("completions")
     _ranked(reading, "completions", completions, "completion")
 
 
 def _nectar(reading: Reading) -> None:
     reading.take("prompt")
-    _ranked(reading, "answers", parsed("answers", reading.get("answers")), "answer")
+    _ranked(reading, "answers", reading.get("answers"), "answer")
 
 
 def _ranked(reading: Reading, name: str, items: Any, answer: str) -> None:
+    items = plain(parsed(name, items))
     if not is_sequence(items) or not all(isinstance(item, Mapping) for item in items):
         raise BadField(name, f"not a list of {{{answer}, rank}}", items)
     for i, item in enumerate(items):

@@ -585,12 +585,11 @@ def _whole(name: str, reading: Reading) -> Example:
     formats = FORMATS if FORMATS.keys() & row.keys() else TOKENISED
     named = [key for key in formats if key in row]
     if len({formats[key] for key in named}) != 1:
-        reason = "more than one format" if named else f"no row of the dialect {name}"
-        raise BadField(
-            ", ".join(reading.names.get(key, key) for key in named) or "columns",
-            f"{reason}: need {DIALECTS[name].shape}",
-            sorted(reading.row),
-        )
+        found = [reading.names.get(key, key) for key in named]
+        reason = f"no row of the dialect {name}: need {DIALECTS[name].shape}"
+        if named:
+            reason = f"answers of more than one format: `columns: {{{found[-1]}: null}}` drops some"
+        raise BadField(", ".join(found) or "columns", reason, sorted(reading.row))
     example = formats[named[0]](row)
     if "prompt" in row:
         example.prompt = content_of("prompt", row["prompt"])

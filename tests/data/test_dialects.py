@@ -7,6 +7,7 @@ import re
 from copy import deepcopy
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 
@@ -404,7 +405,10 @@ def test_lists_and_messages_as_text():
     assert read_row(PAIRS["alpaca"][1] | blank).prompt == [Q]
 
 
-def test_numpy_in_messages():
+def test_numpy_in_rows():
+    for case in ("OpenAI", "NeMo"):
+        row = datasets.Dataset.from_list([PAIRS[case][1]]).with_format("numpy")[0]
+        assert read_row(row).parts() == ([Q], [[GOOD], [BAD]])
     calls = np.array([{"name": "melt", "arguments": {"t": np.float32(1)}}, {"name": "cast"}])
     call = {"role": "assistant", "content": "", "tool_calls": calls}
     row = {"chosen": np.array([Q, call, GOOD]), "rejected": np.array([Q, call, BAD])}
