@@ -648,7 +648,7 @@ def _no_spans(example: Example) -> None:
 
 
 def _asked(example: Example, text: str) -> Messages | None:
-    """The messages of a prompt given as text; None where the responses begin with it."""
+    """The messages of a prompt given as text; None where nothing is left behind them."""
     responses: Any = example.responses
     if any(response[0]["role"] == "assistant" for response in responses):
         return turns_of(text) or [user(text)]
@@ -661,10 +661,7 @@ def _asked(example: Example, text: str) -> Messages | None:
             "drops the column",
             text,
         )
-    if not single:
-        return None
-    example.responses = [responses[0][-1:]]
-    return begin
+    return begin if all(len(response) > len(begin) for response in responses) else None
 
 
 def _answers_alone(example: Example, prompt: Messages) -> None:

@@ -321,7 +321,17 @@ def test_a_row_that_two_dialects_read_differently(row, names):
 def test_dialects_that_agree_are_no_conflict():
     row = PAIRS["ultrafeedback"][1] | {"question": Q["content"]}
     assert set(claimed(row)) == {"trl", "orca"}
-    assert read_row(row).responses == list(WHOLE)
+    assert read_row(row).parts() == ([Q], [[GOOD], [BAD]])
+
+
+def test_further_columns_beside_whole_conversations():
+    row = PAIRS["ultrafeedback"][1] | {"short_prompt": "Liquid?"}
+    for gold in ("Hg.", [Q, assistant("Hg.")]):
+        example = read_row(row | {"gold": gold}, ("gold",), ("short_prompt",))
+        assert example.extras == {"gold": [assistant("Hg.")]}
+        assert example.prompts == {"short_prompt": [user("Liquid?")]}
+    with pytest.raises(BadField, match="identical to chosen"):
+        read_row(row | {"rejected": WHOLE[0]})
 
 
 def test_an_explicit_dialect_makes_turns_of_text():
