@@ -686,7 +686,7 @@ def _answers_alone(example: Example, prompt: Messages) -> None:
 def _begin_with(example: Example, system: Any) -> None:
     """Put a system message before every conversation of the row."""
     if not isinstance(system, str):
-        raise BadField("system", "not text", system)
+        raise BadField("system", "not text: `columns: {system: null}` drops it", system)
 
     def begun(messages: Any) -> Any:
         if messages and messages[0]["role"] in ("system", "developer"):

@@ -30,7 +30,8 @@ MESSAGES = re.compile(
 
 # So is one message alone, which says what it is before all else.
 _MESSAGE = re.compile(
-    r"""\s*\{\s*['"](role|from)['"]\s*:\s*['"]\w+['"]\s*,\s*['"](content|value|tool_calls)['"]\s*:"""
+    r"""\s*\{\s*['"](role|from)['"]\s*:\s*['"](system|developer|user|assistant|tool|human|gpt|"""
+    r"""function_call)['"]\s*,\s*['"](content|value|tool_calls)['"]\s*:\s*['"\[n]"""
 )
 
 # Names that ShareGPT's and vendors' files have for the roles of chat templates.

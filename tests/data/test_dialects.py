@@ -411,6 +411,8 @@ def test_lists_and_messages_as_text():
         example, expected = read_row(cells), read_row(row)
         assert (example.dialect, example.parts()) == (dialect, expected.parts())
         assert (example.labels, example.ranks) == (expected.labels, expected.ranks)
+    for text in ('{"role": "admin", "value": 3}', '{"role": "user", "rights": ["read"]}'):
+        assert read_row(PAIR | {"chosen": text}).responses[0] == text  # an answer in JSON
     blank = {"history": "", "tools": " ", "input": "", "system": ""}
     assert read_row(PAIRS["alpaca"][1] | blank).prompt == [Q]
 
