@@ -19,7 +19,8 @@ from fastpo.cli.reading import data_options
 from fastpo.cli.token_view import token_texts
 from fastpo.data.bad_rows import BadRow, naming
 from fastpo.data.build import Builder, DataOptions, good_rows, origin, own_columns
-from fastpo.data.formats import Example, read_row
+from fastpo.data.dialects import Columns
+from fastpo.data.formats import EXTRAS, PROMPT_COLUMNS, Example, read_row
 from fastpo.data.groups import Group
 from fastpo.data.messages import Content, message_text
 from fastpo.data.rows import exact_rows, load_rows
@@ -200,9 +201,17 @@ def show(arguments: argparse.Namespace) -> int:
         print(redact(f"{source}, row {number}, read as {example.dialect}\n{text}\n"))
     if tokenizer is not None:
         print(LEGEND if _colours() else PLAIN)
-    if columns.ignored:
-        print(f"ignored columns, which nothing here reads: {', '.join(columns.ignored)}")
+    print("".join(f"{line}\n" for line in _odd(columns)), end="")
     return 0 if shown else 2
+
+
+def _odd(columns: Columns) -> Iterator[str]:
+    """What is odd about the columns of the rows so far."""
+    if columns.ignored:
+        yield f"ignored columns, which nothing here reads: {', '.join(columns.ignored)}"
+    for name, own in columns.taken.items():
+        if own in columns.unseen:
+            yield f"columns={{{name}: {own}}}: no row so far has a column {own!r}"
 
 
 def _convert(arguments: argparse.Namespace, rows: Any, options: DataOptions) -> int:
@@ -210,8 +219,11 @@ def _convert(arguments: argparse.Namespace, rows: Any, options: DataOptions) -> 
     columns = options.reader()
 
     def converted(row: dict[str, Any]) -> list[dict[str, Any]]:
-        example = read_row(row, columns=columns)
-        return list(to_trl(example, columns.renamed(row), options.list_to_pairs))
+        named = columns.renamed(row)
+        extras = [column for column in EXTRAS if named.get(column) is not None]
+        prompts = [column for column in PROMPT_COLUMNS if named.get(column) is not None]
+        example = read_row(row, extras, prompts, columns=columns)
+        return list(to_trl(example, named, options.list_to_pairs))
 
     good = good_rows(rows, converted, source=arguments.dataset, on_bad_row=options.on_bad_row)
     count = 0
@@ -220,6 +232,8 @@ def _convert(arguments: argparse.Namespace, rows: Any, options: DataOptions) -> 
             for row in written:
                 write(row)
                 count += 1
+    odd = list(_odd(columns))
     if arguments.out is not None:
-        sys.stderr.write(f"{arguments.out}: {count} rows\n")
+        odd.append(f"{arguments.out}: {count} rows")
+    sys.stderr.write("".join(f"{line}\n" for line in odd))
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -16,6 +16,11 @@ class BadField(ValueError):
     def __init__(self, field: str, reason: str, value: Any = None):
         super().__init__(field, reason, value)
         self.field, self.reason, self.value = field, reason, value
+
+    def called(self, names: Mapping[str, str]) -> BadField:
+        """Return the same fault in a column that the row calls by another name."""
+        column, bracket, place = self.field.partition("[")
+        return BadField(names.get(column, column) + bracket + place, self.reason, self.value)
 
 
 class BadRow(ValueError):

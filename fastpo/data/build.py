@@ -300,10 +300,18 @@ class Builder:
         columns = dict.fromkeys(CONTEXTS[role][0] for role in extras if role in CONTEXTS)
         if options.reference_prompt != "prompt":
             columns[options.reference_prompt] = None
-        synthesis = options.position_synthesis
-        in_chunks = synthesis is not None or options.truncation == "cut_chunks"
+        in_chunks = options.position_synthesis is not None or options.truncation == "cut_chunks"
         example = read_row(row, extras, tuple(columns), self.needs, in_chunks, self.columns)
         self._look_at(example)
+        try:
+            return self._made(example, tuple(columns), in_chunks, source, index)
+        except BadField as bad:
+            raise bad.called(example.fields) from bad
+
+    def _made(
+        self, example: Example, columns: Sequence[str], in_chunks: bool, source: str, index: int
+    ) -> list[Group]:
+        options, extras, synthesis = self.options, self.extras, self.options.position_synthesis
         if in_chunks and (example.chunk_spans is None or example.prompt is None):
             raise BadField(
                 "chunk_spans",
@@ -418,18 +426,6 @@ class Builder:
             if what not in self._told:
                 logger.warning("%s: %s", self.source, text)
         self._told |= said.keys()
-
-    def check_columns(self) -> None:
-        """Refuse a column that `options.columns` names and no row has.
-
-        Raises:
-            ValueError: names the column.
-        """
-        for name, own in self.columns.taken.items():
-            if own in self.columns.unseen:
-                raise ValueError(
-                    f"{self.source}: columns={{{name}: {own}}}, but no row has a column {own!r}"
-                )
 
 
 def _pairs_of(group: Group, example: Example, mode: ListToPairs) -> list[Group]:
@@ -684,7 +680,7 @@ def build_groups(
             if options.on_bad_row == "error":
                 raise
             skipped.append(bad)
-    builder.check_columns()
+    builder.columns.check_seen(source)
     if groups and "mismatched" in extras:
         groups = _mismatched(groups, options, source, skipped)
     if not groups:
@@ -773,7 +769,7 @@ class GroupStream(torch.utils.data.IterableDataset[Group]):
         if num_bad == num_rows and worker is None:
             raise ValueError(f"{self.source}: no usable row; {self.skipped_report()}")
         if worker is None:
-            builder.check_columns()
+            builder.columns.check_seen(self.source)
         builder.tell()
         if num_bad:
             logger.warning("%s: %s", self.source, self.skipped_report())

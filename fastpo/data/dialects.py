@@ -19,6 +19,7 @@ from fastpo.data.messages import (
     content_of,
     is_sequence,
     parsed,
+    plain,
     speaks_as_hh,
     split_hh,
     user,
@@ -33,8 +34,10 @@ PAIRED = tuple(f"{side}_response" for side in SIDES)
 PROMPTS = {
     *("question", "questions", "instruction", "instructions", "input", "inputs", "query"),
     *("messages", "conversation", "conversations", "context", "problem", "task", "user"),
-    *("history", "text", "post", "article", "passage", "document", "system"),
+    *("history", "text", "post", "article", "passage", "document"),
 }
+
+_ASKED = frozenset(("prompt", "question", "instruction", "input"))
 
 # Columns with something to train on that no reader reads.
 _UNREAD = re.compile(
@@ -49,6 +52,7 @@ class Reading:
         columns: what the row says, in the columns of `fastpo.data.formats`.
         names: fastpo's column -> the row's own name, for messages.
         used: the row's columns that were read.
+        inside: what stands in a column beside what was read there, under the place's name.
     """
 
     def __init__(self, row: Row):
@@ -56,6 +60,7 @@ class Reading:
         self.columns: dict[str, Any] = {}
         self.names: dict[str, str] = {}
         self.used: set[str] = set()
+        self.inside: dict[str, Any] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self.row
@@ -67,9 +72,9 @@ class Reading:
 
     def put(self, column: str, value: Any, name: str) -> None:
         """Set one of fastpo's columns; `name` says where its value stands in the row."""
+        self.names[column] = name
         if value is not None:
             self.columns[column] = value
-            self.names[column] = name
 
     def take(self, column: str, *names: str) -> None:
         """Set one of fastpo's columns to the first of `names` that the row has."""
@@ -77,11 +82,7 @@ class Reading:
             if name in self.row:
                 self.put(column, self.get(name), name)
                 return
-
-    def own(self, bad: BadField) -> BadField:
-        """Return the same fault with the row's own name of the column."""
-        column, bracket, place = bad.field.partition("[")
-        return BadField(self.names.get(column, column) + bracket + place, bad.reason, bad.value)
+        self.names[column] = (names or (column,))[0]
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,11 @@ class Dialect:
     def columns(self) -> frozenset[str]:
         """Names in the shape."""
         return frozenset(re.findall(r"\w+", self.shape))
+
+    @cached_property
+    def optional(self) -> frozenset[str]:
+        """Those that may be missing, and would not be missed."""
+        return frozenset(re.findall(r"(\w+)\?", self.shape))
 
 
 def _has(row: Row, *names: str) -> bool:
@@ -135,8 +141,13 @@ def _take_responses(reading: Reading) -> None:
     """Responses in columns of fastpo's own names, or nearly."""
     for side in SIDES:
         reading.take(side, side, f"{side}_response")
-    for column in ("responses", "scores", "ranks", "completion", "label"):
+    for column in ("responses", "scores", "completion"):
         reading.take(column)
+    # Beside a pair these say something else, if anything.
+    if "responses" in reading:
+        reading.take("ranks")
+    if "completion" in reading:
+        reading.take("label")
 
 
 def _split_answer(reading: Reading, name: str) -> tuple[Any, Any]:
@@ -151,8 +162,7 @@ def _split_answer(reading: Reading, name: str) -> tuple[Any, Any]:
 
 
 def _trl(reading: Reading) -> None:
-    for column in ("prompt", "system"):
-        reading.take(column)
+    reading.take("prompt")
     _take_responses(reading)
 
 
@@ -164,7 +174,10 @@ def _trl_claims(row: Row) -> bool:
 
 
 def _hh(reading: Reading) -> None:
-    chosen, rejected = (reading.get(side) for side in SIDES)
+    for side in SIDES:
+        if not isinstance(reading.get(side), str):
+            raise BadField(side, "missing or not text", reading.row.get(side))
+    chosen, rejected = (reading.row[side] for side in SIDES)
     prompt, chosen, rejected = split_hh("rejected", chosen, rejected)
     reading.put("prompt", prompt, "chosen")
     reading.put("chosen", chosen, "chosen")
@@ -176,17 +189,26 @@ def _hh_claims(row: Row) -> bool:
 
 
 def _openai(reading: Reading) -> None:
-    given = parsed("input", reading.get("input"))
+    given = plain(parsed("input", reading.get("input")))
     if not isinstance(given, Mapping):
         raise BadField("input", "not a dict of messages and tools", given)
     reading.put("prompt", given.get("messages"), "input.messages")
-    reading.put("tools", given.get("tools"), "input.tools")
+    if given.get("tools"):
+        if "tools" in reading:
+            raise BadField("tools", "beside input.tools: give one of the two", reading.row["tools"])
+        reading.put("tools", given["tools"], "input.tools")
+    known = ("messages", "tools")
+    reading.inside = {f"input.{key}": value for key, value in given.items() if key not in known}
     reading.take("chosen", "preferred_output")
     reading.take("rejected", "non_preferred_output")
 
 
 def _alpaca(reading: Reading) -> None:
-    history = parsed("history", reading.get("history")) or []
+    history = reading.get("history") or []
+    if isinstance(history, str):
+        history = parsed("history", history) if history.strip() else []
+    if not is_sequence(history):
+        raise BadField("history", "not a list of [user, assistant] texts", history)
     asked = [reading.get(name) for name in ("instruction", "input")]
     for name, text in zip(("instruction", "input"), asked, strict=True):
         if text is not None and not isinstance(text, str):
@@ -197,8 +219,7 @@ def _alpaca(reading: Reading) -> None:
             raise BadField("history", "not a list of [user, assistant] texts", turn)
         prompt += [user(turn[0]), assistant(turn[1])]
     prompt.append(user("\n".join(text for text in asked if text)))
-    reading.put("prompt", prompt, "instruction")
-    reading.take("system")
+    reading.put("prompt", prompt if "instruction" in reading else None, "instruction")
     _take_responses(reading)
     if "kto_tag" in reading:
         reading.take("completion", "output")
@@ -206,9 +227,9 @@ def _alpaca(reading: Reading) -> None:
 
 
 def _sharegpt(reading: Reading) -> None:
-    name = "conversations" if "conversations" in reading else "messages"
-    reading.take("system")
+    name = "messages" if _has(reading.row, "messages", "kto_tag") else "conversations"
     if "kto_tag" in reading or not _pair(reading.row):
+        _take_responses(reading)
         prompt, answer = _split_answer(reading, name)
         reading.put("prompt", prompt, name)
         reading.put("completion", answer, name)
@@ -220,7 +241,6 @@ def _sharegpt(reading: Reading) -> None:
 
 def _ms_swift(reading: Reading) -> None:
     prompt, answer = _split_answer(reading, "messages")
-    reading.take("system")
     if "label" in reading and not any(name in reading for name in _SWIFT_REJECTED):
         reading.put("prompt", prompt, "messages")
         reading.put("completion", answer, "messages")
@@ -228,12 +248,15 @@ def _ms_swift(reading: Reading) -> None:
         return
     if _has(reading.row, *_SWIFT_REJECTED):
         raise BadField("rejected_messages", "beside rejected_response: give one of the two")
-    if "rejected_messages" in reading:
+    if "rejected_response" not in reading:
         reading.put("chosen", prompt + answer, "messages")
         reading.take("rejected", "rejected_messages")
         return
-    # Everything behind the last user turn is the answer, calls and what tools say to them too.
-    last = max((i for i, m in enumerate(prompt) if m["role"] == "user"), default=-1)
+    # A text stands for what follows the last question or tool; messages for all that follows the
+    # last question, calls and what tools say to them too.
+    rejected = content_of("rejected_response", reading.row["rejected_response"])
+    asking = ("user", "tool") if isinstance(rejected, str) else ("user",)
+    last = max((i for i, m in enumerate(prompt) if m["role"] in asking), default=-1)
     reading.put("prompt", prompt[: last + 1], "messages")
     reading.put("chosen", prompt[last + 1 :] + answer, "messages")
     reading.take("rejected", "rejected_response")
@@ -244,16 +267,17 @@ _SWIFT_REJECTED = ("rejected_response", "rejected_messages")
 
 def _nemo(reading: Reading) -> None:
     reading.take("prompt", "context")
-    completions = parsed("completions", reading.get("completions"))
+    completions = reading.get("completions")
     _ranked(reading, "completions", completions, "completion")
 
 
 def _nectar(reading: Reading) -> None:
     reading.take("prompt")
-    _ranked(reading, "answers", parsed("answers", reading.get("answers")), "answer")
+    _ranked(reading, "answers", reading.get("answers"), "answer")
 
 
 def _ranked(reading: Reading, name: str, items: Any, answer: str) -> None:
+    items = plain(parsed(name, items))
     if not is_sequence(items) or not all(isinstance(item, Mapping) for item in items):
         raise BadField(name, f"not a list of {{{answer}, rank}}", items)
     for i, item in enumerate(items):
@@ -265,34 +289,32 @@ def _ranked(reading: Reading, name: str, items: Any, answer: str) -> None:
 
 def _axolotl(reading: Reading) -> None:
     reading.take("prompt", "messages", "prompt", "question", "input", "instruction")
-    reading.take("system")
     _take_responses(reading)
 
 
 def _orca(reading: Reading) -> None:
     reading.take("prompt", "question")
-    reading.take("system")
     _take_responses(reading)
 
 
 def _distilabel(reading: Reading) -> None:
     reading.take("prompt", "instruction", "input")
-    reading.take("system")
     reading.take("responses", "generations")
     reading.take("scores", "ratings")
 
 
 def _logo(reading: Reading) -> None:
-    reading.columns = dict(reading.row)
+    for column in DIALECTS["logo"].columns:
+        reading.take(column)
     reading.used |= {"all_ref_ids", "prefix_id", "suffix_id", "label"}  # of other steps of its code
 
 
 def _longpo(reading: Reading) -> None:
-    reading.columns = dict(reading.row)
     kinds = ("input_ids", "labels", "attention_mask")
-    reading.used |= {
+    for column in (
         f"{ref}{side}_{kind}" for ref in ("", "ref_") for side in SIDES for kind in kinds
-    }
+    ):
+        reading.take(column)
 
 
 def _openai_claims(row: Row) -> bool:
@@ -494,7 +516,24 @@ class Columns:
         self.unseen -= row.keys()
         moved = self.dropped | set(self.taken.values())
         kept = {name: value for name, value in row.items() if name not in moved}
-        return kept | {name: row[own] for name, own in self.taken.items() if own in row}
+        taken = {name: row[own] for name, own in self.taken.items() if row.get(own) is not None}
+        for name in taken.keys() & kept.keys():
+            if kept[name] is not None:  # the row has a column of that name already
+                self.ignored[name] = None
+        return kept | taken
+
+    def check_seen(self, source: str) -> None:
+        """Refuse a column that the user named and no row had.
+
+        Raises:
+            ValueError: names the data set and the column.
+        """
+        for name, own in self.taken.items():
+            if own in self.unseen:
+                raise ValueError(
+                    f"{source}: columns={{{name}: {own}}}, but no row has a column {own!r}: write "
+                    "its name there, or leave it out"
+                )
 
     def _hint(self, row: Row) -> str:
         every = frozenset().union(*(dialect.columns for dialect in DIALECTS.values()))
@@ -503,21 +542,30 @@ class Columns:
             f"; is {name!r} meant to be {known!r}?" for name, known in near.items() if known
         )
 
-    def check_unread(self, name: str, reading: Reading, known: Collection[str]) -> None:
-        """Look at what a dialect left unread, `known` columns aside.
+    def check_unread(self, name: str, reading: Reading, optional: Collection[str]) -> None:
+        """Look at what a dialect left unread; `optional` columns are read elsewhere, if needed.
 
         Raises:
             BadField: a column that looks like one that is read, or holds something to train on.
         """
-        columns = frozenset(known) | DIALECTS[name].columns
-        for column, value in reading.row.items():
-            if column in reading.used or column in columns:
+        dialect, row = DIALECTS[name], reading.row
+        # A row that was read has its prompt and responses: what else may be misspelled?
+        missed = dialect.optional.union(optional).difference(row)
+        if "responses" not in reading.columns:
+            missed = missed - {"ranks"}
+        for column, value in {**row, **reading.inside}.items():
+            if column in reading.used or column in optional:
                 continue
             drop = f"`columns: {{{column}: null}}` drops it"
             if _UNREAD.fullmatch(column):
                 if not is_sequence(value) or len(value):
                     raise BadField(column, f"a column that nothing here reads: {drop}", value)
-            elif (near := _near(column, columns)) is not None:
+            elif column in dialect.columns & _ASKED and isinstance(value, str) and value.strip():
+                read = [row[other] for other in reading.used & row.keys()]
+                if not any(isinstance(v, str) and v == value for v in read):
+                    reason = f"{reading.names['prompt']} is read as the prompt: {drop}"
+                    raise BadField(column, reason, value)
+            elif (near := _near(column, missed)) is not None:
                 reason = f"is {near!r} meant? `columns: {{{near}: {column}}}` reads it, {drop}"
                 raise BadField(column, reason, value)
             self.ignored[column] = None

@@ -26,6 +26,7 @@ from fastpo.data.messages import (
     is_sequence,
     message_text,
     parsed,
+    plain,
     turns_of,
     user,
 )
@@ -42,6 +43,9 @@ CONTEXTS = {
     "bare_rejected": ("bare_prompt", -1),
 }
 """Role -> the column with the other prompt, and the candidate that is scored after it."""
+
+PROMPT_COLUMNS = ("short_prompt", *dict.fromkeys(column for column, _ in CONTEXTS.values()))
+"""Columns with a further prompt."""
 
 PER_TOKEN = ("token_weights", "token_rewards")
 """Columns with a list a response of one number a token."""
@@ -61,8 +65,8 @@ _NO_TEXT = {
 }
 
 # Columns that every dialect may have; an objective or option that needs one reads it.
-_OPTIONAL = {*_NO_TEXT, *EXTRAS, "short_prompt", *(column for column, _ in CONTEXTS.values())}
-_OPTIONAL -= {"system", "label", "ranks"}
+_OPTIONAL = {*_NO_TEXT, *EXTRAS, *PROMPT_COLUMNS}
+_OPTIONAL -= {"label", "ranks"}
 KNOWN = _OPTIONAL.union(*(dialect.columns for dialect in DIALECTS.values()))
 """Every column that something reads."""
 
@@ -130,6 +134,7 @@ class Example:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     append_eos: bool | None = None  # None: as the run says, here and below
     continue_final_message: bool | None = None
+    fields: dict[str, str] = field(default_factory=dict)  # column -> its name in the file
     tokens: Tokens | None = None  # then there is no text: no prompt and no responses
     turns: list[Turn] | None = None  # of `tokens`, the scored tokens in order, for the reference
 
@@ -258,10 +263,21 @@ def _grades(row: Mapping[str, Any], name: str, count: int) -> list[Any] | None:
     return [_number(f"{name}[{i}]", value) for i, value in enumerate(values)]
 
 
+_FOR_PAIRS = "of pairs: those of other rows are in `spans`", "chosen_spans", "rejected_spans"
+
+
+def _unfit_spans(row: Mapping[str, Any], reason: str, *names: str) -> None:
+    for name in names:
+        value = parsed(name, row.get(name))
+        if value is not None and not (is_sequence(value) and not len(value)):
+            raise BadField(name, reason, value)
+
+
 def _ranked_list(row: Mapping[str, Any]) -> Example:
     values = parsed("responses", row["responses"])
     if not is_sequence(values):
         raise BadField("responses", "not a list of responses", values)
+    _unfit_spans(row, *_FOR_PAIRS)
     if len(values) < 2:
         raise BadField("responses", "a list needs at least two responses", values)
     names = [f"responses[{i}]" for i in range(len(values))]
@@ -306,6 +322,11 @@ def _pair(row: Mapping[str, Any]) -> Example:
     names = ["chosen", "rejected"]
     responses = [content_of(name, row.get(name)) for name in names]
     spans = [_spans_of(f"{name}_spans", row.get(f"{name}_spans")) for name in names]
+    _unfit_spans(
+        row,
+        "a pair has `chosen_spans` and `rejected_spans`; `columns: {spans: null}` drops it",
+        "spans",
+    )
     return Example(
         prompt=None,
         responses=responses,
@@ -326,6 +347,7 @@ def _single(row: Mapping[str, Any]) -> Example:
     good = _WORDS.get(str(label).strip().lower())
     if good is None:
         raise BadField("label", f"neither true nor false: {_LABEL}", label)
+    _unfit_spans(row, *_FOR_PAIRS)
     spans = _spans_of("spans", row.get("spans"))
     return Example(
         prompt=None,
@@ -488,13 +510,23 @@ def _chunk_spans(value: Any) -> list[tuple[int, int]]:
     return spans
 
 
+def _tools_of(value: Any) -> list[Any]:
+    """Tools beside text; a word in a column of that name is none of ours."""
+    try:
+        value = plain(parsed("tools", value))
+    except BadField:
+        return []
+    return value if isinstance(value, list) else []
+
+
 def _template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
     kwargs = parsed("chat_template_kwargs", row.get("chat_template_kwargs", {}))
     if not isinstance(kwargs, Mapping):
         raise BadField("chat_template_kwargs", "not a dict", kwargs)
     tools = parsed("tools", row.get("tools"))
     # An empty list makes some templates write an empty tool section.
-    return {**kwargs, **({"tools": tools} if tools else {})}
+    tools = plain(tools)
+    return {**plain(kwargs), **({"tools": tools} if tools else {})}
 
 
 def _check(example: Example) -> None:
@@ -546,20 +578,18 @@ FORMATS = {
 TOKENISED = dict.fromkeys([f"{side}_input_ids" for side in SIDES], _longpo)
 
 
-def _whole(reading: Reading) -> Example:
+def _whole(name: str, reading: Reading) -> Example:
     """The prompt and the responses of a row in fastpo's own columns."""
     row = reading.columns
     # Text wins: token ids beside it are what another trainer made of it.
     formats = FORMATS if FORMATS.keys() & row.keys() else TOKENISED
     named = [key for key in formats if key in row]
     if len({formats[key] for key in named}) != 1:
-        reason = "more than one format" if named else "no known format"
-        raise BadField(
-            ", ".join(named) or "columns",
-            f"{reason}: need chosen + rejected, or prompt + completion + label, or prompt + "
-            "responses",
-            sorted(reading.row),
-        )
+        found = [reading.names.get(key, key) for key in named]
+        reason = f"no row of the dialect {name}: need {DIALECTS[name].shape}"
+        if named:
+            reason = f"answers of more than one format: `columns: {{{found[-1]}: null}}` drops some"
+        raise BadField(", ".join(found) or "columns", reason, sorted(reading.row))
     example = formats[named[0]](row)
     if "prompt" in row:
         example.prompt = content_of("prompt", row["prompt"])
@@ -584,6 +614,8 @@ def _converse(example: Example, system: Any, turns: bool) -> None:
         raise BadField("prompt", f"{reason}; `columns: {{prompt: NAME}}` names its column")
     # In HH's form the prompt ends with `Assistant:`, and a response may go on with further turns.
     hh = isinstance(example.prompt, str) and turns_of(example.prompt) is not None
+    if hh:
+        _no_spans(example)
 
     def spoken(content: Content) -> Messages:
         if not isinstance(content, str):
@@ -607,8 +639,16 @@ def _converse(example: Example, system: Any, turns: bool) -> None:
         _begin_with(example, system)
 
 
+def _no_spans(example: Example) -> None:
+    for name, spans in zip(example.names, example.spans or (), strict=False):
+        if spans:
+            column = f"{name}_spans" if name in SIDES else "spans"
+            reason = "count characters of a text that is divided here: give the row as messages"
+            raise BadField(column, reason)
+
+
 def _asked(example: Example, text: str) -> Messages | None:
-    """The messages of a prompt given as text; None where the responses begin with it."""
+    """The messages of a prompt given as text; None where nothing is left behind them."""
     responses: Any = example.responses
     if any(response[0]["role"] == "assistant" for response in responses):
         return turns_of(text) or [user(text)]
@@ -621,10 +661,7 @@ def _asked(example: Example, text: str) -> Messages | None:
             "drops the column",
             text,
         )
-    if not single:
-        return None
-    example.responses = [responses[0][-1:]]
-    return begin
+    return begin if all(len(response) > len(begin) for response in responses) else None
 
 
 def _answers_alone(example: Example, prompt: Messages) -> None:
@@ -649,7 +686,7 @@ def _answers_alone(example: Example, prompt: Messages) -> None:
 def _begin_with(example: Example, system: Any) -> None:
     """Put a system message before every conversation of the row."""
     if not isinstance(system, str):
-        raise BadField("system", "not text", system)
+        raise BadField("system", "not text: `columns: {system: null}` drops it", system)
 
     def begun(messages: Any) -> Any:
         if messages and messages[0]["role"] in ("system", "developer"):
@@ -667,6 +704,17 @@ def _begin_with(example: Example, system: Any) -> None:
     example.prompts = {name: begun(prompt) for name, prompt in example.prompts.items()}
 
 
+def _end_of_hh(example: Example) -> None:
+    """Drop the prompt from further responses, which are whole conversations as the others."""
+    _no_spans(example)
+    prompt: Any = example.prompt
+    for role, content in example.extras.items():
+        if not isinstance(content, str) or not content.startswith(prompt):
+            reason = "does not begin with what chosen and rejected begin with"
+            raise BadField(role, reason, content)
+        example.extras[role] = content[len(prompt) :]
+
+
 def _read_as(
     name: str,
     reading: Reading,
@@ -680,7 +728,7 @@ def _read_as(
     # What the dialect made of its own columns wins over an optional one of that name.
     reading.columns = {k: v for k, v in row.items() if k in _OPTIONAL} | reading.columns
     try:
-        example = _whole(reading)
+        example = _whole(name, reading)
         if example.tokens is not None:
             return example
         example.extras = {
@@ -688,7 +736,8 @@ def _read_as(
         }
         example.prompts = {column: content_of(column, row.get(column)) for column in prompts}
         text = isinstance(example.responses[0], str)
-        if text and example.prompt is None and name == "trl":
+        implied = example.prompt is None and (text or not example.parts()[0])
+        if implied and name == "trl":
             for column in sorted(PROMPTS & row.keys() - reading.used):
                 raise BadField(
                     column,
@@ -696,15 +745,21 @@ def _read_as(
                     f"it, `columns: {{{column}: null}}` drops it",
                     row[column],
                 )
+        if implied and not text:
+            both = " and ".join(reading.names.get(n, n) for n in example.names)
+            raise BadField("prompt", f"missing, and {both} begin with nothing in common")
+        if name == "hh":
+            _end_of_hh(example)
         turns = dialect.turns or columns.text_as_messages
         _converse(example, reading.columns.get("system"), turns)
         if name == "hh" and not example.conversational:
-            for side, response in zip(example.names, example.responses, strict=True):
+            every = zip(example.names, example.responses, strict=True)
+            for side, response in (*every, *example.extras.items()):
                 if "\n\nHuman:" in response:
                     reason = "goes on with the human's words: `text_as_messages: true` scores the "
                     raise BadField(side, reason + "assistant's alone", response)
     except BadField as bad:
-        raise reading.own(bad) from bad
+        raise bad.called(reading.names) from bad
     return example
 
 
@@ -714,12 +769,14 @@ def _recognised(
     """The dialect that reads a row: several may claim it who read the same."""
     readings = columns.readings(row)
     read: list[tuple[str, Reading, Example]] = []
+    faults: list[BadField] = []
     for name, reading in readings:
         try:
             read.append((name, reading, _read_as(name, reading, columns, extras, prompts)))
-        except BadField:
-            if len(readings) == 1:
-                raise
+        except BadField as bad:
+            faults.append(bad)
+    if not read:  # whichever reads it, something is wrong
+        raise faults[0]
     names = [name for name, _ in readings]
     if len(readings) > 1:
         said = [(e.prompt, e.responses, e.labels, e.ranks, e.scores) for _, _, e in read]
@@ -760,12 +817,52 @@ def read_row(
     if not isinstance(row, Mapping):
         raise BadField("row", "not a dict of columns", row)
     columns = columns or Columns()
+    try:
+        return _read_row(row, extras, prompts, needs, chunks, columns)
+    except BadField as bad:
+        raise bad.called(columns.taken) from bad
+
+
+def _read_row(
+    row: Mapping[str, Any],
+    extras: Sequence[str],
+    prompts: Sequence[str],
+    needs: Collection[str] | None,
+    chunks: bool,
+    columns: Columns,
+) -> Example:
     present = {
         key: value
         for key, value in columns.renamed(row).items()
         if value is not None
         and not (key in _NO_TEXT and isinstance(value, str) and not value.strip())
     }
+
+    name, reading, example = _recognised(present, columns, extras, prompts)
+    example.dialect = name
+    pair = example.labels == [True, False] and not example.ranked
+    optional = _OPTIONAL.union(prompts)
+    if pair:
+        optional = optional.union(form.format(side) for form in _PAIR_SCORES for side in SIDES)
+    columns.check_unread(name, reading, optional)
+    names = {column: columns.taken.get(own, own) for column, own in reading.names.items()}
+    example.fields = {**columns.taken, **names}
+    try:
+        _take_optional(example, reading, extras, prompts, needs, chunks)
+    except BadField as bad:
+        raise bad.called(reading.names) from bad
+    return example
+
+
+def _take_optional(
+    example: Example,
+    reading: Reading,
+    extras: Sequence[str],
+    prompts: Sequence[str],
+    needs: Collection[str] | None,
+    chunks: bool,
+) -> None:
+    """Add to an example what the row's optional columns say, and check the whole of it."""
 
     def taken(need: str, read: Callable[..., T], *args: Any) -> T | None:
         if needs is not None:
@@ -775,11 +872,9 @@ def read_row(
         except BadField:
             return None
 
-    name, reading, example = _recognised(present, columns, extras, prompts)
-    example.dialect = name
-    columns.check_unread(name, reading, _OPTIONAL.union(prompts))
     present = reading.columns
-    grades = _pair_scores if example.labels == [True, False] and not example.ranked else None
+    pair = example.labels == [True, False] and not example.ranked
+    grades = _pair_scores if pair else None
     if len(example.names) == 1:
         grades = _single_score
     if grades is not None:
@@ -810,15 +905,11 @@ def read_row(
                 raise BadField(column, "not for rows of token ids: give the row as text")
         if "short_prompt" in prompts:
             example.turns = _turns(reading.row, example.tokens)
-        return example
+        return
     if example.conversational:
         example.template_kwargs = _template_kwargs(present)
-    elif isinstance(tools := present.get("tools"), list) and tools:
+    elif tools := _tools_of(present.get("tools")):
         reason = "a row of text has no chat template to write it: `text_as_messages: true` makes "
         reason += "messages of it, `columns: {tools: null}` drops the column"
         raise BadField("tools", reason, tools)
-    try:
-        _check(example)
-    except BadField as bad:
-        raise reading.own(bad) from bad
-    return example
+    _check(example)

@@ -28,8 +28,17 @@ MESSAGES = re.compile(
     re.DOTALL,
 )
 
+# So is one message alone, which says what it is before all else.
+_MESSAGE = re.compile(
+    r"""\s*\{\s*['"](role|from)['"]\s*:\s*['"](system|developer|user|assistant|tool|human|gpt|"""
+    r"""function_call)['"]\s*,\s*['"](content|value|tool_calls)['"]\s*:\s*['"\[n]"""
+)
+
 # Names that ShareGPT's and vendors' files have for the roles of chat templates.
-_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_response": "tool"}
+_ROLES = {
+    **{"human": "user", "gpt": "assistant"},
+    **dict.fromkeys(("observation", "function_response", "tool_response"), "tool"),
+}
 _CALL = ("function_call", "tool_call")
 _TEXTS = (None, "text", "input_text", "output_text")  # what vendors call a part of text
 
@@ -51,6 +60,15 @@ def parsed(name: str, value: Any) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise BadField(name, f"neither a list or dict nor JSON of one: {error}", value) from error
+
+
+def plain(value: Any) -> Any:
+    """Arrays and numbers of NumPy as Python's, which can be compared and rendered."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def user(text: str) -> dict[str, Any]:
@@ -83,7 +101,11 @@ def _call(name: str, text: Any) -> dict[str, Any]:
 
 def _message(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
     # Columnar storage gives every message the union of all keys and fills the rest with None.
-    message = {key: item for key, item in value.items() if item is not None}
+    message: dict[str, Any] = {
+        key: item if isinstance(item, str) else plain(item)
+        for key, item in value.items()
+        if item is not None
+    }
     if "role" not in message and "from" in message:
         message["role"] = message.pop("from")
         message["content"] = message.pop("value", None)
@@ -110,7 +132,7 @@ def content_of(name: str, value: Any) -> Content:
     if value is None:
         raise BadField(name, "missing")
     if isinstance(value, str):
-        if not MESSAGES.match(value):
+        if not (MESSAGES.match(value) or _MESSAGE.match(value)):
             return value
         value = parsed(name, value)
     if isinstance(value, Mapping):

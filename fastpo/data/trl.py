@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastpo.data.bad_rows import BadField
-from fastpo.data.dialects import DIALECTS
-from fastpo.data.formats import Example
+from fastpo.data.formats import KNOWN, Example
+
+# They say the same of the written row as of the read one.
+_AS_THEY_ARE = frozenset(
+    ("weight", "margin", "group", "append_eos", "continue_final_message", "chunk_spans")
+)
 
 
 def to_trl(example: Example, row: Mapping[str, Any], lists: str | None) -> Iterator[dict[str, Any]]:
-    """Write a row as TRL's trainers read it, columns that no dialect reads along.
+    """Write a row as TRL's trainers read it, with fastpo's optional columns and unknown ones.
 
     Args:
-        example: the row as it was read.
+        example: the row as it was read, with all of its further responses and prompts.
         row: the row, its columns renamed.
         lists: `best_worst` or `best_rest`, the pairs that a list becomes; None takes no lists.
 
@@ -24,29 +28,46 @@ def to_trl(example: Example, row: Mapping[str, Any], lists: str | None) -> Itera
     if example.tokens is not None:
         raise BadField(example.names[0], "TRL takes no rows of token ids")
     prompt, responses = example.parts()
-    read = DIALECTS[example.dialect].columns
-    begin = {name: value for name, value in row.items() if name not in read and value is not None}
-    begin |= example.template_kwargs and _kwargs(example.template_kwargs)
+    # What a reader of another dialect would take for a prompt or an answer stays behind.
+    begin = {
+        name: value
+        for name, value in row.items()
+        if value is not None and (name in _AS_THEY_ARE or name not in KNOWN)
+    }
+    begin |= _kwargs(example.template_kwargs) | example.extras | example.prompts
     if prompt is not None:
         begin["prompt"] = prompt
     if len(responses) == 1:
-        yield begin | {"completion": responses[0], "label": example.labels[0]}
+        single = {"completion": responses[0], "label": example.labels[0]}
+        single |= {"score": example.scores[0]} if example.scores[0] is not None else {}
+        yield begin | single | _of_tokens(example, [0], "spans")
         return
     worse = [k for k in range(1, len(responses)) if example.ranks[k] > 0]
     if not worse:
-        raise BadField("scores", "all equal, so the list holds no pair", example.scores)
+        reason = "all equal, so the list holds no pair"
+        raise BadField("scores", reason, example.scores).called(example.fields)
     if len(responses) > 2 and lists is None:
         raise BadField(
             example.names[0].partition("[")[0],
             f"a list of {len(responses)}, and TRL takes pairs: --list-to-pairs best_worst or "
             "best_rest makes them",
-        )
+        ).called(example.fields)
     for k in worse[-1:] if lists == "best_worst" else worse:
         pair = begin | {"chosen": responses[0], "rejected": responses[k]}
         grades = example.scores[0], example.scores[k]
         if None not in grades:
             pair |= {"score_chosen": grades[0], "score_rejected": grades[1]}
-        yield pair
+        yield pair | _of_tokens(example, [0, k], "chosen_spans", "rejected_spans")
+
+
+def _of_tokens(example: Example, places: Sequence[int], *spans: str) -> dict[str, Any]:
+    """The weights of tokens of some of the responses, `spans` being the columns for theirs."""
+    columns: dict[str, Any] = {
+        name: [arrays[k].tolist() for k in places] for name, arrays in example.per_token.items()
+    }
+    if example.spans is not None:
+        columns |= {name: example.spans[k] for name, k in zip(spans, places, strict=True)}
+    return columns
 
 
 def _kwargs(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 from trl.data_utils import is_conversational
 
 from fastpo.cli import main
+from fastpo.data.formats import read_row
 from fastpo.data.messages import assistant, user
 
 ASKED = user("Which metal is liquid?")
@@ -83,7 +84,7 @@ def test_rows_for_trl(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     out = tmp_path / "trl.jsonl"
     words = ["data", "show", str(rows), str(out), "--to", "trl"]
     assert main(words) == 2
-    assert "row 1, field 'responses': a list of 3, and TRL takes pairs" in capsys.readouterr().err
+    assert "row 1, field 'completions': a list of 3, and TRL takes pairs" in capsys.readouterr().err
     words += ["--list-to-pairs", "best_rest", "--overwrite"]
     assert main(words) == 2
     assert "row 2, field 'line'" in capsys.readouterr().err
@@ -99,6 +100,46 @@ def test_rows_for_trl(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         {"prompt": "The metal is", "completion": " mercury.", "label": True},
     ]
     assert [is_conversational(row) for row in written] == [True, True, True, False]
+
+
+def test_rows_for_trl_say_all_that_the_rows_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Worst first, with what belongs to single responses or to the whole conversation beside them.
+    listed = {
+        "system": "Be brief.",
+        "context": [ASKED],
+        "completions": [
+            {"rank": 1, "completion": [assistant("Lead.")]},
+            {"rank": 0, "completion": [assistant("Mercury.")]},
+        ],
+        "spans": [[[0, 4, 0.5]], [[0, 7, 2.0]]],
+        "token_weights": [[0.5, 1.0], [2.0, 3.0, 1.0]],
+        "gold": "Hg.",
+        "short_prompt": "Liquid?",
+        "weight": 2.0,
+        "question": "Another one?",
+        "source": "school",
+    }
+    path, out = tmp_path / "rows.jsonl", tmp_path / "trl.jsonl"
+    path.write_text(json.dumps(listed))
+    assert main(["data", "show", str(path), str(out), "--to", "trl"]) == 0
+    assert "ignored columns, which nothing here reads: question, source" in capsys.readouterr().err
+    (written,) = map(json.loads, out.read_text().splitlines())
+    assert "question" not in written  # another dialect's prompt
+    assert written["source"] == "school"
+    wanted = ("gold",), ("short_prompt",)
+    before, after = (read_row(row, *wanted) for row in (listed, written))
+    assert after.prompt == before.prompt == [{"role": "system", "content": "Be brief."}, ASKED]
+    for name in ("responses", "spans", "extras", "prompts", "weight"):
+        assert getattr(after, name) == getattr(before, name), name
+    weights = after.per_token["token_weights"]
+    assert [array.tolist() for array in weights] == [[2.0, 3.0, 1.0], [0.5, 1.0]]
+
+
+def test_a_named_column_that_no_row_has(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, rows, "--columns", "{system: sytem}")
+    assert text.endswith("columns={system: sytem}: no row so far has a column 'sytem'\n")
 
 
 @pytest.mark.parametrize(

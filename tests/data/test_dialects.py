@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from copy import deepcopy
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 
 from fastpo.data.bad_rows import BadField, BadRow
@@ -272,6 +275,10 @@ def test_rejected_response_replaces_all_behind_the_last_question():
     row = {"messages": [Q, call, tool, GOOD], "rejected_response": [call, tool, BAD]}
     example = read_row(row)
     assert (example.prompt, example.responses) == ([Q], [[call, tool, GOOD], [call, tool, BAD]])
+    answered = {"role": "tool_response", "content": "molten"}
+    row = {"messages": [Q, call, answered, GOOD], "rejected_response": BAD["content"]}
+    example = read_row(row)  # a text is the answer to the tool
+    assert (example.prompt, example.responses) == ([Q, call, tool], [[GOOD], [BAD]])
 
 
 def test_lists_of_any_length():
@@ -314,7 +321,17 @@ def test_a_row_that_two_dialects_read_differently(row, names):
 def test_dialects_that_agree_are_no_conflict():
     row = PAIRS["ultrafeedback"][1] | {"question": Q["content"]}
     assert set(claimed(row)) == {"trl", "orca"}
-    assert read_row(row).responses == list(WHOLE)
+    assert read_row(row).parts() == ([Q], [[GOOD], [BAD]])
+
+
+def test_further_columns_beside_whole_conversations():
+    row = PAIRS["ultrafeedback"][1] | {"short_prompt": "Liquid?"}
+    for gold in ("Hg.", [Q, assistant("Hg.")]):
+        example = read_row(row | {"gold": gold}, ("gold",), ("short_prompt",))
+        assert example.extras == {"gold": [assistant("Hg.")]}
+        assert example.prompts == {"short_prompt": [user("Liquid?")]}
+    with pytest.raises(BadField, match="identical to chosen"):
+        read_row(row | {"rejected": WHOLE[0]})
 
 
 def test_an_explicit_dialect_makes_turns_of_text():
@@ -342,6 +359,129 @@ def test_faults_are_told_in_the_row_s_own_words():
         assert caught.value.field == field
 
 
+@pytest.mark.parametrize("case", [*PAIRS, *POINTS, *TEXTS])
+def test_every_dialect_has_a_system_message(case):
+    row = (PAIRS | POINTS | TEXTS)[case][1]
+    example = read_row(row | {"system": "Be brief."})
+    assert example.parts()[0] == [{"role": "system", "content": "Be brief."}, Q]
+
+
+@pytest.mark.parametrize(
+    ("case", "more", "field"),
+    [
+        ("Argilla", {"input": "Name it."}, "instruction"),
+        ("older NeMo", {"input": "Name it."}, "input"),
+        ("distilabel", {"input": "Name it."}, "input"),
+        ("TRL", {"spans": [[0, 1, 0.5]]}, "spans"),
+        ("NeMo", {"chosen_spans": [[0, 1, 0.5]]}, "chosen_spans"),
+        ("TRL, implied", {"spans": [[0, 1, 0.5]]}, "spans"),
+        (
+            "ShareGPT",
+            {"conversations": WHOLE[0], "kto_tag": True},
+            "chosen, rejected, conversations",
+        ),
+        ("OpenAI", {"input": {"messages": [Q], "tools": TOOLS}, "tools": TOOLS}, "tools"),
+    ],
+)
+def test_nothing_that_could_be_trained_on_is_left_unread(case, more, field):
+    with pytest.raises(BadField) as caught:
+        read_row(PAIRS[case][1] | more)
+    assert caught.value.field == field
+
+
+def test_what_is_left_unread_is_named():
+    for case, more in (
+        ("TRL", {"label": False, "ranks": [2, 1], "response": "Mercury is.", "labels": 3}),
+        ("OpenAI", {"input": {"messages": [Q], "tool": TOOLS}}),
+        ("alpaca", {"output": "Tin is.", "chosen_response": "Tin is."}),
+    ):
+        columns = Columns()
+        read_row(PAIRS[case][1] | more, columns=columns)
+        left = ["input.tool"] if "input" in more else list(more)
+        assert list(columns.ignored) == left
+    columns = Columns()
+    read_row(PAIRS["TRL"][1] | {"chosen_score": 2.0, "rejected_score": 1.0}, columns=columns)
+    assert not columns.ignored  # they are grades
+
+
+def test_lists_and_messages_as_text():
+    """As cells of CSV hold them."""
+    for dialect, row in (*PAIRS.values(), *POINTS.values(), *TEXTS.values()):
+        cells = {k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items()}
+        example, expected = read_row(cells), read_row(row)
+        assert (example.dialect, example.parts()) == (dialect, expected.parts())
+        assert (example.labels, example.ranks) == (expected.labels, expected.ranks)
+    for text in ('{"role": "admin", "value": 3}', '{"role": "user", "rights": ["read"]}'):
+        assert read_row(PAIR | {"chosen": text}).responses[0] == text  # an answer in JSON
+    blank = {"history": "", "tools": " ", "input": "", "system": ""}
+    assert read_row(PAIRS["alpaca"][1] | blank).prompt == [Q]
+
+
+def test_numpy_in_rows():
+    for case in ("OpenAI", "NeMo"):
+        row = datasets.Dataset.from_list([PAIRS[case][1]]).with_format("numpy")[0]
+        assert read_row(row).parts() == ([Q], [[GOOD], [BAD]])
+    calls = np.array([{"name": "melt", "arguments": {"t": np.float32(1)}}, {"name": "cast"}])
+    call = {"role": "assistant", "content": "", "tool_calls": calls}
+    row = {"chosen": np.array([Q, call, GOOD]), "rejected": np.array([Q, call, BAD])}
+    prompt, _ = read_row(row).parts()
+    assert prompt[1]["tool_calls"] == [
+        {"name": "melt", "arguments": {"t": 1.0}},
+        {"name": "cast"},
+    ]
+
+
+def test_an_hh_row_s_further_responses():
+    row = TEXTS["HH"][1] | {"gold": HH + " Quicksilver is."}
+    assert read_row(row, ("gold",)).extras == {"gold": " Quicksilver is."}
+    columns = Columns(text_as_messages=True)
+    gold = read_row(row, ("gold",), columns=columns).extras["gold"]
+    assert gold == [assistant("Quicksilver is.")]
+    for more in ({"gold": " Quicksilver is."}, {"chosen_spans": [[0, 2, 0.5]]}):
+        with pytest.raises(BadField) as caught:
+            read_row(row | more, ("gold",))
+        assert caught.value.field in more
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_a_dialect_that_a_row_is_not_of(name):
+    row = {"problem": "Which metal is liquid?", "good_one": "Mercury.", "bad_one": "Lead."}
+    with pytest.raises(BadField) as caught:
+        read_row(row, columns=Columns(name))
+    assert caught.value.field in {"columns", *re.findall(r"\w+", DIALECTS[name].shape)}
+
+
+def test_what_a_wrong_dialect_lacks():
+    for name, field in (("alpaca", "instruction"), ("orca", "question"), ("hh", "rejected")):
+        with pytest.raises(BadField) as caught:
+            read_row(PAIR, columns=Columns(name))
+        assert caught.value.field == field
+
+
+def test_faults_of_tokenising_are_told_in_the_row_s_own_words(tokenizers):
+    tokenizer = tokenizers("chatml")
+    orca, named = PAIRS["orca"][1], {"prompt": "query", "chosen": "better", "rejected": "worse"}
+    renamed = {own: PAIR[name] for name, own in named.items()}
+    for row, options, field in (
+        (PAIRS["OpenAI"][1], {"max_response_length": 1}, "preferred_output"),
+        (orca, {"max_prompt_length": 1, "truncation": "error"}, "question"),
+        (renamed, {"max_response_length": 1, "columns": named}, "better"),
+        (renamed | {"worse": ""}, {"columns": named}, "worse"),
+    ):
+        with pytest.raises(BadRow) as caught:
+            row_to_group(row, tokenizer, DataOptions(**options))
+        assert caught.value.field == field
+
+
+def test_a_fault_that_all_dialects_see_is_named():
+    row = PAIRS["ultrafeedback"][1] | {"question": Q["content"], "rejected": [Q, assistant("")]}
+    assert len(claimed(row)) == 2
+    row["rejected"] = [user("Other?"), GOOD]
+    with pytest.raises(BadField) as caught:
+        read_row(row)
+    assert caught.value.field == "prompt"
+
+
 def test_the_table_of_the_docs():
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     rows = [f"| `{name}` | {d.tools} | {d.shape} |" for name, d in DIALECTS.items()]
@@ -358,6 +498,19 @@ def test_columns_are_renamed_and_dropped():
     assert (example.prompt, example.responses) == ("Sky?", [" blue", " grey"])
     with pytest.raises(BadField, match="NAME"):
         read_row(row)
+
+
+def test_columns_renamed_onto_others():
+    swapped = Columns(renamed={"chosen": "rejected", "rejected": "chosen"})
+    assert read_row(PAIR, columns=swapped).responses == [" green.", " blue."]
+    with pytest.raises(BadField) as caught:
+        read_row(PAIR | {"rejected": ""}, columns=swapped)
+    assert caught.value.field == "rejected"
+    columns = Columns(renamed={"prompt": "query"})
+    assert read_row(PAIR | {"query": None}, columns=columns).prompt == PAIR["prompt"]
+    assert not columns.ignored
+    assert read_row(PAIR | {"query": "Sea?"}, columns=columns).prompt == "Sea?"
+    assert list(columns.ignored) == ["prompt"]
 
 
 def test_a_renamed_column_that_no_row_has(tokenizers):
