@@ -169,6 +169,8 @@ def _trl(reading: Reading) -> None:
 def _trl_claims(row: Row) -> bool:
     if not any(name in row for name in (*SIDES, "responses", "completion")):
         return False
+    if "initial_reason_steps" in row:
+        return False
     others = (dialect for name, dialect in DIALECTS.items() if name != "trl")
     return "prompt" in row or not any(dialect.claims(row) for dialect in others)
 
@@ -269,6 +271,22 @@ def _nemo(reading: Reading) -> None:
     reading.take("prompt", "context")
     completions = reading.get("completions")
     _ranked(reading, "completions", completions, "completion")
+
+
+def _step_dpo(reading: Reading) -> None:
+    begun = reading.get("initial_reason_steps")
+    if begun is not None and not isinstance(begun, str):
+        raise BadField("initial_reason_steps", "not text", begun)
+    asked = content_of("prompt", reading.get("prompt"))
+    prompt = [user(asked)] if isinstance(asked, str) else asked
+    if begun:
+        prompt = [*prompt, assistant(begun)]
+        reading.put("continue_final_message", True, "initial_reason_steps")
+    reading.put("prompt", prompt, "prompt")
+    for side in SIDES:
+        reading.take(side)
+    if "append_eos" not in reading:  # another step follows
+        reading.put("append_eos", False, "append_eos")
 
 
 def _nectar(reading: Reading) -> None:
@@ -408,6 +426,12 @@ DIALECTS: dict[str, Dialect] = {
         lambda row: _has(row, "prompt", "answers"),
         _nectar,
         turns=False,
+    ),
+    "step_dpo": Dialect(
+        "Step-DPO's authors",
+        "prompt, initial_reason_steps, chosen, rejected, full_chosen?, full_rejected?",
+        lambda row: _has(row, "prompt", "initial_reason_steps"),
+        _step_dpo,
     ),
     "hh": Dialect(
         "Anthropic's HH",

@@ -171,6 +171,31 @@ TEXTS = {
 }
 
 
+STEP = {
+    "prompt": "What is 2 + 3 + 4?",
+    "initial_reason_steps": "Step 1: 2 + 3 is 5.\nStep 2: ",
+    "chosen": "5 + 4 is 9.",
+    "rejected": "5 + 4 is 8.",
+    "full_chosen": "5 + 4 is 9.\nStep 3: It is 9.",
+    "answer": "9",
+}
+
+
+def test_steps_go_on_and_stay_open(tokenizers):
+    tokenizer = tokenizers("chatml")
+    (group,) = row_to_group(STEP, tokenizer)
+    prompt = tokenizer.decode(group.prompt_ids)
+    assert prompt.endswith("<|im_start|>assistant\nStep 1: 2 + 3 is 5.\nStep 2: ")
+    assert [tokenizer.decode(r.input_ids) for r in group.responses] == [
+        "5 + 4 is 9.",
+        "5 + 4 is 8.",
+    ]
+    (group,) = row_to_group(STEP | {"initial_reason_steps": ""}, tokenizer)
+    assert tokenizer.decode(group.prompt_ids).endswith("<|im_start|>assistant\n")
+    (group,) = row_to_group(STEP | {"append_eos": True}, tokenizer)
+    assert tokenizer.decode(group.responses[0].input_ids) == "5 + 4 is 9.<|im_end|>"
+
+
 def claimed(row):
     return [name for name, _ in Columns().readings(row)]
 
@@ -213,7 +238,7 @@ def test_texts_with_speakers_stay_text_or_become_messages(case):
 
 def test_every_dialect_has_a_row_here():
     rows = {dialect for cases in (PAIRS, POINTS, TEXTS) for dialect, _ in cases.values()}
-    assert rows == DIALECTS.keys() - {"logo", "longpo"}  # these have files of their own
+    assert rows == DIALECTS.keys() - {"logo", "longpo", "step_dpo"}  # these have files of their own
 
 
 def test_grades_beside_a_pair():

@@ -13,11 +13,12 @@ from fastpo.data.dialects import DIALECTS
 from fastpo.train.config import PreferenceConfig
 from fastpo.train.trainer import PreferenceTrainer
 from tests.data.conftest import make_tokenizer
-from tests.data.test_dialects import PAIRS, POINTS, TEXTS
+from tests.data.test_dialects import PAIRS, POINTS, STEP, TEXTS
 from tests.train import tiny
 
 CASES = {
     **{case: (row, "dpo") for case, (_, row) in (PAIRS | TEXTS).items()},
+    "Step-DPO": (STEP, "dpo"),
     **{f"{case}, rated": (row, "apo_zero_unpaired") for case, (_, row) in POINTS.items()},
 }
 
@@ -54,4 +55,4 @@ def test_three_steps(case: str, tmp_path: Path) -> None:
 def test_no_dialect_is_left_out() -> None:
     trained = {dialect for cases in (PAIRS, POINTS, TEXTS) for dialect, _ in cases.values()}
     # LOGO's and LongPO's rows are trained on in files of their own.
-    assert trained == DIALECTS.keys() - {"logo", "longpo"}
+    assert trained == DIALECTS.keys() - {"logo", "longpo", "step_dpo"}
