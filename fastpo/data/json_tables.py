@@ -126,14 +126,12 @@ def json_dataset(files: Sequence[str], naming: Callable[[str], Any]) -> datasets
     Args:
         naming: makes of a file's name the context in which it is read; errors may be named there.
     """
-    status = [(file, str(Path(file).absolute()), Path(file).stat()) for file in files]
-    # Whoever copies a file with its time can keep that and the size, but not the time of change.
-    times = ((f, full, s.st_mtime_ns, s.st_ctime_ns, s.st_size) for f, full, s in status)
-    digest = hashlib.sha256(repr([VERSION, *times]).encode()).hexdigest()
+    versions = [*map(_version, files)]
+    digest = hashlib.sha256(repr([VERSION, *versions]).encode()).hexdigest()
     path = Path(datasets.config.HF_DATASETS_CACHE) / "fastpo" / f"{digest}.arrow"
     if not path.exists():  # what is there may be somebody else's, whom no lock is asked of
         try:
-            _fill(path, files, naming)
+            _fill(path, files, versions, naming)
         except OSError as error:
             raise ValueError(
                 f"{CANNOT} {files[0]}: its rows cannot be kept in {path.parent} ({told(error)}): "
@@ -142,7 +140,15 @@ def json_dataset(files: Sequence[str], naming: Callable[[str], Any]) -> datasets
     return _exactly(datasets.Dataset.from_file(str(path)))
 
 
-def _fill(path: Path, files: Sequence[str], naming: Callable[[str], Any]) -> None:
+def _version(file: str) -> tuple[str | int, ...]:
+    """What changes with a file; a copy may keep size and `mtime` of the file it replaces."""
+    status = Path(file).stat()
+    full = str(Path(file).absolute())
+    return file, full, status.st_mtime_ns, status.st_ctime_ns, status.st_size
+
+
+def _fill(path: Path, files: Sequence[str], versions: Any, naming: Callable[[str], Any]) -> None:
+    """Write the table of files, if no other process did, and none of them changes meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with FileLock(f"{path}.lock"):  # of several processes one reads the files
@@ -150,6 +156,10 @@ def _fill(path: Path, files: Sequence[str], naming: Callable[[str], Any]) -> Non
             return
         try:
             _write(partial, files, naming)
+            for file, version in zip(files, versions, strict=True):
+                with naming(file):
+                    if _version(file) != version:
+                        raise ValueError("it changed while it was read")
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)

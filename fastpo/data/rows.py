@@ -70,6 +70,12 @@ def _load_file(reader: str, file: str, streaming: bool) -> Any:
     if reader == "csv":
         sep = "\t" if _suffix(file) == ".tsv" else ","
         columns = pandas.read_csv(file, sep=sep, nrows=0).columns
+        # pandas would make an index of cells beyond the header, and other names of equal ones.
+        if not isinstance(pandas.read_csv(file, sep=sep, nrows=1).index, pandas.RangeIndex):
+            raise ValueError("its rows have more cells than its header has names")
+        names = pandas.read_csv(file, sep=sep, nrows=1, header=None, dtype=str).iloc[0].dropna()
+        if len(twice := names[names.duplicated()]):
+            raise ValueError(f"it has the column {twice.iloc[0]!r} twice")
         # A guessed type would make the answer "2" a number, and "NA" or "None" a missing one.
         options = {
             "sep": sep,
@@ -95,6 +101,8 @@ def _naming(file: str) -> Iterator[None]:
         if str(error).startswith(CANNOT):  # named already
             raise
         reason = told(error.__cause__ or error)
+        if "corresponds to no data" in reason:  # a header alone
+            reason = "it is empty"
         raise ValueError(f"{CANNOT} {file}: {reason}; {REPAIR}") from error
 
 
@@ -117,9 +125,15 @@ def _read_json(file: str, origin: bool) -> Iterator[tuple[int, dict[str, Any]]]:
         yield index, {TORN: fault} if fault else row
 
 
+def _refuse_reserved(names: Iterable[str]) -> None:
+    if reserved := {FILE, ROW, TORN}.intersection(names):
+        raise ValueError(f"the column name {min(reserved)!r} is reserved: give it another")
+
+
 def _stream(reader: str, file: str) -> Iterator[dict[str, Any]]:
     # By batches, since row by row a loader's process would take its share of a share.
     for batch in _load_file(reader, file, streaming=True).iter(batch_size=100):
+        _refuse_reserved(batch)
         for values in zip(*batch.values(), strict=True):
             yield _without_nulls(dict(zip(batch, values, strict=True)))
 
@@ -141,6 +155,7 @@ def _whole(reader: str, files: list[str], origin: bool) -> datasets.Dataset:
     for file in files:
         with _naming(file):
             part = _load_file(reader, file, streaming=False)
+            _refuse_reserved(part.column_names)
             # Arrow's readers let text pass that is no UTF-8; it would fail where a row is used.
             part.data.validate(full=True)
         if origin:
@@ -397,8 +412,6 @@ def load_rows(
     if not str(source):
         raise ValueError("'' names no rows")
     try:
-        if name is not None and not path.is_dir() and _suffix(str(path)) in READERS:
-            raise ValueError(f"name={name!r} is for data sets of the Hub and folders: leave it out")
         if path.is_file():
             return _load_files({"train": [str(path)]}, wanted, streaming, origin)
         if path.is_dir():

@@ -168,6 +168,9 @@ def test_broken_lines_are_bad_rows(tmp_path, name, streaming, tokenizers):
         ("ragged.csv", "prompt,chosen\na,b\na,b,c\n", "Expected 2 fields in line 3, saw 3"),
         ("text.parquet", "PAR", "Parquet"),
         ("empty.csv", "", "No columns"),
+        ("wider.csv", "prompt,chosen\na,b,c\nd,e,f\n", "more cells than its header"),
+        ("twice.csv", "prompt,chosen,chosen\na,b,c\n", "has the column 'chosen' twice"),
+        ("reserved.csv", "prompt,__row__\na,b\n", "'__row__' is reserved: give it another"),
         ("blank.jsonl", "\n \r\n", "it is empty"),
         ("empty.json", "[]", "it is empty"),
         ("wide.jsonl", '{"prompt": "a"}\n'.encode("utf-16"), "not UTF-8 text but UTF-16"),
@@ -425,8 +428,6 @@ def test_a_folder_with_a_card_says_itself_what_it_holds(tmp_path):
     (tmp_path / "README.md").write_text(card)
     with pytest.raises(ValueError, match=r"available configs: \['small', 'all'\]"):
         load_rows(tmp_path)
-    with pytest.raises(ValueError, match="name='small' is for data sets of the Hub and folders"):
-        load_rows(tmp_path / "a.jsonl", name="small")
 
 
 @pytest.mark.parametrize("split", ["tset", "tset[:1]", "train["])
@@ -445,6 +446,21 @@ def test_an_older_file_of_the_same_size_and_time_is_another(tmp_path):
     written(path, as_lines([{"a": 2}]))
     os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
     assert [row["a"], *load_rows(path)["a"]] == [1, 2]
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    path = written(tmp_path / "d.jsonl", as_lines([{"a": 1}] * 9))
+    make = json_tables._table
+
+    def overwriting(rows, features):
+        written(path, as_lines([{"a": 2}]))
+        return make(rows, features)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(json_tables, "_table", overwriting)
+        with pytest.raises(ValueError, match=f"cannot read {path}: it changed while it was read"):
+            load_rows(path)
+    assert list(load_rows(path)) == [{"a": 2}]
 
 
 def test_a_table_that_is_there_needs_no_lock(tmp_path, monkeypatch):
@@ -644,6 +660,12 @@ def test_cells_are_what_they_say(tmp_path, sep, streaming):
     assert chat.prompt == [{"role": "user", "content": "hi"}]
     assert chat.responses[1] == [{"role": "assistant", "content": "b"}]
     assert extract.responses == ['[{"name": "Ann"}]', "[]"]  # JSON as an answer
+
+
+def test_a_header_without_rows_is_told(tmp_path):
+    (tmp_path / "d.csv").write_text("prompt,chosen\n")
+    with pytest.raises(ValueError, match=r"cannot read .*d.csv: it is empty"):
+        load_rows(tmp_path / "d.csv")
 
 
 @pytest.mark.parametrize(("good", "bad"), [("2", "3"), ("007", "7"), ("1.0", "1"), ("True", "NA")])
