@@ -95,7 +95,7 @@ def half_pair(value: Any) -> str:
         encode(value).encode()
     except UnicodeEncodeError as error:
         return str(error.object[error.start])
-    except (TypeError, ValueError):  # of an object, which Arrow may know
+    except TypeError:  # of an object, which Arrow may know
         pass
     return ""
 

@@ -195,8 +195,8 @@ def objects_dataset(rows: Sequence[Any], mark_torn: bool) -> datasets.Dataset:
             try:
                 if half := half_pair(row):
                     fault = f"row {index} has {half!r}, half of a character of two"
-            except RecursionError:
-                fault = f"row {index} is nested too deep"
+            except (RecursionError, ValueError):
+                fault = f"row {index} is nested too deep, or in itself"
         if fault and not mark_torn:
             raise ValueError(f"{fault}; {REPAIR}")
         good.append({TORN: fault} if fault else row)
@@ -220,6 +220,6 @@ def _all_json(rows: Iterable[Mapping[str, Any]], name: str) -> bool:
     try:
         for row in rows:
             encode(row.get(name))
-    except (TypeError, ValueError):
+    except TypeError:
         return False
     return True

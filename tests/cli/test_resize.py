@@ -21,7 +21,7 @@ ROWS, NEW = 259, ["<think>", "</think>"]
 
 @pytest.fixture(scope="module")
 def larger(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders `tied/`, `untied/` and `gpt2/` of models, `tokens/` of a larger tokenizer, and its rows."""
+    """Folders `tied/`, `untied/` and `gpt2/` of models, `tokens/` of a larger tokenizer, rows."""
     folder = tmp_path_factory.mktemp("larger")
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny / "model")
     for name in ("tied", "untied"):

@@ -512,8 +512,11 @@ def test_dicts_of_other_objects():
     deep: list = []
     for _ in range(50_000):
         deep = [deep]
-    with pytest.raises(ValueError, match="row 0 is nested too deep"):
-        load_rows([{"a": deep}])
+    endless: list = []
+    endless.append(endless)
+    for value in (deep, endless):
+        with pytest.raises(ValueError, match="row 0 is nested too deep, or in itself"):
+            load_rows([{"a": value}])
     day = datetime.date(2026, 1, 1)
     assert list(load_rows([{"day": day}])) == [{"day": day}]
     with pytest.raises(ValueError, match=r"column 'day' holds what neither JSON nor Arrow has"):
