@@ -39,7 +39,6 @@ def job_of(recipe: Recipe, card: Card | None = None, **given: Any) -> Job:
     mib = config.workspace_mib
     loss = config.build_loss()
     adapter = trained_adapter(model.model)
-    name = model.model if adapter is None else adapter.base
     context = given.pop("context", None) or config.max_length
     if context is None:
         raise ValueError("how long is a row? set max_length in the recipe, or give --context")
@@ -76,11 +75,13 @@ def job_of(recipe: Recipe, card: Card | None = None, **given: Any) -> Job:
         "workspace_mib": _workspace(card) if mib == "auto" else mib,
     }
     fields = {k: v for k, v in {**fields, **given}.items() if v is not None}
-    return _job(name, loss, context=context, **fields)
+    return _job(model.model, loss, context=context, **fields)
 
 
 def _job(name: str, loss: PreferenceLoss, **fields: Any) -> Job:
     check_place(name)
+    if (adapter := trained_adapter(name)) is not None:
+        name = adapter.base
     return Job(
         Shape.of(model_config(name)),
         references=1 + loss.needs_second_reference,

@@ -80,7 +80,8 @@ def check_prompts(
     """Check what a model is about to answer; one warning of answers that may reach too far.
 
     Raises:
-        ValueError: a token beyond the model's embedding, or a prompt beyond its table of positions.
+        ValueError: a token beyond the model's embedding, or an answer that may reach beyond its
+            table of positions, where the model would fail among the answers.
     """
     for i, prompt in enumerate(prompts):
         vocabulary.check(prompt, f"{source}, prompt {i}")
@@ -90,7 +91,6 @@ def check_prompts(
             f"{source}, prompt {longest}: {size} tokens and {new_tokens} new ones",
             size + new_tokens,
             "shorten the prompt, or ask for fewer new tokens",
-            certain=positions.beyond(size),
         )
 
 

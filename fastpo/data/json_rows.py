@@ -95,7 +95,7 @@ def half_pair(value: Any) -> str:
         encode(value).encode()
     except UnicodeEncodeError as error:
         return str(error.object[error.start])
-    except (TypeError, ValueError):  # of an object, which Arrow may know
+    except TypeError:  # of an object, which Arrow may know
         pass
     return ""
 
@@ -260,14 +260,14 @@ def _refuse_one_object(file: str) -> None:
     if "\n" not in source:
         return
     reason = "it holds an object over several lines: write each row in a line of its own"
-    keys = [key for key, held in value.items() if isinstance(held, list) and _are_rows(held)]
+    keys = [
+        key
+        for key, held in value.items()
+        if held and isinstance(held, list) and all(isinstance(row, dict) for row in held)
+    ]
     if len(keys) == 1:
         reason = f"it holds one object, whose key {keys[0]!r} holds rows: write that list alone"
     raise ValueError(reason)
-
-
-def _are_rows(held: list[Any]) -> bool:
-    return bool(held) and all(isinstance(row, dict) for row in held)
 
 
 def read_json(file: str) -> Iterator[JsonRow]:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastpo.data.json_rows import encode, half_pair, read_json
-from fastpo.data.rows import FILE, ROW, TORN
-from fastpo.reading import REPAIR
+from fastpo.data.rows import CANNOT, FILE, ROW, TORN
+from fastpo.reading import REPAIR, told
 
 if TYPE_CHECKING or importlib.util.find_spec("datasets") is not None:
     import datasets.config
@@ -126,17 +126,43 @@ def json_dataset(files: Sequence[str], naming: Callable[[str], Any]) -> datasets
     Args:
         naming: makes of a file's name the context in which it is read; errors may be named there.
     """
-    status = [(file, str(Path(file).absolute()), Path(file).stat()) for file in files]
-    version = [VERSION, *((f, full, s.st_mtime_ns, s.st_size) for f, full, s in status)]
-    digest = hashlib.sha256(repr(version).encode()).hexdigest()
+    versions = [*map(_version, files)]
+    digest = hashlib.sha256(repr([VERSION, *versions]).encode()).hexdigest()
     path = Path(datasets.config.HF_DATASETS_CACHE) / "fastpo" / f"{digest}.arrow"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):  # of several processes one reads the files
-        partial = path.with_suffix(".partial")
-        if not path.exists():
-            _write(partial, files, naming)
-            os.replace(partial, path)
+    if not path.exists():  # what is there may be somebody else's, whom no lock is asked of
+        try:
+            _fill(path, files, versions, naming)
+        except OSError as error:
+            raise ValueError(
+                f"{CANNOT} {files[0]}: its rows cannot be kept in {path.parent} ({told(error)}): "
+                "make room there, or name another folder in HF_DATASETS_CACHE"
+            ) from error
     return _exactly(datasets.Dataset.from_file(str(path)))
+
+
+def _version(file: str) -> tuple[str | int, ...]:
+    """What changes with a file; a copy may keep size and `mtime` of the file it replaces."""
+    status = Path(file).stat()
+    full = str(Path(file).absolute())
+    return file, full, status.st_mtime_ns, status.st_ctime_ns, status.st_size
+
+
+def _fill(path: Path, files: Sequence[str], versions: Any, naming: Callable[[str], Any]) -> None:
+    """Write the table of files, if no other process did, and none of them changes meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with FileLock(f"{path}.lock"):  # of several processes one reads the files
+        if path.exists():
+            return
+        try:
+            _write(partial, files, naming)
+            for file, version in zip(files, versions, strict=True):
+                with naming(file):
+                    if _version(file) != version:
+                        raise ValueError("it changed while it was read")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _exactly(rows: datasets.Dataset) -> datasets.Dataset:
@@ -163,8 +189,14 @@ def objects_dataset(rows: Sequence[Any], mark_torn: bool) -> datasets.Dataset:
         fault = ""
         if not isinstance(row, Mapping):
             fault = f"row {index} is {type(row).__name__}, not a dict; got {row!r:.200}"
-        elif half := half_pair(row):
-            fault = f"row {index} has {half!r}, half of a character of two (a surrogate pair)"
+        elif (key := next((key for key in row if not isinstance(key, str)), None)) is not None:
+            fault = f"row {index} has the key {key!r}, which is not text"
+        else:
+            try:
+                if half := half_pair(row):
+                    fault = f"row {index} has {half!r}, half of a character of two"
+            except (RecursionError, ValueError):
+                fault = f"row {index} is nested too deep, or in itself"
         if fault and not mark_torn:
             raise ValueError(f"{fault}; {REPAIR}")
         good.append({TORN: fault} if fault else row)
@@ -172,16 +204,22 @@ def objects_dataset(rows: Sequence[Any], mark_torn: bool) -> datasets.Dataset:
     _widen(kinds, good)
     foreign = {n: [row.get(n) for row in good] for n in kinds if not _all_json(good, n)}
     own = {name: kind for name, kind in kinds.items() if name not in foreign}
-    made = _exactly(datasets.Dataset(_table(good, _features(own))))
+    parts = [_exactly(datasets.Dataset(_table(good, _features(own))))] if own else []
     for name, values in foreign.items():  # dates, images: what Arrow makes of them
-        made = made.add_column(name, values)
-    return made
+        try:
+            parts.append(datasets.Dataset.from_dict({name: values}))
+        except (TypeError, ValueError) as error:  # as those of Arrow are
+            raise ValueError(
+                f"the column {name!r} holds what neither JSON nor Arrow has ({told(error)}): "
+                "make text or numbers of it"
+            ) from error
+    return datasets.concatenate_datasets(parts, axis=1) if parts else datasets.Dataset.from_list([])
 
 
 def _all_json(rows: Iterable[Mapping[str, Any]], name: str) -> bool:
     try:
         for row in rows:
             encode(row.get(name))
-    except (TypeError, ValueError):
+    except TypeError:
         return False
     return True

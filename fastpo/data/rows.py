@@ -8,6 +8,7 @@ without it.
 from __future__ import annotations
 
 import glob
+import logging
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     import datasets
 
     Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
+
+logger = logging.getLogger(__name__)
 
 READERS = {
     ".jsonl": "json",
@@ -67,6 +70,12 @@ def _load_file(reader: str, file: str, streaming: bool) -> Any:
     if reader == "csv":
         sep = "\t" if _suffix(file) == ".tsv" else ","
         columns = pandas.read_csv(file, sep=sep, nrows=0).columns
+        # pandas would make an index of cells beyond the header, and other names of equal ones.
+        if not isinstance(pandas.read_csv(file, sep=sep, nrows=1).index, pandas.RangeIndex):
+            raise ValueError("its rows have more cells than its header has names")
+        names = pandas.read_csv(file, sep=sep, nrows=1, header=None, dtype=str).iloc[0].dropna()
+        if len(twice := names[names.duplicated()]):
+            raise ValueError(f"it has the column {twice.iloc[0]!r} twice")
         # A guessed type would make the answer "2" a number, and "NA" or "None" a missing one.
         options = {
             "sep": sep,
@@ -92,6 +101,8 @@ def _naming(file: str) -> Iterator[None]:
         if str(error).startswith(CANNOT):  # named already
             raise
         reason = told(error.__cause__ or error)
+        if "corresponds to no data" in reason:  # a header alone
+            reason = "it is empty"
         raise ValueError(f"{CANNOT} {file}: {reason}; {REPAIR}") from error
 
 
@@ -114,9 +125,15 @@ def _read_json(file: str, origin: bool) -> Iterator[tuple[int, dict[str, Any]]]:
         yield index, {TORN: fault} if fault else row
 
 
+def _refuse_reserved(names: Iterable[str]) -> None:
+    if reserved := {FILE, ROW, TORN}.intersection(names):
+        raise ValueError(f"the column name {min(reserved)!r} is reserved: give it another")
+
+
 def _stream(reader: str, file: str) -> Iterator[dict[str, Any]]:
     # By batches, since row by row a loader's process would take its share of a share.
     for batch in _load_file(reader, file, streaming=True).iter(batch_size=100):
+        _refuse_reserved(batch)
         for values in zip(*batch.values(), strict=True):
             yield _without_nulls(dict(zip(batch, values, strict=True)))
 
@@ -138,6 +155,7 @@ def _whole(reader: str, files: list[str], origin: bool) -> datasets.Dataset:
     for file in files:
         with _naming(file):
             part = _load_file(reader, file, streaming=False)
+            _refuse_reserved(part.column_names)
             # Arrow's readers let text pass that is no UTF-8; it would fail where a row is used.
             part.data.validate(full=True)
         if origin:
@@ -196,24 +214,48 @@ def _load_folder(folder: Path, name: str | None, split: str, streaming: bool, or
         rows = _one_split(loaded, split, str(folder))
         return rows.to_iterable_dataset() if streaming else rows
     with _naming(str(folder)):
-        files = _json_files(folder, name)
+        files = _folder_files(folder, name)
         if files is None:
             return _load_dataset(str(folder), name, split, streaming)
     return _load_files(files, split, streaming, origin)
 
 
-def _json_files(folder: Path, name: str | None) -> dict[str, list[str]] | None:
-    """The files of each split, where `datasets` would read JSON and is told no more than that."""
+def _folder_files(folder: Path, name: str | None) -> dict[str, list[str]] | None:
+    """The files of each split; None where only `datasets` can read them, or is told how to."""
     import datasets
-    from datasets.packaged_modules.json.json import Json
 
-    builder = datasets.load_dataset_builder(str(folder), name=name)
-    told_how = builder.info.features is not None or builder.config.field is not None  # pyright: ignore
-    if told_how or not isinstance(builder, Json):
+    try:
+        builder = datasets.load_dataset_builder(str(folder), name=name)
+    except ValueError as error:  # further lines list the configurations
+        raise ValueError(" ".join(str(error).split())) from None
+    config = builder.config
+    listed = {str(s): [str(f) for f in each] for s, each in (config.data_files or {}).items()}
+    files = [file for each in listed.values() for file in each]
+    if name is None:
+        _tell_of_others(folder, files)
+    if builder.info.features is not None or not all(Path(file).is_file() for file in files):
         return None
-    files = {str(s): [str(f) for f in listed] for s, listed in builder.config.data_files.items()}  # pyright: ignore
-    readable = all(READERS.get(_suffix(f)) == "json" for listed in files.values() for f in listed)
-    return files if readable else None  # archives, files elsewhere
+    if len({READERS.get(_suffix(file), file) for file in files}) != 1:
+        return None
+    plain = type(config)()
+    plain_sep = "\t" if files and _suffix(files[0]) == ".tsv" else ","
+    by_itself = {"name": config.name, "data_files": config.data_files, "sep": plain_sep}
+    told_how = {k for k, v in vars(config).items() if v != by_itself.get(k, vars(plain).get(k))}
+    return None if told_how else listed
+
+
+def _tell_of_others(folder: Path, read: list[str]) -> None:
+    """A warning that names files of rows which are in no split of a folder."""
+    known = {Path(file).resolve() for file in read}
+    others = [
+        str(path)
+        for file in sorted(folder.rglob("*"))
+        if READERS.get(_suffix(str(path := file.relative_to(folder))))
+        and not any(part.startswith((".", "_")) for part in path.parts)
+        and file.resolve() not in known
+    ]
+    if others:
+        logger.warning("%s: not read, since no split has them: %s", folder, ", ".join(others[:10]))
 
 
 def _load_dataset(source: str, name: str | None, split: str, streaming: bool) -> Rows:
@@ -244,6 +286,7 @@ def exact_rows(rows: Iterable[Any], source: str = "rows") -> Iterator[Any]:
     Raises:
         ValueError: a row cannot be read; names the source, the row, the reason and the remedy.
     """
+    rows = _unformatted(rows)
     features = getattr(rows, "features", None)
     formatted = getattr(rows, "format", None)
     if isinstance(formatted, Mapping) and formatted.get("type") == "custom":
@@ -264,6 +307,18 @@ def exact_rows(rows: Iterable[Any], source: str = "rows") -> Iterator[Any]:
             raise ValueError(f"{CANNOT} {source}, row {index}: {reason}; {REPAIR}") from error
         yield _without_nulls(row, features) if isinstance(features, Mapping) else row
         index += 1
+
+
+def _unformatted(rows: Any) -> Any:
+    """A data set whose values are Python's, where `set_format` made arrays or tables of them."""
+    formatted = getattr(rows, "format", None)  # of a Dataset
+    if isinstance(formatted, Mapping) and formatted.get("type") not in (None, "custom"):
+        return rows.with_format(None, columns=formatted["columns"])
+    if getattr(rows, "_formatting", None) is not None:  # of an IterableDataset
+        plain = rows.with_format(None)
+        plain.set_epoch(rows.epoch)
+        return plain
+    return rows
 
 
 def _by_batches(rows: Any, size: int = 100) -> Iterator[Any]:
@@ -354,6 +409,8 @@ def load_rows(
         return objects_dataset(source, mark_torn=origin)
 
     path = Path(source).expanduser()
+    if not str(source):
+        raise ValueError("'' names no rows")
     try:
         if path.is_file():
             return _load_files({"train": [str(path)]}, wanted, streaming, origin)
@@ -377,4 +434,8 @@ def load_rows(
             f"{path.absolute()}, and for a data set of that name on the Hugging Face Hub ({error})"
         ) from error
     except DatasetGenerationError as error:
-        raise ValueError(f"cannot read {source}: {told(error.__cause__ or error)}") from error
+        raise ValueError(f"{CANNOT} {source}: {told(error.__cause__ or error)}") from error
+    except ValueError as error:
+        if str(source) in str(error) or str(error).startswith(CANNOT):
+            raise
+        raise ValueError(f"{CANNOT} {source}: {error}") from error

@@ -150,23 +150,16 @@ class Positions:
             "in the model's config)"
         )
 
-    def check(
-        self,
-        what: str,
-        tokens: int,
-        remedy: str = "lower max_length",
-        *,
-        certain: bool = True,
-    ) -> None:
+    def check(self, what: str, tokens: int, remedy: str = "lower max_length") -> None:
         """A warning where `tokens` in a row reach beyond the limit.
 
         Raises:
-            ValueError: they are `certain` to, and the model looks positions up in a table.
+            ValueError: they do, and the model looks positions up in a table.
         """
         if not self.beyond(tokens):
             return
         self.told = True
-        if self.table and certain:
+        if self.table:
             raise ValueError(self.told_of(what, remedy))
         logger.warning("%s", self.told_of(what, remedy))
 

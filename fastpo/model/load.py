@@ -230,7 +230,7 @@ def resize_embeddings(model: Any, rows: int) -> None:
     before, device = embedding_rows(model), model.device
     seeded = [] if device.type == "cpu" else [device]
     name = model.config.model_type
-    if len(_ends(model)) == 2:  # where the configuration said otherwise, one would be dropped
+    if not _tied(model):  # where the configuration said otherwise, one would be dropped
         for config in (model.config, model.config.get_text_config(decoder=True)):
             config.tie_word_embeddings = False
     try:
@@ -254,25 +254,44 @@ def resize_embeddings(model: Any, rows: int) -> None:
     logger.info("%s: the embedding has %d rows instead of %d", name, rows, before)
 
 
-def _ends(model: Any) -> list[str]:
-    """Names of the embedding and of the head, where that has a matrix of its own."""
+# The names by which peft finds an embedding whose copies it should tie.
+_TIED_BY_PEFT = ("embed_tokens", "lm_head")
+
+
+def _ends(model: Any) -> tuple[str, str]:
+    """Names of the embedding and of the head."""
     names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = getattr(head, "weight", None) is embedding.weight
-    return [names[embedding]] if tied else [names[embedding], names[head]]
+    return names[model.get_input_embeddings()], names[model.get_output_embeddings()]
+
+
+def _tied(model: Any) -> bool:
+    """Whether the head has no matrix of its own."""
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def _with_embeddings(model: Any, lora: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of an adapter under which new rows of embedding and head are trained."""
-    ends = _ends(model)
+    """Arguments of an adapter under which new rows of embedding and head are trained.
+
+    Raises:
+        ValueError: embedding and head share a matrix of which peft would train two copies.
+    """
+    if lora.get("trainable_token_indices"):
+        return lora
+    ends, tied = _ends(model), _tied(model)
+    wanted = [end for end in ends if end in _TIED_BY_PEFT][:1] if tied else ends
+    if not wanted:
+        raise ValueError(
+            f"{' and '.join(ends)} share a matrix, which peft cannot train for new tokens: train "
+            "without lora, or set lora: {trainable_token_indices: ...}"
+        )
     asked = [*(lora.get("modules_to_save") or ())]
-    missing = [end for end in ends if end not in {*asked, *(lora.get("target_modules") or ())}]
-    if lora.get("trainable_token_indices") or not missing:
+    missing = [end for end in wanted if end not in {*asked, *(lora.get("target_modules") or ())}]
+    if not missing:
         return lora
     logger.info(
         "beside the adapter %s is trained whole, for the rows of new tokens", " and ".join(missing)
     )
-    return {"ensure_weight_tying": len(ends) == 1, **lora, "modules_to_save": [*asked, *missing]}
+    return {"ensure_weight_tying": tied, **lora, "modules_to_save": [*asked, *missing]}
 
 
 def load_tokenizer(

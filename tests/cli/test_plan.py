@@ -222,6 +222,17 @@ def test_recipes_run_on_a_tiny_shape(
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
 
 
+def test_the_folder_of_an_adapter_is_planned_as_its_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "smollm2-135m"}')
+    said = []
+    for model in (tmp_path, "smollm2-135m"):
+        assert main(["plan", "--model", str(model), "--context", "1024"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+
+
 def test_a_recipe_becomes_a_job(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     text = (EXAMPLES / "dpo_70b_one_gpu.yaml").read_text()

@@ -21,7 +21,7 @@ ROWS, NEW = 259, ["<think>", "</think>"]
 
 @pytest.fixture(scope="module")
 def larger(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders `tied/` and `untied/` of models, `tokens/` of a larger tokenizer, and its rows."""
+    """Folders `tied/`, `untied/` and `gpt2/` of models, `tokens/` of a larger tokenizer, rows."""
     folder = tmp_path_factory.mktemp("larger")
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny / "model")
     for name in ("tied", "untied"):
@@ -29,6 +29,11 @@ def larger(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+    positions = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("gpt2", vocab_size=ROWS, **positions)
+    ).save_pretrained(folder / "gpt2")
+    tokenizer.save_pretrained(folder / "gpt2")
     tokenizer.add_special_tokens({"additional_special_tokens": NEW})
     tokenizer.save_pretrained(folder / "tokens")
     rows = [
@@ -69,6 +74,7 @@ def train(larger: Path, out: Path, model: str = "untied", *flags: object, **keys
         ("tied", {}),
         ("untied", {"reference": "store"}),
         ("tied", {"lora": {"r": 2}}),
+        ("gpt2", {"lora": {"r": 2}}),  # tied under other names
         ("untied", {"lora": {"r": 2}, "dtype": "bfloat16", "reference": "adapter"}),
         ("untied", {"lora": {"r": 2}, "quantization": "nf4", "dtype": "float32"}),
         ("tied", {"lora": {"r": 2, "modules_to_save": ["lm_head"]}, "reference": "store"}),

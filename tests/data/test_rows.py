@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import csv
 import datetime
+import errno
 import gzip
 import io
 import json
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch.utils.data
 
+from fastpo.data import json_tables
 from fastpo.data.build import BadRow, DataOptions, GroupStream, build_groups
 from fastpo.data.formats import BadField, read_row
 from fastpo.data.json_rows import read_json
@@ -166,6 +168,9 @@ def test_broken_lines_are_bad_rows(tmp_path, name, streaming, tokenizers):
         ("ragged.csv", "prompt,chosen\na,b\na,b,c\n", "Expected 2 fields in line 3, saw 3"),
         ("text.parquet", "PAR", "Parquet"),
         ("empty.csv", "", "No columns"),
+        ("wider.csv", "prompt,chosen\na,b,c\nd,e,f\n", "more cells than its header"),
+        ("twice.csv", "prompt,chosen,chosen\na,b,c\n", "has the column 'chosen' twice"),
+        ("reserved.csv", "prompt,__row__\na,b\n", "'__row__' is reserved: give it another"),
         ("blank.jsonl", "\n \r\n", "it is empty"),
         ("empty.json", "[]", "it is empty"),
         ("wide.jsonl", '{"prompt": "a"}\n'.encode("utf-16"), "not UTF-8 text but UTF-16"),
@@ -375,6 +380,35 @@ def test_a_folder_of_json_is_read_like_files(tmp_path, streaming):
         list(load_rows(folder, split="validation", streaming=streaming))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
+def test_a_folder_of_tables_is_read_like_files(tmp_path, suffix, streaming):
+    """So "2" and "NA" are an answer's text there too, and rows know their file."""
+    rows = [{"prompt": "1", "chosen": "2", "rejected": "NA"}]
+    write(tmp_path / f"train-a{suffix}", rows)
+    write(tmp_path / f"train-b{suffix}", rows)
+    write(tmp_path / f"test{suffix}", ROWS)
+    assert list(load_rows(tmp_path, split="test", streaming=streaming)) == ROWS
+    found = list(load_rows(tmp_path, streaming=streaming, origin=True))
+    where = [(str(tmp_path / f"train-{name}{suffix}"), 0) for name in "ab"]
+    assert [(row.pop("__file__"), row.pop("__row__")) for row in found] == where
+    assert found == rows * 2
+
+
+def test_files_of_a_folder_that_no_split_has_are_told(tmp_path, caplog):
+    folder = tmp_path / "data"
+    (folder / "more").mkdir(parents=True)
+    write(folder / "train.jsonl")
+    assert list(load_rows(folder)) == ROWS
+    assert not caplog.records
+    write(folder / "extra.jsonl")
+    write(folder / "more" / "rows.csv")
+    (folder / ".hidden.jsonl").write_text("")
+    assert list(load_rows(folder)) == ROWS
+    (record,) = caplog.records
+    assert record.getMessage().endswith("since no split has them: extra.jsonl, more/rows.csv")
+
+
 def test_slices_of_the_splits_of_a_folder(tmp_path):
     write(tmp_path / "train.jsonl")
     write(tmp_path / "test.jsonl", ROWS[:1])
@@ -390,6 +424,69 @@ def test_a_folder_with_a_card_says_itself_what_it_holds(tmp_path):
     config = "configs:\n- config_name: small\n  data_files:\n  - {split: train, path: b.jsonl}"
     (tmp_path / "README.md").write_text(f"---\n{config}\n---\n")
     assert list(load_rows(tmp_path, name="small")) == ROWS[:1]
+    card = f"---\n{config}\n- config_name: all\n  data_files: a.jsonl\n---\n"
+    (tmp_path / "README.md").write_text(card)
+    with pytest.raises(ValueError, match=r"available configs: \['small', 'all'\]"):
+        load_rows(tmp_path)
+
+
+@pytest.mark.parametrize("split", ["tset", "tset[:1]", "train["])
+def test_a_wrong_split_is_told_with_the_file(tmp_path, split):
+    path = write(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match=rf"cannot read {path}: .*(split \"tset\"|train\[)"):
+        load_rows(path, split=split)
+    with pytest.raises(ValueError, match="'' names no rows"):
+        load_rows("")
+
+
+def test_an_older_file_of_the_same_size_and_time_is_another(tmp_path):
+    path = written(tmp_path / "d.jsonl", as_lines([{"a": 1}]))
+    (row,) = load_rows(path)
+    old = path.stat()
+    written(path, as_lines([{"a": 2}]))
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert [row["a"], *load_rows(path)["a"]] == [1, 2]
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    path = written(tmp_path / "d.jsonl", as_lines([{"a": 1}] * 9))
+    make = json_tables._table
+
+    def overwriting(rows, features):
+        written(path, as_lines([{"a": 2}]))
+        return make(rows, features)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(json_tables, "_table", overwriting)
+        with pytest.raises(ValueError, match=f"cannot read {path}: it changed while it was read"):
+            load_rows(path)
+    assert list(load_rows(path)) == [{"a": 2}]
+
+
+def test_a_table_that_is_there_needs_no_lock(tmp_path, monkeypatch):
+    """So that a folder of somebody else's will do."""
+    path = written(tmp_path / "d.jsonl", as_lines(ROWS))
+    assert list(load_rows(path)) == ROWS
+    monkeypatch.setattr(json_tables, "FileLock", None)
+    assert list(load_rows(path)) == ROWS
+
+
+def test_a_full_or_forbidden_cache_is_told(tmp_path, monkeypatch):
+    path = written(tmp_path / "d.jsonl", as_lines(ROWS))
+
+    def fail(rows, features):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    kept = tmp_path / "cache" / "fastpo"
+    told = r"cannot read .*d.jsonl: its rows .* in {}/fastpo \({}\): .* HF_DATASETS_CACHE"
+    with monkeypatch.context() as full:
+        full.setattr(json_tables, "_table", fail)
+        with pytest.raises(ValueError, match=told.format(kept.parent, "No space left on device")):
+            load_rows(path)
+    assert not [*kept.glob("*.partial")]
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", path)
+    with pytest.raises(ValueError, match=told.format(path, "Not a directory")):
+        load_rows(path)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -405,11 +502,25 @@ def test_dicts_of_other_objects():
     assert (first["a"], second["day"]) == ([0, 1], datetime.date(2026, 1, 2))
     with pytest.raises(ValueError, match="row 1 is str, not a dict"):
         load_rows([{"a": 1}, "b"])
-    with pytest.raises(ValueError, match=r"row 0 has .*surrogate"):
+    with pytest.raises(ValueError, match=r"row 0 has .*half of a character"):
         load_rows([{"a": "\ud83d"}])
     torn, good = load_rows([{"a": "\ud83d"}, {"a": "b"}], origin=True)
-    assert "surrogate" in torn["__torn__"]
+    assert "half of a character" in torn["__torn__"]
     assert good["a"] == "b"
+    with pytest.raises(ValueError, match=r"row 0 has the key 1, which is not text"):
+        load_rows([{1: "a"}])
+    deep: list = []
+    for _ in range(50_000):
+        deep = [deep]
+    endless: list = []
+    endless.append(endless)
+    for value in (deep, endless):
+        with pytest.raises(ValueError, match="row 0 is nested too deep, or in itself"):
+            load_rows([{"a": value}])
+    day = datetime.date(2026, 1, 1)
+    assert list(load_rows([{"day": day}])) == [{"day": day}]
+    with pytest.raises(ValueError, match=r"column 'day' holds what neither JSON nor Arrow has"):
+        load_rows([{"day": day}, {"day": [1]}])
 
 
 NESTED = [
@@ -445,6 +556,23 @@ def test_null_keys_of_a_stream_without_types(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert list(load_rows("owner/some", streaming=True)) == CLEAN
+
+
+@pytest.mark.parametrize("form", ["numpy", "torch", "pandas", "arrow"])
+def test_the_format_of_a_data_set_changes_no_row(form):
+    dataset = datasets.Dataset.from_list([{**row, "n": 1} for row in NESTED])
+    expected = [{**row, "n": 1} for row in CLEAN]
+    assert list(exact_rows(dataset.with_format(form))) == expected
+    two = dataset.with_format(form, columns=["p", "n"])
+    assert list(exact_rows(two)) == [{"p": row["p"], "n": 1} for row in CLEAN]
+    stream = dataset.to_iterable_dataset(num_shards=2).shuffle(seed=1).with_format(form)
+    orders = set()
+    for epoch in range(8):
+        stream.set_epoch(epoch)
+        rows = list(exact_rows(stream))
+        assert sorted(rows, key=lambda row: row["p"]) == expected
+        orders.add(rows[0]["p"])
+    assert orders == {"x", "y"}
 
 
 def test_a_transform_has_the_last_word():
@@ -535,6 +663,12 @@ def test_cells_are_what_they_say(tmp_path, sep, streaming):
     assert chat.prompt == [{"role": "user", "content": "hi"}]
     assert chat.responses[1] == [{"role": "assistant", "content": "b"}]
     assert extract.responses == ['[{"name": "Ann"}]', "[]"]  # JSON as an answer
+
+
+def test_a_header_without_rows_is_told(tmp_path):
+    (tmp_path / "d.csv").write_text("prompt,chosen\n")
+    with pytest.raises(ValueError, match=r"cannot read .*d.csv: it is empty"):
+        load_rows(tmp_path / "d.csv")
 
 
 @pytest.mark.parametrize(("good", "bad"), [("2", "3"), ("007", "7"), ("1.0", "1"), ("True", "NA")])
