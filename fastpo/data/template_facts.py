@@ -248,10 +248,27 @@ class TemplateFacts:
         return bool(self._plain) and self._conversation.startswith(kept)
 
     @cached_property
+    def _awaiting(self) -> str:
+        return self._rendered([self._question], generation_prompt=True)
+
+    @cached_property
     def _opened(self) -> str:
         before = self._rendered([self._question])
-        opened = self._rendered([self._question], generation_prompt=True)
-        return opened[common_prefix(before, opened) :]
+        return self._awaiting[common_prefix(before, self._awaiting) :]
+
+    @cached_property
+    def _withdrawn(self) -> str:
+        """The end of that header, as far as it is written otherwise once an answer follows."""
+        changed = self._awaiting[common_prefix(self._awaiting, self._plain) :]
+        return changed if self._opened.endswith(changed) else ""
+
+    def kept(self, opening: str, texts: Sequence[str]) -> str:
+        """What finished texts keep of the opening that awaits an answer.
+
+        An answer that begins as the header ends (`<b>` where `<think>` stood) is none of it.
+        """
+        whole = all(text.startswith(opening) for text in texts)
+        return opening if whole else opening.removesuffix(self._withdrawn)
 
     @cached_property
     def header(self) -> str:

@@ -76,6 +76,7 @@ class Conversation(NamedTuple):
     opening: str  # the prompt's text, header of the answer included
     opens: bool  # whether the responses begin with an answer
     cut: bool  # whether the opening was cut out of the texts themselves
+    rewritten: bool  # whether the template opens an answer otherwise once there is one
     texts: list[str]  # prompt and response
 
     def start_of_last(self, name: str, k: int) -> int:
@@ -421,10 +422,10 @@ class Encoder:
         head, *sequences = [np.asarray(ids, dtype=np.int32) for ids in encoding["input_ids"]]
         offsets = encoding.get("offset_mapping")
         border = min(_common(head, sequence) for sequence in sequences)
-        if border < len(head):
-            if not chat.cut and border < self._least_border(where, chat, chat.prompt, head):
-                _refuse_border(self.tokenizer, border, head, sequences)
-            self.num_moved += 1
+        moved = border < len(head)
+        if moved and not chat.cut and border < self._least_border(where, chat, chat.prompt, head):
+            _refuse_border(self.tokenizer, border, head, sequences)
+        self.num_moved += moved or chat.rewritten
         encoded = []
         for k, name in enumerate(names):
             mask = self._score_mask(name, chat, k, sequences[k], border)
@@ -471,7 +472,7 @@ class Encoder:
         if begun is not None:
             opening = _opening_of(where, before, message_text(begun), whole, texts)
         elif prompt:
-            opening = before
+            opening = facts.kept(before, texts)
         else:
             opening = before[: min(common_prefix(before, text) for text in texts)]
         cut = begun is not None or not prompt
@@ -484,6 +485,7 @@ class Encoder:
             opening,
             opens,
             cut,
+            begun is None and bool(prompt) and opening != before,
             texts,
         )
 
@@ -547,22 +549,23 @@ class Encoder:
     ) -> np.ndarray:
         """The assistant's spans from rendering ever longer parts of the conversation."""
         mask = np.zeros(len(sequence), dtype=bool)
-        response, template = chat.responses[k], chat.template
+        response, template, facts = chat.responses[k], chat.template, chat.template.facts
         for i, message in enumerate(response):
             if message["role"] != "assistant":
                 continue
             before, after = chat.prompt + response[:i], chat.prompt + response[: i + 1]
             start, stop = border, len(sequence)
             if i > 0:
-                head = self._ids(template.render(name, before, True), name)
+                opening = facts.kept(template.render(name, before, True), [chat.texts[k]])
+                head = self._ids(opening, name)
                 start = _common(head, sequence)
                 if start < self._least_border(name, chat, before, head, True):
                     self._refuse_spans(name, i)
             if i + 1 < len(response):
                 stop = _common(self._ids(template.render(name, after), name), sequence)
                 span = sequence[start:stop]
-                known = template.facts.end_of_turn is not None
-                ended = self._turn_length(span, template.facts)[1] if known else len(span)
+                known = facts.end_of_turn is not None
+                ended = self._turn_length(span, facts)[1] if known else len(span)
                 if not ended:
                     self._refuse_spans(name, i)
             mask[start:stop] = True
@@ -607,14 +610,12 @@ class Encoder:
         After the text come special tokens and blanks only: `<|im_end|>\\n`, or Phi-3's
         `<|end|>\\n<|endoftext|>`. The turn ends with the first end of turn in that tail; a turn
         that ends otherwise (`<|eom_id|>` after a tool call) with the tail's last special token.
+        Where a template ends no turn, special tokens (`<unk>`) are part of what is said.
         """
         end = facts.end_id
+        ending = frozenset() if end is None else self.special | {end}
         text = len(ids)
-        while text and (
-            ids[text - 1] in self.special
-            or ids[text - 1] == end
-            or self._is_blank(int(ids[text - 1]))
-        ):
+        while text and (ids[text - 1] in ending or self._is_blank(int(ids[text - 1]))):
             text -= 1
         tail = [int(token) for token in ids[text:]]
         if end in tail:

@@ -253,6 +253,11 @@ def test_a_content_that_ends_with_the_end_of_turn(tokenizers):
     refused(tokenizers, "chatml", "marks turns", chosen=[assistant("blue<|im_end|><|im_end|>")])
 
 
+def test_an_answer_that_ends_with_a_special_token_ends_all_the_same(tokenizers):
+    for template, end in (("plain", "</s>"), ("chatml", "<|im_end|>")):
+        assert scored(tokenizers, template, [assistant("a <pad>")]).strip() == f"a <pad>{end}"
+
+
 # What is said twice
 
 
