@@ -53,7 +53,7 @@ _TOOL = {
 }
 _PART = re.compile(rf"""['"]text['"]\s*:\s*['"]({_USER}|{_ANSWER})""")
 _MARKER = re.compile(r"[<\[|].*[>\]|]", re.DOTALL)
-_THINK = re.compile(r"[<\[][^<\[]*(?:think|thought|reason)\w*[^\w\s]*", re.IGNORECASE)
+_THINK = re.compile(r"[<\[][^<\[]*(?:think|thought|reason)\w*[^\w\s<\[]*", re.IGNORECASE)
 
 
 class Piece(NamedTuple):
@@ -273,19 +273,24 @@ class TemplateFacts:
     @cached_property
     def header(self) -> str:
         """What opens an answer, without a thought's beginning; empty where nothing does."""
-        thought = _THINK.search(self._opened)
-        return self._opened[: thought.start() if thought else None].strip()
+        return self._opened.removesuffix(self._thought).strip()
+
+    @cached_property
+    def _thought(self) -> str:
+        found = _THINK.search(self._opened)
+        return self._opened[found.start() :] if found else ""
 
     @cached_property
     def thought(self) -> str:
-        """The tag that opens a thought (DeepSeek-R1's `<think>`) in that header, or nothing."""
-        thought = _THINK.search(self._opened)
-        return thought[0] if thought else ""
+        """A thought that this header opens (DeepSeek-R1's `<think>`) or also closes, or nothing."""
+        return self._thought.strip()
 
     def before_thought(self, text: str, place: int) -> int:
-        """The place in a rendered text, or that of the tag right before it, if there is one."""
-        if self.thought and text[:place].rstrip().endswith(self.thought):
-            return text.rindex(self.thought, 0, place)
+        """The place in a rendered text, or where the thought of its header begins before it."""
+        if found := _THINK.match(self.thought):
+            start = text.rfind(found[0], 0, place)
+            if start >= 0 and squeezed(self.thought).startswith(squeezed(text[start:place])):
+                return start
         return place
 
     def before_answer(self, kwargs: Mapping[str, Any]) -> str:

@@ -105,6 +105,22 @@ def test_reasoning_under_the_key_that_the_template_reads(tokenizers):
     refused(tokenizers, "chatml", "leaves out reasoning_content of message 0", chosen=answer)
 
 
+@pytest.mark.parametrize("thought", ["", "why"])
+def test_a_thought_that_the_header_writes_too(tokenizers, thought):
+    """Qwen3 without thinking: an answer may begin with the empty thought that the prompt has."""
+    source = CHATML.replace(
+        "{{ m['content'] }}",
+        "{% if m.role == 'assistant' and '</think>' not in m.content %}<think>\n\n</think>\n\n"
+        "{% endif %}{{ m.content }}",
+    ).replace("assistant\n{% endif %}", "assistant\n<think>\n\n</think>\n\n{% endif %}")
+    answer = [assistant(f"<think>\n{thought}\n</think>\n\nblue")]
+    written = scored(tokenizers, source, answer)
+    assert written.endswith("blue<|im_end|>")
+    assert thought in written
+    facts = TemplateFacts(with_template(tokenizers, source), {})
+    assert facts.describe()["thought"] == r"'<think>\n\n</think>' opens an answer"
+
+
 # What a template or a tokenizer cannot take is a bad row
 
 
