@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fastpo.data.bad_rows import BadField
-from fastpo.data.messages import Messages, message_text
+from fastpo.data.messages import Messages, assistant, message_text, user
 
 Form = Literal["text", "parts", "dict", "wrapped", "flat", "either"]
 
@@ -121,9 +121,13 @@ class TemplateFacts:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]):
         self.tokenizer: Any = tokenizer
         self.kwargs = dict(kwargs)
-        self.source: str = self.tokenizer.get_chat_template(
-            kwargs.get("chat_template"), kwargs.get("tools")
-        )
+        meant, named = kwargs.get("chat_template"), self.tokenizer.chat_template
+        if isinstance(named, dict) and meant is None and "default" not in named:
+            raise ValueError(
+                f"the tokenizer has the chat templates {', '.join(named)}, and no default: "
+                f"choose one, as with chat_template_kwargs: {{chat_template: {next(iter(named))}}}"
+            )
+        self.source: str = self.tokenizer.get_chat_template(meant, kwargs.get("tools"))
 
     def _rendered(self, messages: Messages, generation_prompt: bool = False, **kwargs: Any) -> str:
         """The conversation, or nothing where the template refuses it."""
@@ -435,6 +439,14 @@ class TemplateFacts:
 
     def describe(self) -> dict[str, str]:
         """The facts in words, by name."""
+        if self.content is None:
+            messages: Messages = [user(_USER), assistant(_ANSWER)]
+            try:
+                render(self.tokenizer, messages, False, self.kwargs)
+                reason = "it leaves out the question or the answer"
+            except Exception as error:  # a template raises what it likes
+                reason = refusal(error)
+            return {"template": f"no conversation can be read with it: {reason}"}
         words = {"dict": "dicts", "parts": "lists of parts", "either": "either form", None: "none"}
         contents = {**words, "text": "text", "either": "text or lists of parts"}
         arguments = {**words, "text": "JSON text", "either": "dicts or JSON text"}

@@ -466,3 +466,20 @@ def test_facts(tokenizers):
     assert not TemplateFacts(tokenizers("rewriting"), {}).stable
     assert TemplateFacts(tokenizers("generation"), {}).generation
     assert TemplateFacts(tokenizers("thinking"), {}).thought == "<think>"
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [("{% for", "the chat template refuses it: "), ("hello", "it leaves out the question or")],
+)
+def test_facts_of_a_template_that_reads_no_conversation(tokenizers, source, reason):
+    facts = TemplateFacts(with_template(tokenizers, source), {})
+    assert facts.describe()["template"].startswith(f"no conversation can be read with it: {reason}")
+
+
+def test_several_templates_of_which_none_is_meant(tokenizers):
+    tokenizer = tokenizers()
+    tokenizer.chat_template = {"one": CHATML, "two": AS_DICT}
+    with pytest.raises(ValueError, match=r"chat templates one, two.*\{chat_template: one\}"):
+        one(CHAT, tokenizer)
+    assert one(CHAT, tokenizer, chat_template_kwargs={"chat_template": "one"})
