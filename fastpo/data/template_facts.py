@@ -9,9 +9,9 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -24,18 +24,6 @@ Form = Literal["text", "parts", "dict", "wrapped", "flat", "either"]
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys under which messages keep what an assistant thought."""
-
-# What a message says about itself, and what nobody says: a template may leave these out.
-BOOKKEEPING = frozenset(
-    {
-        *("role", "content", "name", "type", "id", "index", "idx", "tool_call_id", "message_id"),
-        *("parent_id", "uuid", "turn", "turn_id", "turn_identifier", "hash", "hashed_ip"),
-        *("weight", "train", "trainable", "loss", "mask", "score", "rank", "rating", "label"),
-        *("tags", "metadata", "meta", "source", "model", "language", "lang", "country", "state"),
-        *("timestamp", "time", "date", "created", "created_at", "header", "toxic", "redacted"),
-        *("finish_reason", "stop_reason", "usage", "logprobs", "end_turn"),
-    }
-)
 
 _SYSTEM, _USER, _ANSWER, _THOUGHT = "Qsystemq", "Quserq", "Qanswerq", "Qthoughtq"
 _NAME, _KEY, _VALUE, _USE = "qnameq", "qkeyq", "Qvalueq", "Quseq"
@@ -54,13 +42,6 @@ _TOOL = {
 _PART = re.compile(rf"""['"]text['"]\s*:\s*['"]({_USER}|{_ANSWER})""")
 _MARKER = re.compile(r"[<\[|].*[>\]|]", re.DOTALL)
 _THINK = re.compile(r"[<\[][^<\[]*(?:think|thought|reason)\w*[^\w\s<\[]*", re.IGNORECASE)
-
-
-class Piece(NamedTuple):
-    """Something that a message says, without blanks, in every way that a template may write it."""
-
-    key: str  # where it stands in the message
-    spellings: tuple[str, ...]
 
 
 def squeezed(text: str) -> str:
@@ -470,76 +451,3 @@ def _form(first: bool, one: Form, second: bool, other: Form) -> Form | None:
     if first and second:
         return "either"
     return one if first else other if second else None
-
-
-# What a message says
-
-
-def _pieces(message: Mapping[str, Any], written: str) -> Iterator[Piece]:
-    """All that a message says: content, reasoning, calls, and further text."""
-    if content := squeezed(message_text(message)):
-        yield Piece("content", (content,))
-    for key, value in message.items():
-        if key == "tool_calls":
-            for i, call in enumerate(value or ()):
-                yield from _call_pieces(f"tool_calls[{i}]", call, written)
-        elif key not in BOOKKEEPING:
-            yield from _leaves(key, value, keys=False)
-
-
-def _call_pieces(where: str, call: Mapping[str, Any], written: str) -> Iterator[Piece]:
-    function = call.get("function", call)
-    yield Piece(f"{where}.function.name", spellings(function["name"]))
-    where, arguments = f"{where}.function.arguments", function.get("arguments")
-    if isinstance(arguments, str):
-        whole = squeezed(arguments)
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
-            arguments = None
-        if arguments is None or whole in written:  # as it is, with its own escapes
-            yield Piece(where, (whole,))
-            return
-    yield from _leaves(where, arguments, keys=True)
-
-
-def _leaves(where: str, value: Any, keys: bool) -> Iterator[Piece]:
-    """Texts and numbers of a nested value; of a message's own keys the texts alone."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            if keys:
-                yield Piece(f"{where}, key {key!r}", spellings(str(key)))
-            if keys or key not in BOOKKEEPING:
-                yield from _leaves(f"{where}.{key}", item, keys)
-    elif isinstance(value, str):
-        if value.strip():
-            yield Piece(where, spellings(value))
-    elif isinstance(value, Sequence):
-        for i, item in enumerate(value):
-            yield from _leaves(f"{where}[{i}]", item, keys)
-    elif keys and value is not None:
-        yield Piece(where, tuple({squeezed(json.dumps(value)), squeezed(str(value))}))
-
-
-def spellings(text: str) -> tuple[str, ...]:
-    """A text as it is, and escaped as JSON and as Python do it."""
-    escaped = (json.dumps(text, ensure_ascii=False), json.dumps(text), repr(text))
-    return tuple(dict.fromkeys([squeezed(text), *(squeezed(each[1:-1]) for each in escaped)]))
-
-
-def left_out(message: Mapping[str, Any], text: str) -> str | None:
-    """The key of what a message says and a text does not, or None where all of it is there.
-
-    Each piece needs a place of its own: reasoning that repeats the answer stands there twice.
-    """
-    text = squeezed(text)
-    said = list(_pieces(message, text))
-    # The longest first, so that no piece takes its place inside another.
-    said.sort(key=lambda piece: len(piece.spellings[0]), reverse=True)
-    for piece in said:
-        spelt = next((each for each in piece.spellings if each in text), None)
-        if spelt is None:
-            return piece.key
-        if len(said) > 1:
-            text = text.replace(spelt, "\0", 1)
-    return None

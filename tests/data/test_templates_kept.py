@@ -8,7 +8,8 @@ import pytest
 
 from fastpo.data.build import BadRow, DataOptions, build_groups
 from fastpo.data.formats import BadField, read_row
-from fastpo.data.template_facts import TemplateFacts, left_out
+from fastpo.data.kept import left_out
+from fastpo.data.template_facts import TemplateFacts
 from fastpo.data.templates import Encoder
 from tests.data.conftest import CHATML, TEMPLATES
 from tests.data.test_formats import CHAT, PAIR, assistant, one, user
