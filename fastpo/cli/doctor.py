@@ -206,9 +206,10 @@ def _head_costs(head: Head, device: torch.device, tokens: int, workspace_mib: Wo
             tokens, vocabulary, width, device=device, dtype=dtype, workspace_mib=mib, **needs
         )
         backend = type(tiles).__name__.removesuffix("Tiles").lower()
+        products = f"{schedule.products:.3g} x 2NDV"
         _line(
             name,
-            f"{schedule.products} x 2NDV, schedule {schedule.name}, {backend}: {schedule.reason}",
+            f"{products}, schedule {schedule.name}, {backend}: {schedule.reason}",
         )
     most = most_kept_tokens(vocabulary, width, device=device, dtype=dtype, workspace_mib=mib)
     _line("by groups", f"a loss on a trained head costs 3 x 2NDV for groups of up to {most} tokens")
@@ -232,7 +233,12 @@ def _chat_template(arguments: argparse.Namespace) -> None:
     if tokenizer.chat_template is None:
         _line("template", "none: rows must be text, or bring a template with chat_template")
         return
-    for name, text in TemplateFacts(tokenizer, {}).describe().items():
+    try:
+        facts = TemplateFacts(tokenizer, {})
+    except ValueError as error:
+        _line("template", str(error))
+        return
+    for name, text in facts.describe().items():
         _line(name, text)
 
 

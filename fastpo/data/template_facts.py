@@ -9,33 +9,21 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fastpo.data.bad_rows import BadField
-from fastpo.data.messages import Messages, message_text
+from fastpo.data.messages import Messages, assistant, message_text, user
 
 Form = Literal["text", "parts", "dict", "wrapped", "flat", "either"]
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys under which messages keep what an assistant thought."""
-
-# What a message says about itself, and what nobody says: a template may leave these out.
-BOOKKEEPING = frozenset(
-    {
-        *("role", "content", "name", "type", "id", "index", "idx", "tool_call_id", "message_id"),
-        *("parent_id", "uuid", "turn", "turn_id", "turn_identifier", "hash", "hashed_ip"),
-        *("weight", "train", "trainable", "loss", "mask", "score", "rank", "rating", "label"),
-        *("tags", "metadata", "meta", "source", "model", "language", "lang", "country", "state"),
-        *("timestamp", "time", "date", "created", "created_at", "header", "toxic", "redacted"),
-        *("finish_reason", "stop_reason", "usage", "logprobs", "end_turn"),
-    }
-)
 
 _SYSTEM, _USER, _ANSWER, _THOUGHT = "Qsystemq", "Quserq", "Qanswerq", "Qthoughtq"
 _NAME, _KEY, _VALUE, _USE = "qnameq", "qkeyq", "Qvalueq", "Quseq"
@@ -53,14 +41,7 @@ _TOOL = {
 }
 _PART = re.compile(rf"""['"]text['"]\s*:\s*['"]({_USER}|{_ANSWER})""")
 _MARKER = re.compile(r"[<\[|].*[>\]|]", re.DOTALL)
-_THINK = re.compile(r"[<\[][^<\[]*(?:think|thought|reason)\w*[^\w\s]*", re.IGNORECASE)
-
-
-class Piece(NamedTuple):
-    """Something that a message says, without blanks, in every way that a template may write it."""
-
-    key: str  # where it stands in the message
-    spellings: tuple[str, ...]
+_THINK = re.compile(r"[<\[][^<\[]*(?:think|thought|reason)\w*[^\w\s<\[]*", re.IGNORECASE)
 
 
 def squeezed(text: str) -> str:
@@ -121,9 +102,13 @@ class TemplateFacts:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]):
         self.tokenizer: Any = tokenizer
         self.kwargs = dict(kwargs)
-        self.source: str = self.tokenizer.get_chat_template(
-            kwargs.get("chat_template"), kwargs.get("tools")
-        )
+        meant, named = kwargs.get("chat_template"), self.tokenizer.chat_template
+        if isinstance(named, dict) and meant is None and "default" not in named:
+            raise ValueError(
+                f"the tokenizer has the chat templates {', '.join(named)}, and no default: "
+                f"choose one, as with chat_template_kwargs: {{chat_template: {next(iter(named))}}}"
+            )
+        self.source: str = self.tokenizer.get_chat_template(meant, kwargs.get("tools"))
 
     def _rendered(self, messages: Messages, generation_prompt: bool = False, **kwargs: Any) -> str:
         """The conversation, or nothing where the template refuses it."""
@@ -248,27 +233,49 @@ class TemplateFacts:
         return bool(self._plain) and self._conversation.startswith(kept)
 
     @cached_property
+    def _awaiting(self) -> str:
+        return self._rendered([self._question], generation_prompt=True)
+
+    @cached_property
     def _opened(self) -> str:
         before = self._rendered([self._question])
-        opened = self._rendered([self._question], generation_prompt=True)
-        return opened[common_prefix(before, opened) :]
+        return self._awaiting[common_prefix(before, self._awaiting) :]
+
+    @cached_property
+    def _withdrawn(self) -> str:
+        """The end of that header, as far as it is written otherwise once an answer follows."""
+        changed = self._awaiting[common_prefix(self._awaiting, self._plain) :]
+        return changed if self._opened.endswith(changed) else ""
+
+    def kept(self, opening: str, texts: Sequence[str]) -> str:
+        """What finished texts keep of the opening that awaits an answer.
+
+        An answer that begins as the header ends (`<b>` where `<think>` stood) is none of it.
+        """
+        whole = all(text.startswith(opening) for text in texts)
+        return opening if whole else opening.removesuffix(self._withdrawn)
 
     @cached_property
     def header(self) -> str:
         """What opens an answer, without a thought's beginning; empty where nothing does."""
-        thought = _THINK.search(self._opened)
-        return self._opened[: thought.start() if thought else None].strip()
+        return self._opened.removesuffix(self._thought).strip()
+
+    @cached_property
+    def _thought(self) -> str:
+        found = _THINK.search(self._opened)
+        return self._opened[found.start() :] if found else ""
 
     @cached_property
     def thought(self) -> str:
-        """The tag that opens a thought (DeepSeek-R1's `<think>`) in that header, or nothing."""
-        thought = _THINK.search(self._opened)
-        return thought[0] if thought else ""
+        """A thought that this header opens (DeepSeek-R1's `<think>`) or also closes, or nothing."""
+        return self._thought.strip()
 
     def before_thought(self, text: str, place: int) -> int:
-        """The place in a rendered text, or that of the tag right before it, if there is one."""
-        if self.thought and text[:place].rstrip().endswith(self.thought):
-            return text.rindex(self.thought, 0, place)
+        """The place in a rendered text, or where the thought of its header begins before it."""
+        if found := _THINK.match(self.thought):
+            start = text.rfind(found[0], 0, place)
+            if start >= 0 and squeezed(self.thought).startswith(squeezed(text[start:place])):
+                return start
         return place
 
     def before_answer(self, kwargs: Mapping[str, Any]) -> str:
@@ -413,6 +420,14 @@ class TemplateFacts:
 
     def describe(self) -> dict[str, str]:
         """The facts in words, by name."""
+        if self.content is None:
+            messages: Messages = [user(_USER), assistant(_ANSWER)]
+            try:
+                render(self.tokenizer, messages, False, self.kwargs)
+                reason = "it leaves out the question or the answer"
+            except Exception as error:  # a template raises what it likes
+                reason = refusal(error)
+            return {"template": f"no conversation can be read with it: {reason}"}
         words = {"dict": "dicts", "parts": "lists of parts", "either": "either form", None: "none"}
         contents = {**words, "text": "text", "either": "text or lists of parts"}
         arguments = {**words, "text": "JSON text", "either": "dicts or JSON text"}
@@ -436,76 +451,3 @@ def _form(first: bool, one: Form, second: bool, other: Form) -> Form | None:
     if first and second:
         return "either"
     return one if first else other if second else None
-
-
-# What a message says
-
-
-def _pieces(message: Mapping[str, Any], written: str) -> Iterator[Piece]:
-    """All that a message says: content, reasoning, calls, and further text."""
-    if content := squeezed(message_text(message)):
-        yield Piece("content", (content,))
-    for key, value in message.items():
-        if key == "tool_calls":
-            for i, call in enumerate(value or ()):
-                yield from _call_pieces(f"tool_calls[{i}]", call, written)
-        elif key not in BOOKKEEPING:
-            yield from _leaves(key, value, keys=False)
-
-
-def _call_pieces(where: str, call: Mapping[str, Any], written: str) -> Iterator[Piece]:
-    function = call.get("function", call)
-    yield Piece(f"{where}.function.name", spellings(function["name"]))
-    where, arguments = f"{where}.function.arguments", function.get("arguments")
-    if isinstance(arguments, str):
-        whole = squeezed(arguments)
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
-            arguments = None
-        if arguments is None or whole in written:  # as it is, with its own escapes
-            yield Piece(where, (whole,))
-            return
-    yield from _leaves(where, arguments, keys=True)
-
-
-def _leaves(where: str, value: Any, keys: bool) -> Iterator[Piece]:
-    """Texts and numbers of a nested value; of a message's own keys the texts alone."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            if keys:
-                yield Piece(f"{where}, key {key!r}", spellings(str(key)))
-            if keys or key not in BOOKKEEPING:
-                yield from _leaves(f"{where}.{key}", item, keys)
-    elif isinstance(value, str):
-        if value.strip():
-            yield Piece(where, spellings(value))
-    elif isinstance(value, Sequence):
-        for i, item in enumerate(value):
-            yield from _leaves(f"{where}[{i}]", item, keys)
-    elif keys and value is not None:
-        yield Piece(where, tuple({squeezed(json.dumps(value)), squeezed(str(value))}))
-
-
-def spellings(text: str) -> tuple[str, ...]:
-    """A text as it is, and escaped as JSON and as Python do it."""
-    escaped = (json.dumps(text, ensure_ascii=False), json.dumps(text), repr(text))
-    return tuple(dict.fromkeys([squeezed(text), *(squeezed(each[1:-1]) for each in escaped)]))
-
-
-def left_out(message: Mapping[str, Any], text: str) -> str | None:
-    """The key of what a message says and a text does not, or None where all of it is there.
-
-    Each piece needs a place of its own: reasoning that repeats the answer stands there twice.
-    """
-    text = squeezed(text)
-    said = list(_pieces(message, text))
-    # The longest first, so that no piece takes its place inside another.
-    said.sort(key=lambda piece: len(piece.spellings[0]), reverse=True)
-    for piece in said:
-        spelt = next((each for each in piece.spellings if each in text), None)
-        if spelt is None:
-            return piece.key
-        if len(said) > 1:
-            text = text.replace(spelt, "\0", 1)
-    return None

@@ -17,17 +17,15 @@ from transformers import PreTrainedTokenizerBase
 
 from fastpo.data.bad_rows import BadField
 from fastpo.data.formats import Example, Tokens
+from fastpo.data.kept import check_context, check_headers, check_repeated, check_said, check_typed
 from fastpo.data.messages import BESIDE_CONTENT, Messages, common_messages, message_text
 from fastpo.data.template_facts import (
     REASONING,
     TemplateFacts,
     clashing,
     common_prefix,
-    left_out,
     refusal,
     render,
-    spellings,
-    squeezed,
 )
 
 NO_SPANS = (
@@ -46,7 +44,6 @@ class Encoded(NamedTuple):
     prompt_offsets: np.ndarray | None = None  # [P, 2], the same of the prompt
 
 
-LONGEST_LABEL = 40  # characters of a line such as "Assistant:", which says who speaks next
 MOST_TEMPLATES = 256  # whose facts are kept
 
 
@@ -76,6 +73,7 @@ class Conversation(NamedTuple):
     opening: str  # the prompt's text, header of the answer included
     opens: bool  # whether the responses begin with an answer
     cut: bool  # whether the opening was cut out of the texts themselves
+    rewritten: bool  # whether the template opens an answer otherwise once there is one
     texts: list[str]  # prompt and response
 
     def start_of_last(self, name: str, k: int) -> int:
@@ -103,6 +101,13 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
 def _array(offsets: Any) -> np.ndarray:
     """[T, 2] characters of tokens, from a list of pairs."""
     return np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+
+
+def _scored_places(mask: np.ndarray, offsets: Any) -> list[tuple[int, int]]:
+    """Where the scored tokens stand in the text, each run from its first character to its last."""
+    found = _array(offsets)
+    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2)
+    return [(int(found[i, 0]), int(found[j - 1, 1])) for i, j in edges]
 
 
 class Encoder:
@@ -281,7 +286,8 @@ class Encoder:
         every = cast("dict[str, str]", _every(example))
         names, spans = list(every), example.spans
         if prompt is not None:
-            self._check_repeated(prompt, every)
+            facts = self._text_facts
+            check_repeated(prompt, every, "" if facts is None else facts.header)
         texts = {name: (prompt or "") + response for name, response in every.items()}
         given = [] if prompt is None else [("prompt", prompt)]
         head, *sequences = self._ids_of([*given, *texts.items()])
@@ -311,32 +317,6 @@ class Encoder:
         ]
         found = self._offsets(prompt or "", 0, border, 0) if prompt_offsets else None
         return self._encoded(np.concatenate([opening, head[:border]]), closed, offsets, found)
-
-    def _check_repeated(self, prompt: str, responses: Mapping[str, str]) -> None:
-        """Refuse responses that begin with the prompt's end, or all with the whole prompt."""
-        headers = [self._text_facts.header] if self._text_facts is not None else []
-        bare = prompt.rstrip()
-        headers = [header for header in headers if header and bare.endswith(header)]
-        label = bare.rpartition("\n")[2].strip()
-        if label.endswith(":") and len(label) <= LONGEST_LABEL:
-            headers.append(label)
-        for name, response in responses.items():
-            for header in headers:
-                if response.lstrip().startswith(header):
-                    raise BadField(
-                        name,
-                        f"begins with {header!r}, with which the prompt ends already: remove it "
-                        "from one of them",
-                        response,
-                    )
-        if prompt.strip() and all(text.startswith(prompt) for text in responses.values()):
-            name, response = next(iter(responses.items()))
-            raise BadField(
-                name,
-                "repeats the prompt: keep only the answer, or drop the prompt column (columns: "
-                "{prompt: null})",
-                response,
-            )
 
     def _offsets(self, text: str, border: int, length: int, start: int) -> np.ndarray:
         """[length, 2] characters of the tokens from `border` on, counted from `start` in the text.
@@ -409,7 +389,9 @@ class Encoder:
         where = names[0] if example.prompt is None else "prompt"
         chat = self._conversation(example, where)
         facts = chat.template.facts
-        _check_context(where, chat)
+        check_context(
+            where, chat.prompt, chat.opening, chat.template.kwargs.get("tools") or (), facts
+        )
         texts = chat.texts
         if not ends:
             texts = [_cut_end(*each, facts) for each in zip(names, texts, chat.closed, strict=True)]
@@ -421,15 +403,16 @@ class Encoder:
         head, *sequences = [np.asarray(ids, dtype=np.int32) for ids in encoding["input_ids"]]
         offsets = encoding.get("offset_mapping")
         border = min(_common(head, sequence) for sequence in sequences)
-        if border < len(head):
-            if not chat.cut and border < self._least_border(where, chat, chat.prompt, head):
-                _refuse_border(self.tokenizer, border, head, sequences)
-            self.num_moved += 1
+        moved = border < len(head)
+        if moved and not chat.cut and border < self._least_border(where, chat, chat.prompt, head):
+            _refuse_border(self.tokenizer, border, head, sequences)
+        self.num_moved += moved or chat.rewritten
         encoded = []
         for k, name in enumerate(names):
             mask = self._score_mask(name, chat, k, sequences[k], border)
-            places = None if offsets is None or mask.all() else _array(offsets[k + 1])
-            self._check_said(name, chat, k, texts[k], mask, places)
+            places = None if offsets is None or mask.all() else _scored_places(mask, offsets[k + 1])
+            start = common_prefix(chat.opening, texts[k])
+            check_said(name, chat.added[k], texts[k], start, places, facts)
             ids, mask = sequences[k][border:], mask[border:]
             encoded.append(self._close_turn(name, ids, mask, facts, ends or chat.closed[k]))
         spans = [
@@ -452,8 +435,8 @@ class Encoder:
         prompt = facts.adapted(where, prompt)
         added = {name: facts.adapted(name, response) for name, response in every.items()}
         for name, messages in ((where, prompt), *added.items()):
-            _check_typed(name, messages, facts)
-        _check_headers(added, facts)
+            check_typed(name, messages, facts)
+        check_headers(added, facts)
         begun, whole = None, added
         if continues:
             *prompt, begun = prompt
@@ -471,7 +454,7 @@ class Encoder:
         if begun is not None:
             opening = _opening_of(where, before, message_text(begun), whole, texts)
         elif prompt:
-            opening = before
+            opening = facts.kept(before, texts)
         else:
             opening = before[: min(common_prefix(before, text) for text in texts)]
         cut = begun is not None or not prompt
@@ -484,6 +467,7 @@ class Encoder:
             opening,
             opens,
             cut,
+            begun is None and bool(prompt) and opening != before,
             texts,
         )
 
@@ -547,22 +531,23 @@ class Encoder:
     ) -> np.ndarray:
         """The assistant's spans from rendering ever longer parts of the conversation."""
         mask = np.zeros(len(sequence), dtype=bool)
-        response, template = chat.responses[k], chat.template
+        response, template, facts = chat.responses[k], chat.template, chat.template.facts
         for i, message in enumerate(response):
             if message["role"] != "assistant":
                 continue
             before, after = chat.prompt + response[:i], chat.prompt + response[: i + 1]
             start, stop = border, len(sequence)
             if i > 0:
-                head = self._ids(template.render(name, before, True), name)
+                opening = facts.kept(template.render(name, before, True), [chat.texts[k]])
+                head = self._ids(opening, name)
                 start = _common(head, sequence)
                 if start < self._least_border(name, chat, before, head, True):
                     self._refuse_spans(name, i)
             if i + 1 < len(response):
                 stop = _common(self._ids(template.render(name, after), name), sequence)
                 span = sequence[start:stop]
-                known = template.facts.end_of_turn is not None
-                ended = self._turn_length(span, template.facts)[1] if known else len(span)
+                known = facts.end_of_turn is not None
+                ended = self._turn_length(span, facts)[1] if known else len(span)
                 if not ended:
                     self._refuse_spans(name, i)
             mask[start:stop] = True
@@ -575,46 +560,18 @@ class Encoder:
             f"differently when another message follows; {NO_SPANS}",
         )
 
-    def _check_said(
-        self,
-        name: str,
-        chat: Conversation,
-        k: int,
-        text: str,
-        mask: np.ndarray,
-        offsets: np.ndarray | None,
-    ) -> None:
-        """Refuse an answer of which the template leaves something out, or outside what is scored.
-
-        Looked for where the answer stands, since the prompt may say the same.
-        """
-        facts = chat.template.facts
-        start = facts.before_thought(text, common_prefix(chat.opening, text))
-        region = scored = text[start:]
-        if offsets is not None:
-            edges = np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2)
-            places = [(int(offsets[i, 0]), int(offsets[j - 1, 1])) for i, j in edges]
-            scored = "".join(text[facts.before_thought(text, i) : j] for i, j in places)
-        for i, message in enumerate(chat.added[k]):
-            assistant = message["role"] == "assistant"
-            key = left_out(message, scored) if assistant else _unwritten(message, region)
-            if key is not None:
-                raise BadField(name, _leaves_out(key, i, message, facts), message)
-
     def _turn_length(self, ids: np.ndarray, facts: TemplateFacts) -> tuple[int, bool]:
         """Tokens up to and including the end of turn, and whether there is one.
 
         After the text come special tokens and blanks only: `<|im_end|>\\n`, or Phi-3's
         `<|end|>\\n<|endoftext|>`. The turn ends with the first end of turn in that tail; a turn
         that ends otherwise (`<|eom_id|>` after a tool call) with the tail's last special token.
+        Where a template ends no turn, special tokens (`<unk>`) are part of what is said.
         """
         end = facts.end_id
+        ending = frozenset() if end is None else self.special | {end}
         text = len(ids)
-        while text and (
-            ids[text - 1] in self.special
-            or ids[text - 1] == end
-            or self._is_blank(int(ids[text - 1]))
-        ):
+        while text and (ids[text - 1] in ending or self._is_blank(int(ids[text - 1]))):
             text -= 1
         tail = [int(token) for token in ids[text:]]
         if end in tail:
@@ -703,69 +660,6 @@ def _cut_end(name: str, text: str, closed: bool, facts: TemplateFacts) -> str:
     raise BadField(
         name, "append_eos is false, but where the chat template ends this answer cannot be told"
     )
-
-
-# Conversations: what must not be lost
-
-
-def _check_typed(name: str, messages: Messages, facts: TemplateFacts) -> None:
-    """Refuse what is typed in a message but would be read as its end, or the next one's start."""
-    for i, message in enumerate(messages):
-        for key, value in message.items():
-            text = message_text(message) if key == "content" else str(value)
-            if typed := facts.markers.search(text):
-                raise BadField(
-                    name,
-                    f"{key} of message {i} ({message['role']}) holds {typed[0]!r}, with which the "
-                    "chat template marks turns: remove it, or make several messages of it",
-                    message,
-                )
-
-
-def _check_headers(responses: Mapping[str, Messages], facts: TemplateFacts) -> None:
-    for name, response in responses.items():
-        for message in response:
-            text = message_text(message).lstrip()
-            if facts.header and message["role"] == "assistant" and text.startswith(facts.header):
-                raise BadField(
-                    name,
-                    f"content begins with {facts.header!r}, which the chat template writes itself: "
-                    "remove it",
-                    message,
-                )
-
-
-def _unwritten(message: Mapping[str, Any], text: str) -> str | None:
-    """ "content" where a text has not what a message of context says, else None."""
-    said, text = message_text(message), squeezed(text)
-    if message["role"] == "assistant":  # templates drop earlier thoughts, as models never see them
-        said = said.rpartition("</think>")[2]
-    plain = squeezed(said) in text or any(spelt in text for spelt in spellings(said))
-    return None if plain else "content"
-
-
-def _leaves_out(key: str, i: int, message: Mapping[str, Any], facts: TemplateFacts) -> str:
-    reason = f"the chat template leaves out {key} of message {i} ({message['role']})"
-    others = [other for other in facts.reasoning if other not in message]
-    if key == "content" and "</think>" in message_text(message):
-        reason = f"{reason}: its reasoning before </think>"
-    elif key in REASONING and others:
-        reason = f"{reason}, and reads {' or '.join(others)}"
-    return f"{reason}; remove it from the data or change the template"
-
-
-def _check_context(where: str, chat: Conversation) -> None:
-    """Refuse a prompt of which the template leaves out a message or the tools."""
-    facts, text = chat.template.facts, squeezed(chat.opening)
-    for i, message in enumerate(chat.prompt):
-        if (key := _unwritten(message, text)) is not None:
-            raise BadField(where, _leaves_out(key, i, message, facts), message)
-        if message.get("tool_calls") and facts.calls is None:
-            raise BadField(where, _leaves_out("tool_calls", i, message, facts), message)
-    for tool in chat.template.kwargs.get("tools") or ():
-        name = tool.get("function", tool).get("name") if isinstance(tool, Mapping) else None
-        if isinstance(name, str) and squeezed(name) not in text:
-            raise BadField("tools", f"the chat template leaves out the tool {name!r}", tool)
 
 
 def _refuse_border(

@@ -244,6 +244,18 @@ def test_template_that_opens_a_thought(tokenizers, caplog):
     assert "in 1 rows" in caplog.text
 
 
+def test_an_answer_that_begins_as_that_thought_does(tokenizers):
+    """The `<` of `<b>` is the answer's, not the one of the header's <think>."""
+    tokenizer = tokenizers("thinking")
+    row = {**CHAT, "chosen": [assistant("<b>blue"), user("and?"), assistant("<b>sea")]}
+    for single in (row["chosen"][:1], row["chosen"]):
+        group = one({**row, "chosen": single, "rejected": [assistant("<i>")]}, tokenizer)
+        assert tokenizer.decode(group.prompt_ids) == HEAD
+        scored = group.responses[0].input_ids[group.responses[0].loss_mask]
+        assert tokenizer.decode(scored).startswith("<b>blue<|im_end|>")
+    assert tokenizer.decode(scored).endswith("<b>sea<|im_end|>")
+
+
 @pytest.mark.parametrize(
     ("template", "row", "message"),
     [

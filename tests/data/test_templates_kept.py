@@ -8,7 +8,8 @@ import pytest
 
 from fastpo.data.build import BadRow, DataOptions, build_groups
 from fastpo.data.formats import BadField, read_row
-from fastpo.data.template_facts import TemplateFacts, left_out
+from fastpo.data.kept import left_out
+from fastpo.data.template_facts import TemplateFacts
 from fastpo.data.templates import Encoder
 from tests.data.conftest import CHATML, TEMPLATES
 from tests.data.test_formats import CHAT, PAIR, assistant, one, user
@@ -103,6 +104,22 @@ def test_reasoning_under_the_key_that_the_template_reads(tokenizers):
     answer = [assistant("blue", reasoning_content="why")]
     assert scored(tokenizers, source, answer) == "<think>why</think>blue<|im_end|>"
     refused(tokenizers, "chatml", "leaves out reasoning_content of message 0", chosen=answer)
+
+
+@pytest.mark.parametrize("thought", ["", "why"])
+def test_a_thought_that_the_header_writes_too(tokenizers, thought):
+    """Qwen3 without thinking: an answer may begin with the empty thought that the prompt has."""
+    source = CHATML.replace(
+        "{{ m['content'] }}",
+        "{% if m.role == 'assistant' and '</think>' not in m.content %}<think>\n\n</think>\n\n"
+        "{% endif %}{{ m.content }}",
+    ).replace("assistant\n{% endif %}", "assistant\n<think>\n\n</think>\n\n{% endif %}")
+    answer = [assistant(f"<think>\n{thought}\n</think>\n\nblue")]
+    written = scored(tokenizers, source, answer)
+    assert written.endswith("blue<|im_end|>")
+    assert thought in written
+    facts = TemplateFacts(with_template(tokenizers, source), {})
+    assert facts.describe()["thought"] == r"'<think>\n\n</think>' opens an answer"
 
 
 # What a template or a tokenizer cannot take is a bad row
@@ -251,6 +268,11 @@ def test_an_end_in_the_middle(tokenizers, end):
 def test_a_content_that_ends_with_the_end_of_turn(tokenizers):
     assert scored(tokenizers, "chatml", [assistant("blue<|im_end|>\n")]) == "blue<|im_end|>"
     refused(tokenizers, "chatml", "marks turns", chosen=[assistant("blue<|im_end|><|im_end|>")])
+
+
+def test_an_answer_that_ends_with_a_special_token_ends_all_the_same(tokenizers):
+    for template, end in (("plain", "</s>"), ("chatml", "<|im_end|>")):
+        assert scored(tokenizers, template, [assistant("a <pad>")]).strip() == f"a <pad>{end}"
 
 
 # What is said twice
@@ -445,3 +467,20 @@ def test_facts(tokenizers):
     assert not TemplateFacts(tokenizers("rewriting"), {}).stable
     assert TemplateFacts(tokenizers("generation"), {}).generation
     assert TemplateFacts(tokenizers("thinking"), {}).thought == "<think>"
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [("{% for", "the chat template refuses it: "), ("hello", "it leaves out the question or")],
+)
+def test_facts_of_a_template_that_reads_no_conversation(tokenizers, source, reason):
+    facts = TemplateFacts(with_template(tokenizers, source), {})
+    assert facts.describe()["template"].startswith(f"no conversation can be read with it: {reason}")
+
+
+def test_several_templates_of_which_none_is_meant(tokenizers):
+    tokenizer = tokenizers()
+    tokenizer.chat_template = {"one": CHATML, "two": AS_DICT}
+    with pytest.raises(ValueError, match=r"chat templates one, two.*\{chat_template: one\}"):
+        one(CHAT, tokenizer)
+    assert one(CHAT, tokenizer, chat_template_kwargs={"chat_template": "one"})
