@@ -26,6 +26,7 @@ from fastpo.data.template_facts import (
     common_prefix,
     refusal,
     render,
+    squeezed,
 )
 
 NO_SPANS = (
@@ -239,7 +240,7 @@ class Encoder:
         if self.tokenizer.chat_template is None:
             raise ValueError(
                 "the rows are conversations, but the tokenizer has no chat template: set "
-                "tokenizer.chat_template"
+                "tokenizer.chat_template (chat_template in a recipe), or give the rows as text"
             )
         if clash := clashing(kwargs):
             raise BadField("chat_template_kwargs", clash, dict(kwargs))
@@ -544,14 +545,33 @@ class Encoder:
                 if start < self._least_border(name, chat, before, head, True):
                     self._refuse_spans(name, i)
             if i + 1 < len(response):
-                stop = _common(self._ids(template.render(name, after), name), sequence)
+                text = template.render(name, after)
+                stop = _common(self._ids(text, name), sequence)
                 span = sequence[start:stop]
                 known = facts.end_of_turn is not None
                 ended = self._turn_length(span, facts)[1] if known else len(span)
                 if not ended:
+                    stop = self._shortened(text, sequence, start, facts)
+                if stop is None:
                     self._refuse_spans(name, i)
             mask[start:stop] = True
         return mask
+
+    def _shortened(
+        self, text: str, sequence: np.ndarray, start: int, facts: TemplateFacts
+    ) -> int | None:
+        """Where an answer ends of which the template writes less once another message follows.
+
+        Qwen3 begins the last answer with an empty thought, and leaves that out of earlier ones.
+        `text` ends with the answer as the last one; None where its end is not what stands there.
+        """
+        ends = np.flatnonzero(sequence[start:] == facts.end_id)
+        if facts.end_of_turn is None or not len(ends):
+            return None
+        stop = start + int(ends[0]) + 1
+        last = text[: text.rfind(facts.end_of_turn) + len(facts.end_of_turn)]
+        here = self.tokenizer.decode(sequence[start:stop])
+        return stop if squeezed(last).endswith(squeezed(here)) else None
 
     def _refuse_spans(self, name: str, turn: int) -> NoReturn:
         raise BadField(

@@ -64,6 +64,13 @@ TEMPLATES = {
         "{{ m['content'] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
+    # Qwen3's: the last answer alone begins with an empty thought.
+    "last_thought": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
     # The number of turns stands at the top, so a prompt changes when an answer follows.
     "counting": "{{ messages | length }} turns\n" + CHATML,
     "plain": (

@@ -256,6 +256,15 @@ def test_an_answer_that_begins_as_that_thought_does(tokenizers):
     assert tokenizer.decode(scored).endswith("<b>sea<|im_end|>")
 
 
+def test_an_earlier_answer_is_written_without_its_empty_thought(tokenizers):
+    tokenizer = tokenizers("last_thought")
+    chosen, rejected = one(MULTI, tokenizer).responses
+    assert shown(tokenizer, chosen) == (
+        f"blue<|im_end|>{{\n{NEXT}}}<think>\n\n</think>\n\nsea<|im_end|>"
+    )
+    assert shown(tokenizer, rejected) == "<think>\n\n</think>\n\ngreen<|im_end|>"
+
+
 @pytest.mark.parametrize(
     ("template", "row", "message"),
     [
