@@ -216,7 +216,17 @@ def _completed(model: Any, vocabulary: int | None, lora: dict[str, Any] | None) 
     if vocabulary is not None and vocabulary > embedding_rows(model):
         resize_embeddings(model, vocabulary)
         lora = None if lora is None else _with_embeddings(model, lora)
-    return model if lora is None else add_lora(model, lora)
+    if lora is None:
+        return model
+    try:
+        return add_lora(model, lora)
+    except AttributeError as error:
+        if "modules_to_save" not in str(error):
+            raise
+        raise ValueError(  # peft 0.18 looks for the head's matrix under the embedding's name
+            f"this peft cannot train the shared matrix of {' and '.join(_ends(model))} for new "
+            "tokens: pip install -U 'peft>=0.19', or train without lora"
+        ) from error
 
 
 def resize_embeddings(model: Any, rows: int) -> None:

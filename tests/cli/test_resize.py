@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import yaml
@@ -83,12 +84,21 @@ def train(larger: Path, out: Path, model: str = "untied", *flags: object, **keys
     ids=str,
 )
 def test_the_rows_of_new_tokens_are_trained_and_kept(
-    larger: Path, tmp_path: Path, model: str, keys: dict[str, Any]
+    larger: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    model: str,
+    keys: dict[str, Any],
 ) -> None:
     if "ref_model" in keys:
         keys = {**keys, "ref_model": str(larger / keys["ref_model"])}
     run = tmp_path / "run"
-    assert train(larger, run, model, **keys) == 0
+    status = train(larger, run, model, **keys)
+    if model == "gpt2" and peft.__version__.startswith("0.18."):
+        assert status == 2
+        assert "pip install -U 'peft>=0.19'" in capsys.readouterr().err
+        return
+    assert status == 0
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert next(line["loss"] for line in logged if "loss" in line) == pytest.approx(
         0.6931, abs=1e-3
