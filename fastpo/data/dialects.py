@@ -566,20 +566,32 @@ class Columns:
             f"; is {name!r} meant to be {known!r}?" for name, known in near.items() if known
         )
 
-    def check_unread(self, name: str, reading: Reading, optional: Collection[str]) -> None:
-        """Look at what a dialect left unread; `optional` columns are read elsewhere, if needed.
+    def check_unread(
+        self, name: str, reading: Reading, optional: Collection[str], prompts: Collection[str]
+    ) -> None:
+        """Look at what a dialect left unread.
+
+        Args:
+            name: the dialect.
+            reading: the row.
+            optional, prompts: columns that are read elsewhere, if they are needed.
 
         Raises:
             BadField: a column that looks like one that is read, or holds something to train on.
         """
+        unread = {
+            column: value
+            for column, value in (*reading.row.items(), *reading.inside.items())
+            if column not in reading.used and column not in optional and column not in prompts
+        }
+        if not unread:
+            return
         dialect, row = DIALECTS[name], reading.row
         # A row that was read has its prompt and responses: what else may be misspelled?
         missed = dialect.optional.union(optional).difference(row)
         if "responses" not in reading.columns:
             missed = missed - {"ranks"}
-        for column, value in {**row, **reading.inside}.items():
-            if column in reading.used or column in optional:
-                continue
+        for column, value in unread.items():
             drop = f"`columns: {{{column}: null}}` drops it"
             if _UNREAD.fullmatch(column):
                 if not is_sequence(value) or len(value):

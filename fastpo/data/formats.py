@@ -71,7 +71,10 @@ KNOWN = _OPTIONAL.union(*(dialect.columns for dialect in DIALECTS.values()))
 """Every column that something reads."""
 
 # What files call the grades of a pair's responses, beside `scores`.
-_PAIR_SCORES = ("score_{}", "{}_score", "rating_{}", "{}_rating", "{}-rating", "{}_avg_rating")
+_FORMS = ("score_{}", "{}_score", "rating_{}", "{}_rating", "{}-rating", "{}_avg_rating")
+_PAIR_SCORES = {side: [form.format(side) for form in _FORMS] for side in SIDES}
+
+_OPTIONAL_OF_PAIRS = _OPTIONAL.union(*_PAIR_SCORES.values())
 
 # Columns of LOGO's official code, after its post-processing (arXiv 2410.18533).
 LOGO = {
@@ -311,7 +314,7 @@ def _ranked_list(row: Mapping[str, Any]) -> Example:
 def _pair_scores(row: Mapping[str, Any]) -> list[float | None]:
     scores = _grades(row, "scores", 2) or [None, None]
     for i, side in enumerate(SIDES):
-        for name in (form.format(side) for form in _PAIR_SCORES):
+        for name in _PAIR_SCORES[side]:
             if name in row:
                 scores[i] = _number(name, row[name])
                 break
@@ -841,10 +844,7 @@ def _read_row(
     name, reading, example = _recognised(present, columns, extras, prompts)
     example.dialect = name
     pair = example.labels == [True, False] and not example.ranked
-    optional = _OPTIONAL.union(prompts)
-    if pair:
-        optional = optional.union(form.format(side) for form in _PAIR_SCORES for side in SIDES)
-    columns.check_unread(name, reading, optional)
+    columns.check_unread(name, reading, _OPTIONAL_OF_PAIRS if pair else _OPTIONAL, prompts)
     names = {column: columns.taken.get(own, own) for column, own in reading.names.items()}
     example.fields = {**columns.taken, **names}
     try:
