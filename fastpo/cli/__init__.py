@@ -235,7 +235,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     data.add_argument("--dataset-name", help="configuration of a hub data set")
     data.add_argument("--split", default="train", help="default: train")
     data.add_argument("--skip-bad-rows", action="store_true", help="leave malformed rows out")
-    data.add_argument("--rows", type=int, default=3, help="show: so many rows (3)")
+    data.add_argument("--rows", type=int, help="show: so many rows (3)")
     data.add_argument("--model", help="show: whose tokenizer and template, a name or a folder")
     data.add_argument("--tokenizer", help="show: default: the model's")
     data.add_argument("--chat-template", help="show: a .jinja file or the template itself")

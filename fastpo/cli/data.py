@@ -18,25 +18,12 @@ from fastpo.data.build import good_rows
 from fastpo.data.rows import load_rows
 from fastpo.data.schedules import curriculum, sampled
 
-# Flag -> its name among the arguments, and its value where it is not given.
-_OF_SHOW = {
-    "--rows": ("rows", 3),
-    **{
-        f"--{name.replace('_', '-')}": (name, unset)
-        for unset, names in {
-            None: (
-                *("model", "tokenizer", "chat_template", "to", "list_to_pairs", "columns"),
-                "chat_template_kwargs",
-            ),
-            False: (
-                *("text_as_messages", "no_append_eos", "continue_final_message", "bos"),
-                "trust_remote_code",
-            ),
-            "auto": ("dialect",),
-        }.items()
-        for name in names
-    },
-}
+_OF_SHOW = (
+    *("rows", "model", "tokenizer", "chat_template", "trust_remote_code", "to", "list_to_pairs"),
+    *("dialect", "columns", "text_as_messages", "chat_template_kwargs", "no_append_eos"),
+    *("continue_final_message", "bos"),
+)
+"""Flags that only `show` reads, by their names among the arguments."""
 
 
 def _check(row: Mapping[str, Any]) -> None:
@@ -76,8 +63,10 @@ def data(arguments: argparse.Namespace) -> int:
 
         return show(arguments)
     show_log(logging.WARNING)
-    for flag, (name, unset) in _OF_SHOW.items():
-        if getattr(arguments, name) != unset:
+    for name in _OF_SHOW:
+        value = getattr(arguments, name)
+        if value is not None and value is not False and value != "auto":
+            flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag} is of `fastpo data show`: drop it")
     if arguments.out is None:
         raise ValueError(f"name what to write: fastpo data {arguments.action} DATASET OUT")

@@ -11,7 +11,7 @@ from fastpo.data.build import DataOptions
 
 
 def data_options(arguments: argparse.Namespace, **others: Any) -> DataOptions:
-    """The options that the flags of `reading_flags` describe, and others.
+    """Make the options that the flags of `reading_flags` describe, and others.
 
     Raises:
         ValueError: a flag's value is no mapping, or one that `DataOptions` refuses.

@@ -22,7 +22,7 @@ from fastpo.data.build import Builder, DataOptions, good_rows, origin, own_colum
 from fastpo.data.dialects import Columns
 from fastpo.data.formats import EXTRAS, PROMPT_COLUMNS, Example, read_row
 from fastpo.data.groups import Group
-from fastpo.data.messages import Content, message_text
+from fastpo.data.messages import REASONING, Content, message_text
 from fastpo.data.rows import exact_rows, load_rows
 from fastpo.data.trl import to_trl
 from fastpo.redact import redact
@@ -41,12 +41,12 @@ class Piece(NamedTuple):
 
 
 def _said(content: Content) -> Iterator[str]:
-    """What a row's text or messages say, in order."""
+    """Yield what a row's text or messages say, in order."""
     if isinstance(content, str):
         yield content
         return
     for message in content:
-        for key in ("reasoning_content", "reasoning", "thinking"):
+        for key in REASONING:
             yield str(message.get(key) or "")
         yield message_text(message)
         for call in message.get("tool_calls") or ():
@@ -54,7 +54,7 @@ def _said(content: Content) -> Iterator[str]:
 
 
 def pieces(texts: Sequence[str], scored: Sequence[bool], said: Iterator[str]) -> list[Piece]:
-    """The texts of tokens, marked by who wrote them.
+    """Mark the texts of tokens by who wrote them.
 
     Args:
         texts: of every token.
@@ -76,7 +76,7 @@ def pieces(texts: Sequence[str], scored: Sequence[bool], said: Iterator[str]) ->
 
 
 def _painted(marked: Sequence[Piece], tone: int | None) -> str:
-    """Pieces as a terminal shows them; without a tone as plain text."""
+    """Write pieces as a terminal shows them, or without a tone as plain text."""
     if tone is None:
         shown = []
         for (own, scored), run in itertools.groupby(marked, lambda p: (p.own, p.scored)):
@@ -116,7 +116,7 @@ def _messages(content: Content) -> str:
 
 
 def _read(example: Example) -> str:
-    """A row without a tokenizer: who says what."""
+    """Write a row without a tokenizer: who says what."""
     if example.tokens is not None:
         return "  token ids"
     prompt, responses = example.parts()
@@ -129,7 +129,7 @@ def _read(example: Example) -> str:
 
 
 def _tokenised(example: Example, group: Group, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A row as the model reads it: the border, the scored tokens, the template's own text."""
+    """Write a row as the model reads it: border, scored tokens, the template's own text."""
     colours = _colours()
     texts = token_texts(tokenizer, group.prompt_ids.tolist())
     asked, contents = example.parts()
@@ -154,7 +154,8 @@ def _tokenised(example: Example, group: Group, tokenizer: PreTrainedTokenizerBas
 def show(arguments: argparse.Namespace) -> int:
     """Print how the first rows are read, or write all of them in TRL's form."""
     show_log(logging.WARNING)
-    if arguments.rows < 1:
+    most = 3 if arguments.rows is None else arguments.rows
+    if most < 1:
         raise ValueError(f"--rows {arguments.rows} must be at least 1")
     if arguments.to is None and arguments.out is not None:
         raise ValueError(
@@ -180,18 +181,17 @@ def show(arguments: argparse.Namespace) -> int:
             arguments.chat_template,
             trust_remote_code=arguments.trust_remote_code,
         )
-    columns = options.reader()
     builder = Builder(tokenizer, options, arguments.dataset) if tokenizer is not None else None
+    columns = options.reader() if builder is None else builder.columns
     shown = 0
-    for index, row in enumerate(
-        itertools.islice(exact_rows(rows, arguments.dataset), arguments.rows)
-    ):
+    for index, row in enumerate(itertools.islice(exact_rows(rows, arguments.dataset), most)):
         try:
             source, number = origin(row, arguments.dataset, index)
             with naming(source, number):
                 example = read_row(own_columns(row), columns=columns)
-                text = _read(example)
-                if tokenizer is not None and builder is not None:
+                if tokenizer is None or builder is None:
+                    text = _read(example)
+                else:
                     (group, *_) = builder.groups(row, index)
                     text = _tokenised(example, group, tokenizer)
         except BadRow as bad:
@@ -206,9 +206,9 @@ def show(arguments: argparse.Namespace) -> int:
 
 
 def _odd(columns: Columns) -> Iterator[str]:
-    """What is odd about the columns of the rows so far."""
-    if columns.ignored:
-        yield f"ignored columns, which nothing here reads: {', '.join(columns.ignored)}"
+    """Say what is odd about the columns of the rows so far."""
+    if ignored := columns.told_of_ignored():
+        yield ignored
     for name, own in columns.taken.items():
         if own in columns.unseen:
             yield f"columns={{{name}: {own}}}: no row so far has a column {own!r}"

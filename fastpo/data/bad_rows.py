@@ -58,7 +58,7 @@ def naming(source: str, row: int) -> Iterator[None]:
 
 
 def report(skipped: Sequence[BadRow], num_rows: int, shown: int) -> str:
-    """How many rows were skipped, for which reasons, and the first of them."""
+    """Say how many rows were skipped, for which reasons, and list the first of them."""
     if not skipped:
         return f"no row of {num_rows} was skipped"
     kinds = Counter((bad.field, bad.reason) for bad in skipped)

@@ -137,7 +137,7 @@ class DataOptions:
                 raise ValueError(f"{name}={value}: must be at least 1, or None for no limit")
 
     def reader(self) -> Columns:
-        """What reads the columns of one data set."""
+        """Return what reads the columns of one data set."""
         return Columns(self.dialect, self.columns, text_as_messages=self.text_as_messages)
 
 
@@ -255,14 +255,14 @@ def origin(row: Any, source: str, index: int) -> tuple[str, int]:
 
 
 def own_columns(row: Any) -> Any:
-    """A row without what `load_rows` adds."""
+    """Return a row without what `load_rows` adds."""
     if not isinstance(row, Mapping):
         return row
     return {name: value for name, value in row.items() if name not in (FILE, ROW, TORN)}
 
 
 class Builder:
-    """Makes groups of the rows of one data set, and says afterwards what was odd about them.
+    """Make groups of the rows of one data set, and say afterwards what was odd about them.
 
     Args:
         tokenizer, options, extras, needs, source: as of `build_groups`.
@@ -282,6 +282,7 @@ class Builder:
         wanted = {name: getattr(options, name) for name in names}
         self.encoder = Encoder(tokenizer, options.chat_template_kwargs, **wanted)
         self.has_template = tokenizer.chat_template is not None
+        self.specials = tokenizer.all_special_tokens  # a list that each request makes anew
         self.num_texts = self.num_glued = 0
         self._told: set[str] = set()
 
@@ -396,8 +397,7 @@ class Builder:
         if not self.has_template or example.tokens is not None or example.conversational:
             return
         prompt = example.prompt
-        specials = self.encoder.tokenizer.all_special_tokens
-        if any(token in f"{prompt}{example.responses[0]}" for token in specials):
+        if any(token in f"{prompt}{example.responses[0]}" for token in self.specials):
             return  # rendered beforehand
         self.num_texts += 1
         answers = [response for response in example.responses if isinstance(response, str)]
@@ -407,9 +407,8 @@ class Builder:
     def tell(self) -> None:
         """Log what was odd about the rows so far, each thing once."""
         said = {}
-        if self.columns.ignored:
-            names = ", ".join(self.columns.ignored)
-            said["ignored"] = f"ignored columns, which nothing here reads: {names}"
+        if ignored := self.columns.told_of_ignored():
+            said["ignored"] = ignored
         if self.num_texts:
             said["text"] = (
                 f"{self.num_texts} rows are text, so the tokenizer's chat template is not used; in "

@@ -46,7 +46,7 @@ _UNREAD = re.compile(
 
 
 class Reading:
-    """A row on its way to fastpo's own columns.
+    """Hold a row on its way to fastpo's own columns.
 
     Attributes:
         columns: what the row says, in the columns of `fastpo.data.formats`.
@@ -66,7 +66,7 @@ class Reading:
         return name in self.row
 
     def get(self, name: str) -> Any:
-        """A column of the row, which is read by that."""
+        """Return a column of the row, and note that it was read."""
         self.used.add(name)
         return self.row.get(name)
 
@@ -87,7 +87,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Dialect:
-    """How the rows of some tools are recognised and read.
+    """Say how the rows of some tools are recognised and read.
 
     Args:
         tools: who writes such rows.
@@ -106,12 +106,12 @@ class Dialect:
 
     @cached_property
     def columns(self) -> frozenset[str]:
-        """Names in the shape."""
+        """Return the names in the shape."""
         return frozenset(re.findall(r"\w+", self.shape))
 
     @cached_property
     def optional(self) -> frozenset[str]:
-        """Those that may be missing, and would not be missed."""
+        """Return the names that may be missing."""
         return frozenset(re.findall(r"(\w+)\?", self.shape))
 
 
@@ -124,12 +124,12 @@ def _pair(row: Row) -> bool:
 
 
 def _answers(row: Row) -> bool:
-    """Whether there are responses in fastpo's own columns, or a pair's nearly, without `prompt`."""
+    """Return whether a row has responses: a pair, or without `prompt` a list or a single one."""
     return _pair(row) or ("prompt" not in row and ("responses" in row or "completion" in row))
 
 
 def _asks(row: Row) -> bool:
-    """Whether `messages` are a prompt: an answer at their end is a whole conversation's."""
+    """Return whether `messages` are a prompt: with an answer at the end they are more."""
     try:
         content = content_of("messages", row.get("messages"))
     except BadField:
@@ -138,7 +138,7 @@ def _asks(row: Row) -> bool:
 
 
 def _take_responses(reading: Reading) -> None:
-    """Responses in columns of fastpo's own names, or nearly."""
+    """Take responses from columns of fastpo's own names, or nearly."""
     for side in SIDES:
         reading.take(side, side, f"{side}_response")
     for column in ("responses", "scores", "completion"):
@@ -151,7 +151,7 @@ def _take_responses(reading: Reading) -> None:
 
 
 def _split_answer(reading: Reading, name: str) -> tuple[Any, Any]:
-    """A conversation's messages before its last, the answer, and that one."""
+    """Split a conversation into the messages before its last and that one, the answer."""
     messages = content_of(name, parsed(name, reading.get(name)))
     if isinstance(messages, str) or len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise BadField(name, "not messages that end with the assistant's answer", reading.row[name])
@@ -461,7 +461,7 @@ DIALECTS: dict[str, Dialect] = {
 
 @cache
 def _near(name: str, known: frozenset[str]) -> str | None:
-    """A known column that `name` misspells: within two edits, of five letters and fewer one."""
+    """Return the known column that `name` misspells: within two edits, one for short names."""
     for column in sorted(known):
         if _edits(name, column) <= (2 if len(column) >= 6 else 1):
             return column
@@ -469,7 +469,7 @@ def _near(name: str, known: frozenset[str]) -> str | None:
 
 
 def _edits(a: str, b: str) -> int:
-    """Letters to insert, delete or replace that make b of a."""
+    """Count the letters to insert, delete or replace that make b of a."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         last, row = row, [i]
@@ -479,7 +479,7 @@ def _edits(a: str, b: str) -> int:
 
 
 class Columns:
-    """Finds out how the rows of a data set are read, and remembers which columns are not.
+    """Find out how the rows of a data set are read, and remember which columns are not.
 
     Args:
         dialect: a name in `DIALECTS`, or "auto".
@@ -515,14 +515,14 @@ class Columns:
         self.ignored: dict[str, None] = {}
 
     def readings(self, row: Row) -> list[tuple[str, Reading]]:
-        """A row as every dialect that claims it would read it.
+        """Return a `Reading` for every dialect that claims a row.
 
         Raises:
             BadField: no dialect claims it.
         """
-        names = [name for name, dialect in DIALECTS.items() if dialect.claims(row)]
         if self.dialect != "auto":
-            names = [self.dialect]
+            return [(self.dialect, Reading(row))]
+        names = [name for name, dialect in DIALECTS.items() if dialect.claims(row)]
         if not names:
             raise BadField(
                 "columns",
@@ -534,7 +534,7 @@ class Columns:
         return [(name, Reading(row)) for name in names]
 
     def renamed(self, row: Row) -> Row:
-        """A row with the columns that the user named, without those that the user dropped."""
+        """Return a row with the columns that the user named, without those dropped."""
         if not self.taken and not self.dropped:
             return row
         self.unseen -= row.keys()
@@ -545,6 +545,12 @@ class Columns:
             if kept[name] is not None:  # the row has a column of that name already
                 self.ignored[name] = None
         return kept | taken
+
+    def told_of_ignored(self) -> str:
+        """Say in one line which columns nobody read; "" where there are none."""
+        if not self.ignored:
+            return ""
+        return f"ignored columns, which nothing here reads: {', '.join(self.ignored)}"
 
     def check_seen(self, source: str) -> None:
         """Refuse a column that the user named and no row had.

@@ -145,6 +145,11 @@ class Example:
     def conversational(self) -> bool:
         return not isinstance(self.responses[0], str)
 
+    @property
+    def is_pair(self) -> bool:
+        """Whether there are a chosen and a rejected response, and no list."""
+        return self.labels == [True, False] and not self.ranked
+
     def parts(self) -> tuple[Content | None, list[Content]]:
         """The prompt and the responses behind it; None where a text's tokens imply the prompt."""
         if self.prompt is None and self.tokens is None and self.conversational:
@@ -843,8 +848,8 @@ def _read_row(
 
     name, reading, example = _recognised(present, columns, extras, prompts)
     example.dialect = name
-    pair = example.labels == [True, False] and not example.ranked
-    columns.check_unread(name, reading, _OPTIONAL_OF_PAIRS if pair else _OPTIONAL, prompts)
+    optional = _OPTIONAL_OF_PAIRS if example.is_pair else _OPTIONAL
+    columns.check_unread(name, reading, optional, prompts)
     names = {column: columns.taken.get(own, own) for column, own in reading.names.items()}
     example.fields = {**columns.taken, **names}
     try:
@@ -873,8 +878,7 @@ def _take_optional(
             return None
 
     present = reading.columns
-    pair = example.labels == [True, False] and not example.ranked
-    grades = _pair_scores if pair else None
+    grades = _pair_scores if example.is_pair else None
     if len(example.names) == 1:
         grades = _single_score
     if grades is not None:

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fastpo.data.bad_rows import BadField
-from fastpo.data.messages import Messages, message_text
-from fastpo.data.template_facts import REASONING, TemplateFacts, squeezed
+from fastpo.data.messages import REASONING, Messages, message_text
+from fastpo.data.template_facts import TemplateFacts, squeezed
 
 LONGEST_LABEL = 40  # characters of a line such as "Assistant:", which says who speaks next
 

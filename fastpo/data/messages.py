@@ -18,8 +18,11 @@ from fastpo.data.bad_rows import BadField
 Messages: TypeAlias = list[dict[str, Any]]
 Content: TypeAlias = str | Messages
 
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys under which messages keep what an assistant thought."""
+
 # Where chat templates look for what an assistant says or does, besides `content`.
-BESIDE_CONTENT = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+BESIDE_CONTENT = ("tool_calls", *REASONING)
 
 # A text like this is a conversation, written as JSON or (then it is refused) as Python writes it.
 MESSAGES = re.compile(
@@ -48,12 +51,12 @@ _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
 def is_sequence(value: Any) -> bool:
-    """Whether a value is a list of any kind, and no text."""
+    """Return whether a value is a list of any kind, and no text."""
     return isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, (str, bytes))
 
 
 def parsed(name: str, value: Any) -> Any:
-    """A list or dict; where a format has text only (CSV), what its JSON says."""
+    """Return a list or dict, read from JSON where a format has text only (CSV)."""
     if not isinstance(value, str):
         return value
     try:
@@ -63,7 +66,7 @@ def parsed(name: str, value: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Arrays and numbers of NumPy as Python's, which can be compared and rendered."""
+    """Turn arrays and numbers of NumPy into Python's, which can be compared and rendered."""
     if isinstance(value, (np.ndarray, np.generic)):
         value = value.tolist()
     if isinstance(value, Mapping):
@@ -80,13 +83,13 @@ def assistant(text: str) -> dict[str, Any]:
 
 
 def message_text(message: Mapping[str, Any]) -> str:
-    """The text of a message, whichever of the two forms its content has."""
+    """Return the text of a message, whichever of the two forms its content has."""
     content = message.get("content") or ""
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def _call(name: str, text: Any) -> dict[str, Any]:
-    """ShareGPT's `function_call`, JSON of one call or of several, as an assistant's message."""
+    """Make an assistant's message of ShareGPT's `function_call`, JSON of one call or several."""
     calls = parsed(name, text)
     calls = calls if is_sequence(calls) else [calls]
     for call in calls:
@@ -128,7 +131,7 @@ def _message(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def content_of(name: str, value: Any) -> Content:
-    """Text or messages, checked; one message alone is a list of one."""
+    """Return text or messages, checked; one message alone becomes a list of one."""
     if value is None:
         raise BadField(name, "missing")
     if isinstance(value, str):
@@ -143,7 +146,7 @@ def content_of(name: str, value: Any) -> Content:
 
 
 def common_messages(conversations: Sequence[Messages]) -> int:
-    """How many messages all conversations begin with."""
+    """Count the messages that all conversations begin with."""
     shortest = min(len(c) for c in conversations)
     for i in range(shortest):
         if any(c[i] != conversations[0][i] for c in conversations):
@@ -152,12 +155,12 @@ def common_messages(conversations: Sequence[Messages]) -> int:
 
 
 def speaks_as_hh(text: Any) -> bool:
-    """Whether a text is a conversation between Human and Assistant, as Anthropic's HH writes it."""
+    """Return whether a text is a conversation of Human and Assistant, as Anthropic's HH has it."""
     return isinstance(text, str) and {"Human", "Assistant"} <= set(_SPEAKER.findall(text))
 
 
 def split_hh(name: str, chosen: str, rejected: str) -> tuple[str, str, str]:
-    """What two HH conversations begin with, up to the assistant's last turn, and their answers."""
+    """Split two HH conversations into what both begin with and the answer of each."""
     ends = [
         [match.end() for match in _SPEAKER.finditer(text) if match[1] == "Assistant"]
         for text in (chosen, rejected)
@@ -170,7 +173,7 @@ def split_hh(name: str, chosen: str, rejected: str) -> tuple[str, str, str]:
 
 
 def turns_of(text: str) -> Messages | None:
-    """The messages of a text in HH's form, whatever speaks first; None of any other text."""
+    """Divide a text in HH's form into messages; return None for any other text."""
     parts = _SPEAKER.split(text)
     if len(parts) == 1 or parts[0].strip():
         return None

@@ -17,13 +17,11 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fastpo.data.bad_rows import BadField
-from fastpo.data.messages import Messages, assistant, message_text, user
+from fastpo.data.messages import REASONING, Messages, assistant, message_text, user
 
 Form = Literal["text", "parts", "dict", "wrapped", "flat", "either"]
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Keys under which messages keep what an assistant thought."""
 
 _SYSTEM, _USER, _ANSWER, _THOUGHT = "Qsystemq", "Quserq", "Qanswerq", "Qthoughtq"
 _NAME, _KEY, _VALUE, _USE = "qnameq", "qkeyq", "Qvalueq", "Quseq"

@@ -18,9 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from fastpo.data.bad_rows import BadField
 from fastpo.data.formats import Example, Tokens
 from fastpo.data.kept import check_context, check_headers, check_repeated, check_said, check_typed
-from fastpo.data.messages import BESIDE_CONTENT, Messages, common_messages, message_text
+from fastpo.data.messages import BESIDE_CONTENT, REASONING, Messages, common_messages, message_text
 from fastpo.data.template_facts import (
-    REASONING,
     TemplateFacts,
     clashing,
     common_prefix,

@@ -61,7 +61,7 @@ def to_trl(example: Example, row: Mapping[str, Any], lists: str | None) -> Itera
 
 
 def _of_tokens(example: Example, places: Sequence[int], *spans: str) -> dict[str, Any]:
-    """The weights of tokens of some of the responses, `spans` being the columns for theirs."""
+    """Return the token weights of some responses; `spans` name the columns for theirs."""
     columns: dict[str, Any] = {
         name: [arrays[k].tolist() for k in places] for name, arrays in example.per_token.items()
     }
