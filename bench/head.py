@@ -41,7 +41,7 @@ from bench.harness import (
     summary,
     write_opening,
 )
-from fastpo.head import plan_head
+from fastpo.head.select import plan_head
 
 CASES = (
     ("logps", "forward"),

@@ -29,10 +29,11 @@ from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
 from bench.harness import RESULTS, Record, device_slug, peak_extra_bytes
-from fastpo import ops, read_head
+from fastpo import read_head
 from fastpo.data.groups import Group, Response
 from fastpo.data.packing import collate, counts_of
-from fastpo.loss import PreferenceLoss
+from fastpo.head import op as ops
+from fastpo.loss.preference_loss import PreferenceLoss
 from fastpo.model.hidden import attach, label_hidden
 from fastpo.model.load import disable_dropout, load_model
 from fastpo.model.offload import LayerInputOffload

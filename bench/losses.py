@@ -97,7 +97,7 @@ def contenders(name: str, device: torch.device) -> dict[str, Loss]:
     torch._dynamo.reset()  # every shape is its own specialisation, and there is a limit of eight
     found: dict[str, Loss] = {EAGER: eager, COMPILED: torch.compile(eager, dynamic=False)}
     if device.type == "cuda":
-        from fastpo.objectives import fused
+        from fastpo.loss import fused
 
         def kernel(scores: dict[str, Tensor]) -> Tensor:
             outcome = fused.evaluate(objective, {}, scores)

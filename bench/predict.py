@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastpo.head import most_kept_tokens, plan_head
-from fastpo.schedules import Schedule, even_blocks
-from fastpo.tiles import blocks
+from fastpo.head.schedule import Schedule, even_blocks
+from fastpo.head.select import most_kept_tokens, plan_head
+from fastpo.head.types import blocks
 
 # Seen on one H200 under PyTorch 2.11, of which no record is kept here: a bf16 product of 8192^3 on
 # random data, and a copy, bytes read and written. `python -m bench.gpu --only env` makes a record.

@@ -31,7 +31,7 @@ from fastpo import read_head
 from fastpo.cli import main as fastpo
 from fastpo.data.groups import Group, Response
 from fastpo.data.packing import collate
-from fastpo.head import linear_stats
+from fastpo.head.functional import linear_stats
 from fastpo.model.hidden import attach, label_hidden
 from fastpo.train.run import Run
 

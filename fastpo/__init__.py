@@ -8,16 +8,18 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fastpo import moved
+
 if TYPE_CHECKING:
-    from fastpo.head import (
-        Head,
+    from fastpo.head.functional import (
         linear_cross_entropy,
         linear_logps,
         linear_stats,
         logps_from_logits,
     )
-    from fastpo.loss import LossOutput, PreferenceLoss
-    from fastpo.model.facts import read_head
+    from fastpo.head.head import Head
+    from fastpo.loss.preference_loss import LossOutput, PreferenceLoss
+    from fastpo.model.head_facts import read_head
     from fastpo.objectives import OBJECTIVES
     from fastpo.objectives.functional import (
         dpo_loss,
@@ -27,21 +29,21 @@ if TYPE_CHECKING:
         orpo_loss,
         simpo_loss,
     )
-    from fastpo.scores import Segments
+    from fastpo.segments import Segments
     from fastpo.train.config import PreferenceConfig
     from fastpo.train.trainer import PreferenceTrainer
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Head": "fastpo.head",
-    "linear_cross_entropy": "fastpo.head",
-    "linear_logps": "fastpo.head",
-    "linear_stats": "fastpo.head",
-    "logps_from_logits": "fastpo.head",
-    "LossOutput": "fastpo.loss",
-    "PreferenceLoss": "fastpo.loss",
-    "read_head": "fastpo.model.facts",
+    "Head": "fastpo.head.head",
+    "linear_cross_entropy": "fastpo.head.functional",
+    "linear_logps": "fastpo.head.functional",
+    "linear_stats": "fastpo.head.functional",
+    "logps_from_logits": "fastpo.head.functional",
+    "LossOutput": "fastpo.loss.preference_loss",
+    "PreferenceLoss": "fastpo.loss.preference_loss",
+    "read_head": "fastpo.model.head_facts",
     "OBJECTIVES": "fastpo.objectives",
     "dpo_loss": "fastpo.objectives.functional",
     "ipo_loss": "fastpo.objectives.functional",
@@ -49,7 +51,7 @@ _HOME = {
     "lipo_loss": "fastpo.objectives.functional",
     "orpo_loss": "fastpo.objectives.functional",
     "simpo_loss": "fastpo.objectives.functional",
-    "Segments": "fastpo.scores",
+    "Segments": "fastpo.segments",
     "PreferenceConfig": "fastpo.train.config",
     "PreferenceTrainer": "fastpo.train.trainer",
 }
@@ -74,6 +76,9 @@ __all__ = [
     "read_head",
     "simpo_loss",
 ]
+
+
+moved.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -24,8 +24,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from fastpo.head import plan_head
-from fastpo.model.attention import COPIES_MIB
+from fastpo.head.select import plan_head
+from fastpo.model.attention.dispatch import COPIES_MIB
 from fastpo.model.limits import Positions
 
 GIB = 2**30

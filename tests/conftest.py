@@ -34,7 +34,7 @@ INTERPRETED = "tests/kernels/interpreted"
 SCATTERED = (
     "tests/train/test_trajectory.py",
     "tests/kernels/test_gpu.py",
-    "tests/model/test_attention_gpu.py",
+    "tests/model/attention/test_gpu.py",
 )
 
 

@@ -22,7 +22,7 @@ WORKERS = 6
 @pytest.fixture(scope="module")
 def gpu_tests() -> list[str]:
     """What `pytest -m gpu` collects of the kernels and of attention."""
-    where = ("tests/kernels", "tests/model/test_attention_gpu.py")
+    where = ("tests/kernels", "tests/model/attention/test_gpu.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only"]
     done = subprocess.run(
         [*command, "-m", "gpu", *where], cwd=ROOT, capture_output=True, text=True, check=True

@@ -18,7 +18,7 @@ from bench import predict
 from bench.gpu.book import Book, Options
 from bench.harness import check, interleaved, summary
 from bench.head import Inputs, less_label, make_inputs
-from fastpo.tiles import matmul, put_matmul_
+from fastpo.head.types import matmul, put_matmul_
 
 SLICE = (8192, 4096, 8192)
 """(N, D, columns) of a late slab, 128 MiB of coefficients in bf16."""

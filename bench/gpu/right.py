@@ -25,8 +25,8 @@ import fastpo
 from bench.gpu.book import find_packed_kernels
 from bench.harness import Outputs, check
 from bench.head import Inputs, less_label, make_inputs
-from fastpo.loss import PreferenceLoss
-from fastpo.scores import Segments
+from fastpo.loss.preference_loss import PreferenceLoss
+from fastpo.segments import Segments
 
 
 class Sizes(NamedTuple):
@@ -164,7 +164,7 @@ def written(products: Tensor, labels: Tensor, dtype: torch.dtype, apart: bool = 
 
 def products(name: str, device: torch.device, sizes: Sizes) -> Iterator[Verdict]:
     """Products in half precision into fp32, put or added, as the head's gradients are."""
-    from fastpo.tiles import put_matmul_
+    from fastpo.head.types import put_matmul_
 
     dtype, v = getattr(torch, name), sizes.vocabularies[-1]
     for (m, k, n), add in itertools.product(
@@ -466,7 +466,7 @@ def _trained(model: Any, device: torch.device, dtype: torch.dtype, attention: st
 
 def attention(name: str, device: torch.device, sizes: Sizes) -> Iterator[Verdict]:
     """A whole training step by one attention back end, next to dense segments in float64."""
-    from fastpo.model.attention import choose_attention
+    from fastpo.model.attention.dispatch import choose_attention
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     width = sizes.model["hidden_size"] // sizes.model["num_attention_heads"]

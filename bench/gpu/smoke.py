@@ -213,7 +213,7 @@ def suite(device: torch.device, report: Path) -> list[str]:
     # Never without paths: other files import what a bare machine lacks.
     paths = [
         "tests/kernels",
-        "tests/model/test_attention_gpu.py",
+        "tests/model/attention/test_gpu.py",
         "tests/model/test_diagnostics.py",
     ]
     command = ["-q", "-m", "gpu", "--junitxml", str(report), "-p", "no:cacheprovider"]

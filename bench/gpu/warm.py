@@ -99,15 +99,13 @@ def without_products() -> Iterator[None]:
 
     All else is the code that runs on a GPU, so that its launches are those.
     """
-    import fastpo.head
-    import fastpo.loss
-    import fastpo.scores
-    import fastpo.tiles
     from bench.ahead import kernel_modules
     from bench.gpu import pieces
-    from fastpo.tiles import accumulator
+    from fastpo.head import select, types
+    from fastpo.head.types import accumulator
+    from fastpo.loss import preference_loss, scores
 
-    choose = fastpo.head.choose_backend
+    choose = select.choose_backend
 
     def on_gpu(backend: Any, device: torch.device, plain_only: str = "") -> Any:
         return choose(backend, torch.device("cuda"), plain_only)
@@ -120,9 +118,9 @@ def without_products() -> Iterator[None]:
         return out
 
     with contextlib.ExitStack() as stack:
-        for module in (fastpo.head, fastpo.loss, fastpo.scores):
+        for module in (select, preference_loss, scores):
             stack.enter_context(mock.patch.object(module, "choose_backend", on_gpu))
-        for module in (fastpo.tiles, pieces):
+        for module in (types, pieces):
             stack.enter_context(mock.patch.object(module, "matmul", unmultiplied))
             stack.enter_context(mock.patch.object(module, "put_matmul_", unput))
         for module in kernel_modules():

@@ -16,17 +16,10 @@ from torch import Tensor
 
 from fastpo import __version__
 from fastpo.cli import EXTRAS
-from fastpo.head import (
-    Backend,
-    Head,
-    Workspace,
-    check_workspace,
-    choose_backend,
-    linear_logps,
-    most_kept_tokens,
-    plan_head,
-    workspace_in_mib,
-)
+from fastpo.head.functional import linear_logps
+from fastpo.head.head import Head
+from fastpo.head.select import choose_backend, most_kept_tokens, plan_head, workspace_in_mib
+from fastpo.head.spec import Backend, Workspace, check_workspace
 from fastpo.model.device import default_device, native_bf16
 from fastpo.optional import PackageError, require_transformers
 
@@ -78,9 +71,9 @@ def check_attention(backend: str, device: torch.device, dtype: torch.dtype) -> t
     Two groups and five responses, in a layer of two key heads for four query heads; the bound is
     twice the error of separate calls in the same dtype plus one rounding.
     """
-    from fastpo.data.packing import GroupSpan, Layout
-    from fastpo.model.attention import BACKENDS
-    from fastpo.model.shared_row import Rule, SharedRow
+    from fastpo.batch import GroupSpan, Layout
+    from fastpo.model.attention.dispatch import BACKENDS
+    from fastpo.model.attention.shared_row import Rule, SharedRow
 
     layout = Layout(
         (
@@ -118,7 +111,7 @@ def _worst(
 
 def _attention(device: torch.device) -> bool:
     """Print what each attention back end does here; False where one that runs is wrong."""
-    from fastpo.model.attention import BACKENDS, choose_attention
+    from fastpo.model.attention.dispatch import BACKENDS, choose_attention
 
     print("\nattention of shared prompts")
     sound = True
@@ -245,9 +238,9 @@ def _chat_template(arguments: argparse.Namespace) -> None:
 def _model(arguments: argparse.Namespace, device: torch.device) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from fastpo.model.check import can_share_prompt
-    from fastpo.model.facts import read_head
+    from fastpo.model.head_facts import read_head
     from fastpo.model.load import trained_adapter
+    from fastpo.model.self_check import can_share_prompt
     from fastpo.reading import opening
     from fastpo.train.chart import short
 

@@ -8,11 +8,11 @@ import json
 from typing import Any
 
 from fastpo.cli.models import table
-from fastpo.loss import PreferenceLoss
+from fastpo.head.schedule import auto_workspace_mib
+from fastpo.loss.preference_loss import PreferenceLoss
 from fastpo.model.load import check_place, trained_adapter
 from fastpo.model.random_init import model_config
 from fastpo.plan import CARDS, EFFICIENCY, GIB, Advice, Card, Job, Plan, Shape, advise, plan
-from fastpo.schedules import auto_workspace_mib
 from fastpo.train.config import resolve_kind
 from fastpo.train.recipe import Recipe, load_recipe
 

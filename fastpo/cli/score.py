@@ -30,11 +30,11 @@ from fastpo.data.build import build_groups
 from fastpo.data.follow_ups import followed_up, next_turns, read_follow_ups
 from fastpo.data.groups import Group, Response
 from fastpo.data.rows import load_rows
+from fastpo.loss.scores import score_responses
 from fastpo.model.device import default_device
 from fastpo.model.diagnostics import ches, entanglement
 from fastpo.model.scoring import Packer, Scorer
 from fastpo.redact import redact
-from fastpo.scores import score_responses
 
 _SCORES = ("logps", "mean_logps", "reward", "follow_up")
 

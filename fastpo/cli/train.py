@@ -29,7 +29,8 @@ from fastpo.cli.plan import host_needs
 from fastpo.data.build import GroupDataset, GroupStream, build_groups
 from fastpo.data.packing import counts_of
 from fastpo.data.rows import load_rows
-from fastpo.head import Workspace, plan_head
+from fastpo.head.select import plan_head
+from fastpo.head.spec import Workspace
 from fastpo.model.limits import vocabulary_size
 from fastpo.model.load import trained_adapter
 from fastpo.model.merge import blend

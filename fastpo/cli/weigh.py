@@ -15,7 +15,7 @@ from fastpo.cli.reading import data_options
 from fastpo.data.rows import load_rows
 from fastpo.data.scored_weights import get_rule
 from fastpo.model.device import default_device
-from fastpo.train.reference import AdapterReference, LiveReference, ModelReference
+from fastpo.reference.live import AdapterReference, LiveReference, ModelReference
 from fastpo.train.weigh import weigh as weighed
 
 

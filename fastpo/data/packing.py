@@ -12,34 +12,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any
 
 import numpy as np
 import torch
 
+from fastpo.batch import COUNTS, GroupSpan, Layout
 from fastpo.data.groups import Context, Group, Response
-from fastpo.objectives.base import Per
-from fastpo.scores import Segments
-
-# What losses are divided by, then what is only reported.
-COUNTS = (*get_args(Per), "tokens", "label_tokens", "unshared_tokens")
-
-
-class GroupSpan(NamedTuple):
-    """Where a prompt and its responses lie in the packed row: half-open intervals of positions."""
-
-    prompt: tuple[int, int]
-    responses: tuple[tuple[int, int], ...]
-
-
-class Layout(NamedTuple):
-    """The segment table of a packed row, plain Python integers so that attention never syncs.
-
-    Each token of a response attends to the prompt before it and to its own response, causally.
-    """
-
-    groups: tuple[GroupSpan, ...]
-    length: int
+from fastpo.segments import Segments
 
 
 def _labels(group: Group) -> list[bool]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from fastpo.head import Head
+from fastpo.head.head import Head
 from fastpo.model.hidden import label_hidden, mode
 
 M = TypeVar("M", bound=nn.Module)

@@ -25,8 +25,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastpo.head import Backend, Head, Workspace, linear_logps
-from fastpo.scores import Segments
+from fastpo.head.functional import linear_logps
+from fastpo.head.head import Head
+from fastpo.head.spec import Backend, Workspace
+from fastpo.segments import Segments
 
 
 def _sums_of_pairs(rows: Tensor, segments: Segments) -> Tensor:

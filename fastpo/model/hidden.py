@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from fastpo.data.packing import Layout
-from fastpo.model.attention import NAME
+from fastpo.batch import Layout
+from fastpo.model.attention.dispatch import NAME
+from fastpo.model.attention.shared_row import SharedRow
 from fastpo.model.quantised import keep_trainable
-from fastpo.model.shared_row import SharedRow
 
 M = TypeVar("M", bound=nn.Module)
 

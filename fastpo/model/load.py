@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from fastpo.model.adapters import raise_saved_modules
-from fastpo.model.attention import NAME
+from fastpo.model.attention.dispatch import NAME
 from fastpo.model.device import default_device, native_bf16
 from fastpo.model.limits import embedding_rows
 from fastpo.model.lora import lora_faults

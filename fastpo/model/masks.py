@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpo.model.hidden import decoder_of
-from fastpo.scores import Segments
+from fastpo.segments import Segments
 
 MaskKind = Literal["common", "independent", "activation"]
 

@@ -14,8 +14,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from fastpo.model.adapters import lower_saved_modules
-from fastpo.model.check import largest, one_rounding, rounding_bound
 from fastpo.model.hidden import causal_lm, mode
+from fastpo.model.self_check import largest, one_rounding, rounding_bound
 
 _TOKENS = 32  # of the one row whose logits are compared
 

@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from fastpo.data.groups import Group
 from fastpo.data.packing import collate
-from fastpo.head import Head
-from fastpo.model.check import self_check
-from fastpo.model.facts import read_head
+from fastpo.head.head import Head
+from fastpo.model.head_facts import read_head
 from fastpo.model.hidden import label_hidden
 from fastpo.model.limits import Positions, Vocabulary
+from fastpo.model.self_check import self_check
 
 _CHECKED = 8  # groups that a model is checked on before its first batch
 
@@ -57,7 +57,7 @@ class Packer:
         share_prompt: one prompt copy per group, where the self-check of every scorer allows it.
 
     Raises:
-        SelfCheckError: as `fastpo.model.check.self_check`.
+        SelfCheckError: as `fastpo.model.self_check.self_check`.
         ValueError: a token beyond a scorer's embedding, or a row beyond its table of positions.
     """
 

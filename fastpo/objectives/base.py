@@ -1,8 +1,8 @@
 """What an objective is: a pure function of named scores, and what it returns.
 
 The names of a function's positional parameters are the scores it needs (`ratio`, `mean_logps`,
-`kl`, `score`, ...: the table in `fastpo.scores.score_responses`); its keyword-only parameters are
-its hyper-parameters. Their annotations are their domains (`beta: Positive`, `score: Gains`; see
+`kl`, `score`, ...: the table in `fastpo.loss.scores.score_responses`); its keyword-only parameters
+are its hyper-parameters. Their annotations are their domains (`beta: Positive`, `score: Gains`; see
 `domain`). Nothing else has to be declared: the engine reads the signature.
 """
 

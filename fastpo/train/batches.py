@@ -15,13 +15,13 @@ import torch.utils.data
 from transformers import PreTrainedTokenizerBase
 
 from fastpo.data.build import GroupDataset, GroupStream, build_groups
-from fastpo.data.fit import Grades, check_grades
 from fastpo.data.groups import Group
 from fastpo.data.packing import collate, row_order
 from fastpo.data.rows import load_rows
 from fastpo.model.limits import Positions, Vocabulary
+from fastpo.reference.store import ReferenceStore
 from fastpo.train.config import PreferenceConfig
-from fastpo.train.store import ReferenceStore
+from fastpo.train.preflight import Grades, check_grades
 
 
 @contextmanager

@@ -21,8 +21,9 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from fastpo.data.build import DataOptions
 from fastpo.data.positions import PositionSynthesis
-from fastpo.head import Head, check_workspace
-from fastpo.loss import PreferenceLoss
+from fastpo.head.head import Head
+from fastpo.head.spec import check_workspace
+from fastpo.loss.preference_loss import PreferenceLoss
 from fastpo.model.device import default_device, native_bf16
 from fastpo.objectives import OBJECTIVES
 from fastpo.objectives.domain import (
@@ -36,10 +37,10 @@ from fastpo.objectives.domain import (
 )
 from fastpo.optional import require_transformers
 from fastpo.redact import learn, redact, refuse_redacted
+from fastpo.reference.moving import UpdateRule
 from fastpo.train.elsewhere import TRAINER, refuse_keywords, unknown
 from fastpo.train.optimizers import RANDOM_ROUNDING, TORCHAO, optimizer_name, optimizer_options
 from fastpo.train.ranges import TRAINING
-from fastpo.train.sync import UpdateRule
 
 log = logging.getLogger(__name__)
 

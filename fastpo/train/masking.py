@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from fastpo.distributed import gather_rows
 from fastpo.model.hidden import decoder_of
 from fastpo.model.masks import MaskKind, TokenMasks, layer_states
-from fastpo.sharding import gather_rows
-from fastpo.train.reference import Batch, Reference
+from fastpo.reference.live import Batch, Reference
 
 FILE = "token_masks.safetensors"
 

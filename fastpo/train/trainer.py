@@ -46,18 +46,12 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from fastpo.data.build import GroupStream
-from fastpo.data.fit import check_fit, doubts
 from fastpo.data.groups import Group
 from fastpo.data.packing import counts_of
 from fastpo.data.token_budget import check_budget, token_rows
-from fastpo.loss import LossOutput, PreferenceLoss
+from fastpo.loss.preference_loss import LossOutput, PreferenceLoss
 from fastpo.model.adapters import adapter_effect, copied
-from fastpo.model.check import (
-    can_share_prompt,
-    few_tokens,
-    self_check,
-)
-from fastpo.model.facts import read_head
+from fastpo.model.head_facts import read_head
 from fastpo.model.hidden import (
     attach,
     balance_coefficient,
@@ -71,9 +65,24 @@ from fastpo.model.limits import Positions, Vocabulary
 from fastpo.model.load import disable_dropout
 from fastpo.model.merge import write_merged
 from fastpo.model.offload import LayerInputOffload
+from fastpo.model.self_check import can_share_prompt, few_tokens, self_check
 from fastpo.model.tiled_mlp import tile_mlps
 from fastpo.reading import reading
 from fastpo.redact import redact
+from fastpo.reference.live import (
+    AdapterReference,
+    ModelReference,
+    NoReference,
+    Reference,
+    SecondReference,
+    StoredReference,
+    adapter_parameters,
+    fill_store,
+    live_reference,
+    starting_reference,
+)
+from fastpo.reference.moving import ReferenceUpdate
+from fastpo.reference.store import ReferenceStore, key_digest, store_key
 from fastpo.train.batches import (
     Collator,
     EpochSampler,
@@ -110,21 +119,8 @@ from fastpo.train.metrics import (
     refuse_missing_trackers,
 )
 from fastpo.train.optimizers import lost_steps, optimizer_options, require_optimizer
-from fastpo.train.reference import (
-    AdapterReference,
-    ModelReference,
-    NoReference,
-    Reference,
-    SecondReference,
-    StoredReference,
-    adapter_parameters,
-    fill_store,
-    live_reference,
-    starting_reference,
-)
+from fastpo.train.preflight import check_fit, doubts
 from fastpo.train.report import write_model_card
-from fastpo.train.store import ReferenceStore, key_digest, store_key
-from fastpo.train.sync import ReferenceUpdate
 
 log = logging.getLogger(__name__)
 

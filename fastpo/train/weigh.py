@@ -23,14 +23,14 @@ from fastpo.data.groups import Group
 from fastpo.data.rows import exact_rows
 from fastpo.data.scored_weights import Rule
 from fastpo.model.scoring import Packer
-from fastpo.train.reference import (
+from fastpo.reference.live import (
     AdapterReference,
     Batch,
     LiveReference,
     adapter_parameters,
     fill_store,
 )
-from fastpo.train.store import ReferenceStore, store_key
+from fastpo.reference.store import ReferenceStore, store_key
 
 
 class Contrast:

@@ -25,7 +25,7 @@ from bench.gpu import head as gpu_head
 from bench.gpu import measure, pack, pieces, right, run, smoke, warm
 from bench.gpu.book import BOOK, Book, Options
 from bench.gpu.run import Ended, Part
-from fastpo.head import plan_head
+from fastpo.head.select import plan_head
 
 CPU = torch.device("cpu")
 A, B, C = (Part("smoke", name, seconds, f"what of {name}?") for name, seconds in

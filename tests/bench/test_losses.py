@@ -9,7 +9,8 @@ import torch
 pytest.importorskip("matplotlib")
 
 from bench import losses, plot
-from fastpo.objectives import OBJECTIVES, fused
+from fastpo.loss import fused
+from fastpo.objectives import OBJECTIVES
 from tests.numerics import assert_three_way
 
 CPU = torch.device("cpu")

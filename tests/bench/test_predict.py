@@ -6,7 +6,7 @@ import pytest
 
 from bench import predict
 from bench.predict import GOAL_SHAPE, GOALS, SHAPES, cases, filled, late, product
-from fastpo.tiles import blocks
+from fastpo.head.types import blocks
 
 
 def test_products_take_whole_tiles_in_whole_waves():

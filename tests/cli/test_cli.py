@@ -21,7 +21,7 @@ from transformers.utils import is_bitsandbytes_available
 from fastpo import __version__
 from fastpo.cli import main
 from fastpo.cli.models import open_model
-from fastpo.model.check import SelfCheckError
+from fastpo.model.self_check import SelfCheckError
 from fastpo.objectives import OBJECTIVES
 from fastpo.train.folder import RunFolder
 from tests.model.tiny import FAMILIES

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastpo.cli import main
-from fastpo.data.schedules import rejection_sample
+from fastpo.data.curation import rejection_sample
 
 SCORES = [[0.9, 0.4, 0.2, 0.7], [0.1, 0.9, 0.9, 0.3], [0.5, 0.2]]
 

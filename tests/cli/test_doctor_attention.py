@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastpo.cli import doctor
-from fastpo.model import attention_merge
-from fastpo.model.attention_merge import Band
+from fastpo.model.attention import merge as attention_merge
+from fastpo.model.attention.merge import Band
 from tests.cli.test_cli import run
 
 CPU = torch.device("cpu")

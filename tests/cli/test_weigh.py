@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import fastpo.train.reference
+import fastpo.reference.live
 from fastpo.cli.models import open_model
 from tests.cli.test_cli import lines, run
 from tests.numerics import assert_three_way
@@ -93,7 +93,7 @@ def test_stopped_runs_go_on_and_other_arguments_cost_nothing(
     words += ["--rule", "tis", "--out", out]
     # Stopped after a batch of the second scorer.
     calls: list[int] = []
-    label_hidden = fastpo.train.reference.label_hidden
+    label_hidden = fastpo.reference.live.label_hidden
 
     def dying(*args: Any) -> Any:
         calls.append(1)
@@ -101,7 +101,7 @@ def test_stopped_runs_go_on_and_other_arguments_cost_nothing(
             raise KeyboardInterrupt
         return label_hidden(*args)
 
-    monkeypatch.setattr(fastpo.train.reference, "label_hidden", dying)
+    monkeypatch.setattr(fastpo.reference.live, "label_hidden", dying)
     assert run(capsys, "weigh", *words)[0] == 130
     assert not out.exists()
     assert run(capsys, "weigh", *words)[0] == 0

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastpo import linear_cross_entropy, linear_logps, linear_stats
-from fastpo.head import Lora
-from fastpo.tiles import DIFFERENTIABLE, OF_REFERENCE
+from fastpo.head.lora import Lora
+from fastpo.head.types import DIFFERENTIABLE, OF_REFERENCE
 from tests.numerics import assert_three_way
 
 N, D, V, R, PADDED = 41, 24, 300, 5, 320

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fastpo import linear_cross_entropy, linear_logps, linear_stats, logps_from_logits
-from fastpo.head import plan_head
-from fastpo.tiles import DIFFERENTIABLE
-from fastpo.torch_tiles import TorchTiles
+from fastpo.head.select import plan_head
+from fastpo.head.torch_backend import TorchTiles
+from fastpo.head.types import DIFFERENTIABLE
 from tests.numerics import assert_three_way
 
 N, D, V = 63, 31, 507
@@ -158,7 +158,7 @@ def test_three_way(dtype, leaves, workspace, facts, names):
 @pytest.mark.parametrize("workspace_columns", [V + 2 * 50, 300])
 def test_kept_slices_under_a_rising_maximum(dtype, names, workspace_columns, monkeypatch):
     """Every slice has a shift of its own; the first two have no finite logit at all."""
-    monkeypatch.setattr("fastpo.schedules._LEAST_COLUMNS", 50)
+    monkeypatch.setattr("fastpo.head.schedule._LEAST_COLUMNS", 50)
     monkeypatch.setattr(TorchTiles, "largest_slab", 50 * N)
     workspace = workspace_columns * N * 4 / 2**20
     schedule = plan_head(N, V, D, device="cpu", needs_head=True, workspace_mib=workspace)[1]

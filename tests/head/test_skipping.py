@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fastpo import linear_logps, linear_stats
-from fastpo.torch_tiles import TorchTiles
-from tests.head.test_schedules import CountingMode
+from fastpo.head.torch_backend import TorchTiles
+from tests.head.test_schedule import CountingMode
 
 N, D, V = 60, 64, 4090
 FACTS = [{}, {"softcap": 20.0, "logit_scale": 0.9, "temperature": 0.7}]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import fastpo
-from fastpo.head import plan_head
+from fastpo.head.select import plan_head
+from fastpo.head.types import put_matmul_
 from fastpo.kernels.divergence import (
     DIVERGENCES,
     OF_BOTH,
@@ -29,8 +30,7 @@ from fastpo.kernels.segment_reduce import (
     segment_reduce_reference,
 )
 from fastpo.kernels.tile import transform_reference
-from fastpo.objectives import fused
-from fastpo.tiles import put_matmul_
+from fastpo.loss import fused
 from tests.kernels.cases import (
     FACTS,
     P_LABEL,

@@ -27,7 +27,8 @@ from fastpo.kernels.aot import TARGETS
 from fastpo.kernels.logits_epilogue import DIFFERENTIABLE
 from fastpo.kernels.online import STATISTICS
 from fastpo.kernels.tile import INTERPRETED, acc_dtype
-from fastpo.objectives import OBJECTIVES, fused
+from fastpo.loss import fused
+from fastpo.objectives import OBJECTIVES
 from tests.kernels.cases import make
 from tests.objectives.battery import cast, make_scores
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fastpo.scores import Segments, score_responses
+from fastpo.loss.scores import score_responses
+from fastpo.segments import Segments
 
 
 def long_pair(length: int) -> Segments:

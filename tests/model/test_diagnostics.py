@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fastpo.data.packing import collate
-from fastpo.head import Head
+from fastpo.head.head import Head
 from fastpo.model.diagnostics import ches, entanglement
-from fastpo.model.facts import read_head
+from fastpo.model.head_facts import read_head
 from fastpo.model.hidden import attach, label_hidden
 from tests.model.tiny import PAD, family, group
 from tests.numerics import assert_three_way

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from fastpo.data.packing import GroupSpan, Layout, collate
-from fastpo.head import linear_logps
-from fastpo.model.facts import read_head
+from fastpo.batch import GroupSpan, Layout
+from fastpo.data.packing import collate
+from fastpo.head.functional import linear_logps
+from fastpo.model.head_facts import read_head
 from fastpo.model.hidden import (
     attach,
     balance_coefficient,

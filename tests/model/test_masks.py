@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fastpo.model.masks as module
 from fastpo.data.packing import collate
-from fastpo.loss import PreferenceLoss
+from fastpo.loss.preference_loss import PreferenceLoss
 from fastpo.model.hidden import attach, label_hidden
 from fastpo.model.load import add_lora
 from fastpo.model.masks import LearnedMask, TokenMasks, activation_mask, layer_states, layers_of

@@ -13,11 +13,12 @@ import torch
 
 import fastpo
 import fastpo.objectives.functional
-from fastpo.loss import PreferenceLoss, resolve
+from fastpo.loss.mixture import resolve
+from fastpo.loss.preference_loss import PreferenceLoss
 from fastpo.objectives import OBJECTIVES
 from fastpo.objectives.domain import Count, Domain, Misfit, Positive, domain_of, fitted, moved
 from fastpo.objectives.elsewhere import OBJECTIVES_ELSEWHERE
-from fastpo.scores import Segments
+from fastpo.segments import Segments
 
 HYPER = [(name, key) for name, o in OBJECTIVES.items() for key in o.hyper]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpo.loss import PreferenceLoss
+from fastpo.loss.preference_loss import PreferenceLoss
 from fastpo.objectives import OBJECTIVES
 from fastpo.objectives.base import Outcome
 from fastpo.objectives.lipo import (
@@ -26,7 +26,7 @@ from fastpo.objectives.pairwise import bco_pair, dpo, exo_pair, hinge, nca_pair
 from fastpo.objectives.reference_free import simpo
 from fastpo.objectives.regression import rebel
 from fastpo.objectives.regularisers import sft
-from fastpo.scores import Segments
+from fastpo.segments import Segments
 from tests.numerics import assert_three_way
 
 B, K = 6, 4

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpo.loss import PreferenceLoss
+from fastpo.loss.preference_loss import PreferenceLoss
 from fastpo.objectives import OBJECTIVES
 from fastpo.objectives.pairwise import (
     apo_down,
@@ -31,7 +31,7 @@ from fastpo.objectives.pairwise import (
     xpo,
 )
 from fastpo.objectives.pointwise import kto
-from fastpo.scores import Segments
+from fastpo.segments import Segments
 from tests.numerics import assert_three_way
 
 from .battery import Case, assert_rounded, by_divisor, condition, evaluate, leaves

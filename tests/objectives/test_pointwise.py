@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpo.loss import PreferenceLoss
+from fastpo.loss.preference_loss import PreferenceLoss
 from fastpo.objectives import OBJECTIVES
 from fastpo.objectives.base import Outcome
 from fastpo.objectives.pairwise import apo_zero
@@ -25,7 +25,7 @@ from fastpo.objectives.pointwise import (
 )
 from fastpo.objectives.reference_free import tpo
 from fastpo.objectives.regularisers import entropy, gold_sft, kl_retain, sft
-from fastpo.scores import Segments
+from fastpo.segments import Segments
 from tests.numerics import assert_three_way
 
 B = 6

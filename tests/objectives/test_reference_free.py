@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpo.loss import PreferenceLoss
+from fastpo.loss.preference_loss import PreferenceLoss
 from fastpo.objectives.pairwise import hinge, ipo
 from fastpo.objectives.reference_free import alpha_po, cpo, repo, simper, simpo, slic, tpo
-from fastpo.scores import Segments
+from fastpo.segments import Segments
 from tests.numerics import assert_three_way
 
 B = 6

@@ -17,7 +17,9 @@ import torch
 from transformers import TrainerCallback
 
 from fastpo.data.groups import Group
-from fastpo.train import reference, store, trainer
+from fastpo.reference import live as reference
+from fastpo.reference import store
+from fastpo.train import trainer
 from tests.train import tiny
 
 

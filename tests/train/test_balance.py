@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastpo.data.packing import collate, counts_of
-from fastpo.loss import PreferenceLoss
-from fastpo.model.facts import read_head
+from fastpo.loss.preference_loss import PreferenceLoss
+from fastpo.model.head_facts import read_head
 from fastpo.model.hidden import attach, label_hidden_and_balance
 from fastpo.train.trainer import PreferenceTrainer
 from tests.model.tiny import family, group

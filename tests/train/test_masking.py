@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fastpo.loss
 from fastpo.data.groups import Group
 from fastpo.data.packing import collate
+from fastpo.loss import preference_loss
 from fastpo.model.load import add_lora
 from fastpo.model.masks import TokenMasks
 from fastpo.train.trainer import PreferenceTrainer
@@ -74,7 +74,7 @@ def test_trajectory(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ours = made(tmp_path / "ours", **options)
     before = torch.cat([p.detach().flatten().clone() for p in ours._masking.masks.parameters()])
     ours = outcome(ours)
-    monkeypatch.setattr(fastpo.loss, "linear_stats", dense_stats)
+    monkeypatch.setattr(preference_loss, "linear_stats", dense_stats)
     plain = outcome(made(tmp_path / "plain", **options))
     truth = outcome(made(tmp_path / "truth", torch.float64, **options))
     assert_same(ours, plain, truth)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastpo.head import linear_logps
-from fastpo.loss import PreferenceLoss
-from fastpo.scores import Segments
+from fastpo.head.functional import linear_logps
+from fastpo.loss.preference_loss import PreferenceLoss
+from fastpo.segments import Segments
 from fastpo.train.metrics import read_metrics
 from tests.numerics import assert_three_way
 from tests.train import tiny

@@ -18,8 +18,8 @@ from transformers import trainer_optimizer
 from fastpo import optional
 from fastpo.train import optimizers
 from fastpo.train.optimizers import lost_steps, refuse_lost_steps, require_optimizer
+from tests.reference.test_live import lora
 from tests.train import tiny
-from tests.train.test_reference import lora
 
 RATE = 1e-5
 

@@ -13,7 +13,7 @@ import yaml
 
 import fastpo.train.trainer
 from fastpo.data.packing import counts_of
-from fastpo.model.check import SelfCheck
+from fastpo.model.self_check import SelfCheck
 from fastpo.train.config import PreferenceConfig
 from fastpo.train.metrics import METRICS_FILE, MetricWindow, ProgressCallback, read_metrics
 from tests.train import tiny

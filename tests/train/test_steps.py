@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.utils.data import Subset
 from transformers import TrainerCallback
 
-import fastpo.loss
 from fastpo.data.packing import counts_of
-from fastpo.loss import PreferenceLoss
+from fastpo.loss import preference_loss
+from fastpo.loss.metrics import batch_counts
+from fastpo.loss.preference_loss import PreferenceLoss
+from fastpo.loss.scores import score_responses
 from fastpo.train.trainer import Collator, PreferenceTrainer
 from tests.numerics import assert_three_way
 from tests.train import tiny
@@ -73,7 +75,7 @@ def test_cut_into_micro_batches(
 ) -> None:
     """1x8 = 2x4 = 8x1 = 3x3 with a short last batch: loss, gradients and logged norm."""
     ours = first_step(tmp_path / "ours", batch, accumulation, objective=objective)
-    monkeypatch.setattr(fastpo.loss, "linear_stats", dense_stats)
+    monkeypatch.setattr(preference_loss, "linear_stats", dense_stats)
     plain = first_step(tmp_path / "plain", 8, 1, objective=objective)
     truth = first_step(tmp_path / "truth", 8, 1, torch.float64, objective=objective)
     for what, a, b, c in zip(("loss", "gradients", "norm"), ours, plain, truth, strict=True):
@@ -152,8 +154,8 @@ def test_batch_has_no_labels_key_and_counts_what_the_loss_counts() -> None:
     batch = Collator(pad_token_id=0)(groups)
     assert "labels" not in batch
     logps = torch.zeros(len(batch["targets"]))
-    scores = fastpo.loss.score_responses({"logps": logps}, batch["segments"])
-    expected = {k: int(v) for k, v in fastpo.loss.batch_counts(scores).items()}
+    scores = score_responses({"logps": logps}, batch["segments"])
+    expected = {k: int(v) for k, v in batch_counts(scores).items()}
     assert {k: batch["counts"][k] for k in expected} == expected
     assert counts_of(groups) == batch["counts"]
 

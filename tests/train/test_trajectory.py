@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastpo.loss
-from fastpo.loss import PreferenceLoss
+from fastpo.loss import preference_loss
+from fastpo.loss.preference_loss import PreferenceLoss
 from fastpo.objectives import OBJECTIVES
 from fastpo.train.trainer import PreferenceTrainer
 from tests.numerics import assert_three_way
@@ -59,7 +59,7 @@ def assert_same_trajectory(
     folder: Path, objective: Any, steps: int, monkeypatch: pytest.MonkeyPatch, **options: Any
 ) -> None:
     ours = run(folder / "ours", objective, steps, **options)
-    monkeypatch.setattr(fastpo.loss, "linear_stats", dense_stats)
+    monkeypatch.setattr(preference_loss, "linear_stats", dense_stats)
     # Packed and padded rows round differently: one of them alone may be lucky over 20 steps.
     packed = run(folder / "packed", objective, steps, **options)
     padded = run(folder / "padded", objective, steps, **{**options, "share_prompt": "false"})

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from fastpo import PreferenceLoss, Segments
 from fastpo.kernels import listwise, pairwise
 from fastpo.kernels.listwise import MAX_CANDIDATES, blocks
-from fastpo.objectives import OBJECTIVES, fused
+from fastpo.loss import fused
+from fastpo.loss.fused import FUSED
+from fastpo.objectives import OBJECTIVES
 from fastpo.objectives.base import Objective, Outcome, Term
-from fastpo.objectives.fused import FUSED
 from tests.numerics import assert_three_way
 from tests.objectives.battery import (
     Case,

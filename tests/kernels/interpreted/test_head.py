@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpo import linear_stats
-from fastpo.head import plan_head
+from fastpo.head.select import plan_head
 from fastpo.kernels.linear_stats import linear_stats_reference
 from fastpo.kernels.logits_epilogue import DIFFERENTIABLE
 from fastpo.kernels.tile import acc_dtype

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastpo.tiles import DIFFERENTIABLE
+from fastpo.head.types import DIFFERENTIABLE
 from tests.head.test_head_facts import LEAVES, OWN, assert_facts
 
 EVERY = (*DIFFERENTIABLE, "ref_logps")

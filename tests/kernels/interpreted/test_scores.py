@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpo.scores import Segments, score_responses
+from fastpo.loss.scores import score_responses
+from fastpo.segments import Segments
 from tests.numerics import assert_three_way
 
 LENGTHS = torch.tensor([3, 0, 5, 1])

@@ -1,0 +1,47 @@
+"""Gather rows of different numbers from all ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def process_group(name: str | None) -> dist.ProcessGroup | None:
+    """By its name, which unlike the group itself can be an operator's argument."""
+    if name is None:
+        return None
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(name)  # pyright: ignore[reportArgumentType]
+
+
+def gather_rows(
+    rows: Tensor, group: str | None = None, sizes: tuple[int, ...] | None = None
+) -> Tensor:
+    """[n, ...] -> the rows of all ranks, in the order of ranks; ranks may have different n.
+
+    Args:
+        group: name of the process group; None for the default one, and `rows` where there is none.
+        sizes: n of each rank, if they are known.
+    """
+    if group is None and not (dist.is_available() and dist.is_initialized()):
+        return rows
+    pg = process_group(group)
+    if sizes is None:
+        sizes = all_sizes(len(rows), rows.device, pg)
+    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    every = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(every, padded, group=pg)
+    return torch.cat([each[:size] for each, size in zip(every, sizes, strict=True)])
+
+
+def all_sizes(
+    size: int, device: torch.device, group: dist.ProcessGroup | None = None
+) -> tuple[int, ...]:
+    """One integer of each rank, in the order of ranks."""
+    mine = torch.tensor([size], device=device)
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, mine, group=group)
+    return tuple(torch.cat(every).tolist())

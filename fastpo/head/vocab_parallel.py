@@ -1,0 +1,152 @@
+"""A head cut by vocabulary over ranks: who holds which rows, and what the ranks tell one another.
+
+Only numbers a token travel, and hidden states where every rank has tokens of its own; the weight
+never does. Sums are taken in the order of ranks, so that all of them hold the same bits.
+"""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastpo.distributed import all_sizes, gather_rows, process_group
+
+
+class Shard(NamedTuple):
+    """This rank's rows of a head.
+
+    Args:
+        group: name of the process group that holds the others; None where the head is whole.
+        rank: which of them this is.
+        rows: how many rows each rank holds; of a whole head its V.
+        tokens: how many tokens each rank has of its own; () where all have the same ones.
+    """
+
+    group: str | None
+    rank: int
+    rows: tuple[int, ...]
+    tokens: tuple[int, ...] = ()
+
+    @property
+    def first(self) -> int:
+        """Number of the first row here."""
+        return sum(self.rows[: self.rank])
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the whole head."""
+        return sum(self.rows)
+
+    def trimmed(self, vocab_size: int) -> Shard:
+        """Without the rows from number `vocab_size` on."""
+        ends = itertools.accumulate(self.rows)
+        left = (n - max(0, end - vocab_size) for n, end in zip(self.rows, ends, strict=True))
+        return self._replace(rows=tuple(max(0, n) for n in left))
+
+    def of_tokens(self, count: int, device: torch.device) -> Shard:
+        """The shard of a rank that has so many tokens of its own."""
+        return self._replace(tokens=all_sizes(count, device, process_group(self.group)))
+
+    def _stack(self, values: Tensor) -> Tensor:
+        """[ranks, ...]"""
+        group = process_group(self.group)
+        every = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(every, values.contiguous(), group=group)
+        return torch.stack(every)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Over the ranks, on all of them."""
+        return values if self.group is None else self._stack(values).sum(dim=0)
+
+    def max(self, values: Tensor) -> Tensor:
+        """Over the ranks, on all of them."""
+        return values if self.group is None else self._stack(values).amax(dim=0)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """[n, ...] of each rank as [sum of `tokens`, ...]; as they are where all have the same."""
+        return gather_rows(rows, self.group, self.tokens) if self.tokens else rows
+
+    def own(self, rows: Tensor) -> Tensor:
+        """Of [sum of `tokens`, ...] this rank's."""
+        if not self.tokens:
+            return rows
+        return rows.split(list(self.tokens))[self.rank].clone()
+
+    def sum_gradient(self, rows: Tensor) -> Tensor:
+        """[all tokens, D] summed over the ranks, of which each gets its own."""
+        if self.group is None:
+            return rows
+        group = process_group(self.group)
+        if not self.tokens:
+            dist.all_reduce(rows, group=group)
+            return rows
+        padded = rows.new_zeros(len(self.tokens), max(self.tokens), *rows.shape[1:])
+        for to, part in zip(padded, rows.split(list(self.tokens)), strict=True):
+            to[: len(part)] = part
+        mine = torch.empty_like(padded[0])
+        dist.reduce_scatter(mine, list(padded), group=group)
+        return mine[: self.tokens[self.rank]]
+
+
+def cut(
+    rows: dict[str, Tensor | None], group: dist.ProcessGroup | None, same_tokens: bool | None
+) -> tuple[dict[str, Tensor | None], Shard, bool]:
+    """(this rank's rows, its shard, whether all ranks have the same tokens).
+
+    Args:
+        rows: name -> rows of a head, `weight` among them: DTensors, or this rank's.
+        group: the ranks that hold the others; a DTensor knows its own.
+        same_tokens: None for what is usual: True for plain rows, False for a DTensor.
+
+    Raises:
+        ValueError: a DTensor that is not cut by rows over one mesh dimension, a rank without rows.
+    """
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import Shard as ByRows
+
+    of_mesh = {name: t for name, t in rows.items() if isinstance(t, DTensor)}
+    if same_tokens is None:
+        same_tokens = not of_mesh
+    for name, tensor in of_mesh.items():
+        mesh = tensor.device_mesh
+        if mesh.ndim != 1 or tuple(tensor.placements) != (ByRows(0),):
+            raise ValueError(
+                f"{name} is placed {tuple(tensor.placements)} on a mesh of {tuple(mesh.shape)}: a "
+                "head is cut by rows, (Shard(0),), on a mesh of one dimension; pass full_tensor()"
+            )
+        group, local = mesh.get_group(), tensor.to_local()
+        if local.requires_grad and not same_tokens:
+            # As FSDP2 reduces every other gradient: the mean of the ranks' losses.
+            local.register_hook(partial(_mean, ranks=mesh.size()))
+        rows = {**rows, name: local}
+    weight = rows["weight"]
+    assert weight is not None and group is not None  # noqa: PT018
+    sizes = all_sizes(len(weight), weight.device, group)
+    return rows, Shard(group.group_name, dist.get_rank(group), sizes), same_tokens
+
+
+def _mean(grad: Tensor, ranks: int) -> Tensor:
+    return grad / ranks
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A factor that every rank needs whole; its gradient is the mean of the ranks'."""
+    if not is_cut(tensor):
+        return tensor
+    from torch.distributed.tensor import Partial
+
+    return tensor.full_tensor(grad_placements=[Partial("avg")])  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_cut(tensor: Tensor) -> bool:
+    """Whether it is a DTensor."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)

@@ -1,0 +1,6 @@
+"""Hidden states in, preference loss out; see `preference_loss`."""
+
+from fastpo.loss.mixture import Component, resolve
+from fastpo.loss.preference_loss import LossOutput, PreferenceLoss
+
+__all__ = ["Component", "LossOutput", "PreferenceLoss", "resolve"]

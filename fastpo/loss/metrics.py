@@ -1,0 +1,73 @@
+"""Counts and metrics of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def batch_counts(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the terms of a loss are divided by, counted over one batch."""
+    mask, label = scores["mask"], scores["label"]
+    gold_length = scores.get("gold_length", scores["length"].new_zeros(()))
+    return {
+        "groups": mask.any(dim=1).sum(),
+        "responses": mask.sum(),
+        "desirable": label.sum(),
+        "undesirable": (mask & ~label).sum(),
+        "chosen_tokens": (scores["length"] * label).sum(),
+        "response_tokens": (scores["length"] * mask).sum(),
+        "gold_tokens": gold_length.sum(),
+    }
+
+
+def at_least_one(count: Tensor | float) -> Tensor | float:
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+
+
+def weight_metrics(name: str, weights: Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:
+    """The share of weights [N] that is 0 and the mean |weight|, as (sum, count); of None none."""
+    if weights is None:
+        return {}
+    weights = weights.detach().float()
+    count = weights.new_full((), weights.numel())
+    zeros, total = (weights == 0).sum(), weights.abs().sum()
+    return {f"{name}/zeros": (zeros, count), f"{name}/mean_abs": (total, count)}
+
+
+def reward_metrics(
+    rewards: Tensor, scores: Mapping[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """TRL's metric names -> (sum, count). Lists: desirable against undesirable candidates."""
+    mask, good = scores["mask"], scores["label"]
+    bad = mask & ~good
+    better = good[:, :, None] & bad[:, None, :]  # [G, K, K]
+    margin = rewards[:, :, None] - rewards[:, None, :]
+    pairs = better.sum(dim=(1, 2))
+    both = (pairs > 0).to(rewards.dtype)
+    per_group = pairs.clamp(min=1)
+
+    def mean_over_groups(values: Tensor) -> tuple[Tensor, Tensor]:
+        per = torch.where(better, values, 0).sum(dim=(1, 2)) / per_group
+        return per.sum(), both.sum()
+
+    def over(values: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.where(where, values, 0).sum(), where.sum()
+
+    logps = scores["logps"].detach()
+    from_reference: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, score in (("drift", "ratio"), ("kl", "kl_estimate")):
+        if score in scores:
+            from_reference[f"{name}/chosen"] = over(scores[score].detach(), good)
+            from_reference[f"{name}/rejected"] = over(scores[score].detach(), bad)
+    return {
+        "rewards/chosen": over(rewards, good),
+        "rewards/rejected": over(rewards, bad),
+        "rewards/margins": mean_over_groups(margin),
+        "rewards/accuracies": mean_over_groups((margin > 0).to(rewards.dtype)),
+        "logps/chosen": over(logps, good),
+        "logps/rejected": over(logps, bad),
+        **from_reference,
+    }

@@ -1,0 +1,78 @@
+"""Objectives by name and weight, with their hyper-parameters."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from fastpo.objectives import get_objective
+from fastpo.objectives.base import Objective
+from fastpo.objectives.domain import Misfit, Positive, fitted
+from fastpo.objectives.elsewhere import answer
+from fastpo.objectives.links import check_smoothing
+
+
+class Component(NamedTuple):
+    """One objective of a mixture."""
+
+    objective: Objective
+    weight: float
+    hyper: dict[str, Any]
+
+
+def resolve(objective: str | Mapping[str, float], hyper: Mapping[str, Any]) -> list[Component]:
+    """Name or mixture, and its hyper-parameters, as components.
+
+    A hyper-parameter goes to every component that has one of that name; `"dpo.beta"` goes to one.
+    A number may be two, [first, last], between which it moves linearly as training goes on.
+
+    Raises:
+        ValueError: an unknown objective or hyper-parameter (with its name here, or the nearest), a
+            value outside its domain, a weight that is not above 0, an empty mixture.
+    """
+    if not isinstance(objective, str | Mapping):
+        raise ValueError(
+            f"objective={objective!r} is neither a name nor a mapping of names to weights"
+        )
+    mixture = {objective: 1.0} if isinstance(objective, str) else dict(objective)
+    if not mixture:
+        raise ValueError("the mixture of objectives is empty: name at least one")
+    components = []
+    for name, weight in mixture.items():
+        try:
+            components.append(Component(get_objective(name), float(fitted(weight, Positive)), {}))
+        except Misfit as misfit:
+            raise ValueError(
+                f"objective {name!r} has weight {weight!r}: it {misfit}; leave out what has none"
+            ) from None
+    owners: dict[str, list[Component]] = {}
+    for component in components:
+        for key in component.objective.hyper:
+            owners.setdefault(key, []).append(component)
+            owners[f"{component.objective.name}.{key}"] = [component]
+    # "dpo.beta" after "beta", so that the particular overrides the general.
+    for key in sorted(hyper, key=lambda k: "." in k):
+        if key not in owners:
+            raise ValueError(
+                f"{' + '.join(mixture)} has no hyper-parameter {key!r}: "
+                + _hint(key, hyper[key], components, owners)
+            )
+        name = key.rpartition(".")[2]
+        for component in owners[key]:
+            try:
+                component.hyper[name] = component.objective.fitted(name, hyper[key])
+            except Misfit as misfit:
+                raise ValueError(f"{key}={hyper[key]!r} {misfit}") from None
+    for component in components:
+        in_force = {**component.objective.hyper, **component.hyper}
+        check_smoothing(in_force.get("loss_type", ""), in_force.get("label_smoothing", 0))
+    return components
+
+
+def _hint(key: str, value: Any, components: list[Component], owners: Iterable[str]) -> str:
+    """What an unknown hyper-parameter is called here, or the nearest name, or all names."""
+    known = sorted(owners)
+    said = answer(key, value, [c.objective.name for c in components], known)
+    close = difflib.get_close_matches(key, known, n=1)
+    return said or (f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}")
