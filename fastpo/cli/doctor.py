@@ -19,7 +19,7 @@ from fastpo.cli import EXTRAS
 from fastpo.head.functional import linear_logps
 from fastpo.head.head import Head
 from fastpo.head.select import choose_backend, most_kept_tokens, plan_head, workspace_in_mib
-from fastpo.head.spec import Backend, Workspace, check_workspace
+from fastpo.head.spec import BackendName, Workspace, check_workspace
 from fastpo.model.device import default_device, native_bf16
 from fastpo.optional import PackageError, require_transformers
 
@@ -38,7 +38,7 @@ def _line(name: str, text: str) -> None:
 
 
 def _step(
-    hidden: Tensor, weight: Tensor, labels: Tensor, backend: Backend | None
+    hidden: Tensor, weight: Tensor, labels: Tensor, backend: BackendName | None
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and their gradient to the hidden states; None is plain PyTorch."""
     h = hidden.detach().requires_grad_()
@@ -50,7 +50,7 @@ def _step(
     return logps.detach(), grad
 
 
-def check_backend(backend: Backend, device: torch.device) -> tuple[float, float]:
+def check_backend(backend: BackendName, device: torch.device) -> tuple[float, float]:
     """(error, bound) of a back end's log-probs and gradients against float64.
 
     The bound is twice the error of plain PyTorch in the same dtype plus one rounding.

@@ -10,7 +10,7 @@ import torch
 
 from fastpo.head.backend import Tiles
 from fastpo.head.schedule import Schedule, auto_workspace_mib, choose_schedule
-from fastpo.head.spec import Backend, Workspace, check_workspace
+from fastpo.head.spec import BackendName, Workspace, check_backend, check_workspace
 from fastpo.head.torch_backend import TorchTiles
 from fastpo.head.triton_backend import TritonTiles
 from fastpo.head.types import Link, accumulator
@@ -20,7 +20,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def choose_backend(
-    backend: Backend, device: torch.device, plain_only: str = ""
+    backend: BackendName, device: torch.device, plain_only: str = ""
 ) -> tuple[Tiles, str]:
     """(tiles, why) for a named backend, or the best one for `auto`.
 
@@ -30,6 +30,7 @@ def choose_backend(
     Raises:
         ValueError: an unknown name, or a backend that cannot run here; named ones never fall back.
     """
+    check_backend(backend)
     plain = TorchTiles(device_type=device.type)
     if backend == "torch":
         return plain, "torch was asked for"
@@ -44,8 +45,6 @@ def choose_backend(
                 "TRITON_INTERPRET=1 before Python starts to interpret the kernels slowly"
             )
         return TritonTiles(), "triton was asked for"
-    if backend != "auto":
-        raise ValueError(f"unknown backend {backend!r}: choose 'auto', 'torch' or 'triton'")
     if plain_only:
         return plain, f"torch: {plain_only} was asked for"
     if device.type == "cuda" and HAS_TRITON:
@@ -74,7 +73,7 @@ def plan_head(
     needs_head: bool = False,
     needs_weight: bool | None = None,
     with_reference: bool = False,
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
     workspace_mib: Workspace = "auto",
     link: Link | None = None,
     plain_only: str = "",

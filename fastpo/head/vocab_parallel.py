@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fastpo.distributed import all_sizes, gather_rows, process_group
+from fastpo.head.tensors import HeadTensors
 
 
 class Shard(NamedTuple):
@@ -93,19 +94,62 @@ class Shard(NamedTuple):
         return mine[: self.tokens[self.rank]]
 
 
-def cut(
-    rows: dict[str, Tensor | None], group: dist.ProcessGroup | None, same_tokens: bool | None
-) -> tuple[dict[str, Tensor | None], Shard, bool]:
-    """(this rank's rows, its shard, whether all ranks have the same tokens).
+class OwnRows(NamedTuple):
+    """This rank's vocabulary rows of the heads of a pass."""
+
+    head: HeadTensors
+    reference: HeadTensors | None
+    shard: Shard
+    same_tokens: bool | None  # whether all ranks have the same tokens; None without other ranks
+
+
+def own_rows(
+    head: HeadTensors,
+    reference: HeadTensors | None = None,
+    *,
+    group: dist.ProcessGroup | None = None,
+    same_tokens: bool | None = None,
+    vocab_size: int | None = None,
+) -> OwnRows:
+    """Return the vocabulary rows that this rank computes, without padding.
 
     Args:
-        rows: name -> rows of a head, `weight` among them: DTensors, or this rank's.
+        head, reference: DTensors, or this rank's rows.
         group: the ranks that hold the others; a DTensor knows its own.
-        same_tokens: None for what is usual: True for plain rows, False for a DTensor.
+        same_tokens: None for what is usual: True for plain tensors, False for a DTensor.
+        vocab_size: rows of the whole head that stand for tokens; None for all.
 
     Raises:
-        ValueError: a DTensor that is not cut by rows over one mesh dimension, a rank without rows.
+        ValueError: a DTensor that is not cut by rows over one mesh dimension, a `vocab_size` that
+            the weight does not have, a rank without rows.
     """
+    rows: dict[str, Tensor | None] = {"weight": head.weight, "bias": head.bias}
+    if reference is not None:
+        rows |= {"ref_weight": reference.weight, "ref_bias": reference.bias}
+    if head.lora is not None:
+        rows["lora_b"] = head.lora.b
+    shard = Shard(None, 0, (len(head.weight),))
+    if group is not None or is_cut(head.weight):
+        rows, shard, same_tokens = _local_rows(rows, group, same_tokens)
+    if vocab_size is not None:
+        if not 0 < vocab_size <= shard.vocab_size:
+            raise ValueError(f"vocab_size {vocab_size} for a weight of {shard.vocab_size} rows")
+        shard = shard.trimmed(vocab_size)
+        real = slice(shard.rows[shard.rank])
+        rows = {name: None if t is None else t[real] for name, t in rows.items()}
+    if not min(shard.rows):
+        raise ValueError(f"a rank holds no rows of the head: they hold {shard.rows}")
+    lora = None if head.lora is None else head.lora._replace(b=cast(Tensor, rows["lora_b"]))
+    own = HeadTensors(cast(Tensor, rows["weight"]), rows["bias"], lora)
+    if reference is not None:
+        reference = HeadTensors(cast(Tensor, rows["ref_weight"]), rows["ref_bias"])
+    return OwnRows(own, reference, shard, same_tokens)
+
+
+def _local_rows(
+    rows: dict[str, Tensor | None], group: dist.ProcessGroup | None, same_tokens: bool | None
+) -> tuple[dict[str, Tensor | None], Shard, bool]:
+    """Return (this rank's rows by name, its shard, whether all ranks have the same tokens)."""
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor import Shard as ByRows
 

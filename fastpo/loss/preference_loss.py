@@ -15,7 +15,8 @@ from fastpo.head.functional import TokenStats, linear_stats
 from fastpo.head.head import Head
 from fastpo.head.lora import Lora
 from fastpo.head.select import choose_backend, most_kept_tokens
-from fastpo.head.spec import Backend, Workspace
+from fastpo.head.spec import BackendName as Backend
+from fastpo.head.spec import Workspace
 from fastpo.head.triton_backend import TritonTiles
 from fastpo.head.vocab_parallel import is_cut
 from fastpo.loss.group_chunks import Tensors, by_groups, cut_groups

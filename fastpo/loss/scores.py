@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastpo.head.functional import TokenStats
 from fastpo.head.select import choose_backend
-from fastpo.head.spec import Backend
+from fastpo.head.spec import BackendName as Backend
 from fastpo.head.triton_backend import TritonTiles
 from fastpo.segments import Segments
 

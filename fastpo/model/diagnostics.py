@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastpo.head.functional import linear_logps
 from fastpo.head.head import Head
-from fastpo.head.spec import Backend, Workspace
+from fastpo.head.spec import BackendName, Workspace
 from fastpo.segments import Segments
 
 
@@ -67,7 +67,7 @@ def entanglement(
     labels: Tensor,
     segments: Segments,
     *,
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
     workspace_mib: Workspace = "auto",
 ) -> dict[str, Tensor]:
     """Inner product, norms and the two conditions [G]; the table is in the module's docstring.
