@@ -18,8 +18,9 @@ from fastpo import __version__
 from fastpo.cli import EXTRAS
 from fastpo.head.functional import linear_logps
 from fastpo.head.head import Head
+from fastpo.head.schedule import Workload
 from fastpo.head.select import choose_backend, most_kept_tokens, plan_head, workspace_in_mib
-from fastpo.head.spec import BackendName, Workspace, check_workspace
+from fastpo.head.spec import BackendName, HeadOptions, Workspace, check_workspace
 from fastpo.model.device import default_device, native_bf16
 from fastpo.optional import PackageError, require_transformers
 
@@ -189,21 +190,16 @@ def _head_costs(head: Head, device: torch.device, tokens: int, workspace_mib: Wo
         "frozen": {},
         "trained": {"needs_head": True},
         "frozen + KL": {
-            "stats": ("logps", "kl_ref_policy"),
+            "want": ("logps", "kl_ref_policy"),
             "num_grad_stats": 2,
             "with_reference": True,
         },
     }
     for name, needs in cases.items():
-        tiles, schedule, _ = plan_head(
-            tokens, vocabulary, width, device=device, dtype=dtype, workspace_mib=mib, **needs
-        )
-        backend = type(tiles).__name__.removesuffix("Tiles").lower()
-        products = f"{schedule.products:.3g} x 2NDV"
-        _line(
-            name,
-            f"{products}, schedule {schedule.name}, {backend}: {schedule.reason}",
-        )
+        work = Workload(tokens, vocabulary, width, dtype, **needs)
+        backend, schedule, _ = plan_head(work, HeadOptions(workspace_mib=mib), device=device)
+        matmuls = f"{schedule.matmuls:.3g} x 2NDV"
+        _line(name, f"{matmuls}, schedule {schedule.name}, {backend}: {schedule.reason}")
     most = most_kept_tokens(vocabulary, width, device=device, dtype=dtype, workspace_mib=mib)
     _line("by groups", f"a loss on a trained head costs 3 x 2NDV for groups of up to {most} tokens")
     full = tokens * vocabulary * 4 / 2**20

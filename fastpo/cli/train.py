@@ -29,8 +29,9 @@ from fastpo.cli.plan import host_needs
 from fastpo.data.build import GroupDataset, GroupStream, build_groups
 from fastpo.data.packing import counts_of
 from fastpo.data.rows import load_rows
+from fastpo.head.schedule import Workload
 from fastpo.head.select import plan_head
-from fastpo.head.spec import Workspace
+from fastpo.head.spec import HeadOptions, Workspace
 from fastpo.model.limits import vocabulary_size
 from fastpo.model.load import trained_adapter
 from fastpo.model.merge import blend
@@ -290,22 +291,21 @@ def schedule_words(trainer: PreferenceTrainer, label_tokens: float) -> str:
     assert head is not None
     bias = head.bias
     kl = trainer.loss.needs_kl
-    _, schedule, why = plan_head(
+    work = Workload(
         max(1, round(label_tokens)),
         *head.weight.shape,
-        device=trainer.args.device,
         dtype=head.weight.dtype,
-        stats=("logps", "kl_ref_policy") if kl else ("logps",),
+        want=("logps", "kl_ref_policy") if kl else ("logps",),
         num_grad_stats=2 if kl else 1,
         needs_head=head.weight.requires_grad
         or (bias is not None and bias.requires_grad)
         or head.lora is not None,
         needs_weight=head.weight.requires_grad,
         with_reference=kl,
-        backend=trainer.args.backend,
-        workspace_mib=cast(Workspace, trainer.args.workspace_mib),
     )
-    return f"{schedule.name}, {schedule.products} products ({schedule.reason}); {why}"
+    options = HeadOptions(trainer.args.backend, cast(Workspace, trainer.args.workspace_mib))
+    _, schedule, why = plan_head(work, options, device=trainer.args.device)
+    return f"{schedule.name}, {schedule.matmuls} products ({schedule.reason}); {why}"
 
 
 def step_words(batch: dict[str, int], drop_last: bool, groups: int | None) -> str:

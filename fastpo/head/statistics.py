@@ -9,13 +9,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastpo.head.op import LinearStats, Plan
+from fastpo.head.op import LinearStats
+from fastpo.head.schedule import Workload
 from fastpo.head.scored import ScoredTokens, scored_tokens
 from fastpo.head.select import plan_head
 from fastpo.head.spec import HeadOptions, HeadSpec
 from fastpo.head.tensors import HeadTensors, ReferenceStates
-from fastpo.head.triton_backend import TritonTiles
-from fastpo.head.types import DIFFERENTIABLE, OF_REFERENCE, STATISTICS, Heads, Link, accumulator
+from fastpo.head.types import (
+    DIFFERENTIABLE,
+    STATISTICS,
+    PassOptions,
+    PassTensors,
+    accumulator,
+    needs_reference,
+)
 from fastpo.head.vocab_parallel import Shard, is_cut, own_rows, whole
 
 logger = logging.getLogger(__name__)
@@ -98,7 +105,7 @@ def token_statistics(
         hidden, lora_b = torch.cat([hidden, low], dim=1), lora.b.to(dtype)
     if shard.group is not None and not own.same_tokens:
         shard = shard.of_tokens(len(targets), hidden.device)
-    tensors = Heads(
+    tensors = PassTensors(
         hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, temperatures, lora_b
     )
     values = _compute(asked, tensors, shard, leaf, into)
@@ -148,7 +155,7 @@ class _Asked(NamedTuple):
     @property
     def with_reference(self) -> bool:
         """Whether a statistic compares with a reference."""
-        return any(name in OF_REFERENCE for name in self.want)
+        return needs_reference(self.want)
 
 
 def _check_tokens(
@@ -215,12 +222,12 @@ def _dtype_of_products(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def _compute(
-    asked: _Asked, tensors: Heads, shard: Shard, leaf: Tensor | None, into: Tensor | None
+    asked: _Asked, tensors: PassTensors, shard: Shard, leaf: Tensor | None, into: Tensor | None
 ) -> list[Tensor]:
     """Return the statistics in the order of `asked.want`, by the schedule that costs least."""
     spec, options = asked.spec, asked.options
     trained = tensors.hidden, tensors.weight, tensors.bias, tensors.lora_b
-    num_tokens = sum(shard.tokens) or len(tensors.labels)
+    num_tokens = sum(shard.tokens) or len(tensors.targets)
     if num_tokens == 0:
         # No token is left, but the graph is: leaves get zero gradients, not None.
         anchor = torch.stack([t[:0].sum() for t in trained if t is not None]).sum()
@@ -228,31 +235,28 @@ def _compute(
         return [zeros + anchor if n in asked.grad else zeros.clone() for n in asked.want]
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in trained]
     # A token's own temperature takes the place of the common one.
-    temperature = spec.temperature if tensors.temperature is None else 1.0
-    tiles, schedule, why = plan_head(
+    temperature = spec.temperature if tensors.temperatures is None else 1.0
+    work = Workload(
         num_tokens,
         max(shard.rows),
         tensors.weight.shape[1],
-        device=tensors.hidden.device,
-        dtype=tensors.hidden.dtype,
-        stats=asked.want,
+        tensors.hidden.dtype,
+        want=asked.want,
         num_grad_stats=len(asked.grad),
         needs_hidden=needs[0],
         needs_head=any(needs[1:]),
         needs_weight=needs[1],
         with_reference=asked.with_reference,
-        backend=options.backend,
-        workspace_mib=options.workspace_mib,
-        link=Link(spec.softcap, spec.logit_scale, temperature, options.jsd_beta),
-        plain_only="head cut over ranks"
-        if shard.group
-        else "skip_below"
-        if options.skip_below
-        else "",
+        softcap=spec.softcap,
     )
+    plain_only = "head cut over ranks" if shard.group else ""
+    if options.skip_below and not plain_only:
+        plain_only = "skip_below"
+    device = tensors.hidden.device
+    backend, schedule, why = plan_head(work, options, device=device, plain_only=plain_only)
     if options.backend == "auto" and not torch.compiler.is_compiling():
         _log_once(f"head backend {why}")
-    plan = Plan(
+    of_pass = PassOptions(
         want=asked.want,
         grads=asked.grad,
         softcap=spec.softcap,
@@ -260,15 +264,15 @@ def _compute(
         temperature=temperature,
         jsd_beta=options.jsd_beta,
         skip_below=options.skip_below,
-        backend="triton" if isinstance(tiles, TritonTiles) else "torch",
+        backend=backend,
         schedule=schedule.name,
-        row_block=schedule.row_block,
-        vocab_block=schedule.vocab_block,
-        late_rows=schedule.late_rows,
+        chunk_tokens=schedule.chunk_tokens,
+        chunk_columns=schedule.chunk_columns,
+        late_tokens=schedule.late_tokens,
         kept=schedule.kept,
         **shard._asdict(),
     )
-    return LinearStats.apply(plan, leaf, into, *tensors)
+    return LinearStats.apply(of_pass, leaf, into, *tensors)
 
 
 def _log_once(message: str) -> None:

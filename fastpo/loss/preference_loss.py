@@ -14,10 +14,9 @@ from fastpo.distributed import gather_rows
 from fastpo.head.functional import TokenStats, linear_stats
 from fastpo.head.head import Head
 from fastpo.head.lora import Lora
-from fastpo.head.select import choose_backend, most_kept_tokens
+from fastpo.head.select import most_kept_tokens, runs_kernels
 from fastpo.head.spec import BackendName as Backend
 from fastpo.head.spec import Workspace
-from fastpo.head.triton_backend import TritonTiles
 from fastpo.head.vocab_parallel import is_cut
 from fastpo.loss.group_chunks import Tensors, by_groups, cut_groups
 from fastpo.loss.metrics import at_least_one, batch_counts, reward_metrics, weight_metrics
@@ -345,7 +344,7 @@ class PreferenceLoss(nn.Module):
             *weight.shape,
             device=weight.device,
             dtype=weight.dtype,
-            stats=self._statistics_wanted(with_reference),
+            want=self._statistics_wanted(with_reference),
             with_reference=with_reference,
             backend=backend,
             workspace_mib=workspace_mib,
@@ -501,7 +500,7 @@ class PreferenceLoss(nn.Module):
     def _evaluate(component: Component, named: Mapping[str, Tensor], backend: Backend) -> Outcome:
         """By the objective's kernel where kernels run and it has one, else by its function."""
         objective = component.objective
-        if isinstance(choose_backend(backend, named["logps"].device)[0], TritonTiles):
+        if runs_kernels(backend, named["logps"].device):
             from fastpo.loss import fused
 
             outcome = fused.evaluate(objective, component.hyper, named)

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from fastpo.head.functional import TokenStats
-from fastpo.head.select import choose_backend
+from fastpo.head.select import runs_kernels
 from fastpo.head.spec import BackendName as Backend
-from fastpo.head.triton_backend import TritonTiles
 from fastpo.segments import Segments
 
 # score -> the token statistic that it sums
@@ -40,7 +39,7 @@ def _sums_of(segments: Segments, backend: Backend) -> Callable[..., Tensor]:
 
     Adding by index races on a GPU: equal inputs would not give equal bits.
     """
-    if not isinstance(choose_backend(backend, segments.response.device)[0], TritonTiles):
+    if not runs_kernels(backend, segments.response.device):
 
         def plain(values: Tensor, weights: Tensor | None = None) -> Tensor:
             return sum_by_response(values if weights is None else values * weights, segments)

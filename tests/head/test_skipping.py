@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastpo import linear_logps, linear_stats
-from fastpo.head.torch_backend import TorchTiles
+from fastpo.head.torch_backend import TorchBackend
 from tests.head.test_schedule import CountingMode
 
 N, D, V = 60, 64, 4090
@@ -21,7 +21,7 @@ SCHEDULES = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def several_slices(monkeypatch):
     """Of 1024 columns: a row stays in the slice that has its label."""
-    monkeypatch.setattr(TorchTiles, "largest_slab", 1 << 16)
+    monkeypatch.setattr(TorchBackend, "largest_chunk", 1 << 16)
 
 
 def peaked(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
