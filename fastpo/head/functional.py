@@ -1,7 +1,7 @@
 r"""Hidden states to token statistics without ever building the logits.
 
 The head is $z_v = softcap(s (W_v \cdot h + b_v)) / T$ with $softcap(x) = cap \tanh(x / cap)$, and
-p = softmax(z). Everything a preference objective wants of it is a number per label token:
+p = softmax(z). A preference objective needs one number for each target token:
 
 | name | definition | gradient |
 |---|---|---|
@@ -14,10 +14,10 @@ p = softmax(z). Everything a preference objective wants of it is a number per la
 | `jsd` | $\beta KL(q, m) + (1-\beta) KL(p, m)$, $m = \beta q + (1-\beta) p$ | to the policy |
 | `ref_logps` | $\log q_y$ | no |
 | `log_p2` | $\log \sum_v p_v^2$ | no |
-| `top1` | 1 where the first largest logit is the label's | no |
+| `top1` | 1 where the first largest logit is the target's | no |
 
 Shapes: N tokens, D width, V vocabulary. Memory: a fixed workspace, never a function of N times V.
-`fastpo.head.schedule` says which matrix products run when.
+`fastpo.head.schedule` says which matmuls run when, `fastpo.head.statistics` computes.
 """
 
 from __future__ import annotations
@@ -60,43 +60,43 @@ def linear_stats(
     backend: BackendName = "auto",
     workspace_mib: Workspace = "auto",
 ) -> TokenStats:
-    r"""Token statistics of the head for the label tokens; the table is in the module's docstring.
+    r"""Return token statistics of a head; the table is in the docstring of this module.
 
     Args:
-        hidden: [N, D] float64, float32, bfloat16 or float16; row t predicts `labels[t]`.
+        hidden: [N, D] float64, float32, bfloat16 or float16; `hidden[t]` predicts `labels[t]`.
         weight: [V, D], same dtype; under autocast both are cast to the autocast dtype.
-        labels: [N] integers in [0, V), or `ignore_index`: such a row costs nothing and gets zeros.
+        labels: [N] integers in [0, V), or `ignore_index`: such a token costs nothing and gets 0.
         stats: names of the statistics to return.
         grad: those of them that gradient flows through; all differentiable ones by default. Each
-            costs one more product and one more [N, D] buffer on a frozen head.
+            costs one more matmul and one more [N, D] buffer on a frozen head.
         bias: [V] or None.
         ref_hidden: [N, D'] the reference's hidden states, for its statistics; no gradient.
         ref_weight: [V, D'] the reference's head, by default `weight` without `lora`; `ref_bias`
             likewise.
-        softcap, logit_scale, temperature: the head's facts; both heads share them. A temperature
+        softcap, logit_scale, temperature: see `HeadSpec`; both heads share them. A temperature
             may be a tensor [N], one for each token, and gets no gradient.
-        vocab_size: rows of the weight that stand for tokens; the padding after them has probability
-            0 and no part in any statistic. None for all of them.
+        vocab_size: vocabulary rows that stand for tokens; the padding after them has probability 0
+            and no part in any statistic. None for all of them.
         lora: a low-rank delta of `weight`, never merged into it; its gradients are exact.
         jsd_beta: the reference's share of the mixture of `jsd`, as in GKD (arXiv 2306.13649). In
             (0, 1): its limits 0 and 1 are `kl_ref_policy` and `kl_policy_ref`.
-        group: ranks that each hold some rows of the head, in the order of ranks: `weight`, `bias`,
-            `lora.b` and the reference's are then this rank's, labels and `vocab_size` the whole
-            head's. Every rank calls, and no weight travels. A DTensor cut by rows, as FSDP2 makes
-            them, brings its group with it.
-        same_tokens: with rows on several ranks, whether all of them have the same tokens (tensor
+        group: ranks that each hold vocabulary rows of the head, in the order of ranks. `weight`,
+            `bias`, `lora.b` and the reference's are then this rank's, labels and `vocab_size` the
+            whole head's. Every rank calls, and no weight travels. A DTensor cut by rows, as FSDP2
+            makes them, brings its group with it.
+        same_tokens: with a head on several ranks, whether all of them have the same tokens (tensor
             parallel, usual for `group`) or each its own (FSDP2, usual for a DTensor). In the latter
             case the gradient of a DTensor is the mean of the ranks' losses, as FSDP2 reduces it.
-        skip_below: leave a slice of the vocabulary out of a token's gradient where the policy gives
-            it a smaller probability, and its products with it; 0 leaves nothing out. The
-            statistic `skipped` is all that was left out of a row, so that the error of row t of the
-            gradient is at most $|g_t| skipped_t \max_v \lVert c_v W_v \rVert$. For `logps` alone.
+        skip_below: leave a chunk of the vocabulary out of a token's gradient where the policy gives
+            it a smaller probability, and its matmuls with it; 0 leaves nothing out. The statistic
+            `skipped` is all that was left out of a token, so that the error of token t's gradient
+            is at most $|g_t| skipped_t \max_v \lVert c_v W_v \rVert$. For `logps` alone.
         accumulate_grad: add the gradient of `weight`, a leaf, straight to its `grad` if there is
-            one, or to a [V, D] tensor, of any dtype, that is given: [V, D] less memory. Hooks on
-            the weight, such as DDP's, do not see it. Without effect under `torch.compile`.
-        backend: `auto`, `torch` (plain PyTorch tiles) or `triton`; a named one never falls back.
-        workspace_mib: budget of the slabs of logits that are alive at once. `auto` is 256, and on a
-            GPU the smaller of 1024 and 2 % of its memory.
+            one, or to this [V, D] tensor of any dtype: [V, D] less memory. Hooks on the weight,
+            such as DDP's, do not see it. Without effect under `torch.compile`.
+        backend: `auto`, `torch` (plain PyTorch) or `triton`; a named one never falls back.
+        workspace_mib: budget of the chunks of logits that are alive at once, in MiB. `auto` is 256,
+            and on a GPU the smaller of 1024 and 2 % of its memory.
 
     Returns:
         name -> [N] float32 (float64 for float64 inputs), 0 at ignored positions.
@@ -105,8 +105,8 @@ def linear_stats(
         ValueError: shapes or dtypes that do not match, an unknown statistic or backend, a label
             outside [0, V), a statistic of the reference without `ref_hidden`.
 
-    Under `torch.compile` ignored rows are computed and dropped, since a graph's shapes cannot
-    depend on labels, and a label outside the vocabulary fails an assertion on the device.
+    Under `torch.compile` ignored tokens are computed and dropped, since a graph's shapes cannot
+    depend on labels. A label outside the vocabulary fails an assertion on the device.
 
     >>> h, w = torch.randn(4, 8), torch.randn(16, 8)
     >>> out = linear_stats(h, w, torch.tensor([3, -100, 0, 15]), stats=("logps", "entropy"))
@@ -154,7 +154,7 @@ def linear_logps(
     backend: BackendName = "auto",
     workspace_mib: Workspace = "auto",
 ) -> Tensor:
-    r"""Log-probabilities of the labels, $\log softmax(z_t)_{y_t}$, without the logits.
+    r"""Return log-probabilities of the labels, $\log softmax(z_t)_{y_t}$, without the logits.
 
     Args and errors as `linear_stats`. Gradients are exact for hidden, weight and bias.
 
@@ -207,7 +207,7 @@ def linear_cross_entropy(
     backend: BackendName = "auto",
     workspace_mib: Workspace = "auto",
 ) -> Tensor:
-    r"""Cross-entropy of a linear head without the logits.
+    r"""Return the cross-entropy of a linear head without the logits.
 
     $\ell_t = -(1-\epsilon) \log p_y - \epsilon (\frac1V\sum_v z_v - lse) + \zeta \, lse^2$, with
     $\epsilon$ `label_smoothing` (as `torch.nn.functional.cross_entropy`) and $\zeta$ `z_loss`
@@ -272,7 +272,7 @@ def logps_from_logits(
     ignore_index: int = -100,
     temperature: float = 1.0,
 ) -> Tensor:
-    r"""Log-probabilities of the labels for people who already hold logits.
+    r"""Return log-probabilities of the labels from logits that exist already.
 
     Args:
         logits: [..., V], any float dtype; the log-sum-exp is taken in float32 (float64 stays).
