@@ -8,7 +8,7 @@ import json
 import shutil
 import textwrap
 
-from fastpo.data.formats import CONTEXTS
+from fastpo.data.columns import CONTEXT_ROLES
 from fastpo.objectives import OBJECTIVES, SECTIONS, get_objective
 from fastpo.objectives.base import Objective
 from fastpo.objectives.domain import in_words
@@ -47,8 +47,10 @@ def needs(objective: Objective) -> str:
     if objective.needs_second_reference:
         words.append("second reference")
     words += [_IN_WORDS.get(n, n) for n in objective.needs if n in _IN_WORDS or n in _COLUMNS]
-    words += [f"{role} responses" for role in objective.extras if role not in CONTEXTS]
-    words += dict.fromkeys(CONTEXTS[role][0] for role in objective.extras if role in CONTEXTS)
+    words += [f"{role} responses" for role in objective.extras if role not in CONTEXT_ROLES]
+    words += dict.fromkeys(
+        CONTEXT_ROLES[role][0] for role in objective.extras if role in CONTEXT_ROLES
+    )
     words += [
         f"{name} {_MEMORY[statistic.memory]}" for name, statistic in objective.statistics.items()
     ]

@@ -26,7 +26,7 @@ from fastpo.cli.models import (
 from fastpo.cli.output import check_outputs, json_lines
 from fastpo.cli.reading import data_options
 from fastpo.cli.token_view import SHOWN, token_rows, write_page
-from fastpo.data.build import build_groups
+from fastpo.data.dataset import build_groups
 from fastpo.data.follow_ups import followed_up, next_turns, read_follow_ups
 from fastpo.data.groups import Group, Response
 from fastpo.data.rows import load_rows

@@ -26,9 +26,10 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from fastpo.cli.models import open_model, open_tokenizer, show_log, table
 from fastpo.cli.plan import host_needs
-from fastpo.data.build import GroupDataset, GroupStream, build_groups
+from fastpo.data.dataset import GroupDataset, build_groups
 from fastpo.data.packing import counts_of
 from fastpo.data.rows import load_rows
+from fastpo.data.stream import GroupStream
 from fastpo.head.select import plan_head
 from fastpo.head.spec import Workspace
 from fastpo.model.limits import vocabulary_size

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from fastpo.data.rows import FILE, ROW, TORN
+from fastpo.data.source_rows import FILE, ROW, TORN
 from fastpo.reading import told
 
 CHUNK = 1 << 20  # characters of a list that are read at once

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastpo.data.json_rows import encode, half_pair, read_json
-from fastpo.data.rows import CANNOT, FILE, ROW, TORN
+from fastpo.data.source_rows import CANNOT, FILE, ROW, TORN
 from fastpo.reading import REPAIR, told
 
 if TYPE_CHECKING or importlib.util.find_spec("datasets") is not None:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from fastpo.data.formats import joined_chunks
+from fastpo.data.logo_columns import joined_chunks
 from fastpo.data.messages import Content
 
 Generate: TypeAlias = Callable[[Sequence[Content], int], list[str]]

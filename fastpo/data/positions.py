@@ -83,29 +83,6 @@ def chunk_tokens(
     return found
 
 
-def cut_chunks(chunks: np.ndarray, length: int, budget: int) -> np.ndarray:
-    """[budget or less] indices of a prompt of `length` tokens, each chunk cut to the same length.
-
-    Raises:
-        BadField: no token of a chunk would be left.
-
-    >>> cut_chunks(np.array([[1, 4], [4, 9]]), 10, 6).tolist()
-    [0, 1, 2, 4, 5, 9]
-    """
-    outside = length - int((chunks[:, 1] - chunks[:, 0]).sum())
-    most = (budget - outside) // len(chunks)
-    if most < 1:
-        raise BadField(
-            "prompt",
-            f"{outside} tokens beside its {len(chunks)} chunks leave nothing of them in a budget "
-            f"of {budget}",
-        )
-    kept = np.ones(length, dtype=bool)
-    for start, stop in chunks:
-        kept[start + most : stop] = False
-    return np.flatnonzero(kept)
-
-
 def synthetic_positions(
     chunks: np.ndarray,  # [n, 2]
     length: int,

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from fastpo.data.source_rows import CANNOT, FILE, ROW, TORN, without_nulls
 from fastpo.optional import require
 from fastpo.reading import REPAIR, told
 
@@ -35,12 +36,6 @@ READERS = {
     ".arrow": "arrow",
 }
 COMPRESSIONS = {".gz", ".bz2", ".xz", ".zst"}
-FILE, ROW = "__file__", "__row__"
-"""Columns that say which file a row was read from, and its number there, from 0."""
-TORN = "__torn__"
-"""Column of a row that stands for a broken line of JSON lines: what is wrong with it."""
-CANNOT = "cannot read"
-"""Errors that begin with it name the file already."""
 
 
 def _suffix(path: str) -> str:
@@ -135,7 +130,7 @@ def _stream(reader: str, file: str) -> Iterator[dict[str, Any]]:
     for batch in _load_file(reader, file, streaming=True).iter(batch_size=100):
         _refuse_reserved(batch)
         for values in zip(*batch.values(), strict=True):
-            yield _without_nulls(dict(zip(batch, values, strict=True)))
+            yield without_nulls(dict(zip(batch, values, strict=True)))
 
 
 def _whole_json(files: list[str], origin: bool) -> datasets.Dataset:
@@ -263,92 +258,12 @@ def _load_dataset(source: str, name: str | None, split: str, streaming: bool) ->
 
     rows = datasets.load_dataset(source, name=name, split=split, streaming=streaming)
     if streaming and rows.features is None:  # nothing tells later that Arrow made these rows
-        return rows.map(_without_nulls)
+        return rows.map(without_nulls)
     return rows
-
-
-# --- rows as they were written -------------------------------------------------------------------
 
 
 def _each(packed: bytes) -> Iterator[Any]:
     yield from pickle.loads(packed)
-
-
-def exact_rows(rows: Iterable[Any], source: str = "rows") -> Iterator[Any]:
-    """Rows in turn, without the null keys that Arrow gave to dicts within their columns.
-
-    Null columns stay. So do nulls that a JSON file, or a list of dicts, holds itself.
-
-    Args:
-        rows: dicts, such as `load_rows` returns, or a data set of the user's.
-        source: name of the data for messages.
-
-    Raises:
-        ValueError: a row cannot be read; names the source, the row, the reason and the remedy.
-    """
-    rows = _unformatted(rows)
-    features = getattr(rows, "features", None)
-    formatted = getattr(rows, "format", None)
-    if isinstance(formatted, Mapping) and formatted.get("type") == "custom":
-        features = None  # a transform's values are the user's
-    plain = isinstance(formatted, Mapping) and formatted.get("type") is None
-    iterator, index = _by_batches(rows) if plain else iter(rows), 0
-    while True:
-        try:
-            row = next(iterator)
-        except StopIteration:
-            return
-        except (ImportError, MemoryError):
-            raise
-        except Exception as error:
-            if str(error).startswith(CANNOT):
-                raise
-            reason = told(error.__cause__ or error)
-            raise ValueError(f"{CANNOT} {source}, row {index}: {reason}; {REPAIR}") from error
-        yield _without_nulls(row, features) if isinstance(features, Mapping) else row
-        index += 1
-
-
-def _unformatted(rows: Any) -> Any:
-    """A data set whose values are Python's, where `set_format` made arrays or tables of them."""
-    formatted = getattr(rows, "format", None)  # of a Dataset
-    if isinstance(formatted, Mapping) and formatted.get("type") not in (None, "custom"):
-        return rows.with_format(None, columns=formatted["columns"])
-    if getattr(rows, "_formatting", None) is not None:  # of an IterableDataset
-        plain = rows.with_format(None)
-        plain.set_epoch(rows.epoch)
-        return plain
-    return rows
-
-
-def _by_batches(rows: Any, size: int = 100) -> Iterator[Any]:
-    """The rows of a `datasets.Dataset`, several times faster than one by one."""
-    for start in range(0, len(rows), size):
-        numbers = range(start, min(start + size, len(rows)))
-        try:
-            batch = rows[numbers.start : numbers.stop]
-        except Exception:
-            yield from (rows[number] for number in numbers)  # the one that fails shows itself
-        else:
-            for values in zip(*batch.values(), strict=True):
-                yield dict(zip(batch, values, strict=True))
-
-
-def _without_nulls(row: Mapping[str, Any], features: Mapping[str, Any] | None = None) -> Any:
-    """The row, of known features or unknown ones, as `exact_rows` says."""
-    return {name: _strip(value, (features or {}).get(name)) for name, value in row.items()}
-
-
-def _strip(value: Any, feature: Any) -> Any:
-    if hasattr(feature, "decode_example"):  # JSON text, images: not Arrow's dicts
-        return value
-    if isinstance(value, dict):
-        inner = feature if isinstance(feature, dict) else {}
-        return {k: _strip(held, inner.get(k)) for k, held in value.items() if held is not None}
-    if isinstance(value, list) and any(isinstance(held, dict | list) for held in value):
-        inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
-        return [_strip(held, inner) for held in value]
-    return value
 
 
 def _one_split(loaded: Any, split: str, source: str) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fastpo.data.bad_rows import BadField
-from fastpo.data.formats import Example, Tokens
+from fastpo.data.example import Example, Tokens
 from fastpo.data.kept import check_context, check_headers, check_repeated, check_said, check_typed
 from fastpo.data.messages import BESIDE_CONTENT, REASONING, Messages, common_messages, message_text
 from fastpo.data.template_facts import (

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastpo.data.bad_rows import BadField
-from fastpo.data.formats import KNOWN, Example
+from fastpo.data.columns import KNOWN
+from fastpo.data.example import Example
 
 # They say the same of the written row as of the read one.
 _AS_THEY_ARE = frozenset(

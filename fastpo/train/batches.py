@@ -14,10 +14,11 @@ import numpy as np
 import torch.utils.data
 from transformers import PreTrainedTokenizerBase
 
-from fastpo.data.build import GroupDataset, GroupStream, build_groups
+from fastpo.data.dataset import GroupDataset, build_groups
 from fastpo.data.groups import Group
 from fastpo.data.packing import collate, row_order
 from fastpo.data.rows import load_rows
+from fastpo.data.stream import GroupStream
 from fastpo.model.limits import Positions, Vocabulary
 from fastpo.reference.store import ReferenceStore
 from fastpo.train.config import PreferenceConfig

@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 from transformers.training_args import trainer_log_levels
 from transformers.utils import is_torch_bf16_gpu_available
 
-from fastpo.data.build import DataOptions
+from fastpo.data.options import DataOptions
 from fastpo.data.positions import PositionSynthesis
 from fastpo.head.head import Head
 from fastpo.head.spec import check_workspace
@@ -155,7 +155,7 @@ class PreferenceConfig(TrainingArguments):
         default=None, metadata={"help": "Short for objective_args: {beta: ...}."}
     )
 
-    # The data: see fastpo.data.build.DataOptions.
+    # The data: see fastpo.data.options.DataOptions.
     max_length: Count | None = field(
         default=None, metadata={"help": "Longest prompt + response in tokens; None: no limit."}
     )

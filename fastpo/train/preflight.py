@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from fastpo.data.formats import CONTEXTS
+from fastpo.data.columns import CONTEXT_ROLES
 from fastpo.data.groups import Group
 from fastpo.loss.preference_loss import PreferenceLoss
 from fastpo.objectives.domain import Domain
@@ -116,6 +116,6 @@ def _misfit(loss: PreferenceLoss, needs: frozenset[str], group: Group) -> str | 
         )
     for role in loss.extras:
         if role not in group.extras:
-            column = f", from a `{CONTEXTS[role][0]}` column" if role in CONTEXTS else ""
+            column = f", from a `{CONTEXT_ROLES[role][0]}` column" if role in CONTEXT_ROLES else ""
             return f"{names} needs a {role!r} response of every row{column}"
     return None

@@ -45,9 +45,9 @@ from transformers import ProgressCallback as HFProgressCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from fastpo.data.build import GroupStream
 from fastpo.data.groups import Group
 from fastpo.data.packing import counts_of
+from fastpo.data.stream import GroupStream
 from fastpo.data.token_budget import check_budget, token_rows
 from fastpo.loss.preference_loss import LossOutput, PreferenceLoss
 from fastpo.model.adapters import adapter_effect, copied

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from fastpo.data.build import DataOptions, build_groups, own_columns
+from fastpo.data.dataset import build_groups
 from fastpo.data.formats import read_row
 from fastpo.data.groups import Group
-from fastpo.data.rows import exact_rows
+from fastpo.data.options import DataOptions
 from fastpo.data.scored_weights import Rule
+from fastpo.data.source_rows import source_rows
 from fastpo.model.scoring import Packer
 from fastpo.reference.live import (
     AdapterReference,
@@ -161,11 +162,11 @@ def weigh(
         ]
 
     def columns() -> Iterator[dict[str, Any]]:
-        for i, row in enumerate(exact_rows(rows, source)):
+        for i, row in enumerate(source_rows(rows, source)):
             responses = groups[prompts[0]][i].responses
             ends = np.cumsum([r.loss_mask.sum() for r in responses])[:-1]
             scores = [np.split(store[groups[prompt][i]], ends) for store, prompt in stores]
-            order = read_row(own_columns(row), columns=columns_of).order  # best first, as here
+            order = read_row(row.columns, columns=columns_of).order  # best first, as here
             column: list[list[float]] = [[]] * len(responses)
             for place, response, *given in zip(
                 order or range(len(responses)), responses, *scores, strict=True
@@ -174,6 +175,6 @@ def weigh(
                 found = rule.fn(*(each.astype(np.float64) for each in given), response.label)
                 numbers[response.loss_mask] = found
                 column[place] = numbers.round(6).tolist()
-            yield {**own_columns(row), rule.column: column}
+            yield {**row.columns, rule.column: column}
 
     return columns()

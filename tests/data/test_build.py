@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 import torch.utils.data
 
-from fastpo.data.build import BadRow, DataOptions, GroupStream, build_groups, row_to_group
+from fastpo.data.bad_rows import BadRow
+from fastpo.data.builder import row_to_group
+from fastpo.data.dataset import build_groups
+from fastpo.data.options import DataOptions
 from fastpo.data.packing import group_key
 from fastpo.data.rows import load_rows
+from fastpo.data.stream import GroupStream
 from tests.data.test_formats import BAD, PAIR, one, texts
 
 

@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from fastpo.data.build import BadRow, DataOptions, GroupStream, build_groups
-from fastpo.data.formats import CONTEXTS
+from fastpo.data.bad_rows import BadRow
+from fastpo.data.columns import CONTEXT_ROLES
+from fastpo.data.dataset import build_groups
 from fastpo.data.groups import Group
+from fastpo.data.options import DataOptions
 from fastpo.data.packing import collate, counts_of, group_key
+from fastpo.data.stream import GroupStream
 from tests.data.test_formats import CHAT, PAIR, user
 from tests.train import tiny
 
-ROLES = tuple(CONTEXTS)
+ROLES = tuple(CONTEXT_ROLES)
 OTHERS = {"context_prompt": "The sea is", "bare_prompt": "It is", "short_prompt": "Sky:"}
 LIST = {**OTHERS, "prompt": "The sky is", "responses": [" blue.", " grey.", " green."]}
 
@@ -33,7 +36,7 @@ def test_text_columns(tokenizers):
     (group,) = build({**PAIR, **OTHERS}, tokenizer)
     assert tokenizer.decode(group.prompt_ids) == "<s>The sky is"
     assert tokenizer.decode(group.short_prompt_ids) == "<s>Sky:"
-    for role, (column, slot) in CONTEXTS.items():
+    for role, (column, slot) in CONTEXT_ROLES.items():
         response = group.extras[role]
         assert tokenizer.decode(response.prompt_ids) == f"<s>{OTHERS[column]}"
         assert response.input_ids is group.responses[slot].input_ids

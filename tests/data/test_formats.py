@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastpo.data.build import BadRow, DataOptions, build_groups, row_to_group
+from fastpo.data.bad_rows import BadRow
+from fastpo.data.builder import row_to_group
+from fastpo.data.dataset import build_groups
 from fastpo.data.formats import read_row
+from fastpo.data.options import DataOptions
 from fastpo.data.rows import load_rows
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastpo.data.build import BadRow, DataOptions, build_groups
+from fastpo.data.bad_rows import BadRow
+from fastpo.data.dataset import build_groups
+from fastpo.data.options import DataOptions
 from fastpo.data.packing import collate, counts_of, group_key
 from fastpo.data.rows import load_rows
 

@@ -8,15 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastpo.data.build import BadRow, DataOptions, build_groups, row_to_group
-from fastpo.data.formats import BadField, joined_chunks
+from fastpo.data.bad_rows import BadField, BadRow
+from fastpo.data.builder import row_to_group
+from fastpo.data.dataset import build_groups
+from fastpo.data.logo_columns import joined_chunks
+from fastpo.data.options import DataOptions
 from fastpo.data.packing import collate, group_key
-from fastpo.data.positions import (
-    PositionSynthesis,
-    chunk_tokens,
-    cut_chunks,
-    synthetic_positions,
-)
+from fastpo.data.positions import PositionSynthesis, chunk_tokens, synthetic_positions
+from fastpo.data.truncation import cut_chunks
 
 CHUNKS = ["The sky is blue.", "I like it: the sea is blue as well.", "It is green at night."]
 QUESTION = "What colour is the sky?"

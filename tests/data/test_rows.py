@@ -21,10 +21,14 @@ import pytest
 import torch.utils.data
 
 from fastpo.data import json_tables
-from fastpo.data.build import BadRow, DataOptions, GroupStream, build_groups
-from fastpo.data.formats import BadField, read_row
+from fastpo.data.bad_rows import BadField, BadRow
+from fastpo.data.dataset import build_groups
+from fastpo.data.formats import read_row
 from fastpo.data.json_rows import read_json
-from fastpo.data.rows import exact_rows, load_rows
+from fastpo.data.options import DataOptions
+from fastpo.data.rows import load_rows
+from fastpo.data.source_rows import exact_rows
+from fastpo.data.stream import GroupStream
 
 datasets = pytest.importorskip("datasets")
 pa = pytest.importorskip("pyarrow")

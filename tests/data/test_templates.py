@@ -6,7 +6,8 @@ import logging
 
 import pytest
 
-from fastpo.data.build import BadRow, build_groups
+from fastpo.data.bad_rows import BadRow
+from fastpo.data.dataset import build_groups
 from tests.data.conftest import TEMPLATES
 from tests.data.test_formats import CHAT, PAIR, assistant, one, user
 

@@ -6,9 +6,11 @@ import json
 
 import pytest
 
-from fastpo.data.build import BadRow, DataOptions, build_groups
-from fastpo.data.formats import BadField, read_row
+from fastpo.data.bad_rows import BadField, BadRow
+from fastpo.data.dataset import build_groups
+from fastpo.data.formats import read_row
 from fastpo.data.kept import left_out
+from fastpo.data.options import DataOptions
 from fastpo.data.template_facts import TemplateFacts
 from fastpo.data.templates import Encoder
 from tests.data.conftest import CHATML, TEMPLATES

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastpo.data.formats import CONTEXTS
+from fastpo.data.columns import CONTEXT_ROLES
 from fastpo.objectives import OBJECTIVES
 from fastpo.objectives.base import Objective, Outcome
 
@@ -90,7 +90,7 @@ TOKENS = {
     "token_kl_weights": 1,
     "token_rewards": 0,
 }
-ROLES = ("mismatched", "gold", "ref_response", *CONTEXTS)
+ROLES = ("mismatched", "gold", "ref_response", *CONTEXT_ROLES)
 BARE = {f"{role}_{name}": sign for role in ROLES for name, sign in SIGNS.items()}
 RECIPES = {**SIGNS, **TOKENS, **BARE}
 """Scores that carry gradient in training, or could."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fastpo.cli.models import open_model
-from fastpo.data.build import GroupStream
+from fastpo.data.stream import GroupStream
 from fastpo.model.adapters import adapter_off, altered_base
 from fastpo.model.load import load_model
 from fastpo.reference.live import AdapterReference, ModelReference, NoReference, StoredReference
