@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 
 from fastpo.data.dataset import build_groups
 from fastpo.data.options import DataOptions
-from tests.data.test_longpo import longpo
+from tests.data.test_tokenised import longpo
 from tests.numerics import assert_three_way
 from tests.train import tiny
 
