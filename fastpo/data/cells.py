@@ -15,6 +15,7 @@ from fastpo.data.messages import is_sequence, parsed, plain
 
 
 def read_number(name: str, value: Any) -> float:
+    """Return a finite number; BadField for anything else, as in all functions here."""
     kinds = (int, float, np.integer, np.floating, str)  # CSV has no numbers
     try:
         number = float(value) if isinstance(value, kinds) else math.nan
@@ -26,6 +27,7 @@ def read_number(name: str, value: Any) -> float:
 
 
 def read_weight(value: Any) -> float:
+    """Return a row's weight, which is not negative."""
     try:
         weight = read_number("weight", value)
     except BadField as bad:
@@ -37,6 +39,7 @@ def read_weight(value: Any) -> float:
 
 
 def read_switch(name: str, value: Any) -> bool:
+    """Return what a cell says, true or false."""
     said = {"true": True, "false": False}.get(str(value).strip().lower())  # CSV has no bools
     if said is None:
         raise BadField(name, "neither true nor false", value)
@@ -44,7 +47,7 @@ def read_switch(name: str, value: Any) -> bool:
 
 
 def read_population(value: Any) -> int:
-    """A number for a population's name, the same in every process; 3.0 is 3."""
+    """Return a number for a population's name, the same in every process; 3.0 is 3."""
     if isinstance(value, (float, np.floating)) and value.is_integer():
         value = int(value)
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
@@ -57,17 +60,18 @@ def read_population(value: Any) -> int:
 
 
 def one_each(row: Mapping[str, Any], name: str, count: int, what: str) -> Sequence[Any] | None:
-    """A column with one item a response, or None where the row has none."""
+    """Return a column with one item a response, or None where the row has none."""
     values = parsed(name, row.get(name))
     if values is None:
         return None
     if not is_sequence(values) or len(values) != count:
-        found = len(values) if is_sequence(values) else 1
-        raise BadField(name, f"{found} {what} for {count} responses", values)
+        length = len(values) if is_sequence(values) else 1
+        raise BadField(name, f"{length} {what} for {count} responses", values)
     return values
 
 
 def read_grades(row: Mapping[str, Any], name: str, count: int) -> list[Any] | None:
+    """Return the grades of responses, or None where the row has none."""
     values = one_each(row, name, count, name)
     if values is None:
         return None
@@ -75,7 +79,7 @@ def read_grades(row: Mapping[str, Any], name: str, count: int) -> list[Any] | No
 
 
 def read_arrays(row: Mapping[str, Any], name: str, order: Sequence[int]) -> list[np.ndarray]:
-    """Finite numbers, an array a response, best first."""
+    """Return arrays [R] float32 of finite numbers, one a response, best first."""
     values = one_each(row, name, len(order), "lists of numbers") or ()
     arrays = []
     for i in order:
@@ -93,7 +97,7 @@ def read_arrays(row: Mapping[str, Any], name: str, order: Sequence[int]) -> list
 
 
 def read_spans(name: str, value: Any) -> list[Span]:
-    """Spans written as [start, stop, weight]."""
+    """Return spans that are written as [start, stop, weight]."""
     spans = []
     value = [] if value is None else parsed(name, value)
     if not is_sequence(value):
@@ -110,6 +114,7 @@ def read_spans(name: str, value: Any) -> list[Span]:
 
 
 def read_span_lists(row: Mapping[str, Any], name: str, count: int) -> list[list[Span]] | None:
+    """Return the spans of each response, or None where the row has none."""
     values = one_each(row, name, count, "lists of spans")
     if values is None:
         return None
@@ -117,6 +122,7 @@ def read_span_lists(row: Mapping[str, Any], name: str, count: int) -> list[list[
 
 
 def refuse_spans(row: Mapping[str, Any], reason: str, *names: str) -> None:
+    """Refuse spans in columns that this kind of row does not read."""
     for name in names:
         value = parsed(name, row.get(name))
         if value is not None and not (is_sequence(value) and not len(value)):
@@ -124,7 +130,7 @@ def refuse_spans(row: Mapping[str, Any], reason: str, *names: str) -> None:
 
 
 def read_chunk_spans(value: Any) -> list[tuple[int, int]]:
-    """Intervals in order, written as [start, stop]."""
+    """Return intervals in order that are written as [start, stop]."""
     value = parsed("chunk_spans", value)
     if not is_sequence(value) or not len(value):
         raise BadField("chunk_spans", "not a list of [start, stop]", value)
@@ -141,7 +147,7 @@ def read_chunk_spans(value: Any) -> list[tuple[int, int]]:
 
 
 def read_tools(value: Any) -> list[Any]:
-    """Tools beside text; a word in a column of that name is none of ours."""
+    """Return tools beside text; a word in a column of that name is none of ours."""
     try:
         value = plain(parsed("tools", value))
     except BadField:
@@ -150,6 +156,7 @@ def read_tools(value: Any) -> list[Any]:
 
 
 def read_template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row's own arguments of its chat template, tools included."""
     kwargs = parsed("chat_template_kwargs", row.get("chat_template_kwargs", {}))
     if not isinstance(kwargs, Mapping):
         raise BadField("chat_template_kwargs", "not a dict", kwargs)

@@ -70,7 +70,7 @@ def _no_spans(example: Example) -> None:
 
 
 def _asked(example: Example, text: str) -> Messages | None:
-    """The messages of a prompt given as text; None where nothing is left behind them."""
+    """Return the messages of a prompt given as text; None where nothing is left behind them."""
     responses: Any = example.responses
     if any(response[0]["role"] == "assistant" for response in responses):
         return turns_of(text) or [user(text)]

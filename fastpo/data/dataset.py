@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Spread(NamedTuple):
-    """Least, median and greatest of a count."""
+    """Hold the least, median and greatest of a count."""
 
     min: int
     median: float
@@ -39,7 +39,7 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Tokens of a data set, extra responses included."""
+    """Count the tokens of a data set, extra responses included."""
 
     groups: int
     prompt: Spread  # tokens of a prompt
@@ -66,7 +66,7 @@ class TokenCounts:
 
 
 class GroupDataset(torch.utils.data.Dataset[Group]):
-    """Groups in the order of their rows.
+    """Hold groups in the order of their rows.
 
     Attributes:
         groups: the groups.

@@ -13,7 +13,7 @@ from fastpo.data.messages import Content, common_messages
 
 
 class Turn(NamedTuple):
-    """An answer after the prompt that the reference reads before it."""
+    """Hold a response after the prompt that the reference reads before it."""
 
     name: str  # the cell it came from, for messages
     prompt: np.ndarray  # [P] int32
@@ -21,14 +21,14 @@ class Turn(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """A row that was tokenised elsewhere; each response is (ids [R] int32, loss mask [R] bool)."""
+    """Hold a row tokenised elsewhere; each response is (ids [R] int32, loss mask [R] bool)."""
 
     prompt: np.ndarray  # [P] int32
     responses: list[tuple[np.ndarray, np.ndarray]]
 
 
 class Span(NamedTuple):
-    """Characters [start, stop) of a response's text, and the weight of tokens that touch them."""
+    """Weigh the tokens that touch the characters [start, stop) of a response's text."""
 
     start: int
     stop: int
@@ -37,7 +37,10 @@ class Span(NamedTuple):
 
 @dataclass
 class Example:
-    """A row before tokenisation, or with `tokens`. Lists run over the K responses, best first."""
+    """Hold a row before tokenisation, or with `tokens`.
+
+    Lists run over the K responses, best first.
+    """
 
     prompt: Content | None  # None: implicit, what the responses begin with in common
     responses: list[Content]
@@ -65,15 +68,16 @@ class Example:
 
     @property
     def conversational(self) -> bool:
+        """Return whether the row is of messages."""
         return not isinstance(self.responses[0], str)
 
     @property
     def is_pair(self) -> bool:
-        """Whether there are a chosen and a rejected response, and no list."""
+        """Return whether there are a chosen and a rejected response, and no list."""
         return self.labels == [True, False] and not self.ranked
 
     def parts(self) -> tuple[Content | None, list[Content]]:
-        """The prompt and the responses behind it; None where a text's tokens imply the prompt."""
+        """Return prompt and responses; None where a text's tokens imply the prompt."""
         if self.prompt is None and self.tokens is None and self.conversational:
             responses: Any = self.responses
             border = common_messages(responses)
@@ -82,7 +86,7 @@ class Example:
 
 
 def check_distinct(names: Sequence[str], ranks: Sequence[int], contents: Sequence[Any]) -> None:
-    """Equal responses with different ranks contradict each other, so they raise BadField."""
+    """Refuse equal responses with different ranks: they contradict each other."""
     for i, content in enumerate(contents):
         for j in range(i):
             if contents[j] == content and ranks[i] != ranks[j]:

@@ -72,13 +72,13 @@ def _ranked_list(row: Mapping[str, Any]) -> Example:
     names = [f"responses[{i}]" for i in range(len(values))]
     responses = [content_of(name, value) for name, value in zip(names, values, strict=True)]
     scores = read_grades(row, "scores", len(values))
-    given = read_grades(row, "ranks", len(values))
-    if scores is not None and given is not None:
-        raise BadField("ranks", "give either scores or ranks, not both", given)
+    written = read_grades(row, "ranks", len(values))
+    if scores is not None and written is not None:
+        raise BadField("ranks", "give either scores or ranks, not both", written)
     if scores is not None:
         badness = -np.array(scores)
-    elif given is not None:
-        badness = np.array(given)
+    elif written is not None:
+        badness = np.array(written)
     else:
         badness = np.arange(len(values))
     order = np.argsort(badness, kind="stable")
@@ -152,17 +152,17 @@ TOKENISED = dict.fromkeys([f"{side}_input_ids" for side in SIDES], read_longpo)
 
 
 def _whole(name: str, reading: Reading) -> Example:
-    """The prompt and the responses of a row in fastpo's own columns."""
+    """Read the prompt and the responses of a row in fastpo's own columns."""
     row = reading.columns
     # Text wins: token ids beside it are what another trainer made of it.
     formats = FORMATS if FORMATS.keys() & row.keys() else TOKENISED
     named = [key for key in formats if key in row]
     if len({formats[key] for key in named}) != 1:
-        found = [reading.names.get(key, key) for key in named]
+        own = [reading.names.get(key, key) for key in named]
         reason = f"no row of the dialect {name}: need {DIALECTS[name].shape}"
         if named:
-            reason = f"answers of more than one format: `columns: {{{found[-1]}: null}}` drops some"
-        raise BadField(", ".join(found) or "columns", reason, sorted(reading.row))
+            reason = f"answers of more than one format: `columns: {{{own[-1]}: null}}` drops some"
+        raise BadField(", ".join(own) or "columns", reason, sorted(reading.row))
     example = formats[named[0]](row)
     if "prompt" in row:
         example.prompt = content_of("prompt", row["prompt"])
@@ -176,7 +176,7 @@ def _read_as(
     extras: Sequence[str],
     prompts: Sequence[str],
 ) -> Example:
-    """A row as one dialect reads it, with further responses and prompts."""
+    """Read a row as one dialect, with further responses and prompts."""
     dialect, row = DIALECTS[name], reading.row
     dialect.read(reading)
     # What the dialect made of its own columns wins over an optional one of that name.
@@ -220,7 +220,7 @@ def _read_as(
 def _recognised(
     row: Mapping[str, Any], columns: Columns, extras: Sequence[str], prompts: Sequence[str]
 ) -> tuple[str, Reading, Example]:
-    """The dialect that reads a row: several may claim it who read the same."""
+    """Read a row as the dialect that claims it, or several that read the same."""
     readings = columns.readings(row)
     read: list[tuple[str, Reading, Example]] = []
     faults: list[BadField] = []
@@ -253,7 +253,7 @@ def read_row(
     chunks: bool = False,
     columns: Columns | None = None,
 ) -> Example:
-    """A row of any dialect as an Example; None values count as absent.
+    """Read a row of any dialect as an Example; None values count as absent.
 
     Args:
         row: the columns.
@@ -390,7 +390,7 @@ def _is_empty(content: Content) -> bool:
 
 
 def _check(example: Example) -> None:
-    """What holds for every format: one kind of content, nothing empty, no contradiction."""
+    """Check what holds for every format: one kind of content, nothing empty, no contradiction."""
     every = zip(
         [*example.names, *example.extras],
         [*example.responses, *example.extras.values()],

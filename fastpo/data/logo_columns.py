@@ -20,7 +20,7 @@ LOGO = {
 
 
 def joined_chunks(chunks: Sequence[str], question: str) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a prompt: chunks, then the question; and the characters of each chunk."""
+    """Return the text of a prompt, chunks and then the question, and each chunk's characters."""
     text, spans = "", []
     for chunk in chunks:
         spans.append((len(text), len(text) + len(chunk)))
@@ -29,6 +29,8 @@ def joined_chunks(chunks: Sequence[str], question: str) -> tuple[str, list[tuple
 
 
 def read_logo(row: Mapping[str, Any]) -> Example:
+    """Read a row of LOGO's authors: a prompt of chunks, and a list of three responses."""
+
     def text(part: str) -> str:
         name = next((name for name in LOGO[part] if name in row), LOGO[part][0])
         value = row.get(name)

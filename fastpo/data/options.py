@@ -19,7 +19,7 @@ ListToPairs = Literal["best_worst", "best_rest"]
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How rows become groups.
+    """Say how rows become groups.
 
     Args:
         max_length: most tokens of the prompt plus any one of its responses; None: no limit.

@@ -39,7 +39,7 @@ COMPRESSIONS = {".gz", ".bz2", ".xz", ".zst"}
 
 
 def _suffix(path: str) -> str:
-    """`a.jsonl.gz` -> `.jsonl`."""
+    """Return `.jsonl` for `a.jsonl.gz`."""
     suffixes = [s.lower() for s in Path(path).suffixes]
     while suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
@@ -85,7 +85,7 @@ def _load_file(reader: str, file: str, streaming: bool) -> Any:
 
 @contextmanager
 def _naming(file: str) -> Iterator[None]:
-    """Errors of `datasets`, of many classes, name no file, or one in its cache."""
+    """Name the file in errors of `datasets`, which name none, or one in its cache."""
     try:
         yield
     except StopIteration as error:  # what `datasets` makes of an empty file
@@ -160,7 +160,7 @@ def _whole(reader: str, files: list[str], origin: bool) -> datasets.Dataset:
 
 
 def _load_files(files: Mapping[str, list[str]], split: str, streaming: bool, origin: bool) -> Rows:
-    """Rows of `split`, from the files of each split."""
+    """Read the rows of `split` from the files of each split."""
     import datasets
 
     if streaming:
@@ -182,7 +182,7 @@ def _load_files(files: Mapping[str, list[str]], split: str, streaming: bool, ori
 
 
 def _joined(parts: list[datasets.Dataset]) -> datasets.Dataset:
-    """The parts in turn, with types that hold all of them: 1 and 0.5 are floats."""
+    """Join parts in turn, with types that hold all of them: 1 and 0.5 are floats."""
     import datasets
     import pyarrow
 
@@ -216,7 +216,7 @@ def _load_folder(folder: Path, name: str | None, split: str, streaming: bool, or
 
 
 def _folder_files(folder: Path, name: str | None) -> dict[str, list[str]] | None:
-    """The files of each split; None where only `datasets` can read them, or is told how to."""
+    """Return the files of each split; None where only `datasets` can read them."""
     import datasets
 
     try:
@@ -240,7 +240,7 @@ def _folder_files(folder: Path, name: str | None) -> dict[str, list[str]] | None
 
 
 def _tell_of_others(folder: Path, read: list[str]) -> None:
-    """A warning that names files of rows which are in no split of a folder."""
+    """Warn of files of rows which are in no split of a folder."""
     known = {Path(file).resolve() for file in read}
     others = [
         str(path)
@@ -282,7 +282,7 @@ def load_rows(
     streaming: bool = False,
     origin: bool = False,
 ) -> Rows:
-    """Loads the rows of a data set.
+    """Load the rows of a data set.
 
     Args:
         source: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow, also compressed), a glob of files, a

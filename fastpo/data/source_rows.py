@@ -28,7 +28,7 @@ CANNOT = "cannot read"
 
 
 class SourceRow(NamedTuple):
-    """A row's own columns, and where it stands."""
+    """Hold a row's own columns, and where it stands."""
 
     columns: Any  # a dict, unless the rows in memory are something else
     source: str  # its file, or the name of the data

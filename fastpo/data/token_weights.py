@@ -35,7 +35,7 @@ Responses: TypeAlias = Sequence[Response]
 def span_weights(
     offsets: np.ndarray, spans: Sequence[Span], length: int, name: str
 ) -> np.ndarray | None:
-    """[R] float32 weights of a response's tokens; None where it has no spans.
+    """Return weights [R] float32 of a response's tokens; None where it has no spans.
 
     A token that touches a span has its weight, the last span's where spans overlap; others have 1.
 
@@ -79,7 +79,7 @@ def _shortest(responses: Responses) -> int:
 
 
 def _place(response: Response) -> np.ndarray:
-    """[R]: 1, 2, ... over the scored tokens."""
+    """Count 1, 2, ... [R] over the scored tokens."""
     return np.cumsum(response.loss_mask)
 
 
@@ -103,7 +103,7 @@ def _sampo(responses: Responses, on: float, rng: np.random.Generator) -> list[np
 
 
 def _diff(responses: Responses, gamma: float, rng: np.random.Generator) -> list[np.ndarray]:
-    """Common runs of fewer than three tokens count as changed, as in the official code."""
+    """Weigh changed tokens; shorter common runs than three are changed, as in the official code."""
     if len(responses) != 2:
         raise BadField("responses", f"diff compares two responses, not {len(responses)}")
     ids = [r.input_ids.tolist() for r in responses]
@@ -121,7 +121,7 @@ SCHEMES: dict[str, Scheme] = {"ld": _ld, "decay": _decay, "sampo": _sampo, "diff
 
 
 def check_schemes(schemes: Mapping[str, Any]) -> None:
-    """ValueError for an unknown scheme or a value that it cannot have."""
+    """Refuse an unknown scheme, or a value that it cannot have, with ValueError."""
     for name, value in schemes.items():
         if name not in SCHEMES:
             near = difflib.get_close_matches(str(name), SCHEMES, n=1)

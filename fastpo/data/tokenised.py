@@ -18,7 +18,7 @@ UNSCORED = -100
 
 
 def _token_rows(row: Mapping[str, Any], side: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each sequence in a side's columns: ids [T] int32, and which of them are scored [T] bool.
+    """Read a side's sequences: ids [T] int32, and which of them are scored [T] bool.
 
     A column holds one sequence or a list of them; what `attention_mask` hides is left out.
     """
@@ -42,7 +42,7 @@ def _token_rows(row: Mapping[str, Any], side: str) -> list[tuple[np.ndarray, np.
 
     ids, labels = column("input_ids"), column("labels")
     masks = column("attention_mask") if f"{side}_attention_mask" in row else map(np.ones_like, ids)
-    found = []
+    sequences = []
     for i, (own, label, mask) in enumerate(itertools.zip_longest(ids, labels, masks)):
         where = f"[{i}]" if len(ids) > 1 else ""
         sizes = [0 if each is None else len(each) for each in (own, label, mask)]
@@ -57,17 +57,18 @@ def _token_rows(row: Mapping[str, Any], side: str) -> list[tuple[np.ndarray, np.
             raise BadField(f"{side}_labels{where}", reason, int(label[wrong[0]]))
         if len(own) and not 0 <= own.min() <= own.max() < 2**31:
             raise BadField(f"{side}_input_ids{where}", "not all are token ids")
-        found.append((own.astype(np.int32), scored))
-    return found
+        sequences.append((own.astype(np.int32), scored))
+    return sequences
 
 
 def read_longpo(row: Mapping[str, Any]) -> Example:
+    """Read a pair of token ids: what stands before the first scored token is the prompt."""
     prompts, responses = [], []
     for side in SIDES:
-        found = _token_rows(row, side)
-        if len(found) != 1:
-            raise BadField(f"{side}_input_ids", f"{len(found)} sequences where a row has one")
-        ids, scored = found[0]
+        sequences = _token_rows(row, side)
+        if len(sequences) != 1:
+            raise BadField(f"{side}_input_ids", f"{len(sequences)} sequences where a row has one")
+        ids, scored = sequences[0]
         places = np.flatnonzero(scored)
         if not len(places) or not places[0]:
             reason = "no token is scored" if not len(places) else "no token before the first answer"
@@ -92,7 +93,7 @@ def read_longpo(row: Mapping[str, Any]) -> Example:
 
 
 def read_turns(row: Mapping[str, Any], tokens: Tokens) -> list[Turn]:
-    """The answers of both responses in order, each after the prompt of its short row."""
+    """Return the answers of both responses in order, each after the prompt of its short row."""
     turns = []
     for side, (ids, scored) in zip(SIDES, tokens.responses, strict=True):
         answers = np.split(ids, np.flatnonzero(np.diff(scored)) + 1)[::2]  # every other is context

@@ -71,7 +71,7 @@ def _of_tokens(example: Example, places: Sequence[int], *spans: str) -> dict[str
     return columns
 
 
-def _kwargs(given: Mapping[str, Any]) -> dict[str, Any]:
-    tools, others = given.get("tools"), {k: v for k, v in given.items() if k != "tools"}
+def _kwargs(own: Mapping[str, Any]) -> dict[str, Any]:
+    tools, others = own.get("tools"), {k: v for k, v in own.items() if k != "tools"}
     columns = {"tools": tools, "chat_template_kwargs": others}
     return {name: value for name, value in columns.items() if value}
