@@ -21,7 +21,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import nullcontext
 from itertools import islice
@@ -42,7 +41,6 @@ from transformers import (
     TrainerCallback,
 )
 from transformers import ProgressCallback as HFProgressCallback
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from fastpo.data.build import GroupStream
@@ -91,14 +89,8 @@ from fastpo.train.batches import (
     as_groups,
     of_workers,
 )
-from fastpo.train.checkpoint import (
-    LOSS_STATE,
-    TRAINER_STATE,
-    incomplete,
-    latest_complete,
-    publish,
-    staging_dir,
-)
+from fastpo.train.checkpoint import TRAINER_STATE
+from fastpo.train.checkpointing import CheckpointWriter, LossState, checkpoint_to_resume
 from fastpo.train.config import (
     PreferenceConfig,
     batch_words,
@@ -107,7 +99,7 @@ from fastpo.train.config import (
     unknown_argument,
 )
 from fastpo.train.elsewhere import refuse_keywords
-from fastpo.train.folder import CONFIG, STAGING, RunFolder, claim, is_own_checkpoint, rotate, whole
+from fastpo.train.folder import CONFIG, STAGING, RunFolder, claim, whole
 from fastpo.train.masking import MaskTraining
 from fastpo.train.metrics import (
     JsonlCallback,
@@ -325,6 +317,8 @@ class PreferenceTrainer(Trainer):
             )
             self.add_callback(self._masking)
 
+        carried = [LossState(self.loss), self._update, self._masking]
+        self._checkpoints = CheckpointWriter([each for each in carried if each is not None])
         self._offload = LayerInputOffload() if args.offload_activations else nullcontext()
         self._window = MetricWindow()
         self._watch: Stopwatch | None = None
@@ -879,7 +873,7 @@ class PreferenceTrainer(Trainer):
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
         self._claim()
-        resume = self._checkpoint_to_resume(resume_from_checkpoint)
+        resume = checkpoint_to_resume(self._folder.path, resume_from_checkpoint)
         if self.is_world_process_zero():
             self._note_batch(resume)
             self._folder.write(CONFIG, yaml.safe_dump(self.args.to_dict(), sort_keys=False))
@@ -935,24 +929,6 @@ class PreferenceTrainer(Trainer):
             super()._run_epoch(**how)
         else:
             self.control.should_training_stop = True
-
-    def _checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
-        if wanted is None or wanted is False:
-            return None
-        if wanted is True or wanted == "auto":
-            found = latest_complete(self._folder.path)
-            if found is None and wanted is True:
-                raise ValueError(
-                    f"no complete checkpoint in {self._folder.path}: start without resuming, or "
-                    "give resume_from_checkpoint='auto'"
-                )
-            if found is not None:
-                log.info("resuming from %s", found)
-            return found
-        reason = incomplete(wanted)
-        if reason is not None:
-            raise ValueError(f"cannot resume from {wanted}: {reason}")
-        return str(wanted)
 
     def check(self) -> None:
         """Packed against padded, fused against the model's logits, on a few groups; once.
@@ -1100,58 +1076,15 @@ class PreferenceTrainer(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A complete checkpoint under its name, or none: see `fastpo.train.checkpoint`."""
+        """Write a complete checkpoint under its name, or none."""
         with self._watch.paused() if self._watch is not None else nullcontext():
-            if self.hp_search_backend is None and trial is None:
-                self.store_flos()
-            run_dir = self._get_output_dir(trial)
-            step = self.state.global_step
-            final, staging = Path(run_dir) / f"checkpoint-{step}", staging_dir(run_dir, step)
-            if self.args.should_save:
-                shutil.rmtree(staging, ignore_errors=True)
-            self.accelerator.wait_for_everyone()
-            staging.mkdir(parents=True, exist_ok=True)
-            self.save_model(str(staging), _internal_call=True)
-            if not self.args.save_only_model:
-                self._save_optimizer_and_scheduler(str(staging))
-                self._save_scaler(str(staging))
-                self._save_rng_state(str(staging))
-            best = self.state.best_global_step
-            if best and (best == step or (Path(run_dir) / f"checkpoint-{best}").exists()):
-                self.state.best_model_checkpoint = str(Path(run_dir) / f"checkpoint-{best}")
-            self.accelerator.wait_for_everyone()  # every rank has written its part
-            if self.args.should_save:
-                self._save_trainer_state(staging / TRAINER_STATE)
-                if final.exists() and not is_own_checkpoint(final):
-                    raise ValueError(
-                        f"{final} was not written by fastpo: move it away; this checkpoint is "
-                        f"{staging}"
-                    )
-                publish(staging, final)
-            self.accelerator.wait_for_everyone()
-            if self.args.push_to_hub:
-                self._push_from_checkpoint(str(final))
-            if self.args.should_save:
-                best_one = self.state.best_model_checkpoint
-                rotate(Path(run_dir), self.args.save_total_limit, best_one)
-
-    def _save_trainer_state(self, path: Path) -> None:
-        held: dict[str, Any] = {}
-        for each in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(each, ExportableState):
-                held.setdefault(type(each).__name__, []).append(each.state())
-        for name, states in held.items():
-            self.state.stateful_callbacks[name] = states if len(states) > 1 else states[0]  # pyright: ignore
-        self.state.save_to_json(str(path))
+            self._checkpoints.write(self, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Also what is carried from step to step: BCO's shift, a moving reference, token masks."""
+        """Write also what else is carried: BCO's shift, a moving reference, token masks."""
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            torch.save(self.loss.state_dict(), Path(output_dir) / LOSS_STATE)
-            for each in (self._update, self._masking):
-                if each is not None:
-                    each.save(Path(output_dir))
+            self._checkpoints.save_carried(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with reading(resume_from_checkpoint, _ANOTHER):
@@ -1163,15 +1096,9 @@ class PreferenceTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with reading(str(checkpoint), _ANOTHER):
-            self._load_running_state(checkpoint)
-
-    def _load_running_state(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and (path := Path(checkpoint) / LOSS_STATE).is_file():
-            self.loss.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        for each in (self._update, self._masking):
-            if checkpoint is not None and each is not None:
-                each.load(Path(checkpoint))
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None:
+                self._checkpoints.load_carried(checkpoint)
 
     def save_merged(self, path: str | Path) -> None:
         """Write the model without adapters, safetensors and tokenizer, ready for `from_pretrained`.
