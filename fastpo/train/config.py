@@ -76,39 +76,6 @@ def batch_words(batch: dict[str, int]) -> str:
     )
 
 
-def resolve_kind(
-    kind: str,
-    *,
-    needs_reference: bool,
-    is_peft: bool,
-    has_store: bool = False,
-    has_ref_model: bool = False,
-    moves: bool = False,
-    storable: bool = False,
-) -> str:
-    """What `auto` means: none, store, copy or adapter, in the order of what was given.
-
-    A policy without an adapter is its own reference: `storable`, it takes its log-probs before the
-    first step, in the arithmetic of the steps, and needs no memory for a copy.
-
-    Raises:
-        ValueError: `adapter` beside a reference model.
-    """
-    if not needs_reference:
-        return "none"
-    if kind != "auto":
-        if kind == "adapter" and has_ref_model:
-            raise ValueError("reference='adapter' and a ref_model exclude each other: give one")
-        return kind
-    if moves:
-        return "copy"
-    if has_store:
-        return "store"
-    if has_ref_model:
-        return "copy"
-    return "adapter" if is_peft else "store" if storable else "copy"
-
-
 def _mapping(name: str, value: dict | str | None) -> dict[str, Any]:
     """Flags arrive as JSON and are parsed in `__post_init__`; any other text is an error."""
     if value is not None and not isinstance(value, Mapping):
