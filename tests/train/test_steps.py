@@ -202,6 +202,24 @@ def test_grouping_by_length(trainer: Any) -> None:
     assert padding(order) < padding(list(range(64))) / 4
 
 
+def test_gradients_undo_the_mean_over_ranks(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDP averages gradients over ranks, while counts are of the whole step already."""
+    made = trainer(ref_model=tiny.model(seed=1))
+    groups = iter([made.data_collator(tiny.pairs(4))])
+    (batch,), totals = made.get_batch_samples(groups, 1, made.args.device)
+    made.create_optimizer()
+
+    def gradients(ranks: int) -> Tensor:
+        monkeypatch.setattr(type(made.accelerator), "num_processes", ranks)
+        made.model.zero_grad()
+        made.training_step(made.model, batch, totals)
+        return torch.cat([p.grad.flatten() for p in made.model.parameters()])
+
+    alone = gradients(1)
+    assert alone.abs().max() > 0
+    assert torch.equal(gradients(4), 4 * alone)  # a power of two: exact
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_dropout_is_off(trainer: Any, checkpointing: bool) -> None:
     noisy = tiny.model(attention_dropout=0.5)
