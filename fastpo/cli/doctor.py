@@ -73,7 +73,7 @@ def check_attention(backend: str, device: torch.device, dtype: torch.dtype) -> t
     """
     from fastpo.batch import GroupSpan, Layout
     from fastpo.model.attention.dispatch import BACKENDS
-    from fastpo.model.attention.shared_row import Rule, SharedRow
+    from fastpo.model.attention.shared_row import AttentionOptions, SharedRow
 
     layout = Layout(
         (
@@ -87,7 +87,7 @@ def check_attention(backend: str, device: torch.device, dtype: torch.dtype) -> t
 
     def run(name: str, place: torch.device, precision: torch.dtype) -> list[Tensor]:
         leaves = [t.to(place, precision).requires_grad_() for t in inputs]
-        out = BACKENDS[name](SharedRow(layout), *leaves, Rule())  # pyright: ignore
+        out = BACKENDS[name](SharedRow(layout), *leaves, AttentionOptions())  # pyright: ignore
         grads = torch.autograd.grad(out.float().square().sum(), leaves)
         return [t.detach().double().cpu() for t in (out, *grads)]
 

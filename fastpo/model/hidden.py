@@ -309,7 +309,7 @@ def _enter_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> 
     row = kwargs.get("fastpo_layout")
     if isinstance(row, SharedRow):
         config: Any = module.config
-        row.outer.append(config._attn_implementation)
+        row.outer_implementations.append(config._attn_implementation)
         config._attn_implementation_internal = NAME
 
 
@@ -319,7 +319,7 @@ def _leave_attention(
     row = kwargs.get("fastpo_layout")
     if isinstance(row, SharedRow):
         config: Any = module.config
-        config._attn_implementation_internal = row.outer.pop()
+        config._attn_implementation_internal = row.outer_implementations.pop()
 
 
 @contextmanager
