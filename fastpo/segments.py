@@ -1,4 +1,4 @@
-"""The table that says which response a token belongs to, and which group a response."""
+"""Map each target token to its response, and each response to its group."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Segments:
-    """Which response every label token belongs to, and which group every response belongs to.
+    """The table of target tokens by response and of responses by group.
 
     Args:
-        response: [N] int64, the response in [0, R) that each label token belongs to; never
+        response: [N] int64, the response in [0, R) that each target token belongs to; never
             decreasing, so that the tokens of a response follow each other.
         grid: [G, K] int64, the response in each slot of each group, -1 where a group is shorter.
         label: [G, K] bool, True for desirable responses (chosen, thumbs-up, best rank).
         num_responses: R, a Python integer so that no device sync is needed.
-        score: [G, K] float, the row's own grade of each response, or None.
+        score: [G, K] float, the grade that the data give each response, or None.
         rank: [G, K] int64, 0 is best, ties share a rank, or None.
         weight: [G] float, sample weight of each group, or None for ones.
         margin: [G] float, an outside judgement of how much better slot 0 is than slot 1, or None.
-        cohort: [G] int64, the population each group comes from (MaxMin), or None.
+        cohort: [G] int64, the population that each group comes from (MaxMin), or None.
         index: [G] int64, the number of each group in its data set, or None for 0, 1, ...: what
             seeded draws are keyed by, so that they do not depend on how a step is cut.
         extras: role -> [G] int64, a further response of each group that is no candidate:
-            `mismatched` (KTO: the answer to another prompt), `gold`, `ref_response`,
+            `mismatched` (KTO: the response to another prompt), `gold`, `ref_response`,
             `context_chosen` and its kind (a candidate again, after another prompt).
 
     Raises:
         ValueError: `response` decreases. On a GPU the tokens are only looked at where sums rely on
-            it, by an assertion of the device, for which nobody waits.
+            it, by an assertion of the device, for which the host does not wait.
     """
 
     response: Tensor
@@ -60,7 +60,7 @@ class Segments:
 
     @property
     def starts(self) -> Tensor:
-        """[R + 1] int64: response r has the label tokens from starts[r] up to starts[r + 1]."""
+        """Return [R + 1] int64: response r has the target tokens starts[r] up to starts[r + 1]."""
         if self.response.is_cuda:
             torch._assert_async((self.response.diff() >= 0).all(), "segments.response decreases")
         every = torch.arange(self.num_responses + 1, device=self.response.device)
@@ -68,11 +68,11 @@ class Segments:
 
     @property
     def mask(self) -> Tensor:
-        """[G, K] bool, True where a group has a candidate."""
+        """Return [G, K] bool, True where a group has a candidate."""
         return self.grid >= 0
 
     def select(self, lo: int, hi: int) -> tuple[Segments, Tensor]:
-        """(the segments of groups lo:hi alone, [M] the indices of their tokens)."""
+        """Return (the segments of groups lo:hi alone, [M] the indices of their tokens)."""
         grid = self.grid[lo:hi]
         extras = {role: index[lo:hi] for role, index in self.extras.items()}
         taken = torch.zeros(self.num_responses, dtype=torch.bool, device=grid.device)
@@ -80,7 +80,7 @@ class Segments:
             taken[index] = True
         tokens = taken[self.response].nonzero().squeeze(1)
         number = taken.cumsum(0) - 1
-        own = {n: getattr(self, n) for n in ("score", "rank", "weight", "margin", "cohort")}
+        facts = {n: getattr(self, n) for n in ("score", "rank", "weight", "margin", "cohort")}
         part = Segments(
             response=number[self.response[tokens]],
             grid=torch.where(grid >= 0, number[grid.clamp(min=0)], -1),
@@ -90,13 +90,13 @@ class Segments:
             if self.index is None
             else self.index[lo:hi],
             extras={role: number[index] for role, index in extras.items()},
-            **{name: None if value is None else value[lo:hi] for name, value in own.items()},
+            **{name: None if value is None else value[lo:hi] for name, value in facts.items()},
         )
         return part, tokens
 
     @classmethod
     def pairs(cls, num_pairs: int, length: int, *, device: torch.device | None = None) -> Segments:
-        """Segments of the padded chosen-then-rejected layout: 2B rows of `length` positions."""
+        """Make segments of the padded chosen-then-rejected layout: 2B rows of `length` tokens."""
         rows = torch.arange(2 * num_pairs, device=device)
         return cls(
             response=rows.repeat_interleave(length),
@@ -106,7 +106,7 @@ class Segments:
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Segments:
-        """The same segments with every tensor on `device`."""
+        """Copy the segments with every tensor on `device`."""
         moved: dict = {}
         for f in fields(self):
             value = getattr(self, f.name)

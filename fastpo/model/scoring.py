@@ -1,4 +1,4 @@
-"""Models that score and are not trained: checked on the data, and run on packed batches of it."""
+"""Score packed batches with models that are not trained, and check them on the data first."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from fastpo.model.hidden import label_hidden
 from fastpo.model.limits import Positions, Vocabulary
 from fastpo.model.self_check import self_check
 
-_CHECKED = 8  # groups that a model is checked on before its first batch
+_CHECKED = 8  # number of groups that a model is checked on before its first batch
 
 
 class HasHead(Protocol):
-    """What scores: a model and its head."""
+    """Anything with a model and its head."""
 
     model: Any
     head: Head
 
 
 class Scorer:
-    """A model that log-probabilities are asked of."""
+    """A frozen model in evaluation mode that returns log-probabilities."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.requires_grad_(False).eval()
