@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 from pathlib import Path
 
@@ -60,6 +61,17 @@ def test_docs_of_the_objectives_are_generated():
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_modules_that_the_docs_name_exist(recwarn):
+    """No page names a module that has moved."""
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        for name in re.findall(r"`(fastpo(?:\.\w+)+)", text):
+            assert pkgutil.resolve_name(name), (page.name, name)
+        for path in re.findall(r"`((?:fastpo|kernels|tests|bench)/[\w/]+\.py)`", text):
+            assert (ROOT / path).exists(), (page.name, path)
+    assert not [w for w in recwarn if w.category is FutureWarning]
 
 
 def test_recipe_is_a_recipe(tmp_path):
