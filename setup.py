@@ -9,7 +9,7 @@ from pathlib import Path
 from setuptools import find_namespace_packages, setup
 
 train = [
-    "transformers>=5.23",
+    "transformers>=5.23,<6",
     "accelerate>=1.10.1",
     "datasets>=4.8",
     "peft>=0.18",

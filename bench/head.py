@@ -41,6 +41,7 @@ from bench.harness import (
     summary,
     write_opening,
 )
+from fastpo.head.schedule import Workload
 from fastpo.head.select import plan_head
 
 CASES = (
@@ -224,15 +225,15 @@ def matmul_limit(inputs: Inputs, task: str, mode: str) -> tuple[int, Callable[[]
 
 def planned_products(inputs: Inputs, task: str, mode: str) -> float:
     """What fastpo's plan says; its GPU kernels do products that no BLAS call shows."""
-    _, schedule, _ = plan_head(
+    work = Workload(
         len(inputs.labels),
         *inputs.weight.shape,
-        device=inputs.hidden.device,
         dtype=inputs.hidden.dtype,
         needs_hidden=mode != "forward",
         needs_head=mode == "trained",
     )
-    return schedule.products + (task == "dpo")
+    _, schedule, _ = plan_head(work, device=inputs.hidden.device)
+    return schedule.matmuls + (task == "dpo")
 
 
 def measure(

@@ -33,8 +33,9 @@ from fastpo import read_head
 from fastpo.data.groups import Group, Response
 from fastpo.data.packing import collate, counts_of
 from fastpo.head import op as ops
+from fastpo.head.spec import HeadOptions
 from fastpo.loss.preference_loss import PreferenceLoss
-from fastpo.model.hidden import attach, label_hidden
+from fastpo.model.hidden import attach, target_hidden
 from fastpo.model.load import disable_dropout, load_model
 from fastpo.model.offload import LayerInputOffload
 from fastpo.model.random_init import model_config
@@ -171,9 +172,8 @@ class Step:
         self.offload = LayerInputOffload() if case.get("offload") else nullcontext()
         self.loss = PreferenceLoss(case["objective"], read_head(model))
         group = _group(case, model.config.vocab_size)
-        self.tokens = counts_of([group])["tokens"]
-        packed = collate([group], share_prompt=True, pad_token_id=0)
-        self.batch = {k: v.to(device) if hasattr(v, "to") else v for k, v in packed.items()}
+        self.tokens = int(counts_of([group]).tokens)
+        self.batch = collate([group], share_prompt=True, pad_token_id=0).to(device)
         self.workspace_mib = case.get("workspace_mib", 256)
 
     @property
@@ -183,18 +183,18 @@ class Step:
         kept += [p.grad for p in self.model.parameters() if p.grad is not None]
         if isinstance(self.offload, LayerInputOffload):
             kept += self.offload.buffers
-        return kept + [t for t in self.batch.values() if isinstance(t, torch.Tensor)]
+        return kept + [
+            t
+            for t in (*vars(self.batch).values(), *vars(self.batch.tokens).values())
+            if isinstance(t, torch.Tensor)
+        ]
 
     def __call__(self) -> None:
         with self.autocast:
             with self.offload:
-                hidden = label_hidden(self.model, self.batch)
-            loss = self.loss(
-                hidden,
-                self.batch["targets"],
-                self.batch["segments"],
-                workspace_mib=self.workspace_mib,
-            ).loss
+                hidden = target_hidden(self.model, self.batch)
+            options = HeadOptions(workspace_mib=self.workspace_mib)
+            loss = self.loss.of_tokens(hidden, self.batch.tokens, options=options).loss
         loss.backward()
 
 

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastpo.head.schedule import Schedule, even_blocks
+from fastpo.head.schedule import Schedule, Workload, even_chunks
 from fastpo.head.select import most_kept_tokens, plan_head
-from fastpo.head.types import blocks
+from fastpo.head.spec import HeadOptions
+from fastpo.head.types import chunks
 
 # Seen on one H200 under PyTorch 2.11, of which no record is kept here: a bf16 product of 8192^3 on
 # random data, and a copy, bytes read and written. `python -m bench.gpu --only env` makes a record.
@@ -29,7 +30,6 @@ MEASURED_WAVES = 2048 / (16 * MULTIPROCESSORS)
 SPLIT_K = 0.9
 # What a fused kernel without warp specialisation keeps of cuBLAS's rate; others' reach .70 to .80.
 FUSED = 0.78
-_BY_KERNELS: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16, "backend": "triton"}
 
 SHAPES = (
     (2048, 4096, 128256),
@@ -92,26 +92,27 @@ def sweep(elements: float, size: int) -> float:
 
 
 def _schedule(n: int, d: int, v: int, mib: int, **needs: Any) -> Schedule:
-    return plan_head(n, v, d, workspace_mib=mib, **_BY_KERNELS, **needs)[1]
+    work = Workload(n, v, d, torch.bfloat16, **needs)
+    return plan_head(work, HeadOptions("triton", mib), device="cuda")[1]
 
 
-def _forward(n: int, d: int, v: int, row_block: int) -> float:
+def _forward(n: int, d: int, v: int, chunk_tokens: int) -> float:
     """Products, and one sweep over them."""
-    rows = (hi - lo for lo, hi in blocks(n, row_block))
+    rows = (hi - lo for lo, hi in chunks(n, chunk_tokens))
     return sum(product(r, v, d) + sweep(r * v, 4) for r in rows)
 
 
 def forward(n: int, d: int, v: int, mib: int) -> Case:
     """Return the prediction of log-probs without gradient."""
-    rows = _schedule(n, d, v, mib, needs_hidden=False).row_block
+    rows = _schedule(n, d, v, mib, needs_hidden=False).chunk_tokens
     return _case("forward", (n, d, v), mib, _forward(n, d, v, rows), f"{rows}")
 
 
 def frozen(n: int, d: int, v: int, mib: int) -> Case:
     """Return the prediction with a gradient to the hidden states; no byte comes from the L2."""
-    rows = _schedule(n, d, v, mib).row_block
+    rows = _schedule(n, d, v, mib).chunk_tokens
     seconds = _forward(n, d, v, rows)
-    for lo, hi in blocks(n, rows):
+    for lo, hi in chunks(n, rows):
         seconds += sweep((hi - lo) * v, 4 + 2) + product(hi - lo, d, v)
     seconds += sweep(n * d, 4 + 4 + 4 + 2)  # times the cotangents, and rounded
     return _case("frozen", (n, d, v), mib, seconds, f"{rows}")
@@ -123,10 +124,10 @@ def late(n: int, d: int, v: int, mib: int, fused: float | None = FUSED) -> Case:
     `fused` is the rate of `coefficients_kernel` over cuBLAS's; None: cuBLAS and a sweep in place.
     """
     plan = _schedule(n, d, v, mib, needs_head=True, needs_weight=True)
-    seconds = _forward(n, d, v, plan.row_block)
-    for first, last in blocks(v, plan.vocab_block):
+    seconds = _forward(n, d, v, plan.chunk_tokens)
+    for first, last in chunks(v, plan.chunk_columns):
         columns = last - first
-        for lo, hi in blocks(n, plan.late_rows):
+        for lo, hi in chunks(n, plan.late_tokens):
             rows = hi - lo
             if fused is None:
                 seconds += product(rows, columns, d) + sweep(rows * columns, 4 + 2)
@@ -136,21 +137,23 @@ def late(n: int, d: int, v: int, mib: int, fused: float | None = FUSED) -> Case:
             seconds += product(columns, d, rows, add=lo > 0)
         seconds += sweep(columns * d, 4 + 2)  # dW, rounded
     seconds += sweep(n * d, 4 + 2)
-    return _case("late", (n, d, v), mib, seconds, f"{plan.late_rows} x {plan.vocab_block}")
+    return _case("late", (n, d, v), mib, seconds, f"{plan.late_tokens} x {plan.chunk_columns}")
 
 
 def groups(n: int, d: int, v: int, mib: int) -> Case:
     """Return the prediction of a trained head under a loss, a part of the groups at a time."""
-    most = most_kept_tokens(v, d, workspace_mib=mib, **_BY_KERNELS)
-    part = even_blocks(n, most, 128)
+    most = most_kept_tokens(
+        v, d, device="cuda", backend="triton", workspace_mib=mib, dtype=torch.bfloat16
+    )
+    part = even_chunks(n, most, 128)
     plan = _schedule(part, d, v, mib, needs_head=True, needs_weight=True)
     several = part < n
     seconds = sweep(v * d, 4) if several else 0.0  # zeros that dW is added to
-    for lo, hi in blocks(n, part):
+    for lo, hi in chunks(n, part):
         rows = hi - lo
-        seconds += _forward(rows, d, v, plan.row_block) + sweep(rows * v, 4 + 2)
+        seconds += _forward(rows, d, v, plan.chunk_tokens) + sweep(rows * v, 4 + 2)
         seconds += product(rows, d, v) + sweep(rows * d, 4 + 2)
-        columns = (last - first for first, last in blocks(v, plan.vocab_block))
+        columns = (last - first for first, last in chunks(v, plan.chunk_columns))
         seconds += sum(product(c, d, rows, add=several) for c in columns)
     seconds += sweep(v * d, 4 + 2)  # dW, rounded
     return _case("groups", (n, d, v), mib, seconds, f"{part}")

@@ -197,7 +197,6 @@ def fastpo_step(key: dict[str, Any], device: torch.device, shared: bool = True) 
             processing_class=byte_tokenizer(model.config),
         )
     batch = collate([group], share_prompt=shared, pad_token_id=0, ref_logps=[ref])
-    batch |= {"sources": [""], "counted": True}
     (rows,), counts = trainer.get_batch_samples(iter([batch]), 1, device)
     return Step(trainer, rows, counts, pairs=key["candidates"] - 1)
 

@@ -32,7 +32,7 @@ from fastpo.cli import main as fastpo
 from fastpo.data.groups import Group, Response
 from fastpo.data.packing import collate
 from fastpo.head.functional import linear_stats
-from fastpo.model.hidden import attach, label_hidden
+from fastpo.model.hidden import attach, target_hidden
 from fastpo.train.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,14 +105,13 @@ def kl_to(
         )
         for row, (prompt, reply) in enumerate(zip(prompts, replies, strict=True))
     ]
-    batch = collate(groups, share_prompt=False, pad_token_id=0)
-    batch = {k: v.to(policy.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+    batch = collate(groups, share_prompt=False, pad_token_id=0).to(policy.device)
     stats = linear_stats(
-        label_hidden(attach(policy), batch),
+        target_hidden(attach(policy), batch),
         read_head(policy).weight,
-        batch["targets"],
+        batch.tokens.targets,
         stats=("kl_policy_ref",),
-        ref_hidden=label_hidden(attach(reference), batch),
+        ref_hidden=target_hidden(attach(reference), batch),
         ref_weight=read_head(reference).weight,
     )
     return stats["kl_policy_ref"].sum().item() / len(replies)

@@ -127,7 +127,7 @@ def main() -> None:
     import smollm2
     from transformers import AutoTokenizer
 
-    from fastpo.data.build import build_groups
+    from fastpo.data.dataset import build_groups
 
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
     tokenizer = AutoTokenizer.from_pretrained(args.model or smollm2.convert())

@@ -32,7 +32,7 @@ import transformers
 from transformers.utils import logging as transformers_logging
 
 from fastpo.cli import main as fastpo
-from fastpo.data.formats import joined_chunks
+from fastpo.data.logo_columns import joined_chunks
 from fastpo.train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
         logps_from_logits,
     )
     from fastpo.head.head import Head
-    from fastpo.loss.preference_loss import LossOutput, PreferenceLoss
+    from fastpo.loss.metrics import LossOutput
+    from fastpo.loss.preference_loss import PreferenceLoss
     from fastpo.model.head_facts import read_head
     from fastpo.objectives import OBJECTIVES
     from fastpo.objectives.functional import (
@@ -41,7 +42,7 @@ _HOME = {
     "linear_logps": "fastpo.head.functional",
     "linear_stats": "fastpo.head.functional",
     "logps_from_logits": "fastpo.head.functional",
-    "LossOutput": "fastpo.loss.preference_loss",
+    "LossOutput": "fastpo.loss.metrics",
     "PreferenceLoss": "fastpo.loss.preference_loss",
     "read_head": "fastpo.model.head_facts",
     "OBJECTIVES": "fastpo.objectives",

@@ -13,6 +13,13 @@ from typing import Any
 
 MOVED: dict[str, tuple[str, ...]] = {
     "fastpo.by_groups": ("fastpo.loss.group_chunks",),
+    "fastpo.data.build": (
+        "fastpo.data.options",
+        "fastpo.data.builder",
+        "fastpo.data.dataset",
+        "fastpo.data.stream",
+        "fastpo.data.source_rows",
+    ),
     "fastpo.data.fit": ("fastpo.train.preflight",),
     "fastpo.data.schedules": ("fastpo.data.curation",),
     "fastpo.model.attention_flex": ("fastpo.model.attention.flex",),

@@ -24,7 +24,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from fastpo.head.schedule import Workload
 from fastpo.head.select import plan_head
+from fastpo.head.spec import HeadOptions
 from fastpo.model.attention.dispatch import COPIES_MIB
 from fastpo.model.limits import Positions
 
@@ -301,18 +303,16 @@ def plan(job: Job) -> Plan:
 
     trains_head = full or job.embeddings
     labels = job.groups * job.candidates * job.response
-    _, schedule, _ = plan_head(
+    work = Workload(
         labels,
         shape.vocabulary,
         shape.hidden,
-        device="cpu",
-        backend="torch",
-        stats=("logps", "kl_ref_policy") if job.divergence else ("logps",),
+        want=("logps", "kl_ref_policy") if job.divergence else ("logps",),
         num_grad_stats=1 + job.divergence,
         needs_head=trains_head,
         with_reference=job.divergence,
-        workspace_mib=job.workspace_mib,
     )
+    _, schedule, _ = plan_head(work, HeadOptions("torch", job.workspace_mib), device="cpu")
     buffers = (1 + job.divergence) if schedule.name == "frozen" else 1
     head = (job.workspace_mib << 20) + labels * shape.hidden * (4 * buffers + size)
     if trains_head:  # dW, before it is accumulated; summed over parts of a batch also in fp32
@@ -342,7 +342,7 @@ def plan(job: Job) -> Plan:
         "layer inputs": residual + norms if job.offload else 0,
     }
     moved = 2 * host["layer inputs"] if job.offload else 0
-    return Plan(device, host, _flop(job, labels * schedule.products), moved)
+    return Plan(device, host, _flop(job, labels * schedule.matmuls), moved)
 
 
 def _adapter(job: Job) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 from pathlib import Path
 
 import fastpo.objectives
-from fastpo.cli.objectives import markdown
+from fastpo.cli.objectives import markdown, markdown_scores
 from fastpo.objectives import SECTIONS
+from fastpo.objectives.vocabulary import SCORES
 from fastpo.train.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,11 +57,25 @@ def test_objective_table_is_the_catalogue():
 def test_docs_of_the_objectives_are_generated():
     text = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
     assert between(text, "catalogue") == markdown(), "fastpo objectives --markdown makes this part"
+    scores = markdown_scores()
+    assert between(text, "scores") == scores, f"put this table into the page:\n{scores}"
+    assert "|" not in "".join(score.definition.replace(r"\|", "") for score in SCORES.values())
 
 
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_modules_that_the_docs_name_exist(recwarn):
+    """No page names a module that has moved."""
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        for name in re.findall(r"`(fastpo(?:\.\w+)+)", text):
+            assert pkgutil.resolve_name(name), (page.name, name)
+        for path in re.findall(r"`((?:fastpo|kernels|tests|bench)/[\w/]+\.py)`", text):
+            assert (ROOT / path).exists(), (page.name, path)
+    assert not [w for w in recwarn if w.category is FutureWarning]
 
 
 def test_recipe_is_a_recipe(tmp_path):

@@ -103,7 +103,6 @@ def without_products() -> Iterator[None]:
     from bench.gpu import pieces
     from fastpo.head import select, types
     from fastpo.head.types import accumulator
-    from fastpo.loss import preference_loss, scores
 
     choose = select.choose_backend
 
@@ -118,8 +117,7 @@ def without_products() -> Iterator[None]:
         return out
 
     with contextlib.ExitStack() as stack:
-        for module in (select, preference_loss, scores):
-            stack.enter_context(mock.patch.object(module, "choose_backend", on_gpu))
+        stack.enter_context(mock.patch.object(select, "choose_backend", on_gpu))
         for module in (types, pieces):
             stack.enter_context(mock.patch.object(module, "matmul", unmultiplied))
             stack.enter_context(mock.patch.object(module, "put_matmul_", unput))

@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 from fastpo.cli.models import show_log
 from fastpo.cli.output import check_outputs, json_lines
 from fastpo.data.bad_rows import BadField
-from fastpo.data.build import good_rows
 from fastpo.data.curation import curriculum, sampled
 from fastpo.data.rows import load_rows
+from fastpo.data.source_rows import good_rows
 
 _OF_SHOW = (
     *("rows", "model", "tokenizer", "chat_template", "trust_remote_code", "to", "list_to_pairs"),

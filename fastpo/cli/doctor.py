@@ -18,8 +18,9 @@ from fastpo import __version__
 from fastpo.cli import EXTRAS
 from fastpo.head.functional import linear_logps
 from fastpo.head.head import Head
+from fastpo.head.schedule import Workload
 from fastpo.head.select import choose_backend, most_kept_tokens, plan_head, workspace_in_mib
-from fastpo.head.spec import Backend, Workspace, check_workspace
+from fastpo.head.spec import BackendName, HeadOptions, Workspace, check_workspace
 from fastpo.model.device import default_device, native_bf16
 from fastpo.optional import PackageError, require_transformers
 
@@ -38,7 +39,7 @@ def _line(name: str, text: str) -> None:
 
 
 def _step(
-    hidden: Tensor, weight: Tensor, labels: Tensor, backend: Backend | None
+    hidden: Tensor, weight: Tensor, labels: Tensor, backend: BackendName | None
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and their gradient to the hidden states; None is plain PyTorch."""
     h = hidden.detach().requires_grad_()
@@ -50,7 +51,7 @@ def _step(
     return logps.detach(), grad
 
 
-def check_backend(backend: Backend, device: torch.device) -> tuple[float, float]:
+def check_backend(backend: BackendName, device: torch.device) -> tuple[float, float]:
     """(error, bound) of a back end's log-probs and gradients against float64.
 
     The bound is twice the error of plain PyTorch in the same dtype plus one rounding.
@@ -73,7 +74,7 @@ def check_attention(backend: str, device: torch.device, dtype: torch.dtype) -> t
     """
     from fastpo.batch import GroupSpan, Layout
     from fastpo.model.attention.dispatch import BACKENDS
-    from fastpo.model.attention.shared_row import Rule, SharedRow
+    from fastpo.model.attention.shared_row import AttentionOptions, SharedRow
 
     layout = Layout(
         (
@@ -87,7 +88,7 @@ def check_attention(backend: str, device: torch.device, dtype: torch.dtype) -> t
 
     def run(name: str, place: torch.device, precision: torch.dtype) -> list[Tensor]:
         leaves = [t.to(place, precision).requires_grad_() for t in inputs]
-        out = BACKENDS[name](SharedRow(layout), *leaves, Rule())  # pyright: ignore
+        out = BACKENDS[name](SharedRow(layout), *leaves, AttentionOptions())  # pyright: ignore
         grads = torch.autograd.grad(out.float().square().sum(), leaves)
         return [t.detach().double().cpu() for t in (out, *grads)]
 
@@ -189,21 +190,16 @@ def _head_costs(head: Head, device: torch.device, tokens: int, workspace_mib: Wo
         "frozen": {},
         "trained": {"needs_head": True},
         "frozen + KL": {
-            "stats": ("logps", "kl_ref_policy"),
+            "want": ("logps", "kl_ref_policy"),
             "num_grad_stats": 2,
             "with_reference": True,
         },
     }
     for name, needs in cases.items():
-        tiles, schedule, _ = plan_head(
-            tokens, vocabulary, width, device=device, dtype=dtype, workspace_mib=mib, **needs
-        )
-        backend = type(tiles).__name__.removesuffix("Tiles").lower()
-        products = f"{schedule.products:.3g} x 2NDV"
-        _line(
-            name,
-            f"{products}, schedule {schedule.name}, {backend}: {schedule.reason}",
-        )
+        work = Workload(tokens, vocabulary, width, dtype, **needs)
+        backend, schedule, _ = plan_head(work, HeadOptions(workspace_mib=mib), device=device)
+        matmuls = f"{schedule.matmuls:.3g} x 2NDV"
+        _line(name, f"{matmuls}, schedule {schedule.name}, {backend}: {schedule.reason}")
     most = most_kept_tokens(vocabulary, width, device=device, dtype=dtype, workspace_mib=mib)
     _line("by groups", f"a loss on a trained head costs 3 x 2NDV for groups of up to {most} tokens")
     full = tokens * vocabulary * 4 / 2**20

@@ -8,10 +8,11 @@ import json
 import shutil
 import textwrap
 
-from fastpo.data.formats import CONTEXTS
+from fastpo.data.columns import CONTEXT_ROLES
 from fastpo.objectives import OBJECTIVES, SECTIONS, get_objective
 from fastpo.objectives.base import Objective
 from fastpo.objectives.domain import in_words
+from fastpo.objectives.vocabulary import SCORES
 
 FAMILIES = {
     "pair": "pairs: one chosen, one rejected response",
@@ -25,15 +26,6 @@ NOTATION = (
 )
 
 
-_COLUMNS = ("score", "rank", "margin")
-_IN_WORDS = {
-    "cohort": "group",
-    "token_rewards": "token rewards",
-    "token_old_logps": "log-probs of the sampling policy",
-    "old_logps": "log-probs of the sampling policy",
-    "error": "denoising errors",
-    "ref_error": "the reference's denoising errors",
-}
 _MEMORY = {"none": "of the batch", "mean": "of all steps", "ema": "averaged over steps"}
 
 
@@ -46,9 +38,11 @@ def needs(objective: Objective) -> str:
         words.append("reference")
     if objective.needs_second_reference:
         words.append("second reference")
-    words += [_IN_WORDS.get(n, n) for n in objective.needs if n in _IN_WORDS or n in _COLUMNS]
-    words += [f"{role} responses" for role in objective.extras if role not in CONTEXTS]
-    words += dict.fromkeys(CONTEXTS[role][0] for role in objective.extras if role in CONTEXTS)
+    words += [score.words for score in objective.scores.values() if score.words]
+    words += [f"{role} responses" for role in objective.extras if role not in CONTEXT_ROLES]
+    words += dict.fromkeys(
+        CONTEXT_ROLES[role][0] for role in objective.extras if role in CONTEXT_ROLES
+    )
     words += [
         f"{name} {_MEMORY[statistic.memory]}" for name, statistic in objective.statistics.items()
     ]
@@ -113,6 +107,16 @@ def markdown() -> str:
             lines.append(
                 f"| `{o.name}` | `{formula}` | {o.family} | {needs(o)} | {_hyper(o)} | {source} |"
             )
+    return "\n".join(lines)
+
+
+def markdown_scores() -> str:
+    """Return the table of scores as it stands in docs/objectives.md."""
+    lines = ["| name | shape | definition |", "|---|---|---|"]
+    for name, score in SCORES.items():
+        # A bar would end the cell.
+        definition = score.definition.replace(r"\|", r"\Vert")
+        lines.append(f"| `{name}` | `{score.shape}` | {definition} |")
     return "\n".join(lines)
 
 

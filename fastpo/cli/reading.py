@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from fastpo.data.build import DataOptions
+from fastpo.data.options import DataOptions
 
 
 def data_options(arguments: argparse.Namespace, **others: Any) -> DataOptions:

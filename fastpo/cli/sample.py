@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from fastpo.cli.models import open_model, open_tokenizer, show_log
 from fastpo.cli.output import check_outputs, json_lines
 from fastpo.data.bad_rows import BadField
-from fastpo.data.build import good_rows
 from fastpo.data.rows import load_rows
+from fastpo.data.source_rows import good_rows
 from fastpo.model.device import default_device
 from fastpo.model.hidden import generation
 from fastpo.model.limits import Positions, Vocabulary

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fastpo.batch import Batch
 from fastpo.cli.models import (
     check_adapter,
     open_model,
@@ -26,7 +27,7 @@ from fastpo.cli.models import (
 from fastpo.cli.output import check_outputs, json_lines
 from fastpo.cli.reading import data_options
 from fastpo.cli.token_view import SHOWN, token_rows, write_page
-from fastpo.data.build import build_groups
+from fastpo.data.dataset import build_groups
 from fastpo.data.follow_ups import followed_up, next_turns, read_follow_ups
 from fastpo.data.groups import Group, Response
 from fastpo.data.rows import load_rows
@@ -64,14 +65,14 @@ def _follow_up_rewards(
     groups: Sequence[Group],
     turns: tuple[list[Response], list[Response]],
     eos: int | None,
-    pack: Callable[[list[Group]], dict[str, Any]],
+    pack: Callable[[list[Group]], Batch],
     policy: Scorer,
 ) -> list[float]:
     """Of every response in order; see `fastpo.data.follow_ups`."""
     positive, negative = turns
     every = [each for group in groups for each in followed_up(group, [*positive, *negative], eos)]
     batch = pack(every)
-    scores = score_responses({"logps": policy(batch)}, batch["segments"])
+    scores = score_responses({"logps": policy(batch)}, batch.tokens.segments)
     likelihood = scores["mean_logps"]  # [responses, follow-ups]
     praise, complaint = likelihood.split([len(positive), len(negative)], dim=1)
     return (praise.mean(1) - complaint.mean(1)).tolist()
@@ -199,14 +200,14 @@ def score(arguments: argparse.Namespace) -> int:
                 off = model.disable_adapter() if reference is policy else nullcontext()
                 with off:
                     ref_logps = reference(packed([group.for_reference for group in groups]))
-            segments = batch["segments"]
+            segments = batch.tokens.segments
             scores = score_responses(
                 {"logps": logps}, segments, ref_logps=ref_logps, per_token=token_file is not None
             )
             rows_out = _rows_of(groups, scores, arguments.beta)
             of_pairs = ches(hidden, segments) if arguments.ches else {}
             if arguments.entanglement:
-                of_pairs |= entanglement(hidden, policy.head, batch["targets"], segments)
+                of_pairs |= entanglement(hidden, policy.head, batch.tokens.targets, segments)
             for name, values in of_pairs.items():
                 for row, value in zip(rows_out, values.tolist(), strict=True):
                     row.setdefault("pair", {})[name] = value

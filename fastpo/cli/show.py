@@ -17,13 +17,17 @@ from fastpo.cli.models import open_tokenizer, show_log
 from fastpo.cli.output import check_outputs, json_lines
 from fastpo.cli.reading import data_options
 from fastpo.cli.token_view import token_texts
-from fastpo.data.bad_rows import BadRow, naming
-from fastpo.data.build import Builder, DataOptions, good_rows, origin, own_columns
+from fastpo.data.bad_rows import BadRow
+from fastpo.data.builder import Builder
+from fastpo.data.columns import EXTRA_COLUMNS, PROMPT_COLUMNS
 from fastpo.data.dialects import Columns
-from fastpo.data.formats import EXTRAS, PROMPT_COLUMNS, Example, read_row
+from fastpo.data.example import Example
+from fastpo.data.formats import read_row
 from fastpo.data.groups import Group
 from fastpo.data.messages import REASONING, Content, message_text
-from fastpo.data.rows import exact_rows, load_rows
+from fastpo.data.options import DataOptions
+from fastpo.data.rows import load_rows
+from fastpo.data.source_rows import good_rows, source_rows
 from fastpo.data.trl import to_trl
 from fastpo.redact import redact
 
@@ -184,21 +188,20 @@ def show(arguments: argparse.Namespace) -> int:
     builder = Builder(tokenizer, options, arguments.dataset) if tokenizer is not None else None
     columns = options.reader() if builder is None else builder.columns
     shown = 0
-    for index, row in enumerate(itertools.islice(exact_rows(rows, arguments.dataset), most)):
+    for row in itertools.islice(source_rows(rows, arguments.dataset), most):
         try:
-            source, number = origin(row, arguments.dataset, index)
-            with naming(source, number):
-                example = read_row(own_columns(row), columns=columns)
+            with row.naming():
+                example = read_row(row.columns, columns=columns)
                 if tokenizer is None or builder is None:
                     text = _read(example)
                 else:
-                    (group, *_) = builder.groups(row, index)
+                    (group, *_) = builder.groups(row)
                     text = _tokenised(example, group, tokenizer)
         except BadRow as bad:
             print(redact(f"{bad}\n"))
             continue
         shown += 1
-        print(redact(f"{source}, row {number}, read as {example.dialect}\n{text}\n"))
+        print(redact(f"{row.source}, row {row.index}, read as {example.dialect}\n{text}\n"))
     if tokenizer is not None:
         print(LEGEND if _colours() else PLAIN)
     print("".join(f"{line}\n" for line in _odd(columns)), end="")
@@ -220,7 +223,7 @@ def _convert(arguments: argparse.Namespace, rows: Any, options: DataOptions) -> 
 
     def converted(row: dict[str, Any]) -> list[dict[str, Any]]:
         named = columns.renamed(row)
-        extras = [column for column in EXTRAS if named.get(column) is not None]
+        extras = [column for column in EXTRA_COLUMNS if named.get(column) is not None]
         prompts = [column for column in PROMPT_COLUMNS if named.get(column) is not None]
         example = read_row(row, extras, prompts, columns=columns)
         return list(to_trl(example, named, options.list_to_pairs))

@@ -26,11 +26,13 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from fastpo.cli.models import open_model, open_tokenizer, show_log, table
 from fastpo.cli.plan import host_needs
-from fastpo.data.build import GroupDataset, GroupStream, build_groups
+from fastpo.data.dataset import GroupDataset, build_groups
 from fastpo.data.packing import counts_of
 from fastpo.data.rows import load_rows
+from fastpo.data.stream import GroupStream
+from fastpo.head.schedule import Workload
 from fastpo.head.select import plan_head
-from fastpo.head.spec import Workspace
+from fastpo.head.spec import HeadOptions, Workspace
 from fastpo.model.limits import vocabulary_size
 from fastpo.model.load import trained_adapter
 from fastpo.model.merge import blend
@@ -260,8 +262,8 @@ def data_facts(name: str, train: Any, held_out: Any) -> dict[str, Any]:
         counts = counts_of(train.groups)
         facts |= {
             "rows": train.num_rows,
-            **{k: counts[k] for k in ("groups", "responses", "tokens", "unshared_tokens")},
-            "label_tokens": counts["label_tokens"],
+            **{k: getattr(counts, k) for k in ("groups", "responses", "tokens", "unshared_tokens")},
+            "label_tokens": counts.target_tokens,
             "longest": max(len(g) for g in train.groups),
             "context": max(len(g.prompt_ids) + g.longest for g in train.groups),
         }
@@ -290,22 +292,21 @@ def schedule_words(trainer: PreferenceTrainer, label_tokens: float) -> str:
     assert head is not None
     bias = head.bias
     kl = trainer.loss.needs_kl
-    _, schedule, why = plan_head(
+    work = Workload(
         max(1, round(label_tokens)),
         *head.weight.shape,
-        device=trainer.args.device,
         dtype=head.weight.dtype,
-        stats=("logps", "kl_ref_policy") if kl else ("logps",),
+        want=("logps", "kl_ref_policy") if kl else ("logps",),
         num_grad_stats=2 if kl else 1,
         needs_head=head.weight.requires_grad
         or (bias is not None and bias.requires_grad)
         or head.lora is not None,
         needs_weight=head.weight.requires_grad,
         with_reference=kl,
-        backend=trainer.args.backend,
-        workspace_mib=cast(Workspace, trainer.args.workspace_mib),
     )
-    return f"{schedule.name}, {schedule.products} products ({schedule.reason}); {why}"
+    options = HeadOptions(trainer.args.backend, cast(Workspace, trainer.args.workspace_mib))
+    _, schedule, why = plan_head(work, options, device=trainer.args.device)
+    return f"{schedule.name}, {schedule.matmuls} products ({schedule.reason}); {why}"
 
 
 def step_words(batch: dict[str, int], drop_last: bool, groups: int | None) -> str:

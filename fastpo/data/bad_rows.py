@@ -11,7 +11,7 @@ OnBadRow = Literal["error", "skip"]
 
 
 class BadField(ValueError):
-    """A field of a row that cannot be used; whoever knows the file makes a `BadRow` of it."""
+    """Say which field of a row cannot be used; whoever knows the file makes a `BadRow` of it."""
 
     def __init__(self, field: str, reason: str, value: Any = None):
         super().__init__(field, reason, value)
@@ -24,7 +24,7 @@ class BadField(ValueError):
 
 
 class BadRow(ValueError):
-    """A row that cannot be trained on: where it is, and what is wrong with which field."""
+    """Say which row cannot be trained on, where it is, and what is wrong with which field."""
 
     def __init__(self, source: str, row: int, field: str, reason: str, value: Any = None):
         super().__init__(source, row, field, reason, value)

@@ -15,7 +15,7 @@ import numpy as np
 def rejection_sample(
     rewards: Sequence[float], count: int, *, beta: float = 0.5, seed: int | Sequence[int] = 0
 ) -> list[int]:
-    """Which of a prompt's candidates statistical rejection sampling accepts, in order.
+    """Choose the candidates of a prompt that statistical rejection sampling accepts, in order.
 
     Passes over what is left: a candidate of reward r is accepted with probability
     exp((r - M) / beta), M the greatest reward left, until `count` are accepted. beta = 0 takes the
@@ -55,7 +55,7 @@ def rejection_sample(
 def sampled(
     row: Mapping[str, Any], count: int, *, beta: float = 0.5, seed: int | Sequence[int] = 0
 ) -> dict[str, Any]:
-    """The row with `count` of its responses, chosen by `rejection_sample`."""
+    """Return the row with `count` of its responses, chosen by `rejection_sample`."""
     kept = rejection_sample(row["scores"], count, beta=beta, seed=seed)
     return {
         **row,
@@ -65,7 +65,7 @@ def sampled(
 
 
 def curriculum(rows: Iterable[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Stages of pairs, easy to hard: the best response against the worst, the second worst, ...
+    """Make stages of pairs, easy to hard: the best response against the worst, and so on.
 
     Stage i pairs every list's best with its i-th worst, so the grades' gap shrinks from stage to
     stage; a list that is too short for a stage is not in it, nor are ties with the best. Train on

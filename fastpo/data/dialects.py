@@ -191,16 +191,16 @@ def _hh_claims(row: Row) -> bool:
 
 
 def _openai(reading: Reading) -> None:
-    given = plain(parsed("input", reading.get("input")))
-    if not isinstance(given, Mapping):
-        raise BadField("input", "not a dict of messages and tools", given)
-    reading.put("prompt", given.get("messages"), "input.messages")
-    if given.get("tools"):
+    asked = plain(parsed("input", reading.get("input")))
+    if not isinstance(asked, Mapping):
+        raise BadField("input", "not a dict of messages and tools", asked)
+    reading.put("prompt", asked.get("messages"), "input.messages")
+    if asked.get("tools"):
         if "tools" in reading:
             raise BadField("tools", "beside input.tools: give one of the two", reading.row["tools"])
-        reading.put("tools", given["tools"], "input.tools")
+        reading.put("tools", asked["tools"], "input.tools")
     known = ("messages", "tools")
-    reading.inside = {f"input.{key}": value for key, value in given.items() if key not in known}
+    reading.inside = {f"input.{key}": value for key, value in asked.items() if key not in known}
     reading.take("chosen", "preferred_output")
     reading.take("rejected", "non_preferred_output")
 

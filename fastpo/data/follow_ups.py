@@ -25,7 +25,7 @@ from fastpo.reading import read_text
 
 
 class FollowUps(NamedTuple):
-    """Utterances of a user who is content, and of one who is not."""
+    """Hold utterances of a user who is content, and of one who is not."""
 
     positive: Sequence[str]
     negative: Sequence[str]
@@ -66,7 +66,7 @@ FOLLOW_UPS = FollowUps(
 
 
 def read_follow_ups(path: str) -> FollowUps:
-    """Utterances from a JSON file `{"positive": [...], "negative": [...]}`; "" is `FOLLOW_UPS`.
+    """Read utterances from JSON `{"positive": [...], "negative": [...]}`; "" is `FOLLOW_UPS`.
 
     Raises:
         ValueError: the file is no such object.
@@ -75,12 +75,12 @@ def read_follow_ups(path: str) -> FollowUps:
         return FOLLOW_UPS
     text = read_text(path)
     try:
-        found = json.loads(text)
+        utterances = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
 
     def texts(name: str) -> list[str]:
-        each = found.get(name) if isinstance(found, dict) else None
+        each = utterances.get(name) if isinstance(utterances, dict) else None
         if isinstance(each, list) and each and all(isinstance(t, str) and t for t in each):
             return each
         raise ValueError(
@@ -92,7 +92,7 @@ def read_follow_ups(path: str) -> FollowUps:
 
 
 def next_turns(tokenizer: PreTrainedTokenizerBase, utterances: Sequence[str]) -> list[Response]:
-    """What follows an answer's last word where the user then says this; the utterance is scored.
+    """Encode what follows a response where the user then says this; the utterance is scored.
 
     By the chat template: the answer's end of turn, the user's header and the utterance. Without
     one the utterance is the next line.
@@ -121,7 +121,7 @@ def next_turns(tokenizer: PreTrainedTokenizerBase, utterances: Sequence[str]) ->
 
 
 def followed_up(group: Group, turns: Sequence[Response], eos: int | None) -> list[Group]:
-    """A group a candidate: the conversation up to the end of its words, and the turns behind it."""
+    """Return a group a candidate: the conversation up to its last word, and the turns behind."""
     opening = turns[0].input_ids[~turns[0].loss_mask]
     groups = []
     for response in group.responses:

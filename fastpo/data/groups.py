@@ -51,7 +51,7 @@ class Group:
     row: int  # index of the row in the user's file, for messages
     weight: float = 1.0
     margin: float | None = None  # how much better the first response is than the second
-    cohort: int | None = None  # the population the row comes from
+    population: int | None = None  # the population the row comes from
     extras: dict[str, Response] = field(default_factory=dict)
     source: str = ""  # file or dataset name, for messages
     short_prompt_ids: np.ndarray | None = None  # [P''] int32, what the reference sees as prompt

@@ -18,14 +18,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from fastpo.data.rows import FILE, ROW, TORN
+from fastpo.data.source_rows import FILE, ROW, TORN
 from fastpo.reading import told
 
 CHUNK = 1 << 20  # characters of a list that are read at once
 
 
 class JsonRow(NamedTuple):
-    """A row of a file: its number there, from 0, and what is wrong with it or ""."""
+    """Hold a row of a file, its number there, from 0, and what is wrong with it or ""."""
 
     index: int
     row: dict[str, Any]
@@ -52,7 +52,7 @@ OPENERS: dict[tuple[str, bytes], Callable[[str], Any]] = {
 
 
 def _open(file: str) -> IO[bytes]:
-    """The bytes of a file, which a suffix or its first bytes call compressed."""
+    """Open the bytes of a file, which a suffix or its first bytes call compressed."""
     with open(file, "rb") as opened:
         head = opened.read(8)
     for (suffix, magic), opener in OPENERS.items():
@@ -62,7 +62,7 @@ def _open(file: str) -> IO[bytes]:
 
 
 class _Decoder(json.JSONDecoder):
-    """Python's parser, which also keeps the first key that an object has twice."""
+    """Parse as Python does, and keep the first key that an object has twice."""
 
     def __init__(self):
         self.twice: str | None = None
@@ -80,7 +80,7 @@ class _Decoder(json.JSONDecoder):
 
 
 def _plain(value: Any) -> Any:
-    """Arrays and numbers of NumPy and PyTorch, which users' objects hold, as Python's."""
+    """Make Python's of arrays and numbers of NumPy and PyTorch, which users' objects hold."""
     if hasattr(value, "tolist"):
         return value.tolist()
     raise TypeError(f"{type(value).__name__} is no JSON")
@@ -90,7 +90,7 @@ encode = json.JSONEncoder(ensure_ascii=False, default=_plain).encode
 
 
 def half_pair(value: Any) -> str:
-    """The first half of a surrogate pair in a value, which no UTF-8 text can hold, or ""."""
+    """Find the first half of a surrogate pair, which no UTF-8 text can hold, or ""."""
     try:
         encode(value).encode()
     except UnicodeEncodeError as error:
@@ -101,7 +101,7 @@ def half_pair(value: Any) -> str:
 
 
 def _fault(value: Any, text: str, twice: str | None) -> str:
-    """What is wrong with a row that was parsed, or ""."""
+    """Say what is wrong with a row that was parsed, or ""."""
     if not isinstance(value, dict):
         return f"is not a JSON object; got {_start(text)!r}"
     if twice is not None:
@@ -135,7 +135,7 @@ def _line(index: int, line: bytes, decoder: _Decoder) -> JsonRow:
 
 
 def _lines(opened: Iterable[bytes]) -> Iterator[JsonRow]:
-    """Rows of JSON lines; blank lines are none, but counted."""
+    """Yield rows of JSON lines; blank lines are none, but counted."""
     decoder = _Decoder()
     for index, line in enumerate(opened):  # of bytes: text is divided at other characters too
         if index == 0:
@@ -152,7 +152,7 @@ _BLANK = re.compile(r"[ \t\r\n]*")
 
 
 class _Text:
-    """A window of a text, which grows with the value that is read from it.
+    """Hold a window of a text, which grows with the value that is read from it.
 
     Bytes that are no UTF-8 become halves of surrogate pairs.
     """
@@ -164,7 +164,7 @@ class _Text:
 
     @property
     def line(self) -> int:
-        """The number, from 1, of the line that is read next."""
+        """Return the number, from 1, of the line that is read next."""
         return self._lines_before + self.text.count("\n", 0, self.at) + 1
 
     def grow(self) -> None:
@@ -175,7 +175,7 @@ class _Text:
         self.text, self.at, self.ended = left + more, 0, not more
 
     def peek(self) -> str:
-        """The next character that is not blank; "" at the end."""
+        """Return the next character that is not blank; "" at the end."""
         while True:
             self.at = _BLANK.match(self.text, self.at).end()  # pyright: ignore
             if self.at < len(self.text) or self.ended:
@@ -183,7 +183,7 @@ class _Text:
             self.grow()
 
     def value(self, decoder: _Decoder) -> tuple[Any, str]:
-        """The next value, and its text.
+        """Read the next value, and its text.
 
         Raises:
             ValueError: not JSON; names the line.
@@ -208,7 +208,7 @@ class _Text:
 
 
 def _elements(text: _Text) -> Iterator[JsonRow]:
-    """Rows of one list of objects.
+    """Yield rows of one list of objects.
 
     Raises:
         ValueError: the list is not JSON, or something follows it; names the line.
@@ -262,8 +262,8 @@ def _refuse_one_object(file: str) -> None:
     reason = "it holds an object over several lines: write each row in a line of its own"
     keys = [
         key
-        for key, held in value.items()
-        if held and isinstance(held, list) and all(isinstance(row, dict) for row in held)
+        for key, rows in value.items()
+        if rows and isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
     ]
     if len(keys) == 1:
         reason = f"it holds one object, whose key {keys[0]!r} holds rows: write that list alone"
@@ -271,7 +271,7 @@ def _refuse_one_object(file: str) -> None:
 
 
 def read_json(file: str) -> Iterator[JsonRow]:
-    """Rows of a file of JSON lines, or of one list of objects; compressed ones too.
+    """Yield rows of a file of JSON lines, or of one list of objects; compressed ones too.
 
     Raises:
         ValueError: the file as a whole cannot be read as either, or holds no rows.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastpo.data.json_rows import encode, half_pair, read_json
-from fastpo.data.rows import CANNOT, FILE, ROW, TORN
+from fastpo.data.source_rows import CANNOT, FILE, ROW, TORN
 from fastpo.reading import REPAIR, told
 
 if TYPE_CHECKING or importlib.util.find_spec("datasets") is not None:
@@ -30,7 +30,7 @@ _decode = json.JSONDecoder().raw_decode
 
 
 class ExactJson(Json):
-    """Values as JSON text, read by Python's parser.
+    """Keep values as JSON text, read by Python's parser.
 
     That of `datasets` knows no whole numbers of more than 64 bits. Saved, it is `datasets.Json`.
     """
@@ -87,7 +87,7 @@ def _table(rows: Sequence[Mapping[str, Any]], features: datasets.Features) -> pa
 
 
 def _batches(files: Sequence[str], naming: Callable[[str], Any]) -> Iterator[list[dict[str, Any]]]:
-    """The rows of files in lists; `naming(file)` is a context in which a file is read."""
+    """Yield the rows of files in lists; `naming(file)` is a context in which a file is read."""
     batch: list[dict[str, Any]] = []
     size = 0
     for file in files:
@@ -103,7 +103,7 @@ def _batches(files: Sequence[str], naming: Callable[[str], Any]) -> Iterator[lis
 
 
 def _write(path: Path, files: Sequence[str], naming: Callable[[str], Any]) -> None:
-    """The rows as one table; a second time where the first rows did not show all columns."""
+    """Write rows as one table; again where the first rows did not show all columns."""
     kinds: dict[str, str | None] = {}
     _widen(kinds, next(_batches(files, naming)))
     while True:
@@ -118,7 +118,7 @@ def _write(path: Path, files: Sequence[str], naming: Callable[[str], Any]) -> No
 
 
 def json_dataset(files: Sequence[str], naming: Callable[[str], Any]) -> datasets.Dataset:
-    """The rows of JSON files, with `FILE`, `ROW`, and `TORN` where a row is broken.
+    """Return the rows of JSON files, with `FILE`, `ROW`, and `TORN` where a row is broken.
 
     Values are those that Python's parser reads. A row without a column of others holds None there.
     The table lies in the cache of `datasets`, where the files are found again until they change.
@@ -141,7 +141,7 @@ def json_dataset(files: Sequence[str], naming: Callable[[str], Any]) -> datasets
 
 
 def _version(file: str) -> tuple[str | int, ...]:
-    """What changes with a file; a copy may keep size and `mtime` of the file it replaces."""
+    """Return what changes with a file; a copy may keep size and `mtime` of what it replaces."""
     status = Path(file).stat()
     full = str(Path(file).absolute())
     return file, full, status.st_mtime_ns, status.st_ctime_ns, status.st_size
@@ -166,7 +166,7 @@ def _fill(path: Path, files: Sequence[str], versions: Any, naming: Callable[[str
 
 
 def _exactly(rows: datasets.Dataset) -> datasets.Dataset:
-    """The data set with the JSON columns that the table's own description calls `datasets.Json`."""
+    """Return the data set with exact JSON columns, where its table says `datasets.Json`."""
     features = {
         name: ExactJson() if isinstance(feature, Json) else feature
         for name, feature in rows.features.items()
@@ -176,7 +176,7 @@ def _exactly(rows: datasets.Dataset) -> datasets.Dataset:
 
 
 def objects_dataset(rows: Sequence[Any], mark_torn: bool) -> datasets.Dataset:
-    """Rows in memory as a data set whose values are the rows' own.
+    """Make a data set of rows in memory, whose values are the rows' own.
 
     Args:
         mark_torn: a row that is no dict, or holds what is no text, becomes one of `TORN` alone.

@@ -1,4 +1,4 @@
-"""That nothing of a row is lost, said twice, or read as something else.
+"""Check that nothing of a row is lost, said twice, or read as something else.
 
 Checked is the text that a template wrote, since it says nowhere what it leaves out.
 """
@@ -32,14 +32,14 @@ BOOKKEEPING = frozenset(
 
 
 class Piece(NamedTuple):
-    """Something that a message says, without blanks, in every way that a template may write it."""
+    """Hold what a message says, without blanks, in every way that a template may write it."""
 
     key: str  # where it stands in the message
     spellings: tuple[str, ...]
 
 
 def _pieces(message: Mapping[str, Any], written: str) -> Iterator[Piece]:
-    """All that a message says: content, reasoning, calls, and further text."""
+    """Yield all that a message says: content, reasoning, calls, and further text."""
     if content := squeezed(message_text(message)):
         yield Piece("content", (content,))
     for key, value in message.items():
@@ -67,7 +67,7 @@ def _call_pieces(where: str, call: Mapping[str, Any], written: str) -> Iterator[
 
 
 def _leaves(where: str, value: Any, keys: bool) -> Iterator[Piece]:
-    """Texts and numbers of a nested value; of a message's own keys the texts alone."""
+    """Yield texts and numbers of a nested value; of a message's own keys the texts alone."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             if keys:
@@ -85,13 +85,13 @@ def _leaves(where: str, value: Any, keys: bool) -> Iterator[Piece]:
 
 
 def spellings(text: str) -> tuple[str, ...]:
-    """A text as it is, and escaped as JSON and as Python do it."""
+    """Return a text as it is, and escaped as JSON and as Python do it."""
     escaped = (json.dumps(text, ensure_ascii=False), json.dumps(text), repr(text))
     return tuple(dict.fromkeys([squeezed(text), *(squeezed(each[1:-1]) for each in escaped)]))
 
 
 def left_out(message: Mapping[str, Any], text: str) -> str | None:
-    """The key of what a message says and a text does not, or None where all of it is there.
+    """Return the key of what a message says and a text does not, or None.
 
     Each piece needs a place of its own: reasoning that repeats the answer stands there twice.
     """
@@ -166,7 +166,7 @@ def check_headers(responses: Mapping[str, Messages], facts: TemplateFacts) -> No
 
 
 def _writes(text: str, message: Mapping[str, Any]) -> bool:
-    """Whether a text has the content of a message of context."""
+    """Return whether a text has the content of a message of context."""
     said, text = message_text(message), squeezed(text)
     if message["role"] == "assistant":  # templates drop earlier thoughts, as models never see them
         said = said.rpartition("</think>")[2]

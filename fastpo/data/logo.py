@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from fastpo.data.formats import joined_chunks
+from fastpo.data.logo_columns import joined_chunks
 from fastpo.data.messages import Content
 
 Generate: TypeAlias = Callable[[Sequence[Content], int], list[str]]
@@ -34,7 +34,7 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class LogoOptions:
-    """What rows are made of.
+    """Say what rows are made of.
 
     Args:
         chunk_tokens: most tokens of a chunk.
@@ -65,18 +65,18 @@ class LogoOptions:
 
 
 class Dropped(NamedTuple):
-    """A document without a row, and why."""
+    """Name a document without a row, and why."""
 
     document: int
     reason: str
 
 
 class _Drop(Exception):
-    """Why a document gives no row."""
+    """Say why a document gives no row."""
 
 
 def split(text: str, offsets: np.ndarray, size: int) -> list[str]:
-    """Chunks of at most `size` tokens, that end with a paragraph, else a sentence, else a word.
+    """Cut a text into chunks that end with a paragraph, else a sentence, else a word.
 
     Args:
         text: the document.
@@ -102,7 +102,7 @@ def split(text: str, offsets: np.ndarray, size: int) -> list[str]:
 
 
 def overlaps(query: str, chunks: Sequence[str]) -> np.ndarray:
-    """[n] distinct words that each chunk shares with the query, less those of most chunks.
+    """Count [n] distinct words that each chunk shares with the query, less those of most chunks.
 
     >>> overlaps("Who saw the owl in May?", ["the owl of the hill", "the May rain", "the end"])
     array([1, 1, 0])
@@ -123,7 +123,7 @@ def _prompt(chunks: Sequence[str], question: str, chat: bool) -> tuple[Content, 
 
 
 class _Item(NamedTuple):
-    """A document with its question, on the way to three answers."""
+    """Hold a document with its question, on the way to three responses."""
 
     number: int
     question: str
@@ -133,10 +133,10 @@ class _Item(NamedTuple):
 
 
 def _asked(written: str) -> tuple[str, str]:
-    found = _ASKED.search(written)
-    if found is None:
+    match = _ASKED.search(written)
+    if match is None:
         raise _Drop("no question and answer in the form that was asked for")
-    return found[1].strip(), found[2].strip()
+    return match[1].strip(), match[2].strip()
 
 
 def _item(
@@ -144,7 +144,7 @@ def _item(
     chunks: Sequence[str],
     question: str,
     answer: str,
-    given: str | None,
+    own: str | None,
     options: LogoOptions,
 ) -> _Item:
     scores = overlaps(f"{question} {answer}", chunks)
@@ -164,7 +164,7 @@ def _item(
     return _Item(
         number,
         question,
-        given,
+        own,
         texts(critical, others[: options.context_chunks - len(critical)]),
         [
             texts(critical),
@@ -200,7 +200,7 @@ def logo_rows(
     first: int = 0,
     chat: bool = True,
 ) -> tuple[list[dict[str, Any]], list[Dropped]]:
-    """The rows of a block of documents, and those that gave none.
+    """Make the rows of a block of documents, and list those that gave none.
 
     Args:
         documents: with `text`; where they come with a `question`, none is written, and its
@@ -227,12 +227,12 @@ def logo_rows(
     items: list[_Item] = []
     dropped: list[Dropped] = []
     for i, document in enumerate(documents):
-        given = None if i in written else document.get("answer") or None
+        own = None if i in written else document.get("answer") or None
         try:
             question, answer = (
-                _asked(written[i]) if i in written else (document["question"], given or "")
+                _asked(written[i]) if i in written else (document["question"], own or "")
             )
-            items.append(_item(first + i, chunks[i], question, answer, given, options))
+            items.append(_item(first + i, chunks[i], question, answer, own, options))
         except _Drop as reason:
             dropped.append(Dropped(first + i, str(reason)))
 

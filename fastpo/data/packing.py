@@ -11,15 +11,24 @@ Shapes: G groups, K candidates, R responses (candidates and extras), N label tok
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from fastpo.batch import COUNTS, GroupSpan, Layout
+from fastpo.batch import Batch, Counts, GroupSpan, Layout, TargetTokens
 from fastpo.data.groups import Context, Group, Response
-from fastpo.segments import Segments
+from fastpo.segments import Bounds, Segments, Where
+
+
+class ModelInputs(NamedTuple):
+    """The fields of `Batch` that a model reads."""
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    layout: Layout | None
 
 
 def _labels(group: Group) -> list[bool]:
@@ -63,15 +72,9 @@ def _num_weighted(response: Response) -> int:
     return int((response.loss_mask & (response.token_weights != 0)).sum())
 
 
-def counts_of(groups: Sequence[Group]) -> dict[str, int]:
-    """What losses are divided by, and tokens, without packing.
-
-    `groups`, `responses` (candidates), `desirable`, `undesirable`; `response_tokens`: scored tokens
-    of the candidates, less those of weight zero, `chosen_tokens`: of the desirable ones,
-    `gold_tokens`: of the extra response `gold`; `tokens`: T with one copy of each prompt,
-    `unshared_tokens` with one per response; `label_tokens`: N.
-    """
-    counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
+def counts_of(groups: Iterable[Group]) -> Counts:
+    """Return the counts of groups without packing them."""
+    counts = dict.fromkeys(Counts._fields, 0)
     for group in groups:
         labels = _labels(group)
         desirable = sum(labels)
@@ -85,9 +88,9 @@ def counts_of(groups: Sequence[Group]) -> dict[str, int]:
         if "gold" in group.extras:
             counts["gold_tokens"] += _num_weighted(group.extras["gold"])
         counts["tokens"] += len(group)
-        counts["label_tokens"] += sum(int(r.loss_mask.sum()) for r in group.every)
+        counts["target_tokens"] += sum(int(r.loss_mask.sum()) for r in group.every)
         counts["unshared_tokens"] += group.unshared_tokens
-    return counts
+    return Counts(**counts)
 
 
 def collate(
@@ -97,30 +100,20 @@ def collate(
     pad_token_id: int,
     ref_logps: Sequence[np.ndarray] | None = None,
     ref2_logps: Sequence[np.ndarray] | None = None,
-) -> dict[str, Any]:
-    """Packs groups into a batch.
+) -> Batch:
+    """Pack groups into a batch.
+
+    Segments have the row's slots where there are no ranks, NaN where only some responses have a
+    grade, and no weights where all are 1. Responses without token weights have ones, without
+    rewards zeros.
 
     Args:
         groups: G >= 1 groups with the same extra roles.
         share_prompt: one packed row with one copy of each prompt; False: a padded row a response.
         pad_token_id: fills the padded form.
-        ref_logps: reference log-probs of every group's label tokens (candidates in order, then
+        ref_logps: reference log-probs of every group's target tokens (candidates in order, then
             extras by role), one array a group.
         ref2_logps: the same of a second reference.
-
-    Returns:
-        `input_ids`, `position_ids` [1, T] int64 (responses go on where their prompt ends) and
-        `layout`; padded: `input_ids`, `position_ids`, `attention_mask` [R, longest]. Both forms:
-
-        - `token_index` [N] int64: position in the flattened batch whose hidden state predicts
-          each label token;
-        - `targets` [N] int64: the label tokens, those with `loss_mask`;
-        - `segments`: Segments of them; rank falls back to the slot, score is NaN where only some
-          responses have one, weight is None where all are 1;
-        - `token_weights`, `token_rewards` [N] float32, or None where no response has any; a
-          response without them has ones, or zeros;
-        - `ref_logps`, `ref2_logps` [N] float32 or None;
-        - `rows`: `Group.row` of each; `counts`: see `counts_of`.
 
     Raises:
         ValueError: no groups, groups with different extra roles, or arrays of the wrong length.
@@ -141,18 +134,24 @@ def collate(
     predictor = np.where(step == 0, before[response_of], first[response_of] + step - 1)
     scored = np.concatenate([r.loss_mask for r in responses]).astype(bool)
     tokens = np.concatenate([r.input_ids for r in responses])
-    return {
-        **inputs,
-        "token_index": torch.from_numpy(predictor[scored]),
-        "targets": torch.from_numpy(tokens[scored].astype(np.int64)),
-        "segments": _segments(groups, response_of[scored]),
+    columns = {
         "token_weights": _per_token([r.token_weights for r in responses], scored, length, 1.0),
         "token_rewards": _per_token([r.token_rewards for r in responses], scored, length, 0.0),
         "ref_logps": _ref_logps(groups, ref_logps, "ref_logps"),
         "ref2_logps": _ref_logps(groups, ref2_logps, "ref2_logps"),
-        "rows": [group.row for group in groups],
-        "counts": counts_of(groups),
     }
+    return Batch(
+        *inputs,
+        head_positions=torch.from_numpy(predictor[scored]),
+        tokens=TargetTokens(
+            torch.from_numpy(tokens[scored].astype(np.int64)),
+            _segments(groups, response_of[scored]),
+            **columns,
+        ),
+        counts=counts_of(groups),
+        row_numbers=tuple(group.row for group in groups),
+        sources=tuple(group.source for group in groups),
+    )
 
 
 def _check(groups: Sequence[Group]) -> None:
@@ -183,7 +182,7 @@ def _check(groups: Sequence[Group]) -> None:
 
 def _packed(
     contexts: list[Context], length: np.ndarray
-) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+) -> tuple[ModelInputs, np.ndarray, np.ndarray]:
     """The packed row, and [R] positions: of each response's first token, of its prompt's last."""
     blocks = [
         block
@@ -216,17 +215,13 @@ def _packed(
         ),
         length=int(sizes.sum()),
     )
-    inputs = {
-        "input_ids": torch.from_numpy(np.concatenate(blocks).astype(np.int64))[None],
-        "position_ids": torch.from_numpy(positions)[None],
-        "layout": layout,
-    }
-    return inputs, first, before
+    ids = torch.from_numpy(np.concatenate(blocks).astype(np.int64))[None]
+    return ModelInputs(ids, torch.from_numpy(positions)[None], None, layout), first, before
 
 
 def _padded(
     contexts: list[Context], length: np.ndarray, pad_token_id: int
-) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+) -> tuple[ModelInputs, np.ndarray, np.ndarray]:
     """The padded rows, and [R] flat positions as in `_packed`."""
     pairs = [(context, r.input_ids) for context in contexts for r in context.responses]
     prompt_length = np.array([len(context.prompt_ids) for context, _ in pairs])  # [R]
@@ -242,11 +237,8 @@ def _padded(
             positions[i, :p] = context.positions
             positions[i, p : p + n] += context.end - p
     first = np.arange(len(pairs)) * width + prompt_length
-    inputs = {
-        "input_ids": torch.from_numpy(input_ids),
-        "attention_mask": torch.from_numpy(attended.astype(np.int64)),
-        "position_ids": torch.from_numpy(positions),
-    }
+    mask = torch.from_numpy(attended.astype(np.int64))
+    inputs = ModelInputs(torch.from_numpy(input_ids), torch.from_numpy(positions), mask, None)
     return inputs, first, first - 1
 
 
@@ -269,16 +261,27 @@ def _segments(groups: list[Group], response: np.ndarray) -> Segments:
     ranks = [[i if r.rank is None else r.rank for i, r in enumerate(g.responses)] for g in groups]
     weights = [group.weight for group in groups]
     roles = groups[0].roles
+    label = table([_labels(group) for group in groups], False, bool)
+    lengths = np.bincount(response, minlength=int(num.sum()))  # [R]
+    ends = [0, *np.cumsum(num).tolist()]
+    masks: dict[Where, Any] = {
+        "groups": filled.any(1),
+        "full groups": filled.all(1),
+        "candidates": filled,
+        "desirable": label.numpy() & filled,
+    }
     return Segments(
         response=torch.from_numpy(response),
         grid=torch.from_numpy(np.where(filled, base[:, None] + slot, -1)),
-        label=table([_labels(group) for group in groups], False, bool),
+        label=label,
+        bounds=Bounds(responses=tuple(ends), lengths=tuple(lengths.tolist())),
+        places={w: torch.from_numpy(m.ravel().nonzero()[0]) for w, m in masks.items()},
         num_responses=int(num.sum()),
         score=None if np.isnan(np.concatenate(scores)).all() else table(scores, 0, np.float32),
         rank=table(ranks, slot, np.int64),
         weight=None if all(w == 1 for w in weights) else torch.tensor(weights),
         margin=_column([group.margin for group in groups], "margin", groups),
-        cohort=_column([group.cohort for group in groups], "group", groups),
+        population=_column([group.population for group in groups], "group", groups),
         index=torch.tensor([group.row for group in groups]),
         extras={role: torch.from_numpy(base + candidates + i) for i, role in enumerate(roles)},
     )

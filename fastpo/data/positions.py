@@ -24,7 +24,7 @@ from fastpo.data.bad_rows import BadField
 
 @dataclass(frozen=True)
 class PositionSynthesis:
-    """How prompts of passages get their positions.
+    """Say how prompts of passages get their positions.
 
     Args:
         length: positions of the prompt and the longest response.
@@ -45,7 +45,7 @@ class PositionSynthesis:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> PositionSynthesis:
-        """From a mapping; an unknown or missing field raises ValueError."""
+        """Make one of a mapping; an unknown or missing field raises ValueError."""
         known = [f.name for f in fields(cls)]
         if "length" not in values or set(values) - set(known):
             raise ValueError(
@@ -59,7 +59,7 @@ def chunk_tokens(
     offsets: np.ndarray,  # [P, 2]
     spans: Sequence[tuple[int, int]],
 ) -> np.ndarray:
-    """[n, 2] half-open intervals of the prompt's tokens that touch each chunk.
+    """Return [n, 2] half-open intervals of the prompt's tokens that touch each chunk.
 
     Args:
         offsets: characters of each token, from the start of the text that `spans` count in.
@@ -72,38 +72,15 @@ def chunk_tokens(
     >>> chunk_tokens(offsets, [(2, 5), (5, 9)]).tolist()
     [[1, 2], [2, 3]]
     """
-    found = np.empty((len(spans), 2), dtype=np.int64)
+    intervals = np.empty((len(spans), 2), dtype=np.int64)
     end = 0
     for i, (start, stop) in enumerate(spans):
         touched = np.flatnonzero((offsets[:, 0] < stop) & (offsets[:, 1] > start))
         touched = touched[touched >= end]
         if not len(touched):
             raise BadField(f"chunk_spans[{i}]", "no token of the prompt is its own", (start, stop))
-        found[i] = touched[0], (end := int(touched[-1]) + 1)
-    return found
-
-
-def cut_chunks(chunks: np.ndarray, length: int, budget: int) -> np.ndarray:
-    """[budget or less] indices of a prompt of `length` tokens, each chunk cut to the same length.
-
-    Raises:
-        BadField: no token of a chunk would be left.
-
-    >>> cut_chunks(np.array([[1, 4], [4, 9]]), 10, 6).tolist()
-    [0, 1, 2, 4, 5, 9]
-    """
-    outside = length - int((chunks[:, 1] - chunks[:, 0]).sum())
-    most = (budget - outside) // len(chunks)
-    if most < 1:
-        raise BadField(
-            "prompt",
-            f"{outside} tokens beside its {len(chunks)} chunks leave nothing of them in a budget "
-            f"of {budget}",
-        )
-    kept = np.ones(length, dtype=bool)
-    for start, stop in chunks:
-        kept[start + most : stop] = False
-    return np.flatnonzero(kept)
+        intervals[i] = touched[0], (end := int(touched[-1]) + 1)
+    return intervals
 
 
 def synthetic_positions(
@@ -112,7 +89,7 @@ def synthetic_positions(
     end: int,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """[P] int32, strictly increasing; the last is `end` - 1, a head's first 0.
+    """Return positions [P] int32, strictly increasing; the last is `end` - 1, a head's first 0.
 
     What lies between two chunks goes with the first of them.
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from fastpo.data.source_rows import CANNOT, FILE, ROW, TORN, without_nulls
 from fastpo.optional import require
 from fastpo.reading import REPAIR, told
 
@@ -35,16 +36,10 @@ READERS = {
     ".arrow": "arrow",
 }
 COMPRESSIONS = {".gz", ".bz2", ".xz", ".zst"}
-FILE, ROW = "__file__", "__row__"
-"""Columns that say which file a row was read from, and its number there, from 0."""
-TORN = "__torn__"
-"""Column of a row that stands for a broken line of JSON lines: what is wrong with it."""
-CANNOT = "cannot read"
-"""Errors that begin with it name the file already."""
 
 
 def _suffix(path: str) -> str:
-    """`a.jsonl.gz` -> `.jsonl`."""
+    """Return `.jsonl` for `a.jsonl.gz`."""
     suffixes = [s.lower() for s in Path(path).suffixes]
     while suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
@@ -90,7 +85,7 @@ def _load_file(reader: str, file: str, streaming: bool) -> Any:
 
 @contextmanager
 def _naming(file: str) -> Iterator[None]:
-    """Errors of `datasets`, of many classes, name no file, or one in its cache."""
+    """Name the file in errors of `datasets`, which name none, or one in its cache."""
     try:
         yield
     except StopIteration as error:  # what `datasets` makes of an empty file
@@ -135,7 +130,7 @@ def _stream(reader: str, file: str) -> Iterator[dict[str, Any]]:
     for batch in _load_file(reader, file, streaming=True).iter(batch_size=100):
         _refuse_reserved(batch)
         for values in zip(*batch.values(), strict=True):
-            yield _without_nulls(dict(zip(batch, values, strict=True)))
+            yield without_nulls(dict(zip(batch, values, strict=True)))
 
 
 def _whole_json(files: list[str], origin: bool) -> datasets.Dataset:
@@ -165,7 +160,7 @@ def _whole(reader: str, files: list[str], origin: bool) -> datasets.Dataset:
 
 
 def _load_files(files: Mapping[str, list[str]], split: str, streaming: bool, origin: bool) -> Rows:
-    """Rows of `split`, from the files of each split."""
+    """Read the rows of `split` from the files of each split."""
     import datasets
 
     if streaming:
@@ -187,7 +182,7 @@ def _load_files(files: Mapping[str, list[str]], split: str, streaming: bool, ori
 
 
 def _joined(parts: list[datasets.Dataset]) -> datasets.Dataset:
-    """The parts in turn, with types that hold all of them: 1 and 0.5 are floats."""
+    """Join parts in turn, with types that hold all of them: 1 and 0.5 are floats."""
     import datasets
     import pyarrow
 
@@ -221,7 +216,7 @@ def _load_folder(folder: Path, name: str | None, split: str, streaming: bool, or
 
 
 def _folder_files(folder: Path, name: str | None) -> dict[str, list[str]] | None:
-    """The files of each split; None where only `datasets` can read them, or is told how to."""
+    """Return the files of each split; None where only `datasets` can read them."""
     import datasets
 
     try:
@@ -245,7 +240,7 @@ def _folder_files(folder: Path, name: str | None) -> dict[str, list[str]] | None
 
 
 def _tell_of_others(folder: Path, read: list[str]) -> None:
-    """A warning that names files of rows which are in no split of a folder."""
+    """Warn of files of rows which are in no split of a folder."""
     known = {Path(file).resolve() for file in read}
     others = [
         str(path)
@@ -263,92 +258,12 @@ def _load_dataset(source: str, name: str | None, split: str, streaming: bool) ->
 
     rows = datasets.load_dataset(source, name=name, split=split, streaming=streaming)
     if streaming and rows.features is None:  # nothing tells later that Arrow made these rows
-        return rows.map(_without_nulls)
+        return rows.map(without_nulls)
     return rows
-
-
-# --- rows as they were written -------------------------------------------------------------------
 
 
 def _each(packed: bytes) -> Iterator[Any]:
     yield from pickle.loads(packed)
-
-
-def exact_rows(rows: Iterable[Any], source: str = "rows") -> Iterator[Any]:
-    """Rows in turn, without the null keys that Arrow gave to dicts within their columns.
-
-    Null columns stay. So do nulls that a JSON file, or a list of dicts, holds itself.
-
-    Args:
-        rows: dicts, such as `load_rows` returns, or a data set of the user's.
-        source: name of the data for messages.
-
-    Raises:
-        ValueError: a row cannot be read; names the source, the row, the reason and the remedy.
-    """
-    rows = _unformatted(rows)
-    features = getattr(rows, "features", None)
-    formatted = getattr(rows, "format", None)
-    if isinstance(formatted, Mapping) and formatted.get("type") == "custom":
-        features = None  # a transform's values are the user's
-    plain = isinstance(formatted, Mapping) and formatted.get("type") is None
-    iterator, index = _by_batches(rows) if plain else iter(rows), 0
-    while True:
-        try:
-            row = next(iterator)
-        except StopIteration:
-            return
-        except (ImportError, MemoryError):
-            raise
-        except Exception as error:
-            if str(error).startswith(CANNOT):
-                raise
-            reason = told(error.__cause__ or error)
-            raise ValueError(f"{CANNOT} {source}, row {index}: {reason}; {REPAIR}") from error
-        yield _without_nulls(row, features) if isinstance(features, Mapping) else row
-        index += 1
-
-
-def _unformatted(rows: Any) -> Any:
-    """A data set whose values are Python's, where `set_format` made arrays or tables of them."""
-    formatted = getattr(rows, "format", None)  # of a Dataset
-    if isinstance(formatted, Mapping) and formatted.get("type") not in (None, "custom"):
-        return rows.with_format(None, columns=formatted["columns"])
-    if getattr(rows, "_formatting", None) is not None:  # of an IterableDataset
-        plain = rows.with_format(None)
-        plain.set_epoch(rows.epoch)
-        return plain
-    return rows
-
-
-def _by_batches(rows: Any, size: int = 100) -> Iterator[Any]:
-    """The rows of a `datasets.Dataset`, several times faster than one by one."""
-    for start in range(0, len(rows), size):
-        numbers = range(start, min(start + size, len(rows)))
-        try:
-            batch = rows[numbers.start : numbers.stop]
-        except Exception:
-            yield from (rows[number] for number in numbers)  # the one that fails shows itself
-        else:
-            for values in zip(*batch.values(), strict=True):
-                yield dict(zip(batch, values, strict=True))
-
-
-def _without_nulls(row: Mapping[str, Any], features: Mapping[str, Any] | None = None) -> Any:
-    """The row, of known features or unknown ones, as `exact_rows` says."""
-    return {name: _strip(value, (features or {}).get(name)) for name, value in row.items()}
-
-
-def _strip(value: Any, feature: Any) -> Any:
-    if hasattr(feature, "decode_example"):  # JSON text, images: not Arrow's dicts
-        return value
-    if isinstance(value, dict):
-        inner = feature if isinstance(feature, dict) else {}
-        return {k: _strip(held, inner.get(k)) for k, held in value.items() if held is not None}
-    if isinstance(value, list) and any(isinstance(held, dict | list) for held in value):
-        inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
-        return [_strip(held, inner) for held in value]
-    return value
 
 
 def _one_split(loaded: Any, split: str, source: str) -> Any:
@@ -367,7 +282,7 @@ def load_rows(
     streaming: bool = False,
     origin: bool = False,
 ) -> Rows:
-    """Loads the rows of a data set.
+    """Load the rows of a data set.
 
     Args:
         source: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow, also compressed), a glob of files, a

@@ -34,7 +34,7 @@ def tis(
     low: float = -1.5,
     high: float = 1.5,
 ) -> np.ndarray:
-    """Importance weights of TIS-DPO.
+    """Return importance weights of TIS-DPO.
 
     The bounds are those of the official recipe, which maps what lies between them linearly to
     [0.7, 1.3] and not by exp, as the paper does. For `tis_dpo`, or `dpo` with sums alone.
@@ -47,7 +47,7 @@ def tis(
 
 
 def critical(contrast: np.ndarray, label: bool, *, only_rejected: bool = False) -> np.ndarray:
-    """Critical scores of cDPO from the log-probs [n] under the contrast of both scorers.
+    """Return critical scores of cDPO from the log-probs [n] under the contrast of both scorers.
 
     `only_rejected` leaves desirable responses at weight 1. The official code sets the weight of the
     end of sequence to 1; here it is scored like any token. For `critical_dpo`, or `dpo`.
@@ -61,7 +61,7 @@ def critical(contrast: np.ndarray, label: bool, *, only_rejected: bool = False) 
 
 
 def treg(positive: np.ndarray, negative: np.ndarray, label: bool) -> np.ndarray:  # [n] each
-    """Signed rewards of T-REG, in (-1/2, 1/2), whatever the label. For `treg` and `treg_simpo`.
+    """Return signed rewards of T-REG, in (-1/2, 1/2), for `treg` and `treg_simpo`.
 
     >>> treg(np.array([-1.0, -1.0]), np.array([-1.0, -60.0]), True)
     array([0. , 0.5])
@@ -70,7 +70,7 @@ def treg(positive: np.ndarray, negative: np.ndarray, label: bool) -> np.ndarray:
 
 
 class Rule(NamedTuple):
-    """How two scorers become a column."""
+    """Say how two scorers become a column."""
 
     fn: Callable[..., np.ndarray]  # (scores..., label, **args) -> [n]
     column: str
@@ -86,7 +86,7 @@ RULES = {
 
 
 def get_rule(name: str, args: Mapping[str, Any]) -> Rule:
-    """The rule called `name`, its arguments bound.
+    """Return the rule called `name`, its arguments bound.
 
     Raises:
         ValueError: no such rule or argument, with the nearest name.

@@ -43,12 +43,12 @@ _THINK = re.compile(r"[<\[][^<\[]*(?:think|thought|reason)\w*[^\w\s<\[]*", re.IG
 
 
 def squeezed(text: str) -> str:
-    """The text without blanks, which templates strip and add."""
+    """Return the text without blanks, which templates strip and add."""
     return "".join(text.split())
 
 
 def common_prefix(a: str, b: str) -> int:
-    """Characters that both texts begin with."""
+    """Count the characters that both texts begin with."""
     if b.startswith(a):
         return len(a)
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(b))
@@ -56,14 +56,14 @@ def common_prefix(a: str, b: str) -> int:
 
 @cache
 def own_arguments() -> frozenset[str]:
-    """Names that `apply_chat_template` or its renderer take for themselves."""
+    """Return names that `apply_chat_template` or its renderer take for themselves."""
     names = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
     theirs = {"self", "kwargs", "tools", "documents", "chat_template"}
     return frozenset({*names, "messages", "conversations"} - theirs)
 
 
 def clashing(kwargs: Mapping[str, Any]) -> str | None:
-    """Why these keyword arguments cannot go to a template, or None where they can."""
+    """Say why these keyword arguments cannot go to a template, or None where they can."""
     wrong = sorted(own_arguments() & kwargs.keys())
     if not wrong:
         return None
@@ -73,21 +73,21 @@ def clashing(kwargs: Mapping[str, Any]) -> str | None:
 def render(
     tokenizer: Any, messages: Messages, generation_prompt: bool, kwargs: Mapping[str, Any]
 ) -> str:
-    """A conversation as its template writes it; raises whatever the template does."""
+    """Render a conversation by its template; raise whatever the template does."""
     return tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=generation_prompt, **kwargs
     )
 
 
 def refusal(error: Exception) -> str:
-    """What a template's exception says of a row."""
+    """Say in words what a template's exception says of a row."""
     if isinstance(error, TemplateError):
         return f"the chat template refuses it: {error}"
     return f"the chat template fails on it: {type(error).__name__}: {error}"
 
 
 class TemplateFacts:
-    """What a tokenizer's chat template does under given keyword arguments; no weights are read.
+    """Learn what a tokenizer's chat template does under given keyword arguments.
 
     Args:
         tokenizer: with a chat template.
@@ -109,7 +109,7 @@ class TemplateFacts:
         self.source: str = self.tokenizer.get_chat_template(meant, kwargs.get("tools"))
 
     def _rendered(self, messages: Messages, generation_prompt: bool = False, **kwargs: Any) -> str:
-        """The conversation, or nothing where the template refuses it."""
+        """Render a conversation, or nothing where the template refuses it."""
         try:
             return render(self.tokenizer, messages, generation_prompt, {**self.kwargs, **kwargs})
         except MemoryError:
@@ -118,7 +118,7 @@ class TemplateFacts:
             return ""
 
     def message(self, role: str, text: str, **keys: Any) -> dict[str, Any]:
-        """A message with its content in the form that the template takes."""
+        """Make a message with its content in the form that the template takes."""
         content = [{"type": "text", "text": text}] if self.content == "parts" else text
         return {"role": role, "content": content, **keys}
 
@@ -126,7 +126,7 @@ class TemplateFacts:
 
     @cached_property
     def content(self) -> Form | None:
-        """The form of a message's content: a string, a list of parts, or either."""
+        """Return the form of a message's content: a string, a list of parts, or either."""
 
         def taken(user: Any, answer: Any) -> bool:
             text = self._rendered(
@@ -148,22 +148,22 @@ class TemplateFacts:
 
     @cached_property
     def _conversation(self) -> str:
-        """Two questions, two answers."""
+        """Render two questions and two answers."""
         return self._rendered(2 * [self._question, self.message("assistant", _ANSWER)])
 
     @cached_property
     def system(self) -> bool:
-        """Whether it writes a system message."""
+        """Return whether it writes a system message."""
         return _SYSTEM in self._rendered([self.message("system", _SYSTEM), self._question])
 
     @cached_property
     def tools(self) -> bool:
-        """Whether it writes the tools that a row offers."""
+        """Return whether it writes the tools that a row offers."""
         return _NAME in self._rendered([self._question], tools=[_TOOL])
 
     @cached_property
     def reasoning(self) -> tuple[str, ...]:
-        """The keys whose text it writes as the reasoning of an answer."""
+        """Return the keys whose text it writes as the reasoning of an answer."""
         return tuple(
             key
             for key in REASONING
@@ -189,24 +189,24 @@ class TemplateFacts:
         mapping = (
             all(w in written for w in (_NAME, _KEY, _VALUE)) and repr(arguments) not in written
         )
-        given = json.dumps(arguments)
-        written = self._call(given, wrapped)
-        return _form(mapping, "dict", _NAME in written and given in written, "text")
+        text = json.dumps(arguments)
+        written = self._call(text, wrapped)
+        return _form(mapping, "dict", _NAME in written and text in written, "text")
 
     @cached_property
     def calls(self) -> Form | None:
-        """The form of tool calls: as {"function": {...}}, flat, or either; None: not written."""
+        """Return the form of tool calls, {"function": {...}}, flat or either; None: not written."""
         wrapped, flat = self._arguments(True), self._arguments(False)
         return _form(wrapped is not None, "wrapped", flat is not None, "flat")
 
     @cached_property
     def arguments(self) -> Form | None:
-        """The form of a tool call's arguments: a dict, JSON text, or either; None: not written."""
+        """Return the form of a call's arguments: a dict, JSON text or either; None: not written."""
         return None if self.calls is None else self._arguments(self.calls != "flat")
 
     @cached_property
     def needs_content(self) -> bool:
-        """Whether it fails on a tool call whose message has no content, but takes an empty one."""
+        """Return whether it fails on a call without content, but takes an empty one."""
         arguments: Any = json.dumps({_KEY: _VALUE}) if self.arguments == "text" else {_KEY: _VALUE}
         function = {"name": _NAME, "arguments": arguments}
         call = {"type": "function", "id": "call00001"}
@@ -221,12 +221,12 @@ class TemplateFacts:
 
     @cached_property
     def generation(self) -> bool:
-        """Whether it marks what the assistant says."""
+        """Return whether it marks what the assistant says."""
         return GENERATION.search(self.source) is not None
 
     @cached_property
     def stable(self) -> bool:
-        """Whether it writes earlier turns alike whatever follows."""
+        """Return whether it writes earlier turns alike whatever follows."""
         kept = self._plain.removesuffix(self.tail) + (self.end_of_turn or "")
         return bool(self._plain) and self._conversation.startswith(kept)
 
@@ -241,12 +241,12 @@ class TemplateFacts:
 
     @cached_property
     def _withdrawn(self) -> str:
-        """The end of that header, as far as it is written otherwise once an answer follows."""
+        """Return the end of that header that is written otherwise once an answer follows."""
         changed = self._awaiting[common_prefix(self._awaiting, self._plain) :]
         return changed if self._opened.endswith(changed) else ""
 
     def kept(self, opening: str, texts: Sequence[str]) -> str:
-        """What finished texts keep of the opening that awaits an answer.
+        """Return what finished texts keep of the opening that awaits an answer.
 
         An answer that begins as the header ends (`<b>` where `<think>` stood) is none of it.
         """
@@ -255,47 +255,47 @@ class TemplateFacts:
 
     @cached_property
     def header(self) -> str:
-        """What opens an answer, without a thought's beginning; empty where nothing does."""
+        """Return what opens an answer, without a thought's beginning; empty where nothing does."""
         return self._opened.removesuffix(self._thought).strip()
 
     @cached_property
     def _thought(self) -> str:
-        found = _THINK.search(self._opened)
-        return self._opened[found.start() :] if found else ""
+        match = _THINK.search(self._opened)
+        return self._opened[match.start() :] if match else ""
 
     @cached_property
     def thought(self) -> str:
-        """A thought that this header opens (DeepSeek-R1's `<think>`) or also closes, or nothing."""
+        """Return a thought that this header opens (DeepSeek-R1's `<think>`), or nothing."""
         return self._thought.strip()
 
     def before_thought(self, text: str, place: int) -> int:
-        """The place in a rendered text, or where the thought of its header begins before it."""
-        if found := _THINK.match(self.thought):
-            start = text.rfind(found[0], 0, place)
+        """Return the place in a rendered text, or where its header's thought begins before it."""
+        if match := _THINK.match(self.thought):
+            start = text.rfind(match[0], 0, place)
             if start >= 0 and squeezed(self.thought).startswith(squeezed(text[start:place])):
                 return start
         return place
 
     def before_answer(self, kwargs: Mapping[str, Any]) -> str:
-        """What it writes before an answer to no question; raises what the template does."""
+        """Return what it writes before an answer to no question; raise what the template does."""
         answer = [self.message("assistant", _ANSWER)]
         return render(self.tokenizer, answer, False, kwargs).partition(_ANSWER)[0]
 
     @cached_property
     def tail(self) -> str:
-        """All that it writes after the text of a last answer."""
+        """Return all that it writes after the text of a last answer."""
         return self._plain.rpartition(_ANSWER)[2]
 
     @cached_property
     def special(self) -> list[str]:
-        """The tokens that a template may mark turns with, the longest first."""
+        """Return the tokens that a template may mark turns with, the longest first."""
         added = self.tokenizer.added_tokens_decoder.values()
         # Some are not flagged as special; but a word or a blank (Gemma adds those) marks nothing.
         marking = {t.content for t in added if t.special or _MARKER.fullmatch(t.content)}
         return sorted(marking | set(self.tokenizer.all_special_tokens), key=len, reverse=True)
 
     def _tokens_in(self, text: str) -> dict[str, int]:
-        """Those tokens that stand in a text, and where."""
+        """Find those tokens that stand in a text, and where."""
         places = {}
         for token in self.special:
             if token in text:
@@ -305,7 +305,7 @@ class TemplateFacts:
 
     @cached_property
     def end_of_turn(self) -> str | None:
-        """The token with which it ends an answer, None if it has none.
+        """Return the token with which it ends an answer, None if it has none.
 
         It need not be the tokenizer's EOS (ChatML on a base model), and a template may write more
         after the last answer (Phi-3 an EOS) than after an earlier one.
@@ -325,13 +325,13 @@ class TemplateFacts:
 
     @cached_property
     def ends(self) -> tuple[str, ...]:
-        """The end of turn and EOS, as far as there are any."""
+        """Return the end of turn and EOS, as far as there are any."""
         ends = (self.end_of_turn, self.tokenizer.eos_token)
         return tuple(dict.fromkeys(end for end in ends if end))
 
     @cached_property
     def markers(self) -> re.Pattern[str]:
-        """The tokens that set messages apart: typed inside a message they would divide it."""
+        """Return a pattern of tokens that set messages apart; typed inside one they divide it."""
         framing = self._conversation or self._plain
         # What stands before the first turn alone (BOS) sets nothing apart.
         framing = framing.partition(_USER)[2]
@@ -345,7 +345,7 @@ class TemplateFacts:
     # Rows
 
     def adapted(self, name: str, messages: Messages) -> Messages:
-        """Messages in the forms that the template takes; what they say stays the same.
+        """Return messages in the forms that the template takes; what they say stays the same.
 
         An end of turn that ends an assistant's content is left to the template.
 
@@ -375,7 +375,7 @@ class TemplateFacts:
         return changed
 
     def without_end(self, text: str) -> str:
-        """The text without one end of turn, or EOS, and blanks after it."""
+        """Return the text without one end of turn, or EOS, and blanks after it."""
         bare = text.rstrip()
         end = next((end for end in self.ends if bare.endswith(end)), None)
         return text if end is None else bare.removesuffix(end)
@@ -417,7 +417,7 @@ class TemplateFacts:
         return arguments
 
     def describe(self) -> dict[str, str]:
-        """The facts in words, by name."""
+        """Return the facts in words, by name."""
         if self.content is None:
             messages: Messages = [user(_USER), assistant(_ANSWER)]
             try:

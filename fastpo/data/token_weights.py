@@ -21,19 +21,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from fastpo.data.bad_rows import BadField
-from fastpo.data.formats import Span
-from fastpo.data.groups import Group, Response
+from fastpo.data.example import Span
+from fastpo.data.groups import Response
+
+Responses: TypeAlias = Sequence[Response]
 
 
 def span_weights(
     offsets: np.ndarray, spans: Sequence[Span], length: int, name: str
 ) -> np.ndarray | None:
-    """[R] float32 weights of a response's tokens; None where it has no spans.
+    """Return weights [R] float32 of a response's tokens; None where it has no spans.
 
     A token that touches a span has its weight, the last span's where spans overlap; others have 1.
 
@@ -58,8 +60,8 @@ def span_weights(
     return weights
 
 
-def take_column(response: Response, column: str, values: np.ndarray, name: str) -> None:
-    """Put a row's numbers, one a token, into the response; weights multiply those it has.
+def check_length(values: np.ndarray, response: Response, column: str, name: str) -> None:
+    """Refuse numbers of a column that are not one a token of the response called `name`.
 
     Raises:
         BadField: not as many numbers as tokens.
@@ -70,32 +72,29 @@ def take_column(response: Response, column: str, values: np.ndarray, name: str) 
             f"{len(values)} numbers for the {len(response.input_ids)} tokens of {name}, end of "
             "sequence included: compute them with this tokenizer and chat template",
         )
-    if column == "token_weights":
-        values = _product(response.token_weights, values)
-    setattr(response, column, values)
 
 
-def _shortest(group: Group) -> int:
-    return min(int(r.loss_mask.sum()) for r in group.responses)
+def _shortest(responses: Responses) -> int:
+    return min(int(r.loss_mask.sum()) for r in responses)
 
 
 def _place(response: Response) -> np.ndarray:
-    """[R]: 1, 2, ... over the scored tokens."""
+    """Count 1, 2, ... [R] over the scored tokens."""
     return np.cumsum(response.loss_mask)
 
 
-def _ld(group: Group, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:
-    shortest = _shortest(group)
-    return [np.where(_place(r) <= shortest, 1.0, alpha) for r in group.responses]
+def _ld(responses: Responses, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:
+    shortest = _shortest(responses)
+    return [np.where(_place(r) <= shortest, 1.0, alpha) for r in responses]
 
 
-def _decay(group: Group, gamma: float, rng: np.random.Generator) -> list[np.ndarray]:
-    return [gamma ** _place(r).astype(np.float64) for r in group.responses]
+def _decay(responses: Responses, gamma: float, rng: np.random.Generator) -> list[np.ndarray]:
+    return [gamma ** _place(r).astype(np.float64) for r in responses]
 
 
-def _sampo(group: Group, on: float, rng: np.random.Generator) -> list[np.ndarray]:
-    shortest, weights = _shortest(group), []
-    for response in group.responses:
+def _sampo(responses: Responses, on: float, rng: np.random.Generator) -> list[np.ndarray]:
+    shortest, weights = _shortest(responses), []
+    for response in responses:
         scored = np.flatnonzero(response.loss_mask)
         kept = np.zeros(len(response.loss_mask))
         kept[rng.choice(scored, shortest, replace=False)] = 1.0
@@ -103,11 +102,11 @@ def _sampo(group: Group, on: float, rng: np.random.Generator) -> list[np.ndarray
     return weights
 
 
-def _diff(group: Group, gamma: float, rng: np.random.Generator) -> list[np.ndarray]:
-    """Common runs of fewer than three tokens count as changed, as in the official code."""
-    if len(group.responses) != 2:
-        raise BadField("responses", f"diff compares two responses, not {len(group.responses)}")
-    ids = [r.input_ids.tolist() for r in group.responses]
+def _diff(responses: Responses, gamma: float, rng: np.random.Generator) -> list[np.ndarray]:
+    """Weigh changed tokens; shorter common runs than three are changed, as in the official code."""
+    if len(responses) != 2:
+        raise BadField("responses", f"diff compares two responses, not {len(responses)}")
+    ids = [r.input_ids.tolist() for r in responses]
     weights = [np.full(len(i), gamma) for i in ids]
     matches = difflib.SequenceMatcher(None, *ids, autojunk=False).get_matching_blocks()
     for a, b, size in matches:
@@ -117,12 +116,12 @@ def _diff(group: Group, gamma: float, rng: np.random.Generator) -> list[np.ndarr
     return weights
 
 
-Scheme = Callable[[Group, float, np.random.Generator], list[np.ndarray]]
+Scheme = Callable[[Responses, float, np.random.Generator], list[np.ndarray]]
 SCHEMES: dict[str, Scheme] = {"ld": _ld, "decay": _decay, "sampo": _sampo, "diff": _diff}
 
 
 def check_schemes(schemes: Mapping[str, Any]) -> None:
-    """ValueError for an unknown scheme or a value that it cannot have."""
+    """Refuse an unknown scheme, or a value that it cannot have, with ValueError."""
     for name, value in schemes.items():
         if name not in SCHEMES:
             near = difflib.get_close_matches(str(name), SCHEMES, n=1)
@@ -137,25 +136,30 @@ def check_schemes(schemes: Mapping[str, Any]) -> None:
             raise ValueError(f"token_weights: {name}={value} must be finite and not negative")
 
 
-def weighted(group: Group, schemes: Mapping[str, float], seed: int) -> Group:
-    """The group with the schemes' weights times those that its responses had; extras keep theirs.
+def weighted(
+    responses: Responses, schemes: Mapping[str, float], seed: int, row: int
+) -> list[Response]:
+    """Return a group's responses with the schemes' weights times those that they had.
 
     Args:
-        group: a group.
+        responses: the group's candidates.
         schemes: scheme -> its parameter.
-        seed: of SamPO's draw, together with the group's row.
+        seed, row: of SamPO's draw; the row's number.
+
+    Raises:
+        BadField: a scheme that compares two responses, of another number of them.
     """
-    responses = group.responses
     for name, value in schemes.items():
         if name == "sampo" and not value:
             continue
-        found = SCHEMES[name](group, float(value), np.random.default_rng([seed, group.row]))
+        weights = SCHEMES[name](responses, float(value), np.random.default_rng([seed, row]))
         responses = [
-            replace(r, token_weights=_product(r.token_weights, weights))
-            for r, weights in zip(responses, found, strict=True)
+            replace(r, token_weights=multiplied(r.token_weights, own))
+            for r, own in zip(responses, weights, strict=True)
         ]
-    return replace(group, responses=responses)
+    return list(responses)
 
 
-def _product(before: np.ndarray | None, weights: np.ndarray) -> np.ndarray:
+def multiplied(before: np.ndarray | None, weights: np.ndarray) -> np.ndarray:
+    """Return weights [R] float32 times those that a response had, if any."""
     return (weights if before is None else before * weights).astype(np.float32)

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastpo.data.bad_rows import BadField
-from fastpo.data.formats import KNOWN, Example
+from fastpo.data.columns import KNOWN
+from fastpo.data.example import Example
 
 # They say the same of the written row as of the read one.
 _AS_THEY_ARE = frozenset(
@@ -70,7 +71,7 @@ def _of_tokens(example: Example, places: Sequence[int], *spans: str) -> dict[str
     return columns
 
 
-def _kwargs(given: Mapping[str, Any]) -> dict[str, Any]:
-    tools, others = given.get("tools"), {k: v for k, v in given.items() if k != "tools"}
+def _kwargs(own: Mapping[str, Any]) -> dict[str, Any]:
+    tools, others = own.get("tools"), {k: v for k, v in own.items() if k != "tools"}
     columns = {"tools": tools, "chat_template_kwargs": others}
     return {name: value for name, value in columns.items() if value}

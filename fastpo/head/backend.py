@@ -1,4 +1,4 @@
-"""What a backend of the head supplies."""
+"""What a backend of the head supplies; schedules are the same for every backend."""
 
 from __future__ import annotations
 
@@ -8,95 +8,83 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastpo.head.schedule import Traits, Workload
 from fastpo.head.types import (
     NOTHING_KEPT,
     Coefficients,
-    Heads,
     Kept,
-    KeptSlice,
-    Link,
+    KeptChunk,
+    PassOptions,
+    PassTensors,
     accumulator,
-    blocks,
+    chunks,
     concatenate,
 )
 
 
-class Tiles(Protocol):
-    """The two walks that a backend supplies; schedules are the same for every backend.
+class Backend(Protocol):
+    """The forward pass over the vocabulary, and the coefficients of the backward pass."""
 
-    Attributes:
-        largest_slab: elements above which a slab only gets slower, or None. Where it is set, logits
-            can be kept for a part of the vocabulary.
-        tile: rows that a matrix product takes at a time; blocks of rows are a multiple of it and
-            of equal size. 1 where that does not matter.
-    """
+    def traits(self, work: Workload, device_type: str) -> Traits:
+        """Return what a schedule has to know.
 
-    largest_slab: int | None
-    tile: int
-
-    def num_slabs(self, link: Link, want: tuple[str, ...], with_reference: bool) -> int:
-        """Accumulator slabs alive at once.
-
-        It may depend on what is asked for, never on whether a gradient is due: the same row blocks
-        give the same bits, so that policy and reference agree exactly at step 0.
+        It may depend on what is asked for, never on whether a gradient is due: the same chunks of
+        tokens give the same bits, so that policy and reference agree exactly at step 0.
         """
         ...
 
-    def forward(
-        self,
-        heads: Heads,
-        link: Link,
-        want: tuple[str, ...],
-        grads: tuple[str, ...],
-        row_block: int,
-        vocab_block: int,
-        keep: Kept = NOTHING_KEPT,
-    ) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """Statistics [N], and r = d stat / d hidden [N, D] in the accumulator for each of `grads`.
+    def keeps_exponentials(self, tensors: PassTensors, options: PassOptions) -> bool:
+        """Return whether exponentials are kept in the place of logits."""
+        ...
 
-        Args:
-            row_block: whole rows of logits that a slab may hold, of any shape.
-            vocab_block: columns of a slice of the vocabulary, where the walk has slices.
-            keep: to be filled.
+    def forward(
+        self, tensors: PassTensors, options: PassOptions, keep: Kept = NOTHING_KEPT
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Return `options.statistics` [N], and d statistic / d hidden [N, D] of `early_grads`.
+
+        Both in the accumulator's dtype; `keep` is to be filled.
         """
         ...
 
     def coefficients(
         self,
-        heads: Heads,
-        link: Link,
+        tensors: PassTensors,
+        options: PassOptions,
         stats: Mapping[str, Tensor],
         cotangents: Mapping[str, Tensor],
         first: int,
-        vocab_size: int,
-        kept: KeptSlice | None = None,
+        kept: KeptChunk | None = None,
         spend: bool = False,
     ) -> Coefficients:
-        """C [N, Vs] of the vocabulary slice that starts at `first`, of which `kept` may be had.
+        """Return C [N, Vc] of the columns that start at number `first` of the whole head.
 
-        `spend` lets C take the place of the kept products; nobody reads them again.
+        Args:
+            stats, cotangents: name -> [N] of these tokens.
+            kept: what there is of these columns.
+            spend: let C take the place of the kept products; nobody reads them again.
         """
         ...
 
 
-Step = Callable[[Heads, int, int], "tuple[dict[str, Tensor], list[Tensor]]"]
+Step = Callable[[PassTensors, slice], "tuple[dict[str, Tensor], list[Tensor]]"]
 
 
-def forward_by_rows(
-    step: Step, heads: Heads, grads: tuple[str, ...], row_block: int
+def forward_by_tokens(
+    step: Step, tensors: PassTensors, options: PassOptions
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """`Tiles.forward` over slabs of whole rows.
+    """Run `Backend.forward` over chunks of tokens, each with all of its columns.
 
     Args:
-        step: (heads of a row block, its first row, its end) -> statistics, and for each name in
-            `grads` the coefficients C [B, V] at unit cotangent.
+        step: (the pass of a chunk, its tokens) -> statistics, and for each of `early_grads` the
+            coefficients C [B, V] at unit cotangent.
     """
-    acc = accumulator(heads.hidden.dtype)
-    buffers = [torch.empty_like(heads.hidden, dtype=acc) for _ in grads]
+    acc = accumulator(tensors.hidden.dtype)
+    buffers = [torch.empty_like(tensors.hidden, dtype=acc) for _ in options.early_grads]
     parts = []
-    for lo, hi in blocks(heads.labels.numel(), row_block):
-        stats, coefficients = step(heads.rows(lo, hi), lo, hi)
+    for lo, hi in chunks(tensors.targets.numel(), options.chunk_tokens):
+        index = slice(lo, hi)
+        stats, coefficients = step(tensors.pick(index), index)
         for buffer, coefficient in zip(buffers, coefficients, strict=True):
-            heads.put_gradient_(buffer[lo:hi], coefficient, add=False)
+            tensors.put_gradient_(buffer[index], coefficient, add=False)
         parts.append(stats)
     return concatenate(parts), buffers

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from fastpo.head.functional import linear_logps
 from fastpo.head.lora import Lora
+from fastpo.head.spec import HeadSpec
+from fastpo.head.statistics import token_statistics
+from fastpo.head.tensors import HeadTensors
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,14 @@ class Head:
         softcap: final logit soft-cap (Gemma 2), or None.
         logit_scale: factor on the products (Cohere's `logit_scale`, Granite's 1/`logits_scaling`).
         temperature: divisor of the logits, after the soft-cap.
-        vocab_size: rows of the weight that stand for tokens; the padding after them gets no
+        vocab_size: vocabulary rows that stand for tokens; the padding after them gets no
             probability. None for all of them.
+
+    Attributes:
+        spec: the facts above as one object.
+
+    Raises:
+        ValueError: facts that `HeadSpec` refuses.
     """
 
     module: nn.Module
@@ -32,10 +40,19 @@ class Head:
     logit_scale: float = 1.0
     temperature: float = 1.0
     vocab_size: int | None = None
+    spec: HeadSpec = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spec", HeadSpec(**self.facts()))
+
+    @property
+    def tensors(self) -> HeadTensors:
+        """The tensors as the module holds them now: an adapter may have switched them."""
+        return HeadTensors(self.weight, self.bias, self.lora)
 
     @property
     def weight(self) -> Tensor:
-        """[V, D], as the module holds it now: an adapter may have switched it."""
+        """[V, D], as the module holds it now."""
         return self.module.weight  # type: ignore[return-value]
 
     @property
@@ -49,7 +66,7 @@ class Head:
         return None
 
     def facts(self) -> dict[str, Any]:
-        """The keyword arguments that `linear_stats` and its relatives take."""
+        """Return the facts as the keyword arguments of `linear_stats` and its relatives."""
         return {
             "softcap": self.softcap,
             "logit_scale": self.logit_scale,
@@ -58,8 +75,7 @@ class Head:
         }
 
     def logps(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """[N] log-probs of the labels [N] from states [N, D], cast to the weight's dtype."""
-        weight = self.weight
-        return linear_logps(
-            hidden.to(weight.dtype), weight, labels, bias=self.bias, lora=self.lora, **self.facts()
-        )
+        """Return [N] log-probs of labels [N] from states [N, D], cast to the weight's dtype."""
+        head = self.tensors
+        hidden = hidden.to(head.weight.dtype)
+        return token_statistics(hidden, head, labels, want=("logps",), spec=self.spec)["logps"]

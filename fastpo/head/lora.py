@@ -14,11 +14,11 @@ class Lora(NamedTuple):
     b: Tensor  # [V, r]
     scaling: float = 1.0
 
-
-def check_lora(lora: Lora, weight: Tensor) -> None:
-    (vocab_size, width), rank = weight.shape, lora.a.shape[0]
-    if lora.a.shape != (rank, width) or lora.b.shape != (vocab_size, rank):
-        raise ValueError(
-            f"lora must be A [r, {width}] and B [{vocab_size}, r]: got {tuple(lora.a.shape)} and "
-            f"{tuple(lora.b.shape)}"
-        )
+    def check(self, weight: Tensor) -> None:
+        """Raise ValueError where the factors do not fit a weight [V, D]."""
+        (vocab_size, width), rank = weight.shape, self.a.shape[0]
+        if self.a.shape != (rank, width) or self.b.shape != (vocab_size, rank):
+            raise ValueError(
+                f"lora must be A [r, {width}] and B [{vocab_size}, r]: got {tuple(self.a.shape)} "
+                f"and {tuple(self.b.shape)}"
+            )

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from fastpo.head.backend import Tiles
-from fastpo.head.schedule import Schedule, auto_workspace_mib, choose_schedule
-from fastpo.head.spec import Backend, Workspace, check_workspace
-from fastpo.head.torch_backend import TorchTiles
-from fastpo.head.triton_backend import TritonTiles
-from fastpo.head.types import Link, accumulator
+from fastpo.head.backend import Backend
+from fastpo.head.schedule import Schedule, Workload, auto_workspace_mib, choose_schedule
+from fastpo.head.spec import BackendName, HeadOptions, Workspace, check_backend, check_workspace
+from fastpo.head.torch_backend import TorchBackend
+from fastpo.head.triton_backend import TritonBackend
+
+BACKENDS: dict[str, Backend] = {"torch": TorchBackend(), "triton": TritonBackend()}
 
 # Looked up once: it reads folders, every call of a head asks, and no compiled graph may.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def choose_backend(
-    backend: Backend, device: torch.device, plain_only: str = ""
-) -> tuple[Tiles, str]:
-    """(tiles, why) for a named backend, or the best one for `auto`.
+    backend: BackendName, device: torch.device, plain_only: str = ""
+) -> tuple[Literal["torch", "triton"], str]:
+    """Return (a key of `BACKENDS`, why) for a named backend, or the best one for `auto`.
 
     Args:
         plain_only: what only plain PyTorch does and the call asks for, in words.
@@ -30,9 +31,9 @@ def choose_backend(
     Raises:
         ValueError: an unknown name, or a backend that cannot run here; named ones never fall back.
     """
-    plain = TorchTiles(device_type=device.type)
+    check_backend(backend)
     if backend == "torch":
-        return plain, "torch was asked for"
+        return "torch", "torch was asked for"
     if backend == "triton":
         if plain_only:
             raise ValueError(f"backend='triton' has no {plain_only}: use 'torch' or 'auto'")
@@ -43,16 +44,19 @@ def choose_backend(
                 f"backend='triton' cannot run on {device.type!r}: use 'torch' or 'auto', or set "
                 "TRITON_INTERPRET=1 before Python starts to interpret the kernels slowly"
             )
-        return TritonTiles(), "triton was asked for"
-    if backend != "auto":
-        raise ValueError(f"unknown backend {backend!r}: choose 'auto', 'torch' or 'triton'")
+        return "triton", "triton was asked for"
     if plain_only:
-        return plain, f"torch: {plain_only} was asked for"
+        return "torch", f"torch: {plain_only} was asked for"
     if device.type == "cuda" and HAS_TRITON:
-        return TritonTiles(), "triton: a GPU and the triton package are here"
+        return "triton", "triton: a GPU and the triton package are here"
     if device.type != "cuda":
-        return plain, f"torch: kernels do not run on {device.type}"
-    return plain, "torch: the triton package is missing"
+        return "torch", f"torch: kernels do not run on {device.type}"
+    return "torch", "torch: the triton package is missing"
+
+
+def runs_kernels(backend: BackendName, device: torch.device) -> bool:
+    """Return whether the kernels run, for a named backend or for `auto`."""
+    return choose_backend(backend, device)[0] == "triton"
 
 
 def _interpreting() -> bool:
@@ -62,51 +66,22 @@ def _interpreting() -> bool:
 
 
 def plan_head(
-    num_tokens: int,
-    vocab_size: int,
-    width: int,
+    work: Workload,
+    options: HeadOptions = HeadOptions(),
     *,
     device: torch.device | str,
-    dtype: torch.dtype = torch.float32,
-    stats: tuple[str, ...] = ("logps",),
-    num_grad_stats: int = 1,
-    needs_hidden: bool = True,
-    needs_head: bool = False,
-    needs_weight: bool | None = None,
-    with_reference: bool = False,
-    backend: Backend = "auto",
-    workspace_mib: Workspace = "auto",
-    link: Link | None = None,
     plain_only: str = "",
-) -> tuple[Tiles, Schedule, str]:
-    """(tiles, schedule, why this backend): the decision of one call, without making it.
-
-    Args:
-        num_tokens, vocab_size, width: N, V and D.
-    """
+) -> tuple[str, Schedule, str]:
+    """Return (backend, schedule, why this backend): the decision of one call, without making it."""
     device = torch.device(device)
-    tiles, why = choose_backend(backend, device, plain_only)
-    schedule = choose_schedule(
-        num_tokens,
-        vocab_size,
-        needs_hidden=needs_hidden,
-        needs_head=needs_head,
-        needs_weight=needs_head if needs_weight is None else needs_weight,
-        num_grad_stats=num_grad_stats,
-        with_reference=with_reference,
-        num_slabs=tiles.num_slabs(link or Link(), stats, with_reference),
-        workspace_bytes=int(workspace_in_mib(workspace_mib, device) * 2**20),
-        itemsize=accumulator(dtype).itemsize,
-        width=width,
-        weight_itemsize=dtype.itemsize,
-        largest_slab=tiles.largest_slab,
-        tile=tiles.tile,
-    )
-    return tiles, schedule, why
+    backend, why = choose_backend(options.backend, device, plain_only)
+    traits = BACKENDS[backend].traits(work, device.type)
+    workspace_bytes = int(workspace_in_mib(options.workspace_mib, device) * 2**20)
+    return backend, choose_schedule(work, traits, workspace_bytes), why
 
 
 def workspace_in_mib(workspace_mib: Workspace, device: torch.device) -> float:
-    """Return the workspace of a call on `device`; `auto` is `schedules.auto_workspace_mib`."""
+    """Return the workspace of a call on `device`; `auto` is `schedule.auto_workspace_mib`."""
     check_workspace(workspace_mib)
     if not isinstance(workspace_mib, str):
         return float(workspace_mib)
@@ -116,18 +91,32 @@ def workspace_in_mib(workspace_mib: Workspace, device: torch.device) -> float:
 
 
 @functools.lru_cache(maxsize=256)  # a loss on a trained head asks at every step
-def most_kept_tokens(vocab_size: int, width: int, **options: Any) -> int:
-    """How many tokens' logits fit the workspace, so that a trained head costs 3 products.
+def most_kept_tokens(
+    vocab_size: int,
+    width: int,
+    *,
+    device: torch.device | str,
+    backend: BackendName = "auto",
+    workspace_mib: Workspace = "auto",
+    **needs: Any,
+) -> int:
+    """Return how many tokens' logits fit the workspace, so that a trained head costs 3 matmuls.
 
     Args:
         vocab_size, width: V and D.
-        **options: of `plan_head`.
+        **needs: further fields of `Workload`.
     """
+    work = Workload(0, vocab_size, width, needs_head=True, **needs)
+    options = HeadOptions(backend, workspace_mib)
+
+    def fits(num_tokens: int) -> bool:
+        _, schedule, _ = plan_head(work._replace(num_tokens=num_tokens), options, device=device)
+        return schedule.name == "kept"
+
     low, high = 0, 1
-    while plan_head(high, vocab_size, width, needs_head=True, **options)[1].name == "kept":
+    while fits(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        kept = plan_head(middle, vocab_size, width, needs_head=True, **options)[1].name == "kept"
-        low, high = (middle, high) if kept else (low, middle)
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low

@@ -1,271 +1,247 @@
-"""The head's walks in plain PyTorch; the formulas stand in `fastpo.head.types`."""
+"""The head in plain PyTorch; the formulas stand in `fastpo.head.types`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from fastpo.head.backend import forward_by_rows
-from fastpo.head.online_softmax import LARGEST_SLAB, LARGEST_SLAB_OF_A_GPU, online_statistics
+from fastpo.head.backend import forward_by_tokens
+from fastpo.head.online_softmax import LARGEST_CHUNK, LARGEST_CHUNK_OF_A_GPU, online_statistics
+from fastpo.head.schedule import Traits, Workload
 from fastpo.head.types import (
     NOTHING_KEPT,
     UPCAST_ROWS,
     Coefficients,
-    Heads,
     Kept,
-    KeptSlice,
-    Link,
+    KeptChunk,
+    LogitTransform,
+    PassOptions,
+    PassTensors,
     accumulator,
-    blocks,
+    chunks,
 )
 from fastpo.head.vocab_parallel import Shard
 
 
-class TorchTiles:
-    """Every walk in plain PyTorch: CPU, MPS, XPU, and a head that is cut over ranks everywhere.
+class TorchBackend:
+    """Plain PyTorch: CPU, MPS, XPU, and a head that is cut over ranks everywhere.
 
     A single head's statistics and the gradient of `logps` come from one pass over the vocabulary
-    (`fastpo.head.online_softmax`); a reference, or the gradient of another statistic, needs slabs
-    of whole rows.
-
-    Args:
-        shard: which rows of the head these are.
-        skip_below: see `fastpo.head.linear_stats`.
-        device_type: where the tensors are.
+    (`fastpo.head.online_softmax`). A reference, or the gradient of another statistic, needs chunks
+    with all columns of their tokens.
     """
 
-    largest_slab: int | None = LARGEST_SLAB
-    tile = 1
+    largest_chunk = LARGEST_CHUNK
+    largest_chunk_of_a_gpu = LARGEST_CHUNK_OF_A_GPU
 
-    def __init__(
-        self, shard: Shard | None = None, skip_below: float = 0.0, device_type: str = "cpu"
-    ) -> None:
-        self.shard, self.skip_below = shard or Shard(None, 0, ()), skip_below
-        if device_type != "cpu":
-            self.largest_slab = LARGEST_SLAB_OF_A_GPU
-
-    def num_slabs(self, link: Link, want: tuple[str, ...], with_reference: bool) -> int:
+    def traits(self, work: Workload, device_type: str) -> Traits:
         # p and log p; the soft-cap's slope; the entropy's factor; the same again for a reference.
-        slabs = 2 + (link.softcap is not None) + ("entropy" in want)
-        return slabs + (4 if with_reference else 0)
+        count = 2 + (work.softcap is not None) + ("entropy" in work.want)
+        count += 4 if work.with_reference else 0
+        return Traits(count, self._largest(device_type))
+
+    def _largest(self, device_type: str) -> int:
+        return self.largest_chunk if device_type == "cpu" else self.largest_chunk_of_a_gpu
+
+    def keeps_exponentials(self, tensors: PassTensors, options: PassOptions) -> bool:
+        """Return whether C is p times a number for each token, off the targets, and on a CPU.
+
+        On a GPU matmuls take the coefficients in half precision, rounded with all of their factors.
+        """
+        alone = options.softcap is None and tensors.ref_hidden is None
+        alone = alone and {"logps", "lse"}.issuperset(options.grads)
+        return alone and not tensors.hidden.is_cuda
 
     def forward(
-        self,
-        heads: Heads,
-        link: Link,
-        want: tuple[str, ...],
-        grads: tuple[str, ...],
-        row_block: int,
-        vocab_block: int,
-        keep: Kept = NOTHING_KEPT,
+        self, tensors: PassTensors, options: PassOptions, keep: Kept = NOTHING_KEPT
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
-        if heads.ref_hidden is None and grads in ((), ("logps",)):
-            assert self.largest_slab is not None
-            stats, gradient = online_statistics(
-                heads,
-                link,
-                want,
-                # The same on every rank, since a row block is where they meet.
-                row_block=min(row_block * max(self.shard.rows), self.largest_slab) // vocab_block,
-                columns=vocab_block,
-                with_gradient=bool(grads),
-                keep=keep,
-                shard=self.shard,
-                skip_below=self.skip_below,
-            )
-            return stats, [] if gradient is None else [gradient]
+        if tensors.ref_hidden is None and options.early_grads in ((), ("logps",)):
+            # The same on every rank, since ranks meet after each chunk of tokens.
+            most = options.chunk_tokens * max(options.rows)
+            most = min(most, self._largest(tensors.hidden.device.type))
+            return online_statistics(tensors, options, most // options.chunk_columns, keep)
 
-        def step(part: Heads, lo: int, hi: int) -> tuple[dict[str, Tensor], list[Tensor]]:
-            own, reference = link.of(part), part.reference()
-            z = logit_slab(part, own)
-            z_ref = None if reference is None else logit_slab(reference, own)
+        def step(part: PassTensors, index: slice) -> tuple[dict[str, Tensor], list[Tensor]]:
+            transform, reference = options.transform.of(part), part.reference()
+            z = logit_chunk(part, transform)
+            z_ref = None if reference is None else logit_chunk(reference, transform)
             if keep.logits is not None:
-                keep.logits[lo:hi] = z
+                keep.logits[index] = z
             if keep.ref_logits is not None and z_ref is not None:
-                keep.ref_logits[lo:hi] = z_ref
-            return self._from_logits(z, z_ref, part.labels, own, want, grads)
+                keep.ref_logits[index] = z_ref
+            return _from_logits(z, z_ref, part.targets, transform, options)
 
-        return forward_by_rows(step, heads, grads, row_block)
+        return forward_by_tokens(step, tensors, options)
 
     def coefficients(
         self,
-        heads: Heads,
-        link: Link,
+        tensors: PassTensors,
+        options: PassOptions,
         stats: Mapping[str, Tensor],
         cotangents: Mapping[str, Tensor],
         first: int,
-        vocab_size: int,
-        kept: KeptSlice | None = None,
+        kept: KeptChunk | None = None,
         spend: bool = False,
     ) -> Coefficients:
-        link = link.of(heads)
-        if p_alone(heads, link, cotangents):
-            return _of_exponentials(heads, link, stats, cotangents, first, kept)
+        transform = options.transform.of(tensors)
+        if self.keeps_exponentials(tensors, options):
+            return _of_exponentials(tensors, transform, stats, cotangents, first, kept)
         if kept is None:
-            reference = heads.reference()
-            kept = KeptSlice(
-                logit_slab(heads, link), None if reference is None else logit_slab(reference, link)
-            )
-        # Nothing in place: a graph kept by the caller may be walked twice.
+            reference = tensors.reference()
+            ref_logits = None if reference is None else logit_chunk(reference, transform)
+            kept = KeptChunk(logit_chunk(tensors, transform), ref_logits)
+        # Nothing in place: a graph that the caller keeps may be gone through twice.
         log_p = (kept.logits - stats["lse"][:, None]).sub_(stats["lse_rest"][:, None])
-        p, slope, ref = log_p.exp(), link.derivative(kept.logits), None
+        p, slope, ref = log_p.exp(), transform.derivative(kept.logits), None
         if kept.ref_logits is not None:
             log_ref = kept.ref_logits - stats["ref_lse"][:, None]
             log_ref -= stats["ref_lse_rest"][:, None]
             ref = log_ref.exp(), log_ref
-        c = _coefficients_(
-            p, log_p, ref, heads.labels, stats, cotangents, slope, first, vocab_size, link.jsd_beta
-        )
+        c = _coefficients_(p, log_p, ref, tensors.targets, stats, cotangents, slope, first, options)
         return Coefficients(c)
 
-    def _from_logits(
-        self,
-        z: Tensor,
-        z_ref: Tensor | None,
-        labels: Tensor,
-        link: Link,
-        want: tuple[str, ...],
-        grads: tuple[str, ...],
-    ) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """Statistics and unit-cotangent coefficients of a slab of logits, which it overwrites."""
-        slope = link.derivative(z) if grads else 1.0
-        stats, p, log_p = self._log_softmax_(z, labels, want)
-        ref = None
-        if z_ref is not None:
-            ref_stats, p_ref, log_ref = self._log_softmax_(z_ref, labels, ())
-            stats |= {f"ref_{name}": value for name, value in ref_stats.items()}
-            ref = p_ref, log_ref
-            difference = log_ref - log_p
-            stats["kl_ref_policy"] = self._dot(p_ref, difference)
-            stats["kl_policy_ref"] = -self._dot(p, difference)
-            if "jsd" in want:
-                beta, mixture = link.jsd_beta, log_mixture_(difference.clone(), link.jsd_beta)
-                stats["kl_policy_mix"] = -self._dot(p, mixture)
-                # In its own right: as a difference it would keep the rounding of log(pref / p).
-                mixture = log_mixture_(difference.neg_(), 1 - beta)
-                of_reference = -self._dot(p_ref, mixture)
-                stats["jsd"] = beta * of_reference + (1 - beta) * stats["kl_policy_mix"]
-        one = torch.ones_like(stats["logps"])
-        rest = slope, self.shard.first, self.shard.vocab_size, link.jsd_beta
-        coefficients = []
-        for name in grads:
-            mine = p if name == grads[-1] else p.clone()
-            coefficients.append(_coefficients_(mine, log_p, ref, labels, stats, {name: one}, *rest))
-        return stats, coefficients
 
-    def _dot(self, a: Tensor, b: Tensor) -> Tensor:
-        """[B] sums of a b over the whole vocabulary."""
-        return self.shard.sum(torch.linalg.vecdot(a, b))
-
-    def _log_softmax_(
-        self, z: Tensor, labels: Tensor, want: tuple[str, ...]
-    ) -> tuple[dict, Tensor, Tensor]:
-        """(statistics, p, log p) of a slab; z's memory becomes log p."""
-        shard, stats = self.shard, {}
-        if "mean_logit" in want:
-            stats["mean_logit"] = shard.sum(z.sum(dim=1)) / self.shard.vocab_size
-        own_top, place = z.max(dim=1)
-        top = shard.max(own_top)
-        column, inside = _label_columns(labels, shard.first, z.shape[1])
-        label_logit = shard.sum(z.gather(1, column).masked_fill(~inside, 0.0)).squeeze(1)
-        z -= top[:, None]
-        p = z.exp()
-        label_exp = p.gather(1, column)
-        # The other columns' sum on its own keeps every digit of 1 - p_y and of log p_y when the
-        # label is nearly certain: log(1 + 1e-5) in fp32 has lost 0.6 % of its value, log1p nothing.
-        others = p.scatter_(1, column, label_exp.masked_fill(inside, 0.0)).sum(dim=1)
-        p.scatter_(1, column, label_exp)
-        others = shard.sum(others)
-        total = others + (label_logit - top).exp()
-        log_total = total.log()
-        stats["lse"] = top + log_total
-        # What the rounding of lse lost: without it a recomputed row of probabilities sums to
-        # 1 + eps * |lse|, an error that all V columns of the gradient share.
-        stats["lse_rest"] = log_total - (stats["lse"] - top)
-        stats["logps"] = torch.where(
-            label_logit == top, -others.log1p(), (label_logit - top) - log_total
+def _from_logits(
+    z: Tensor,
+    z_ref: Tensor | None,
+    targets: Tensor,
+    transform: LogitTransform,
+    options: PassOptions,
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Return statistics and unit-cotangent coefficients of logits [B, V], which it overwrites."""
+    grads, shard, want = options.early_grads, options.shard, options.statistics
+    slope = transform.derivative(z) if grads else 1.0
+    stats, p, log_p = _log_softmax_(z, targets, shard, want)
+    ref = None
+    if z_ref is not None:
+        ref_stats, p_ref, log_ref = _log_softmax_(z_ref, targets, shard, ())
+        stats |= {f"ref_{name}": value for name, value in ref_stats.items()}
+        ref = p_ref, log_ref
+        difference = log_ref - log_p
+        stats["kl_ref_policy"] = _dot(p_ref, difference, shard)
+        stats["kl_policy_ref"] = -_dot(p, difference, shard)
+        if "jsd" in want:
+            beta, mixture = options.jsd_beta, log_mixture_(difference.clone(), options.jsd_beta)
+            stats["kl_policy_mix"] = -_dot(p, mixture, shard)
+            # In its own right: as a difference it would keep the rounding of log(pref / p).
+            mixture = log_mixture_(difference.neg_(), 1 - beta)
+            of_reference = -_dot(p_ref, mixture, shard)
+            stats["jsd"] = beta * of_reference + (1 - beta) * stats["kl_policy_mix"]
+    one = torch.ones_like(stats["logps"])
+    coefficients = []
+    for name in grads:
+        own = p if name == grads[-1] else p.clone()
+        unit = {name: one}
+        coefficients.append(
+            _coefficients_(own, log_p, ref, targets, stats, unit, slope, shard.first, options)
         )
-        if "top1" in want:
-            # The first of the largest: of all ranks the lowest column.
-            far = torch.iinfo(place.dtype).max
-            first = -shard.max(-(place + shard.first).masked_fill(own_top < top, far))
-            stats["top1"] = (first == labels).to(z.dtype)
-        p /= total[:, None]
-        z -= log_total[:, None]
-        if "entropy" in want:
-            stats["entropy"] = -self._dot(p, z)
-        if "log_p2" in want:
-            stats["log_p2"] = self._dot(p, p).log()
-        return stats, p, z
+    return stats, coefficients
 
 
-def logit_slab(heads: Heads, link: Link) -> Tensor:
-    """[B, V] logits z in the accumulator dtype."""
-    hidden, vocab_size = heads.hidden, heads.weight.shape[0]
+def _dot(a: Tensor, b: Tensor, shard: Shard) -> Tensor:
+    """Return [B] sums of a b over the whole vocabulary."""
+    return shard.sum(torch.linalg.vecdot(a, b))
+
+
+def _log_softmax_(
+    z: Tensor, targets: Tensor, shard: Shard, want: tuple[str, ...]
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Return (statistics, p, log p) of logits; z's memory becomes log p."""
+    stats: dict[str, Tensor] = {}
+    if "mean_logit" in want:
+        stats["mean_logit"] = shard.sum(z.sum(dim=1)) / shard.vocab_size
+    own_top, place = z.max(dim=1)
+    top = shard.max(own_top)
+    column, inside = _target_columns(targets, shard.first, z.shape[1])
+    target_logit = shard.sum(z.gather(1, column).masked_fill(~inside, 0.0)).squeeze(1)
+    z -= top[:, None]
+    p = z.exp()
+    target_exp = p.gather(1, column)
+    # The other columns' sum on its own keeps every digit of 1 - p_y and of log p_y when the
+    # target is nearly certain: log(1 + 1e-5) in fp32 has lost 0.6 % of its value, log1p nothing.
+    others = p.scatter_(1, column, target_exp.masked_fill(inside, 0.0)).sum(dim=1)
+    p.scatter_(1, column, target_exp)
+    others = shard.sum(others)
+    total = others + (target_logit - top).exp()
+    log_total = total.log()
+    stats["lse"] = top + log_total
+    # What the rounding of lse lost: without it a recomputed row of probabilities sums to
+    # 1 + eps * |lse|, an error that all V columns of the gradient share.
+    stats["lse_rest"] = log_total - (stats["lse"] - top)
+    stats["logps"] = torch.where(
+        target_logit == top, -others.log1p(), (target_logit - top) - log_total
+    )
+    if "top1" in want:
+        # The first of the largest: of all ranks the lowest column.
+        far = torch.iinfo(place.dtype).max
+        first = -shard.max(-(place + shard.first).masked_fill(own_top < top, far))
+        stats["top1"] = (first == targets).to(z.dtype)
+    p /= total[:, None]
+    z -= log_total[:, None]
+    if "entropy" in want:
+        stats["entropy"] = -_dot(p, z, shard)
+    if "log_p2" in want:
+        stats["log_p2"] = _dot(p, p, shard).log()
+    return stats, p, z
+
+
+def logit_chunk(tensors: PassTensors, transform: LogitTransform) -> Tensor:
+    """Return [B, V] logits z in the accumulator dtype."""
+    hidden, vocab_size = tensors.hidden, tensors.weight.shape[0]
     acc = accumulator(hidden.dtype)
     if hidden.dtype == acc or hidden.is_cuda:
-        products = heads.products()
+        products = tensors.products()
     else:
-        heads = heads._replace(hidden=hidden.to(acc))
-        products = heads.hidden.new_empty(hidden.shape[0], vocab_size)
-        for lo, hi in blocks(vocab_size, UPCAST_ROWS):
-            products[:, lo:hi] = heads.columns(lo, hi).products()
-    return link.apply_(products, heads.bias)
-
-
-def p_alone(heads: Heads, link: Link, grads: Collection[str]) -> bool:
-    """Whether C is p times a number for each token, off the labels, and a CPU is to form it.
-
-    On a GPU products take the coefficients in half precision, rounded with all of their factors.
-    """
-    alone = link.softcap is None and heads.ref_hidden is None and {"logps", "lse"}.issuperset(grads)
-    return alone and not heads.hidden.is_cuda
+        tensors = tensors._replace(hidden=hidden.to(acc))
+        products = tensors.hidden.new_empty(hidden.shape[0], vocab_size)
+        for lo, hi in chunks(vocab_size, UPCAST_ROWS):
+            products[:, lo:hi] = tensors.columns(lo, hi).products()
+    return transform.apply_(products, tensors.bias)
 
 
 def _of_exponentials(
-    heads: Heads,
-    link: Link,
+    tensors: PassTensors,
+    transform: LogitTransform,
     stats: Mapping[str, Tensor],
     cotangents: Mapping[str, Tensor],
     first: int,
-    kept: KeptSlice | None,
+    kept: KeptChunk | None,
 ) -> Coefficients:
-    """C where it is `p_alone`, from kept exponentials or in the place of logits."""
+    """Return C where `keeps_exponentials`: from these, or in the place of logits."""
     shift = stats["lse"] if kept is None or kept.shift is None else kept.shift
     zero = torch.zeros_like(shift)
     g_logps, g_lse = (cotangents.get(name, zero) for name in ("logps", "lse"))
-    slope = link.derivative(shift[:, None])
+    slope = transform.derivative(shift[:, None])
     scale = ((g_lse - g_logps) * (shift - stats["lse"] - stats["lse_rest"]).exp())[:, None] * slope
     # 1 - p_y from log p_y: the difference itself would lose every digit of a confident token.
-    at_label = g_lse * stats["logps"].exp() - g_logps * stats["logps"].expm1()
-    at_label = at_label[:, None] * slope
+    at_target = g_lse * stats["logps"].exp() - g_logps * stats["logps"].expm1()
+    at_target = at_target[:, None] * slope
     if kept is None:
-        c = logit_slab(heads, link).sub_(shift[:, None]).exp_().mul_(scale)
-        _put_at_labels_(c, heads.labels, first, at_label)
+        c = logit_chunk(tensors, transform).sub_(shift[:, None]).exp_().mul_(scale)
+        _put_at_targets_(c, tensors.targets, first, at_target)
         return Coefficients(c)
-    column, inside = _label_columns(heads.labels, first, heads.weight.shape[0])
+    column, inside = _target_columns(tensors.targets, first, tensors.weight.shape[0])
     tokens = inside.squeeze(1).nonzero().squeeze(1)
-    return Coefficients(kept.logits, scale, (tokens, column.squeeze(1)[tokens], at_label[tokens]))
+    return Coefficients(kept.logits, scale, (tokens, column.squeeze(1)[tokens], at_target[tokens]))
 
 
 def _coefficients_(
     p: Tensor,
     log_p: Tensor,
     ref: tuple[Tensor, Tensor] | None,
-    labels: Tensor,
+    targets: Tensor,
     stats: Mapping[str, Tensor],
     cotangents: Mapping[str, Tensor],
     slope: Tensor | float,
     first: int,
-    vocab_size: int,
-    jsd_beta: float,
+    options: PassOptions,
 ) -> Tensor:
-    """The formula of `fastpo.head.types`, in the accumulator dtype; p's memory becomes C."""
+    """Return C by the formula of `fastpo.head.types`; p's memory becomes C."""
     g = {name: value[:, None] for name, value in cotangents.items()}
-    factor: Tensor = p.new_zeros(p.shape[0], 1)
+    beta, factor = options.jsd_beta, p.new_zeros(p.shape[0], 1)
     for name in ("lse", "kl_ref_policy"):
         if name in g:
             factor = factor + g[name]
@@ -278,38 +254,38 @@ def _coefficients_(
         factor = difference.mul_(g["kl_policy_ref"]).add_(factor)
     if "jsd" in g:
         assert ref is not None
-        excess = log_mixture_(ref[1] - log_p, jsd_beta).add_(stats["kl_policy_mix"][:, None])
-        factor = excess.mul_(g["jsd"] * (jsd_beta - 1)).add_(factor)
+        excess = log_mixture_(ref[1] - log_p, beta).add_(stats["kl_policy_mix"][:, None])
+        factor = excess.mul_(g["jsd"] * (beta - 1)).add_(factor)
     if "logps" in g:
-        index, _ = _label_columns(labels, first, p.shape[1])
+        index, _ = _target_columns(targets, first, p.shape[1])
         # 1 - p_y from log p_y: the difference itself would lose every digit of a confident token.
-        at_label = p.gather(1, index) * factor.expand_as(p).gather(1, index)
-        at_label -= g["logps"] * stats["logps"][:, None].expm1()
+        at_target = p.gather(1, index) * factor.expand_as(p).gather(1, index)
+        at_target -= g["logps"] * stats["logps"][:, None].expm1()
         p *= factor - g["logps"]
-        _put_at_labels_(p, labels, first, at_label)
+        _put_at_targets_(p, targets, first, at_target)
     else:
         p *= factor
     if "kl_ref_policy" in g:
         assert ref is not None
         p.addcmul_(ref[0], g["kl_ref_policy"], value=-1)
     if "mean_logit" in g:
-        p += g["mean_logit"] / vocab_size
+        p += g["mean_logit"] / options.shard.vocab_size
     return p.mul_(slope)
 
 
-def _put_at_labels_(slab: Tensor, labels: Tensor, first: int, values: Tensor) -> None:
-    """Write [N, 1] values into the labels' columns of a slice that starts at column `first`."""
-    index, inside = _label_columns(labels, first, slab.shape[1])
-    slab.scatter_(1, index, torch.where(inside, values, slab.gather(1, index)))
+def _put_at_targets_(c: Tensor, targets: Tensor, first: int, values: Tensor) -> None:
+    """Write [N, 1] values into the targets' columns of a chunk that starts at column `first`."""
+    index, inside = _target_columns(targets, first, c.shape[1])
+    c.scatter_(1, index, torch.where(inside, values, c.gather(1, index)))
 
 
-def _label_columns(labels: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor]:
-    """[N, 1] labels' columns in a slice that starts at `first`, and whether they lie inside."""
-    column = (labels - first)[:, None]
+def _target_columns(targets: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Return [N, 1] targets' columns in a chunk from `first` on, and whether they lie inside."""
+    column = (targets - first)[:, None]
     return column.clamp(0, columns - 1), (column >= 0) & (column < columns)
 
 
 def log_mixture_(difference: Tensor, beta: float) -> Tensor:
-    """log(m / p) from log(pref / p), which it overwrites; m = beta pref + (1 - beta) p."""
+    """Return log(m / p) from log(pref / p), overwritten; m = beta pref + (1 - beta) p."""
     own = difference.new_tensor(math.log1p(-beta))
     return torch.logaddexp(difference.add_(math.log(beta)), own, out=difference)

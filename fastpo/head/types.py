@@ -1,7 +1,7 @@
-r"""Slabs of logits: statistics out of them, coefficients in their place, by either backend.
+r"""What a pass of the head is made of: its tensors, its options, what it keeps, its coefficients.
 
-The logits of N label tokens are an [N, V] matrix that never exists whole. It is produced a slab at
-a time, reduced to statistics, and where a gradient is due turned in place into coefficients
+The logits of N target tokens are an [N, V] matrix that never exists whole. It is produced a chunk
+at a time, reduced to statistics, and where a gradient is due turned in place into coefficients
 
     C[t, v] = d(loss) / d(h_t . W_v + b_v),   so that   dH = C W   and   dW = C^T H.
 
@@ -13,12 +13,12 @@ With $z_v = softcap(s (W_v \cdot h + b_v)) / T$, $c_v = (s/T)(1 - tanh^2)$ and c
 
 m = beta pref + (1 - beta) p the mixture of `jsd` and KLm = KL(p || m), `kl_policy_mix`.
 
-C is formed in fp32, the label's column included, and rounded to the inputs' dtype once.
+C is formed in fp32, the target's column included, and rounded to the inputs' dtype once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,34 +31,38 @@ DIFFERENTIABLE = ("logps", "lse", "entropy", "mean_logit", *DIVERGENCES)
 OF_REFERENCE = (*DIVERGENCES, "ref_logps")  # these need a second head
 STATISTICS = (*DIFFERENTIABLE, "log_p2", "top1", "skipped", "ref_logps")
 
-# Rows of a half-precision matrix that a CPU turns into float32 at a time: 16 MiB at D = 4096.
+# Vocabulary rows that a CPU turns into float32 at a time: 16 MiB at D = 4096.
 UPCAST_ROWS = 1024
-# Columns of a low-rank delta that are formed at a time on a GPU: 256 MiB at 8192 rows.
+# Columns of a low-rank delta that are formed at a time on a GPU: 256 MiB at 8192 tokens.
 LORA_COLUMNS = 8192
 
 
-def blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
-    """Half-open intervals of `size` that cover range(total)."""
+def needs_reference(statistics: Iterable[str]) -> bool:
+    """Return whether one of them compares with a second head."""
+    return any(name in OF_REFERENCE for name in statistics)
+
+
+def chunks(total: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield half-open intervals of `size` that cover range(total)."""
     return ((lo, min(lo + size, total)) for lo in range(0, total, size))
 
 
 def concatenate(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Row blocks' statistics as one [N] tensor a name."""
+    """Join the statistics of chunks of tokens to one [N] tensor a name."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-class Link(NamedTuple):
-    """z = softcap((h.W + b) * logit_scale) / temperature; jsd_beta weighs the mixture of `jsd`."""
+class LogitTransform(NamedTuple):
+    """z = softcap((h.W + b) * logit_scale) / temperature."""
 
     softcap: float | None = None
     logit_scale: float = 1.0
-    temperature: float | Tensor = 1.0  # [B, 1] where `of` says so
-    jsd_beta: float = 0.5
+    temperature: float | Tensor = 1.0  # [B, 1] after `of`
 
-    def of(self, heads: Heads) -> Link:
-        """The link of these rows, with their own temperatures if they have any."""
-        rows = heads.temperature
-        return self if rows is None else self._replace(temperature=rows[:, None])
+    def of(self, tensors: PassTensors) -> LogitTransform:
+        """Return the transform of these tokens, with their own temperatures if they have any."""
+        own = tensors.temperatures
+        return self if own is None else self._replace(temperature=own[:, None])
 
     def apply_(self, products: Tensor, bias: Tensor | None) -> Tensor:
         """Turn raw products h.W into logits z, in place."""
@@ -75,7 +79,7 @@ class Link(NamedTuple):
         )
 
     def derivative(self, z: Tensor) -> Tensor | float:
-        """dz / d(h.W): a slab with a soft-cap, otherwise one number, or one a row."""
+        """Return dz / d(h.W): a chunk with a soft-cap, otherwise one number, or one a token."""
         slope = self.logit_scale / self.temperature
         if self.softcap is None:
             return slope
@@ -83,26 +87,90 @@ class Link(NamedTuple):
         return tanh.square_().neg_().add_(1).mul_(slope)
 
 
+class PassOptions(NamedTuple):
+    """Everything about a pass that is not a tensor; an operator hands over lists."""
+
+    want: Sequence[str]  # statistics to return
+    grads: Sequence[str]  # those of them that carry a gradient
+    softcap: float | None
+    logit_scale: float
+    temperature: float
+    jsd_beta: float
+    skip_below: float  # a chunk of smaller probability is left out of a token's gradient
+    backend: str  # torch or triton
+    schedule: str
+    chunk_tokens: int  # from here on as in `schedule.Schedule`
+    chunk_columns: int
+    late_tokens: int
+    kept: int
+    group: str | None  # from here on the fields of Shard
+    rank: int
+    rows: Sequence[int]
+    tokens: Sequence[int]
+
+    @property
+    def transform(self) -> LogitTransform:
+        """What turns products into logits."""
+        return LogitTransform(self.softcap, self.logit_scale, self.temperature)
+
+    @property
+    def shard(self) -> Shard:
+        """The vocabulary rows that are here."""
+        return Shard(self.group, self.rank, tuple(self.rows), tuple(self.tokens))
+
+    @property
+    def late(self) -> bool:
+        """Whether the backward pass goes through the vocabulary."""
+        return self.schedule in ("kept", "recompute")
+
+    @property
+    def early_grads(self) -> tuple[str, ...]:
+        """Statistics whose gradient to the hidden states the forward pass forms."""
+        return tuple(self.grads) if self.schedule == "frozen" else ()
+
+    @property
+    def with_reference(self) -> bool:
+        """Whether a second head's logits are formed too."""
+        return needs_reference(self.want)
+
+    @property
+    def spends(self) -> bool:
+        """Whether coefficients can take the place of the products that were kept for them."""
+        return self.backend == "triton" and self.schedule == "kept" and not self.with_reference
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """What the forward pass returns: those wanted, and what `coefficients` takes."""
+        if not self.late:
+            return tuple(self.want)
+        needed = (*self.want, "lse", "lse_rest", "logps")
+        if self.with_reference:
+            needed += ("ref_lse", "ref_lse_rest", "ref_logps")
+        if "jsd" in self.grads:
+            needed += ("kl_policy_mix",)
+        return tuple(dict.fromkeys(needed))
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64 inputs, else float32."""
+    """Return float64 for float64 inputs, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b with the result in the accumulator dtype; nothing is rounded to half on the way."""
+    """Return a @ b in the accumulator dtype; nothing is rounded to half on the way."""
     acc = accumulator(a.dtype)
     if a.dtype == b.dtype == acc:
         return torch.mm(a, b, out=out)
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=acc, out=out)
-    # Half-precision products on CPUs without AMX are 5-25 times slower than float32 ones.
+    # Half-precision matmuls on CPUs without AMX are 5-25 times slower than float32 ones.
     return torch.mm(a.to(acc), b.to(acc), out=out)
 
 
 def put_matmul_(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> Tensor:
-    """out = a @ b, or += where `add`, in out's accumulator dtype.
+    """Write out = a @ b, or += where `add`, in out's accumulator dtype.
 
-    Coefficients `a` are rounded to b's dtype, once. On a GPU the product itself adds (beta = 1):
+    Coefficients `a` are rounded to b's dtype, once. On a GPU the matmul itself adds (beta = 1):
     a separate sum would read and write [N, D] or [V, D] of fp32 twice more.
     """
     if b.dtype == out.dtype:
@@ -112,71 +180,72 @@ def put_matmul_(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> Tensor:
         if not add:
             return torch.mm(a, b, out_dtype=out.dtype, out=out)
         return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    for lo, hi in blocks(b.shape[0], UPCAST_ROWS):
+    for lo, hi in chunks(b.shape[0], UPCAST_ROWS):
         put_matmul_(out, a[:, lo:hi].to(out.dtype), b[lo:hi].to(out.dtype), add=add or lo > 0)
     return out
 
 
-class Heads(NamedTuple):
-    """The tensors of one pass: compacted label tokens, and the reference's if there is one."""
+class PassTensors(NamedTuple):
+    """The tensors of one pass: N target tokens, one head, and the reference's if there is one."""
 
     hidden: Tensor  # [N, D]
     weight: Tensor  # [V, D]
     bias: Tensor | None
-    labels: Tensor  # [N] int64, all within [0, V)
+    targets: Tensor  # [N] int64, all within [0, V)
     ref_hidden: Tensor | None = None  # [N, D']
     ref_weight: Tensor | None = None  # [V, D']
     ref_bias: Tensor | None = None
-    temperature: Tensor | None = None  # [N] in the accumulator dtype
-    lora_b: Tensor | None = None  # [V, r]; `hidden` is then [N, D + r], see `linear_stats`
+    temperatures: Tensor | None = None  # [N] in the accumulator dtype
+    lora_b: Tensor | None = None  # [V, r]; `hidden` is then [N, D + r], see `token_statistics`
 
-    def rows(self, lo: int, hi: int) -> Heads:
-        """The pass restricted to label tokens lo:hi."""
-        return self._of_tokens(lambda rows: rows[lo:hi])
+    def pick(self, index: slice | Tensor) -> PassTensors:
+        """Return the pass restricted to tokens `index`."""
+        return self._of_tokens(lambda tensor: tensor[index])
 
-    def _of_tokens(self, take: Callable[[Tensor], Tensor]) -> Heads:
-        names = ("hidden", "labels", "ref_hidden", "temperature")
-        found = {name: getattr(self, name) for name in names}
-        return self._replace(**{n: None if p is None else take(p) for n, p in found.items()})
-
-    def pick(self, index: slice | Tensor) -> Heads:
-        """The pass restricted to label tokens `index`."""
-        return self._of_tokens(lambda rows: rows[index])
-
-    def gathered(self, shard: Shard) -> Heads:
-        """The pass over the tokens of all ranks."""
+    def gathered(self, shard: Shard) -> PassTensors:
+        """Return the pass over the tokens of all ranks."""
         return self._of_tokens(shard.gather)
 
-    def columns(self, lo: int, hi: int) -> Heads:
-        """The pass restricted to vocabulary columns lo:hi (labels keep their global numbers)."""
-        names = ("weight", "bias", "ref_weight", "ref_bias", "lora_b")
-        found = {name: getattr(self, name) for name in names}
-        return self._replace(**{n: None if p is None else p[lo:hi] for n, p in found.items()})
+    def _of_tokens(self, take: Callable[[Tensor], Tensor]) -> PassTensors:
+        return self._changed(("hidden", "targets", "ref_hidden", "temperatures"), take)
 
-    def of_labels(self, first: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Of a slice that starts at column `first`: [N] whether the labels lie inside, their rows
-        [N, D (+ r)], their biases [N, 1]; those of labels outside are any.
+    def columns(self, lo: int, hi: int) -> PassTensors:
+        """Return the pass restricted to columns lo:hi of the logits; targets stay as they are."""
+        names = ("weight", "bias", "ref_weight", "ref_bias", "lora_b")
+        return self._changed(names, lambda tensor: tensor[lo:hi])
+
+    def _changed(self, names: tuple[str, ...], take: Callable[[Tensor], Tensor]) -> PassTensors:
+        before = {name: getattr(self, name) for name in names}
+        return self._replace(**{n: None if t is None else take(t) for n, t in before.items()})
+
+    def of_targets(self, first: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return what belongs to the targets in vocabulary rows that start at number `first`.
+
+        Returns:
+            [N] whether the targets lie inside, their rows [N, D (+ r)] and biases [N, 1]; values of
+            targets outside are arbitrary.
         """
-        index = self.labels - first
+        index = self.targets - first
         inside = (index >= 0) & (index < len(self.weight))
         index = index.clamp(0, len(self.weight) - 1)
-        return inside, self.of(index), None if self.bias is None else self.bias[index][:, None]
+        bias = None if self.bias is None else self.bias[index][:, None]
+        return inside, self.vocabulary_rows(index), bias
 
-    def of(self, index: Tensor) -> Tensor:
-        """[n, D (+ r)], the head's rows `index`."""
+    def vocabulary_rows(self, index: Tensor) -> Tensor:
+        """Return [n, D (+ r)], the head's rows `index`."""
         rows = self.weight[index]
         return rows if self.lora_b is None else torch.cat([rows, self.lora_b[index]], dim=1)
 
-    def reference(self) -> Heads | None:
-        """The reference as a pass of its own."""
+    def reference(self) -> PassTensors | None:
+        """Return the reference as a pass of its own."""
         if self.ref_hidden is None or self.ref_weight is None:
             return None
-        return Heads(
+        return PassTensors(
             self.ref_hidden,
             self.ref_weight,
             self.ref_bias,
-            self.labels,
-            temperature=self.temperature,
+            self.targets,
+            temperatures=self.temperatures,
         )
 
     @property
@@ -190,16 +259,16 @@ class Heads(NamedTuple):
         return self.hidden[:, self.weight.shape[1] :]
 
     def products(self, out: Tensor | None = None) -> Tensor:
-        """[N, V] raw products in the accumulator dtype, the low-rank delta included."""
+        """Return [N, V] raw products in the accumulator dtype, the low-rank delta included."""
         products = matmul(self.states, self.weight.T, out)
         if self.lora_b is not None:
-            # In slices: on a GPU the delta's products need memory of their own.
-            for lo, hi in blocks(len(self.lora_b), LORA_COLUMNS):
+            # In chunks: on a GPU the delta's products need memory of their own.
+            for lo, hi in chunks(len(self.lora_b), LORA_COLUMNS):
                 put_matmul_(products[:, lo:hi], self.low, self.lora_b[lo:hi].T, add=True)
         return products
 
     def gradient(self, coefficients: Tensor) -> Tensor:
-        """[N, D (+ r)] d loss / d hidden of these columns."""
+        """Return [N, D (+ r)] d loss / d hidden of these columns."""
         if self.lora_b is None and self.weight.dtype == coefficients.dtype:
             return coefficients @ self.weight  # without filling zeros, .8 % of a trained step
         out = coefficients.new_empty(self.hidden.shape)
@@ -207,17 +276,17 @@ class Heads(NamedTuple):
         return out
 
     def put_gradient_(
-        self, out: Tensor, coefficients: Tensor, rows: Tensor | None = None, *, add: bool = True
+        self, out: Tensor, coefficients: Tensor, index: Tensor | None = None, *, add: bool = True
     ) -> None:
-        """out [N, D (+ r)] = d loss / d hidden of these columns, or += where `add`.
+        """Write out [N, D (+ r)] = d loss / d hidden of these columns, or += where `add`.
 
-        `rows` are those that the coefficients have; None for all.
+        `index` names the tokens that the coefficients have; None for all.
         """
-        if rows is not None:
-            assert add, "the other rows would stay unwritten"
-            some = out[rows]
-            self.put_gradient_(some, coefficients)
-            out[rows] = some
+        if index is not None:
+            assert add, "the other tokens would stay unwritten"
+            part = out[index]
+            self.put_gradient_(part, coefficients)
+            out[index] = part
             return
         width = self.weight.shape[1]
         put_matmul_(out[:, :width], coefficients, self.weight, add=add)
@@ -225,91 +294,127 @@ class Heads(NamedTuple):
             put_matmul_(out[:, width:], coefficients, self.lora_b, add=add)
 
 
-class KeptSlice(NamedTuple):
-    """What of a slice of the vocabulary, or of all of it, waits for the backward pass."""
+class KeptChunk(NamedTuple):
+    """What of a chunk of the vocabulary, or of all of it, waits for the backward pass."""
 
-    logits: Tensor  # [N, Vs] z, or h.W by kernels; with a shift exp(z - shift), 0 at the label
-    ref_logits: Tensor | None = None  # [N, Vs] of the reference
+    logits: Tensor  # [N, Vc] z, or h.W by kernels; with a shift exp(z - shift), 0 at the target
+    ref_logits: Tensor | None = None  # [N, Vc] of the reference
     shift: Tensor | None = None  # [N]
 
-    def rows(self, index: slice | Tensor) -> KeptSlice:
-        """The same of some tokens."""
-        return KeptSlice(*(None if t is None else t[index] for t in self))  # pyright: ignore[reportArgumentType]
+    def pick(self, index: slice | Tensor) -> KeptChunk:
+        """Return the same of tokens `index`."""
+        return KeptChunk(*(None if t is None else t[index] for t in self))  # pyright: ignore[reportArgumentType]
 
 
 class Kept(NamedTuple):
     """What waits for the backward pass, so that it need not be recomputed.
 
     Where p alone makes the coefficients, exponentials do, and spare the backward pass its own. Each
-    slice of them is a tensor: an allocator reuses blocks of that size, while 192 MiB at once would
+    chunk of them is a tensor: an allocator reuses blocks of that size, while 192 MiB at once would
     be mapped and unmapped by every step, for .08 s on a CPU.
     """
 
     logits: Tensor | None = None  # [N, K] of the first K columns
     ref_logits: Tensor | None = None
-    shifts: Tensor | None = None  # [slices, N]
-    shares: Tensor | None = None  # [all slices, N], sum of p; infinite where the label is
-    exponentials: tuple[Tensor, ...] = ()  # [N, S] of each slice
+    shifts: Tensor | None = None  # [chunks, N]
+    shares: Tensor | None = None  # [all chunks, N], sum of p; infinite where the target is
+    exponentials: tuple[Tensor, ...] = ()  # [N, S] of each chunk
 
-    def whole(self) -> KeptSlice | None:
-        """The logits of the first K columns, if these are kept."""
-        return None if self.logits is None else KeptSlice(self.logits, self.ref_logits)
+    @classmethod
+    def room(cls, tensors: PassTensors, options: PassOptions, *, exponentials: bool) -> Kept:
+        """Return empty tensors for what a pass keeps."""
+        if not options.late:
+            return NOTHING_KEPT
+        n, vocab_size = len(tensors.targets), len(tensors.weight)
+        # The options are the same for all ranks, whose vocabulary rows may be fewer.
+        columns = min(options.kept, vocab_size)
 
-    def slice(self, index: int, lo: int, hi: int) -> KeptSlice | None:
-        """What there is of slice number `index`, columns lo:hi."""
+        def empty(*shape: int) -> Tensor:
+            return tensors.hidden.new_empty(shape, dtype=accumulator(tensors.hidden.dtype))
+
+        count = -(-vocab_size // options.chunk_columns)
+        shares = empty(count, n) if options.skip_below else None
+        if not columns:
+            return cls(shares=shares)
+        if exponentials:
+            parts = tuple(empty(n, hi - lo) for lo, hi in chunks(columns, options.chunk_columns))
+            return cls(shifts=empty(len(parts), n), shares=shares, exponentials=parts)
+        ref_logits = None if tensors.ref_hidden is None else empty(n, columns)
+        return cls(empty(n, columns), ref_logits, shares=shares)
+
+    def flat(self, like: Tensor) -> list[Tensor]:
+        """Return an operator's list, which has no None: an empty vector stands for it."""
+        return [like.new_empty(0) if t is None else t for t in self[:-1]] + list(self.exponentials)
+
+    @classmethod
+    def from_flat(cls, tensors: Sequence[Tensor]) -> Kept:
+        """Return the inverse of `flat`."""
+        fixed = len(cls._fields) - 1
+        logits, ref_logits, shifts, shares = (t if t.dim() > 1 else None for t in tensors[:fixed])
+        return cls(logits, ref_logits, shifts, shares, tuple(tensors[fixed:]))
+
+    def whole(self) -> KeptChunk | None:
+        """Return the logits of the first K columns, if these are kept."""
+        return None if self.logits is None else KeptChunk(self.logits, self.ref_logits)
+
+    def chunk(self, index: int, lo: int, hi: int) -> KeptChunk | None:
+        """Return what there is of chunk number `index`, columns lo:hi."""
         if self.shifts is not None and index < len(self.exponentials):
-            return KeptSlice(self.exponentials[index], shift=self.shifts[index])
+            return KeptChunk(self.exponentials[index], shift=self.shifts[index])
         if self.logits is None or hi > self.logits.shape[1]:
             return None
         ref = self.ref_logits
-        return KeptSlice(self.logits[:, lo:hi], None if ref is None else ref[:, lo:hi])
+        return KeptChunk(self.logits[:, lo:hi], None if ref is None else ref[:, lo:hi])
 
 
 NOTHING_KEPT = Kept()
 
 
 class Coefficients(NamedTuple):
-    """C [N, Vs] = scale * slab, and single elements that are 0 in it.
+    """C [N, Vc] = scale * values, and single elements that are 0 in `values`.
 
-    Kept exponentials are such a slab. It meets the two products and nothing else: a pass over it
-    to scale it would be 2 % of a step, and what takes the scale instead is [N, D].
+    Kept exponentials are such values. They meet the two matmuls and nothing else: a pass over them
+    to scale them would be 2 % of a step, and what takes the scale instead is [N, D].
     """
 
-    slab: Tensor
+    values: Tensor
     scale: Tensor | None = None  # [N, 1]
     elements: tuple[Tensor, Tensor, Tensor] | None = None  # tokens [n], columns [n], values [n, 1]
 
     def columns(self, lo: int, hi: int) -> Coefficients:
-        """C of the columns lo:hi, where the slab is all of it."""
-        if (lo, hi) == (0, self.slab.shape[1]):
+        """Return C of the columns lo:hi, where `values` are all of it."""
+        if (lo, hi) == (0, self.values.shape[1]):
             return self
         assert self.scale is None
-        return Coefficients(self.slab[:, lo:hi])
+        return Coefficients(self.values[:, lo:hi])
 
     def put_hidden_(
-        self, out: Tensor, part: Heads, rows: Tensor | None = None, *, add: bool
+        self, out: Tensor, part: PassTensors, index: Tensor | None = None, *, add: bool
     ) -> None:
-        """out [N, D (+ r)] = C W for the columns of `part`, or += where `add`.
+        """Write out [N, D (+ r)] = C W for the columns of `part`, or += where `add`.
 
-        C has all of its rows, or `rows`.
+        `index` names the tokens that C has; None for all.
         """
         if self.scale is None or self.elements is None:
-            part.put_gradient_(out, self.slab, rows, add=add)
+            part.put_gradient_(out, self.values, index, add=add)
             return
-        some, (tokens, columns, values) = part.gradient(self.slab), self.elements
-        of_labels = part.of(columns).to(out.dtype) * values
-        if rows is None:
-            total = out.addcmul_(some, self.scale) if add else torch.mul(some, self.scale, out=out)
-            total.index_add_(0, tokens, of_labels)
+        gradient, (tokens, columns, values) = part.gradient(self.values), self.elements
+        of_targets = part.vocabulary_rows(columns).to(out.dtype) * values
+        if index is None:
+            if add:
+                total = out.addcmul_(gradient, self.scale)
+            else:
+                total = torch.mul(gradient, self.scale, out=out)
+            total.index_add_(0, tokens, of_targets)
         else:
-            assert add, "the other rows would stay unwritten"
-            some.mul_(self.scale).index_add_(0, tokens, of_labels)
-            out.index_add_(0, rows, some)
+            assert add, "the other tokens would stay unwritten"
+            gradient.mul_(self.scale).index_add_(0, tokens, of_targets)
+            out.index_add_(0, index, gradient)
 
     def put_columns_(self, out: Tensor, states: Tensor, *, add: bool) -> None:
-        """out [Vs, D] = C^T states, or += where `add`, in the accumulator's dtype."""
+        """Write out [Vc, D] = C^T states, or += where `add`, in the accumulator's dtype."""
         acc = accumulator(states.dtype)
-        c = self.slab.T.to(states.dtype) if self.slab.is_cuda else self.slab.T
+        c = self.values.T.to(states.dtype) if self.values.is_cuda else self.values.T
         scaled = states if self.scale is None else states.to(acc) * self.scale
         if add:
             put_matmul_(out, c, scaled, add=True)
@@ -320,11 +425,11 @@ class Coefficients(NamedTuple):
             out.index_add_(0, columns, states[tokens].to(acc) * values)
 
     def put_sums_(self, out: Tensor, *, add: bool) -> None:
-        """out [Vs] = C summed over its tokens, or += where `add`, in the accumulator's dtype."""
+        """Write out [Vc] = C summed over its tokens, or += where `add`, in its own dtype."""
         if self.scale is None or self.elements is None:
-            sums = self.slab.sum(dim=0, dtype=accumulator(self.slab.dtype))
+            sums = self.values.sum(dim=0, dtype=accumulator(self.values.dtype))
         else:
             _, columns, values = self.elements
-            sums = torch.mv(self.slab.T, self.scale.squeeze(1))
+            sums = torch.mv(self.values.T, self.scale.squeeze(1))
             sums.index_add_(0, columns, values.squeeze(1))
         out.copy_(sums.add_(out) if add else sums)

@@ -8,90 +8,116 @@ groups' logits take their place: 3 products instead of the 4 of a pass that has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastpo.batch import TargetTokens
+from fastpo.head.tensors import HeadTensors, ReferenceStates
 from fastpo.head.types import accumulator
+from fastpo.loss.metrics import LossOutput
 from fastpo.segments import Segments
 
-Tensors = Mapping[str, Tensor | None]
+
+class LossInputs(NamedTuple):
+    """What a loss is computed of."""
+
+    hidden: Tensor  # [M, D]
+    head: HeadTensors
+    tokens: TargetTokens
+    reference: ReferenceStates | None = None
+
+    def learned_tokens(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors a token that require a gradient: states, and perhaps weights."""
+        named = {f.name: getattr(self.tokens, f.name) for f in fields(self.tokens)}
+        for name, value in {"hidden": self.hidden, **named}.items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                yield name, value
+
+    def select(self, lo: int, hi: int) -> tuple[LossInputs, Tensor | slice]:
+        """Return the groups lo:hi alone as leaves of a graph of their own, and their tokens."""
+        segments, index = self.tokens.segments.select(lo, hi)
+        learned = {name for name, _ in self.learned_tokens()}
+
+        def taken(name: str, value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return value.detach()[index].requires_grad_(name in learned)
+
+        tokens = {f.name: taken(f.name, getattr(self.tokens, f.name)) for f in fields(self.tokens)}
+        reference = self.reference
+        if reference is not None:
+            reference = reference._replace(hidden=taken("reference", reference.hidden))
+        return self._replace(
+            hidden=taken("hidden", self.hidden),
+            tokens=TargetTokens(**{**tokens, "segments": segments}),
+            reference=reference,
+        ), index
 
 
 def cut_groups(segments: Segments, most: int) -> list[tuple[int, int]]:
-    """Half-open intervals of groups with at most `most` tokens each, or a single larger group."""
-    lengths = segments.starts.diff()
-    tokens = torch.where(segments.mask, lengths[segments.grid.clamp(min=0)], 0).sum(dim=1)
-    for index in segments.extras.values():
-        tokens = tokens + lengths[index]
+    """Return intervals of groups with at most `most` tokens each, or a single larger group."""
     cuts, start, taken = [], 0, 0
-    for group, count in enumerate(tokens.tolist()):
+    counts = segments.tokens_of_groups()
+    for group, count in enumerate(counts):
         if group > start and taken + count > most:
             cuts.append((start, group))
             start, taken = group, 0
         taken += count
-    return [*cuts, (start, len(tokens))]
+    return [*cuts, (start, len(counts))]
 
 
 def by_groups(
-    loss_of: Callable[[Tensors, Tensors, Segments, Tensor | None], Any],
-    head: Tensors,
-    tokens: Tensors,
-    segments: Segments,
+    loss_of: Callable[[LossInputs, Tensor | None], LossOutput],
+    inputs: LossInputs,
     cuts: list[tuple[int, int]],
-) -> list[Any]:
-    """The outputs of `loss_of` for every interval of groups; gradients flow from the first's loss.
+) -> list[LossOutput]:
+    """Return the outputs of every interval of groups; gradients flow from the first one's loss.
 
     Args:
-        loss_of: (head, tokens, segments, where the weight's gradient is to be added) -> an output
-            with a `loss`; these sum up to the loss of all groups.
-        head: name -> tensor; `weight` among them.
-        tokens: name -> [N, ...] tensors of the label tokens.
-        segments: of these tokens.
+        loss_of: (inputs, where the weight's gradient is to be added) -> an output; the losses sum
+            up to the loss of all groups.
+        inputs: of all groups.
         cuts: of `cut_groups`.
     """
-    weight = head["weight"]
-    assert weight is not None
+    weight = inputs.head.weight
     acc, kind = accumulator(weight.dtype), weight.device.type
-    # Cast here, once: `linear_stats` would for every interval, 3 GB at V 128256, D 4096.
+    # Cast here, once: the head would for every interval, 3 GB at V 128256, D 4096.
     computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     into = torch.zeros_like(weight, dtype=acc) if weight.requires_grad else None
     # Small ones are summed over the intervals in the accumulator too.
+    of_head = inputs.head.leaves()
     shared = {
         name: t.detach().to(computed if name == "weight" else acc).requires_grad_(t.requires_grad)
-        for name, t in head.items()
-        if t is not None
+        for name, t in of_head.items()
     }
+    of_tokens = dict(inputs.learned_tokens())
     sums = {n: torch.zeros_like(t) for n, t in shared.items() if t.requires_grad and n != "weight"}
-    of_tokens = {
-        name: torch.zeros_like(t) for name, t in tokens.items() if t is not None and t.requires_grad
-    }
+    whole = {name: torch.zeros_like(t) for name, t in of_tokens.items()}
     outputs = []
     for lo, hi in cuts:
-        part, index = segments.select(lo, hi)
-        mine = {
-            name: None if t is None else t.detach()[index].requires_grad_(name in of_tokens)
-            for name, t in tokens.items()
-        }
+        part, index = inputs.select(lo, hi)
+        part = part._replace(head=inputs.head.with_leaves(shared))
         with torch.enable_grad():
-            out = loss_of({**head, **shared}, mine, part, into)
-            leaves = {n: t for n, t in {**shared, **mine}.items() if t is not None}
-            leaves = {n: t for n, t in leaves.items() if t.requires_grad}
-            found = torch.autograd.grad(out.loss, list(leaves.values()), allow_unused=True)
-        for name, grad in zip(leaves, found, strict=True):
+            out = loss_of(part, into)
+            leaves = {n: t for n, t in shared.items() if t.requires_grad}
+            leaves |= dict(part.learned_tokens())
+            grads = torch.autograd.grad(out.loss, list(leaves.values()), allow_unused=True)
+        for name, grad in zip(leaves, grads, strict=True):
             if grad is not None and name in sums:
                 sums[name] += grad
-            elif grad is not None and name in of_tokens:
-                of_tokens[name][index] = grad
+            elif grad is not None and name in whole:
+                whole[name][index] = grad
         outputs.append(out._replace(loss=out.loss.detach()))
-    grads = {**sums, **of_tokens} | ({} if into is None else {"weight": into})
-    sources = {**head, **tokens}
-    leaves = [(sources[name], grad.to(sources[name].dtype)) for name, grad in grads.items()]  # pyright: ignore[reportOptionalMemberAccess]
+    gradients = {**sums, **whole} | ({} if into is None else {"weight": into})
+    sources = {**of_head, **of_tokens}
+    pairs = [(sources[name], grad.to(sources[name].dtype)) for name, grad in gradients.items()]
     total = torch.stack([out.loss for out in outputs]).sum()
-    loss = _Known.apply(total, [grad for _, grad in leaves], *(t for t, _ in leaves))
+    loss = _Known.apply(total, [grad for _, grad in pairs], *(t for t, _ in pairs))
     return [outputs[0]._replace(loss=loss), *outputs[1:]]
 
 

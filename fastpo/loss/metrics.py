@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class LossOutput(NamedTuple):
+    """What a preference loss returns for G groups of at most K candidates."""
+
+    loss: Tensor  # scalar, to call backward on
+    losses: Tensor  # [G], detached; their mean is `loss` unless global totals were given
+    rewards: Tensor  # [G, K], detached implicit rewards
+    metrics: dict[str, Tensor]  # name -> mean, NaN where there was nothing to average
+    counts: dict[str, Tensor]  # name -> number of observations behind that mean
 
 
 def batch_counts(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -71,3 +82,21 @@ def reward_metrics(
         "logps/rejected": over(logps, bad),
         **from_reference,
     }
+
+
+def merged(outputs: list[LossOutput]) -> LossOutput:
+    """Merge the outputs of several parts of a batch. Only `outputs[0].loss` carries gradients."""
+    groups = sum(len(out.losses) for out in outputs)
+    counts = {n: sum((o.counts[n] for o in outputs), torch.zeros(())) for n in outputs[0].counts}
+    metrics = {
+        # A mean of nothing is NaN.
+        name: sum((o.metrics[name] * o.counts[name]).nan_to_num() for o in outputs) / count
+        for name, count in counts.items()
+    }
+    return LossOutput(
+        outputs[0].loss,
+        torch.cat([out.losses * (groups / len(out.losses)) for out in outputs]),
+        torch.cat([out.rewards for out in outputs]),
+        metrics,
+        counts,
+    )

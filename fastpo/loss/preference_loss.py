@@ -2,58 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastpo.distributed import gather_rows
-from fastpo.head.functional import TokenStats, linear_stats
+from fastpo.batch import TargetTokens
 from fastpo.head.head import Head
-from fastpo.head.lora import Lora
-from fastpo.head.select import choose_backend, most_kept_tokens
-from fastpo.head.spec import Backend, Workspace
-from fastpo.head.triton_backend import TritonTiles
+from fastpo.head.select import most_kept_tokens, runs_kernels
+from fastpo.head.spec import BackendName, HeadOptions, HeadSpec, Workspace
+from fastpo.head.statistics import TokenStats, token_statistics
+from fastpo.head.tensors import HeadTensors, ReferenceStates
 from fastpo.head.vocab_parallel import is_cut
-from fastpo.loss.group_chunks import Tensors, by_groups, cut_groups
-from fastpo.loss.metrics import at_least_one, batch_counts, reward_metrics, weight_metrics
+from fastpo.loss.batch_statistics import BatchStatistics
+from fastpo.loss.group_chunks import LossInputs, by_groups, cut_groups
+from fastpo.loss.metrics import (
+    LossOutput,
+    at_least_one,
+    batch_counts,
+    merged,
+    reward_metrics,
+    weight_metrics,
+)
 from fastpo.loss.mixture import Component, resolve
-from fastpo.loss.scores import STATISTIC_OF, score_responses
-from fastpo.objectives.base import DIVERGENCES, Objective, Outcome, Statistic
+from fastpo.loss.scores import score_responses
+from fastpo.objectives.base import Objective, Outcome
 from fastpo.objectives.domain import Domain
 from fastpo.objectives.lipo import tie_keys
 from fastpo.objectives.regularisers import REGULARISERS
+from fastpo.objectives.vocabulary import STATISTIC_OF, Score
 from fastpo.segments import Segments
-
-# How to obtain a score that an objective needs and the caller did not supply.
-_REMEDY = {
-    "ratio": "pass ref_logps (per label token) or ref_hidden",
-    "mean_ratio": "pass ref_logps (per label token) or ref_hidden",
-    "ref_logps": "pass ref_logps (per label token) or ref_hidden",
-    "kl": "pass ref_hidden: the divergence needs the reference's whole distribution",
-    "kl_reverse": "pass ref_hidden: the divergence needs the reference's whole distribution",
-    "score": "give every response a grade: a `scores` column, or Segments(score=...)",
-    "rank": "rank the responses: a `ranks` or `scores` column, or Segments(rank=...)",
-    "margin": "say how much better the chosen response is: a `margin` column, or Segments(margin=)",
-    "cohort": "name each row's population: a `group` column, or Segments(cohort=...)",
-    "ratio2": "pass ref2_logps (per label token), of the second reference",
-    "old_logps": "pass old_logps (per label token), of the policy that drew the responses",
-    "token_rewards": "pass token_rewards (per label token): a `token_rewards` column",
-    "error": "denoising errors are no scores of a language model: call the objective's function",
-}
-
-
-class LossOutput(NamedTuple):
-    """What a preference loss returns for G groups of at most K candidates."""
-
-    loss: Tensor  # scalar, to call backward on
-    losses: Tensor  # [G], detached; their mean is `loss` unless global totals were given
-    rewards: Tensor  # [G, K], detached implicit rewards
-    metrics: dict[str, Tensor]  # name -> mean, NaN where there was nothing to average
-    counts: dict[str, Tensor]  # name -> number of observations behind that mean
 
 
 def _head_of(given: Head | nn.Module) -> Head:
@@ -76,7 +56,7 @@ def _head_of(given: Head | nn.Module) -> Head:
     return Head(given)
 
 
-class PreferenceLoss(nn.Module):
+class PreferenceLoss(BatchStatistics):
     r"""Preference loss on hidden states; the logits are never built.
 
     Args:
@@ -117,22 +97,13 @@ class PreferenceLoss(nn.Module):
         head: Head | nn.Module | None = None,
         **hyper: Any,
     ) -> None:
-        super().__init__()
-        self.components = resolve(objective, hyper)
+        components = resolve(objective, hyper)
+        super().__init__(components)
+        self.components = components
         self.seed = 0
-        self.step: int | None = None
         self.progress = 0.0
         # In a tuple, so that nn.Module does not adopt the model's head as its own child.
         self._head = (None if head is None else _head_of(head),)
-        self._observing: dict[str, list[Tensor]] | None = None
-        self._whole_step: dict[str, Tensor] = {}
-        self._step_of: dict[str, int | None] = {}
-        self._before_step: dict[str, Tensor] = {}
-        self._observed: dict[str, Tensor] = {}
-        for name, statistic in self._remembered.items():
-            size = statistic.size if statistic.memory == "ema" else 1
-            # The value, then how many observations ("mean") or steps ("ema") are behind it.
-            self.register_buffer(name, torch.zeros(size + 1, dtype=torch.float64))
 
     @property
     def head(self) -> Head | None:
@@ -140,18 +111,18 @@ class PreferenceLoss(nn.Module):
         return self._head[0]
 
     @property
+    def scores(self) -> dict[str, Score]:
+        """The scores that the components take, by name; statistics are none."""
+        return {n: score for c in self.components for n, score in c.objective.scores.items()}
+
+    @property
     def needs(self) -> frozenset[str]:
         """Names of the scores that the components take, statistics excluded."""
-        return frozenset(
-            name
-            for c in self.components
-            for name in c.objective.needs
-            if name not in c.objective.statistics
-        )
+        return frozenset(self.scores)
 
     @property
     def grade_domains(self) -> list[tuple[str, Domain]]:
-        """Of every component that takes grades its name, and what they must be."""
+        """The name of every component that takes grades, and what they must be."""
         return [
             (c.objective.name, c.objective.grades(c.hyper))
             for c in self.components
@@ -174,10 +145,6 @@ class PreferenceLoss(nn.Module):
         return any(c.objective.needs_second_reference for c in self.components)
 
     @property
-    def _bare_needs(self) -> frozenset[str]:
-        return frozenset().union(*(c.objective.bare_needs for c in self.components))
-
-    @property
     def extras(self) -> tuple[str, ...]:
         """Roles of the extra responses that are needed, such as `mismatched` for KTO."""
         roles = {role for c in self.components for role in c.objective.extras}
@@ -187,16 +154,6 @@ class PreferenceLoss(nn.Module):
     def has_statistics(self) -> bool:
         """Whether a component takes numbers of the whole batch."""
         return any(c.objective.statistics for c in self.components)
-
-    @property
-    def _remembered(self) -> dict[str, Statistic]:
-        """Buffer name -> statistic that remembers earlier steps."""
-        return {
-            f"{c.objective.name}_{name}": statistic
-            for c in self.components
-            for name, statistic in c.objective.statistics.items()
-            if statistic.memory != "none"
-        }
 
     def forward(
         self,
@@ -217,7 +174,7 @@ class PreferenceLoss(nn.Module):
         kl_weights: Tensor | None = None,
         totals: Mapping[str, float] | None = None,
         ignore_index: int = -100,
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
         workspace_mib: Workspace = "auto",
     ) -> LossOutput:
         """Loss, per-group losses, implicit rewards and metrics of one batch.
@@ -245,19 +202,8 @@ class PreferenceLoss(nn.Module):
                 groups do not have the number of candidates that it compares.
         """
         if segments is None:
-            if hidden.dim() != 3 or hidden.shape[0] % 2 or labels.shape != hidden.shape[:2]:
-                raise ValueError(
-                    "without segments hidden must be [2B, T, D], chosen rows then rejected rows, "
-                    f"and labels [2B, T]: got {tuple(hidden.shape)} and {tuple(labels.shape)}"
-                )
-            pairs, length = hidden.shape[0] // 2, hidden.shape[1]
-            segments = Segments.pairs(pairs, length, device=labels.device)
-        lora = None
-        if weight is None:
-            if self.head is None:
-                raise ValueError("no head: pass weight=, or head= to PreferenceLoss")
-            weight, bias, lora = self.head.weight, self.head.bias, self.head.lora
-
+            segments = _pairs(hidden, labels)
+        head = self.head_tensors if weight is None else HeadTensors(weight, bias)
         per_token = {
             "ref_logps": ref_logps,
             "ref2_logps": ref2_logps,
@@ -269,140 +215,167 @@ class PreferenceLoss(nn.Module):
         _check_shapes(hidden, labels, segments, ref_hidden, per_token)
         # Everything per token is cut down to the scored tokens once, here.
         scored = (labels.flatten() != ignore_index).nonzero().squeeze(1)
-        segments = replace(segments, response=segments.response[scored])
-        hidden, labels = hidden.flatten(0, -2)[scored], labels.flatten()[scored]
-        if ref_hidden is not None:
-            ref_hidden = ref_hidden.flatten(0, -2)[scored]
-        per_token = {k: None if v is None else v.flatten()[scored] for k, v in per_token.items()}
+        segments = replace(segments, response=segments.response[scored], bounds=None)
         self._check_groups(segments)
-
-        tokens = {"hidden": hidden, "labels": labels, "ref_hidden": ref_hidden, **per_token}
-        head = {"weight": weight, "bias": bias}
-        head |= {} if lora is None else {"lora_a": lora.a, "lora_b": lora.b}
-        cuts = self._cuts(head, tokens, segments, backend, workspace_mib)
-        own = self._counts(tokens, segments) if len(cuts) > 1 else None
-        options: dict[str, Any] = {"backend": backend, "workspace_mib": workspace_mib}
-        options |= self.head.facts() if self.head is not None else {}
-
-        def loss_of(
-            head: Tensors, tokens: Tensors, segments: Segments, into: Tensor | None = None
-        ) -> LossOutput:
-            low = None if lora is None else lora._replace(a=head["lora_a"], b=head["lora_b"])
-            reference = ref_weight, ref_bias
-            stats = self._token_stats(head, tokens, low, reference, into, options)
-            of_reference = stats.pop("ref_logps", tokens["ref_logps"])
-            mine = {name: tokens[name] for name in per_token} | {"ref_logps": of_reference}
-            scores = score_responses(
-                stats,
-                segments,
-                **mine,
-                per_token=any(name.startswith("token_") for name in self.needs),
-                backend=backend,
-            )
-            if "tie_key" in self.needs:
-                scores["tie_key"] = self._tie_keys(segments)
-            return self._reduce(scores, segments, own or batch_counts(scores), totals, backend)
-
-        if len(cuts) == 1:
-            out = loss_of(head, tokens, segments)
-        else:
-            out = _together(by_groups(loss_of, head, tokens, segments, cuts))
-        for name in ("token_weights", "kl_weights"):
-            for metric, (total, count) in weight_metrics(name, per_token[name]).items():
-                out.metrics[metric], out.counts[metric] = total / count, count
-        return out
-
-    def _counts(self, tokens: Tensors, segments: Segments) -> dict[str, Tensor]:
-        """What the whole batch's sums are divided by."""
-        labels = tokens["labels"]
-        assert labels is not None
-        nothing = {"logps": torch.zeros(labels.shape, device=labels.device)}
-        return batch_counts(
-            score_responses(nothing, segments, token_weights=tokens["token_weights"])
-        )
-
-    def _cuts(
-        self,
-        head: Tensors,
-        tokens: Tensors,
-        segments: Segments,
-        backend: Backend,
-        workspace_mib: Workspace,
-    ) -> list[tuple[int, int]]:
-        """Intervals of groups: several where that saves a trained head's second pass."""
-        whole = [(0, len(segments.grid))]
-        weight, labels = head["weight"], tokens["labels"]
-        assert weight is not None and labels is not None  # noqa: PT018
-        trained = any(t is not None and t.requires_grad for t in head.values())
-        if not trained or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return whole
-        # Those need all scores first; ranks that share a head have to meet equally often.
-        if self.has_statistics or is_cut(weight):
-            return whole
-        with_reference = self.needs_kl and tokens["ref_hidden"] is not None
-        most = most_kept_tokens(
-            *weight.shape,
-            device=weight.device,
-            dtype=weight.dtype,
-            stats=self._statistics_wanted(with_reference),
-            with_reference=with_reference,
-            backend=backend,
-            workspace_mib=workspace_mib,
-        )
-        return whole if len(labels) <= most else cut_groups(segments, most)
-
-    def _tie_keys(self, segments: Segments) -> Tensor:
-        number = segments.index
-        if number is None:
-            number = torch.arange(segments.grid.shape[0], device=segments.grid.device)
-        candidates = segments.grid.shape[1]
-        return tie_keys(number, candidates, seed=self.seed, step=self.step or 0)
-
-    def _statistics_wanted(self, with_reference: bool) -> tuple[str, ...]:
-        """Of the policy's head; with a reference's states in the same pass the divergences too."""
-        wanted = {s: name for name, s in STATISTIC_OF.items() if name in self._bare_needs}
-        if with_reference:
-            return tuple(dict.fromkeys(("logps", *wanted, "ref_logps")))
-        names = (name for name, score in wanted.items() if score not in DIVERGENCES)
-        return tuple(dict.fromkeys(("logps", *names)))
-
-    def _token_stats(
-        self,
-        head: Tensors,
-        tokens: Tensors,
-        lora: Lora | None,
-        reference: tuple[Tensor | None, Tensor | None],
-        into: Tensor | None,
-        options: dict[str, Any],
-    ) -> TokenStats:
-        """The statistics that the objectives need; `ref_logps` too if hidden states are given."""
-        hidden, labels, weight = tokens["hidden"], tokens["labels"], head["weight"]
-        assert hidden is not None and labels is not None and weight is not None  # noqa: PT018
-        ref_hidden, (ref_weight, ref_bias) = tokens["ref_hidden"], reference
-        if ref_hidden is not None and ref_weight is None:
-            if weight.requires_grad:
+        reference = None
+        if ref_hidden is not None:
+            if ref_weight is None and head.weight.requires_grad:
                 raise ValueError(
                     "the policy's head is trained, so it is not the reference's: pass ref_weight"
                 )
-            ref_weight, ref_bias = weight, head["bias"]
-        both = self.needs_kl and ref_hidden is not None
-        of_reference: dict[str, Any] = {"ref_hidden": ref_hidden, "ref_weight": ref_weight}
-        stats = linear_stats(
-            hidden,
-            weight,
-            labels,
-            stats=self._statistics_wanted(both),
-            bias=head["bias"],
-            lora=lora,
-            accumulate_grad=False if into is None else into,
-            **({**of_reference, "ref_bias": ref_bias} if both else {}),
-            **options,
+            own = None if ref_weight is None else HeadTensors(ref_weight, ref_bias)
+            reference = ReferenceStates(ref_hidden.flatten(0, -2)[scored], own)
+        return self.of_tokens(
+            hidden.flatten(0, -2)[scored],
+            TargetTokens(
+                labels.flatten()[scored],
+                segments,
+                **{k: None if v is None else v.flatten()[scored] for k, v in per_token.items()},
+            ),
+            head=head,
+            reference=reference,
+            totals=totals,
+            options=HeadOptions(backend, workspace_mib),
+            in_vocabulary=False,
         )
-        if not both and ref_hidden is not None and ref_weight is not None:
+
+    def of_tokens(
+        self,
+        hidden: Tensor,
+        tokens: TargetTokens,
+        *,
+        head: HeadTensors | None = None,
+        reference: ReferenceStates | None = None,
+        totals: Mapping[str, float] | None = None,
+        options: HeadOptions = HeadOptions(),
+        in_vocabulary: bool = True,
+    ) -> LossOutput:
+        """Return what `forward` does, of packed tokens: these are trusted, and not copied.
+
+        On a GPU nothing waits for the device, but statistics over several ranks, which tell one
+        another how many observations they have.
+
+        Args:
+            hidden: [M, D] states of the head's positions.
+            tokens: what they predict, and what is known beside it.
+            head: the policy's, by default the one given at construction.
+            reference: states of the reference's positions, numbered as the policy's, and its head.
+            totals: see `forward`.
+            options: who computes, in how much memory.
+            in_vocabulary: whether all targets are known to lie inside the vocabulary.
+
+        Raises:
+            ValueError: a score that an objective needs is missing; says how to get it.
+        """
+        inputs = LossInputs(hidden, head or self.head_tensors, tokens, reference)
+        cuts = self._cuts(inputs, options)
+        own = _counts_of(tokens) if len(cuts) > 1 else None
+
+        def loss_of(part: LossInputs, into: Tensor | None = None) -> LossOutput:
+            stats = self._token_statistics(part, into, options, in_vocabulary)
+            scores = self._score(stats, part.tokens, options.backend)
+            return self._reduce(
+                scores, part.tokens.segments, own or batch_counts(scores), totals, options.backend
+            )
+
+        output = loss_of(inputs) if len(cuts) == 1 else merged(by_groups(loss_of, inputs, cuts))
+        for name, weights in (
+            ("token_weights", tokens.token_weights),
+            ("kl_weights", tokens.kl_weights),
+        ):
+            for metric, (total, count) in weight_metrics(name, weights).items():
+                output.metrics[metric], output.counts[metric] = total / count, count
+        return output
+
+    @property
+    def head_tensors(self) -> HeadTensors:
+        """The tensors of the head as they are now.
+
+        Raises:
+            ValueError: no head was given.
+        """
+        if self.head is None:
+            raise ValueError("no head: pass weight=, or head= to PreferenceLoss")
+        return self.head.tensors
+
+    def _cuts(self, inputs: LossInputs, options: HeadOptions) -> list[tuple[int, int]]:
+        """Return intervals of groups: several where that saves a trained head's second pass."""
+        head, tokens = inputs.head, inputs.tokens
+        whole = [(0, len(tokens.segments.grid))]
+        trained = any(tensor.requires_grad for tensor in head.leaves().values())
+        if not trained or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return whole
+        # Those need all scores first; ranks that share a head have to meet equally often. Shared
+        # positions are of several groups.
+        if self.has_statistics or is_cut(head.weight) or tokens.index is not None:
+            return whole
+        with_reference = self.needs_kl and inputs.reference is not None
+        most = most_kept_tokens(
+            *head.weight.shape,
+            device=head.weight.device,
+            dtype=head.weight.dtype,
+            want=self._statistics_wanted(with_reference),
+            with_reference=with_reference,
+            backend=options.backend,
+            workspace_mib=options.workspace_mib,
+        )
+        return whole if len(tokens.targets) <= most else cut_groups(tokens.segments, most)
+
+    def _statistics_wanted(self, with_reference: bool) -> tuple[str, ...]:
+        """Return statistics to ask of the head; divergences need the reference in the same pass."""
+        needed = {s.statistic for s in self.scores.values() if with_reference or not s.distribution}
+        wanted = [statistic for statistic in STATISTIC_OF.values() if statistic in needed]
+        return tuple(dict.fromkeys(("logps", *wanted, *(["ref_logps"] if with_reference else []))))
+
+    def _token_statistics(
+        self, inputs: LossInputs, into: Tensor | None, options: HeadOptions, in_vocabulary: bool
+    ) -> TokenStats:
+        """Return [M] statistics; `ref_logps` too where the reference's states are given."""
+        spec = HeadSpec() if self.head is None else self.head.spec
+        reference, targets = inputs.reference, inputs.tokens.targets
+        both = self.needs_kl and reference is not None
+        common: dict[str, Any] = {"spec": spec, "options": options, "all_scored": in_vocabulary}
+        stats = token_statistics(
+            inputs.hidden,
+            inputs.head,
+            targets,
+            want=self._statistics_wanted(both),
+            reference=reference if both else None,
+            accumulate_grad=False if into is None else into,
+            **common,
+        )
+        if reference is not None and not both:
+            own = reference.head or inputs.head._replace(lora=None)
             with torch.no_grad():
-                found = linear_stats(ref_hidden, ref_weight, labels, bias=ref_bias, **options)
-            stats["ref_logps"] = found["logps"]
+                alone = token_statistics(reference.hidden, own, targets, want=("logps",), **common)
+            stats["ref_logps"] = alone["logps"]
         return stats
+
+    def _score(
+        self, stats: TokenStats, tokens: TargetTokens, backend: BackendName
+    ) -> dict[str, Tensor]:
+        """Return the scores of all responses, from [M] statistics."""
+        stats = {name: tokens.read(values) for name, values in stats.items()}
+        segments = tokens.segments
+        scores = score_responses(
+            stats,
+            segments,
+            ref_logps=stats.pop("ref_logps", tokens.ref_logps),
+            ref2_logps=tokens.ref2_logps,
+            old_logps=tokens.old_logps,
+            token_weights=tokens.token_weights,
+            token_rewards=tokens.token_rewards,
+            kl_weights=tokens.kl_weights,
+            per_token=any(score.shape == "[G, K, T]" for score in self.scores.values()),
+            backend=backend,
+        )
+        if "tie_key" in self.needs:
+            number = segments.index
+            if number is None:
+                number = torch.arange(segments.grid.shape[0], device=segments.grid.device)
+            candidates = segments.grid.shape[1]
+            scores["tie_key"] = tie_keys(number, candidates, seed=self.seed, step=self.step or 0)
+        return scores
 
     def _check_groups(self, segments: Segments) -> None:
         sizes = segments.mask.sum(dim=1)
@@ -422,7 +395,7 @@ class PreferenceLoss(nn.Module):
                 if grade != grade:
                     raise ValueError(
                         f"{name} needs every response's grade, but {who} has none: "
-                        f"{_REMEDY['score']}"
+                        f"{self.scores['score'].remedy}"
                     )
                 raise ValueError(
                     f"{name} takes grades that are {domain}, but {who} has {grade:g}: rescale them"
@@ -443,7 +416,7 @@ class PreferenceLoss(nn.Module):
         segments: Segments,
         own: Mapping[str, Tensor],
         totals: Mapping[str, float] | None,
-        backend: Backend,
+        backend: BackendName,
     ) -> LossOutput:
         """Objectives on scores, summed and divided; the only place where either happens.
 
@@ -459,7 +432,7 @@ class PreferenceLoss(nn.Module):
             component = self._now(given)
             name = component.objective.name
             self._check_scores(component.objective, scores)
-            statistics = self._statistics(component, scores)
+            statistics = self.statistics(component, scores, segments)
             # A kernel is compiled for its constants: one that moves would do so at every step.
             by = backend if component is given else "torch"
             outcome = self._evaluate(component, {**scores, **statistics}, by)
@@ -481,11 +454,9 @@ class PreferenceLoss(nn.Module):
 
     @staticmethod
     def _check_scores(objective: Objective, scores: Mapping[str, Tensor]) -> None:
-        for name in objective.needs:
-            if name not in scores and name not in objective.statistics:
-                base = next((n for n in _REMEDY if f"_{name}".endswith(f"_{n}")), None)
-                remedy = _REMEDY[base] if base else "see the objective's documentation"
-                raise ValueError(f"{objective.name} needs {name!r}: {remedy}")
+        for name, score in objective.scores.items():
+            if name not in scores:
+                raise ValueError(f"{objective.name} needs {name!r}: {score.remedy}")
 
     def _now(self, component: Component) -> Component:
         """The component with the hyper-parameters of this step."""
@@ -497,10 +468,12 @@ class PreferenceLoss(nn.Module):
         return component._replace(hyper=component.hyper | moved) if moved else component
 
     @staticmethod
-    def _evaluate(component: Component, named: Mapping[str, Tensor], backend: Backend) -> Outcome:
+    def _evaluate(
+        component: Component, named: Mapping[str, Tensor], backend: BackendName
+    ) -> Outcome:
         """By the objective's kernel where kernels run and it has one, else by its function."""
         objective = component.objective
-        if isinstance(choose_backend(backend, named["logps"].device)[0], TritonTiles):
+        if runs_kernels(backend, named["logps"].device):
             from fastpo.loss import fused
 
             outcome = fused.evaluate(objective, component.hyper, named)
@@ -508,87 +481,28 @@ class PreferenceLoss(nn.Module):
                 return outcome
         return objective.fn(*(named[name] for name in objective.needs), **component.hyper)
 
-    def _statistics(self, component: Component, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Batch statistics of one component, over all ranks, without gradient."""
-        found = {}
-        hyper = {**component.objective.hyper, **component.hyper}
-        for name, statistic in component.objective.statistics.items():
-            key = f"{component.objective.name}_{name}"
-            values, mask = statistic.of(scores, hyper)
-            observed = values.detach()[mask].double()
-            if self._observing is not None:
-                self._observing.setdefault(key, []).append(observed)
-            elif self.training and key in self._whole_step:
-                observed = self._whole_step[key]
-            else:
-                observed = gather_rows(observed)
-            if statistic.memory == "none":
-                value = statistic.reduce(observed, hyper)
-            else:
-                value = self._remember(key, statistic, observed, hyper)
-            found[name] = value.to(values.dtype)
-        return found
 
-    @contextmanager
-    def observing(self) -> Iterator[None]:
-        """Calls inside supply the observations that every training call afterwards uses as a whole.
-
-        For statistics over all micro-batches of a step: call the module on each of them without
-        gradient inside, then train on each. They cost one more forward pass of the model.
-        """
-        self._observing = {}
-        try:
-            yield
-            self._whole_step = {k: gather_rows(torch.cat(v)) for k, v in self._observing.items()}
-        finally:
-            self._observing = None
-
-    def _remember(
-        self, key: str, statistic: Statistic, observed: Tensor, hyper: Mapping[str, Any]
-    ) -> Tensor:
-        """The statistic after this step's observations so far; evaluation adds none.
-
-        The state moves once a step, however many micro-batches it has: what was before the step is
-        kept, and every micro-batch merges all observations of the step into that.
-        """
-        state = self.get_buffer(key)
-        if self.training and torch.is_grad_enabled():
-            if key not in self._observed or self.step is None or self._step_of[key] != self.step:
-                self._before_step[key] = state.clone()
-            elif key not in self._whole_step:
-                observed = torch.cat([self._observed[key], observed])
-            self._observed[key], self._step_of[key] = observed, self.step
-            before, count = self._before_step[key][:-1], self._before_step[key][-1]
-            new = 1 if statistic.memory == "ema" else len(observed)
-            decay = statistic.decay
-            past = hyper[decay] if isinstance(decay, str) else decay
-            share = 1 - past if statistic.memory == "ema" and count else 1.0
-            if statistic.memory == "mean":
-                share = new / (count + new).clamp(min=1)
-            state[:-1] = before + (statistic.reduce(observed, hyper) - before) * share
-            state[-1] = count + new
-        elif statistic.memory == "ema" and not state[-1]:
-            return statistic.reduce(observed, hyper)  # evaluated before the first step
-        value = state[:-1].clone()
-        return value if statistic.memory == "ema" else value[0]
-
-
-def _together(outputs: list[LossOutput]) -> LossOutput:
-    """Of several parts of a batch one output; the first one's loss is that of all of them."""
-    groups = sum(len(out.losses) for out in outputs)
-    counts = {n: sum((o.counts[n] for o in outputs), torch.zeros(())) for n in outputs[0].counts}
-    metrics = {
-        # A mean of nothing is NaN.
-        name: sum((o.metrics[name] * o.counts[name]).nan_to_num() for o in outputs) / count
-        for name, count in counts.items()
-    }
-    return LossOutput(
-        outputs[0].loss,
-        torch.cat([out.losses * (groups / len(out.losses)) for out in outputs]),
-        torch.cat([out.rewards for out in outputs]),
-        metrics,
-        counts,
+def _counts_of(tokens: TargetTokens) -> dict[str, Tensor]:
+    """Return what the whole batch's sums are divided by."""
+    nothing = {"logps": torch.zeros(tokens.segments.response.shape, device=tokens.targets.device)}
+    return batch_counts(
+        score_responses(nothing, tokens.segments, token_weights=tokens.token_weights)
     )
+
+
+def _pairs(hidden: Tensor, labels: Tensor) -> Segments:
+    """Return the table of the padded layout.
+
+    Raises:
+        ValueError: other shapes than [2B, T, D] and [2B, T].
+    """
+    if hidden.dim() != 3 or hidden.shape[0] % 2 or labels.shape != hidden.shape[:2]:
+        raise ValueError(
+            "without segments hidden must be [2B, T, D], chosen rows then rejected rows, "
+            f"and labels [2B, T]: got {tuple(hidden.shape)} and {tuple(labels.shape)}"
+        )
+    pairs, length = hidden.shape[0] // 2, hidden.shape[1]
+    return Segments.pairs(pairs, length, device=labels.device)
 
 
 def _check_shapes(

@@ -11,20 +11,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from fastpo.head.functional import TokenStats
-from fastpo.head.select import choose_backend
-from fastpo.head.spec import Backend
-from fastpo.head.triton_backend import TritonTiles
+from fastpo.head.select import runs_kernels
+from fastpo.head.spec import BackendName
+from fastpo.head.statistics import TokenStats
+from fastpo.objectives.vocabulary import MEANS, STATISTIC_OF
 from fastpo.segments import Segments
-
-# score -> the token statistic that it sums
-STATISTIC_OF = {
-    "logps": "logps",
-    "kl": "kl_ref_policy",
-    "kl_reverse": "kl_policy_ref",
-    "log_p2": "log_p2",
-    "entropy": "entropy",
-}
 
 
 def sum_by_response(values: Tensor, segments: Segments) -> Tensor:
@@ -35,12 +26,12 @@ def sum_by_response(values: Tensor, segments: Segments) -> Tensor:
     return sums.index_add(0, segments.response, values.to(wide)).to(values.dtype)
 
 
-def _sums_of(segments: Segments, backend: Backend) -> Callable[..., Tensor]:
+def _sums_of(segments: Segments, backend: BackendName) -> Callable[..., Tensor]:
     """(values [N], weights [N] or None) -> [R] weighted sums: by the kernel where kernels run.
 
     Adding by index races on a GPU: equal inputs would not give equal bits.
     """
-    if not isinstance(choose_backend(backend, segments.response.device)[0], TritonTiles):
+    if not runs_kernels(backend, segments.response.device):
 
         def plain(values: Tensor, weights: Tensor | None = None) -> Tensor:
             return sum_by_response(values if weights is None else values * weights, segments)
@@ -71,37 +62,14 @@ def score_responses(
     token_rewards: Tensor | None = None,
     kl_weights: Tensor | None = None,
     per_token: bool = False,
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
 ) -> dict[str, Tensor]:
-    r"""Named sequence scores, the vocabulary that objectives are written in.
+    """Return the scores that objectives are written in: `fastpo.objectives.vocabulary.SCORES`.
 
-    With token weight $a_t$ (default 1), mask $m_t$ and $L = \sum_t m_t [a_t \ne 0]$:
-
-    | name | definition |
-    |---|---|
-    | `logps` | $\sum_t a_t \log\pi(y_t)$ |
-    | `mean_logps` | `logps` / L |
-    | `length` | L |
-    | `ref_logps` | $\sum_t a_t \log\pi_{ref}(y_t)$ |
-    | `ratio` | `logps - ref_logps` |
-    | `mean_ratio` | `ratio` / L |
-    | `kl_estimate` | $\sum_t [a_t \ne 0] (\log\pi(y_t) - \log\pi_{ref}(y_t))^2 / 2$, detached |
-    | `ref2_logps`, `ratio2` | the same of a second reference |
-    | `kl` | $\sum_t a_t KL(\pi_{ref} \| \pi)_t$ |
-    | `kl_reverse` | $\sum_t a_t KL(\pi \| \pi_{ref})_t$ |
-    | `log_p2`, `mean_log_p2` | $\sum_t a_t \log\sum_v \pi(v)^2$, and that / L |
-    | `entropy`, `mean_entropy` | $\sum_t a_t H_t$, and that / L |
-    | `old_logps` | $\sum_t a_t \log\pi_{old}(y_t)$, of the policy that drew the responses |
-    | `mask`, `label`, `score`, `rank` | the segments' own |
-
-    Each is [G, K], zero where a group has no such candidate. An extra response named in
-    `segments.extras` adds the same names with its role in front, [G]: `mismatched_ratio`, ...
-    `margin` and `cohort` are the segments' own [G].
-
-    With `per_token` also the tokens themselves, [G, K, T] in order and padded with zeros, not
-    multiplied by their weights: `token_mask` (bool, where weights are not 0), `token_weights`,
-    `token_kl_weights`, `token_logps`, and as far as given `token_ref_logps`, `token_old_logps`,
-    `token_rewards`, `token_kl`, `token_kl_reverse`, `token_entropy`.
+    Those of candidates are [G, K], zero where a group has no such candidate. An extra response
+    named in `segments.extras` adds them with its role in front, [G]: `mismatched_ratio`. With
+    `per_token` the tokens themselves come too, [G, K, T] in order, padded with zeros and not
+    multiplied by their weights.
 
     Args:
         stats: token statistics; `logps` [N], and `kl_ref_policy`, `kl_policy_ref`, `log_p2`,
@@ -114,7 +82,8 @@ def score_responses(
         token_rewards: [N] signed rewards of single tokens, or None.
         kl_weights: [N] weights of `kl` and `kl_reverse`, with or without gradient, or None for
             `token_weights`, as everything else has.
-        per_token: whether to return the `token_` scores; costs a device sync.
+        per_token: whether to return the `token_` scores; costs a device sync without
+            `segments.bounds`.
         backend: who sums; as for `fastpo.head.linear_stats`.
 
     Returns:
@@ -160,7 +129,7 @@ def score_responses(
         per_response["ratio2"] = sums(given["logps"] - ref2_logps, token_weights)
     # An empty response has score 0 and length 0: dividing by 1 keeps its mean and gradient at 0.
     divisor = per_response["length"].clamp(min=1)
-    for name in ("logps", "ratio", "log_p2", "entropy"):
+    for name in MEANS:
         if name in per_response:
             per_response[f"mean_{name}"] = per_response[name] / divisor
 
@@ -175,7 +144,7 @@ def score_responses(
             scores[f"{role}_{name}"] = value[index]
     scores["mask"] = mask
     scores["label"] = segments.label & mask
-    for name in ("score", "rank", "margin", "cohort"):
+    for name in ("score", "rank", "margin", "population"):
         value = getattr(segments, name)
         if value is not None:
             scores[name] = value
@@ -193,7 +162,7 @@ def _pad_tokens(tokens: Mapping[str, Tensor], segments: Segments) -> dict[str, T
     """[N] -> [G, K, T], zero (False) where there is no token."""
     n, slots, starts = segments.response.numel(), segments.grid.clamp(min=0), segments.starts
     lengths = starts.diff()  # [R]
-    column = torch.arange(max(1, int(lengths.max())) if len(lengths) else 1, device=starts.device)
+    column = torch.arange(max(1, segments.longest), device=starts.device)
     inside = segments.mask[..., None] & (column < lengths[slots][..., None])  # [G, K, T]
     index = (starts[slots][..., None] + column).clamp(max=max(0, n - 1))
     return {

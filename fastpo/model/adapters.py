@@ -1,9 +1,9 @@
-"""Adapters off and copies of them: what changes, and when a model without them is its base."""
+"""Switch adapters off, copy models that have them, and tell what an adapter changed."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from fastpo.batch import Batch
 from fastpo.head.head import Head
-from fastpo.model.hidden import label_hidden, mode
+from fastpo.model.hidden import mode, target_hidden
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -22,7 +23,7 @@ _BASE_STAYS = ("gaussian", "eva", "orthogonal", "mica")
 
 
 def altered_base(model: Any) -> str | None:
-    """What in the active adapters' configuration changed the weights they stand on, or None.
+    """Name the setting by which an active adapter changed the weights under it, or None.
 
     With such an adapter off, the model is neither its base nor the model at the start.
     """
@@ -62,13 +63,13 @@ def lower_saved_modules(model: nn.Module) -> None:
 def _saved(model: nn.Module) -> list[tuple[Any, torch.dtype]]:
     from peft.utils import ModulesToSaveWrapper
 
-    found: list[tuple[Any, torch.dtype]] = []
+    saved: list[tuple[Any, torch.dtype]] = []
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             first = next(module.original_module.parameters(), None)
             if first is not None and first.is_floating_point():
-                found.append((module, first.dtype))
-    return found
+                saved.append((module, first.dtype))
+    return saved
 
 
 def _cast_inputs(module: nn.Module, args: tuple, keywords: dict[str, Any]) -> tuple[Any, Any]:
@@ -93,15 +94,15 @@ def copied(model: M, shared: Iterable[Tensor] = ()) -> M:
     """
     memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
     for module in model.modules():
-        beside: Any = getattr(module, "kwargs", None)
-        views = beside.get("tied_adapter") if isinstance(beside, dict) else None
+        keywords: Any = getattr(module, "kwargs", None)
+        views = keywords.get("tied_adapter") if isinstance(keywords, dict) else None
         memo |= {id(view): view.detach() for view in (views or {}).values()}
     return copy.deepcopy(model, memo)
 
 
 @contextmanager
 def adapter_off(model: Any) -> Iterator[None]:
-    """Without the adapter; afterwards what was frozen is frozen, which peft forgets."""
+    """Run without the adapter; afterwards freeze again what was frozen, which peft forgets."""
     trained = {p: p.requires_grad for p in model.parameters()}
     try:
         with model.disable_adapter():
@@ -112,10 +113,10 @@ def adapter_off(model: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def adapter_effect(model: nn.Module, head: Head, batch: Mapping[str, Any]) -> float:
+def adapter_effect(model: nn.Module, head: Head, batch: Batch) -> float:
     """Largest difference in log-probs that the adapter makes; 0 for one that does nothing yet."""
     with mode(model, training=False):
-        own = head.logps(label_hidden(model, batch), batch["targets"])
+        own = head.logps(target_hidden(model, batch), batch.tokens.targets)
         with adapter_off(model):
-            off = head.logps(label_hidden(model, batch), batch["targets"])
+            off = head.logps(target_hidden(model, batch), batch.tokens.targets)
     return (own - off).abs().max().item()

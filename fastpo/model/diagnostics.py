@@ -1,6 +1,6 @@
-r"""What a pair of responses will do to each other, read off their hidden states.
+r"""Predict from hidden states what training on a pair does to each of its responses.
 
-Everything is per group [G] and compares slot 0, the chosen response w, with slot 1, the rejected
+Every value is per group [G] and compares slot 0, the chosen response w, with slot 1, the rejected
 response l. With $h_t$ the hidden state that predicts token t and $r_t = \partial \log\pi(y_t) /
 \partial h_t$, both [N, D]:
 
@@ -15,9 +15,9 @@ response l. With $h_t$ the hidden state that predicts token t and $r_t = \partia
 
 A high CHES score marks pairs whose training pushes the chosen response down too (Razin et al.,
 arXiv 2410.08847): drop the highest. The last two rows are the conditions under which a step of DPO
-raises the chosen and lowers the rejected log-prob (Yuan et al., arXiv 2410.13828), with the
+raises the chosen and lowers the rejected log-prob (Yuan et al., arXiv 2410.13828). They take the
 gradient to a shift of the last hidden states in place of the gradient to all weights: a proxy that
-costs one frozen pass of the head, two matrix products.
+costs one pass of a frozen head, two matmuls.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from torch import Tensor
 
 from fastpo.head.functional import linear_logps
 from fastpo.head.head import Head
-from fastpo.head.spec import Backend, Workspace
+from fastpo.head.spec import BackendName, Workspace
 from fastpo.segments import Segments
 
 
 def _sums_of_pairs(rows: Tensor, segments: Segments) -> Tensor:
-    """[N, D] -> [G, 2, D] in float32: sums over the tokens of slots 0 and 1."""
+    """Sum [N, D] over the tokens of slots 0 and 1; return [G, 2, D] in float32."""
     # In the order of the tokens: adding by index races on a GPU. Unsafe: lengths are not looked at.
     lengths = segments.starts.diff()
     sums = torch.segment_reduce(rows.float(), "sum", lengths=lengths, unsafe=True, initial=0)
@@ -40,11 +40,11 @@ def _sums_of_pairs(rows: Tensor, segments: Segments) -> Tensor:
 
 
 def ches(hidden: Tensor, segments: Segments) -> dict[str, Tensor]:
-    """`ches` and `mean_ches` [G] of pairs; the table is in the module's docstring.
+    """Return `ches` and `mean_ches` [G] of pairs; the table is in the module's docstring.
 
     Args:
-        hidden: [N, D] states of the label tokens.
-        segments: their table; groups of at least two candidates.
+        hidden: [N, D] states of the target tokens.
+        segments: their segment table; groups of at least two candidates.
 
     Raises:
         ValueError: a group with a single candidate.
@@ -67,16 +67,16 @@ def entanglement(
     labels: Tensor,
     segments: Segments,
     *,
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
     workspace_mib: Workspace = "auto",
 ) -> dict[str, Tensor]:
-    """Inner product, norms and the two conditions [G]; the table is in the module's docstring.
+    """Return inner product, norms and both conditions [G]; the table is in the module's docstring.
 
     Args:
-        hidden: [N, D] states of the label tokens; no gradient reaches them.
+        hidden: [N, D] states of the target tokens; no gradient reaches them.
         head: the language model's head.
-        labels: [N] label tokens.
-        segments: their table; groups of at least two candidates.
+        labels: [N] target tokens.
+        segments: their segment table; groups of at least two candidates.
         backend, workspace_mib: as in `fastpo.linear_logps`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a model does between its last hidden state and its logits, read once from its config."""
+"""Read from a model's config what happens between its last hidden state and its logits."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _CAPPED_AT = {
 }
 _KNOWN = (_MULTIPLIED_BY, _DIVIDED_BY, _CAPPED_AT)
 
-# Anything else of such a name may be one more rule between hidden state and logits. Attention's and
-# the routers' own caps and scales are not.
+# Another setting with such a name may change the logits too. Caps and scales of attention and of
+# routers do not.
 _SUSPECT = re.compile(r"logits?_.*(scal|cap|mult)|(lm_)?head_mult|output_mult|unpadded_vocab_size")
 _ELSEWHERE = re.compile(r"attn|attention|router|moe|init_value")
 
@@ -37,7 +37,7 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def read_head(model: nn.Module) -> Head:
-    """The Head of a causal language model: its output embedding and the facts around it.
+    """Return the Head of a causal language model: its output embedding, soft-cap and logit scale.
 
     Tied weights and `modules_to_save=["lm_head"]` work: tensors are read at every call.
 
@@ -69,7 +69,7 @@ def read_head(model: nn.Module) -> Head:
 
 
 class _AdaptedHead(Head):
-    """A head under peft's LoRA layer, whose `weight` and `bias` are the base layer's."""
+    """A head inside peft's LoRA layer, whose `weight` and `bias` are the base layer's."""
 
     @property
     def lora(self) -> Lora | None:
@@ -82,7 +82,7 @@ class _AdaptedHead(Head):
 
 
 def _named(config: PretrainedConfig, table: dict[str, tuple[str, ...]]) -> list[str]:
-    """The table's attributes that this family has and has set."""
+    """List the attributes of `table` that this family has and that its config sets."""
     return [
         name
         for name, families in table.items()
@@ -103,7 +103,7 @@ def _check_unmodelled(config: PretrainedConfig) -> None:
 
 
 def _check_module(module: nn.Module) -> bool:
-    """Whether it is under LoRA; ValueError if other things happen to the hidden states there."""
+    """Return whether the head is a LoRA layer; refuse with ValueError what Head does not model."""
     wrappers = {kind.__name__ for kind in type(module).__mro__}
     if "TrainableTokensWrapper" in wrappers or "TrainableTokensLayer" in wrappers:
         raise ValueError(
@@ -129,7 +129,7 @@ def _check_module(module: nn.Module) -> bool:
 
 
 def _is_plain_lora(layer: Any) -> bool:
-    """h W^T + scaling (h A^T) B^T and nothing else."""
+    """Return whether the layer is h W^T + scaling (h A^T) B^T and nothing else."""
     dropouts = getattr(layer, "lora_dropout", {}).values()
     return (
         isinstance(getattr(layer, "lora_A", None), nn.ModuleDict)

@@ -1,17 +1,17 @@
-"""A Hugging Face model as a source of hidden states, in one row with shared prompts or padded.
+"""Take hidden states from a Hugging Face model: packed rows with shared prompts, or padded rows.
 
 `attach` gives the underlying causal language model a forward that stops before the head when asked
 to, so that DDP, FSDP, peft and accelerate wrappers are still entered through their own `__call__`.
-The attention implementation is a property of the call and not of the model: a forward with a layout
-runs under the shared-prompt attention, every other one under the model's own, and the recomputation
-of a checkpointed layer during backward finds the implementation that its forward had.
+The attention implementation belongs to the call and not to the model. A forward with a layout runs
+under the shared-prompt attention, every other one under the model's own. The recomputation of a
+checkpointed layer during backward uses the implementation that its forward had.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from fastpo.batch import Layout
+from fastpo.batch import Batch, Layout
 from fastpo.model.attention.dispatch import NAME
 from fastpo.model.attention.shared_row import SharedRow
 from fastpo.model.quantised import keep_trainable
@@ -32,7 +32,7 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass
 class _Attached:
-    """What `detach` needs: the forward that the instance carried before, if any, and our hooks."""
+    """State for `detach`: the forward that the instance had before, if any, and our hooks."""
 
     forward: Callable | None
     hooks: list = field(default_factory=list)
@@ -40,7 +40,7 @@ class _Attached:
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The causal language model inside peft, DDP, FSDP or torch.compile wrappers.
+    """Return the causal language model inside peft, DDP, FSDP or torch.compile wrappers.
 
     Raises:
         TypeError: no transformers model inside.
@@ -59,7 +59,7 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 
 
 def decoder_of(model: nn.Module) -> PreTrainedModel:
-    """The stack of layers, final norm included, head excluded.
+    """Return the stack of layers, final norm included, head excluded.
 
     Raises:
         ValueError: the model has no such part by itself (ModernBERT's `decoder` is its head).
@@ -89,8 +89,8 @@ def attach(model: M, *, attention_backend: str | None = None) -> M:
 
     Args:
         model: a causal language model, perhaps wrapped.
-        attention_backend: of packed rows: a name of `fastpo.model.attention.BACKENDS`, which never
-            falls back, or "auto"; None: as it was, "auto" at first.
+        attention_backend: backend of packed rows: a name of `fastpo.model.attention.BACKENDS`,
+            which never falls back, or "auto". None keeps the present one, "auto" at first.
 
     Raises:
         TypeError, ValueError: as `causal_lm`, `decoder_of` and `keep_trainable`; a prompt-learning
@@ -149,32 +149,33 @@ def detach(model: M) -> M:
     return model
 
 
-def label_hidden(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """[N, D] hidden states that predict the batch's label tokens, in the order of `targets`.
+def target_hidden(model: nn.Module, batch: Batch) -> Tensor:
+    """Return [M, D] hidden states that predict the batch's targets, in their order.
 
     Args:
         model: an attached model or a wrapper around one.
-        batch: what `fastpo.data.packing.collate` returns, shared or padded.
+        batch: shared or padded.
 
     Raises:
         ValueError: a model that `attach` has not seen: it would drop our arguments in silence.
     """
     hidden = _call(model, batch)
-    return hidden.flatten(0, 1).index_select(0, batch["token_index"])
+    return hidden.flatten(0, 1).index_select(0, batch.head_positions)
 
 
-def _call(model: nn.Module, batch: Mapping[str, Any], **options: bool) -> Any:
+def _call(model: nn.Module, batch: Batch, **options: bool) -> Any:
     if "_fastpo" not in causal_lm(model).__dict__:
         raise ValueError(f"fastpo.model.hidden.attach({type(model).__name__}) comes first")
-    names = ("input_ids", "attention_mask", "position_ids")
-    inputs = {name: batch[name] for name in names if batch.get(name) is not None}
-    if batch.get("layout") is not None:
-        inputs["fastpo_layout"] = batch["layout"]
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+    if batch.layout is None:
+        inputs["attention_mask"] = batch.attention_mask
+    else:
+        inputs["fastpo_layout"] = batch.layout
     return model(**inputs, fastpo_hidden=True, **options)
 
 
-def label_hidden_and_balance(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    r"""`label_hidden`, and the load-balance loss of a mixture of experts, a scalar.
+def target_hidden_and_balance(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    r"""Return `target_hidden`, and the load-balance loss of a mixture of experts, a scalar.
 
     $$ E \sum_e f_e P_e $$
 
@@ -185,14 +186,14 @@ def label_hidden_and_balance(model: nn.Module, batch: Mapping[str, Any]) -> tupl
     losses does not. Paper: https://arxiv.org/abs/2101.03961.
     """
     hidden, balance = _call(model, batch, fastpo_balance=True)
-    return hidden.flatten(0, 1).index_select(0, batch["token_index"]), balance
+    return hidden.flatten(0, 1).index_select(0, batch.head_positions), balance
 
 
 def balance_coefficient(model: nn.Module, wanted: float | None) -> float:
-    """The load-balance loss's weight; 0 for dense models.
+    """Return the weight of the load-balance loss; 0 for dense models.
 
-    Without a wish it is the configuration's own where that has `output_router_logits` on, which is
-    how transformers and TRL are told to add the loss, else 0.
+    Without `wanted` it is that of the configuration where `output_router_logits` is on, by which
+    transformers and TRL add the loss; else 0.
 
     Raises:
         ValueError: a negative coefficient, or one for a model that gives no router logits.
@@ -218,7 +219,7 @@ def _num_experts(config: PretrainedConfig) -> int | None:
 
 
 def _forward_like(original: Callable) -> Callable:
-    """A forward with the signature of `original`; holds no instance, so that copies stay apart."""
+    """Make a forward with the signature of `original`, without an instance: copies stay apart."""
 
     @functools.wraps(original)
     def forward(
@@ -232,7 +233,7 @@ def _forward_like(original: Callable) -> Callable:
         if not fastpo_hidden:
             if fastpo_layout is not None:
                 raise ValueError("fastpo_layout goes with fastpo_hidden=True")
-            # What accelerate or another tool had put on the instance before.
+            # accelerate or another tool may have put a forward on the instance before.
             earlier = self.__dict__["_fastpo"].forward
             return original(self, *args, **kwargs) if earlier is None else earlier(*args, **kwargs)
         return _hidden(self, fastpo_layout, fastpo_balance, *args, **kwargs)
@@ -245,25 +246,26 @@ def _hidden(
 ) -> Any:  # [B, T, D], and the load-balance loss if asked for
     decoder = decoder_of(model)
     # peft passes every argument of the usual forward, most of them None (labels, return_dict, ...).
-    given = {name: value for name, value in kwargs.items() if value is not None}
-    given["use_cache"] = False
+    inputs = {name: value for name, value in kwargs.items() if value is not None}
+    inputs["use_cache"] = False
     if balance:
-        given["output_router_logits"] = True
+        inputs["output_router_logits"] = True
     if layout is None:
-        _drop_unused_positions(decoder, given)
-        return _taken(decoder(*args, **given), model, given.get("attention_mask"), balance)
-    if "attention_mask" in given:
+        _drop_unused_positions(decoder, inputs)
+        output = decoder(*args, **inputs)
+        return _hidden_of(output, model, inputs.get("attention_mask"), balance)
+    if "attention_mask" in inputs:
         raise ValueError("a packed row takes no attention_mask: its layout is its mask")
-    if given.get("position_ids") is None:
+    if inputs.get("position_ids") is None:
         raise ValueError("a packed row needs position_ids: every response restarts at the prompt")
     row = SharedRow(layout, model.__dict__["_fastpo"].attention_backend)
     with _implementation(decoder.config, NAME):  # the decoder builds its masks under this name
-        output = decoder(*args, **given, fastpo_layout=row)
+        output = decoder(*args, **inputs, fastpo_layout=row)
     row.verify(decoder.config)
-    return _taken(output, model, None, balance)
+    return _hidden_of(output, model, None, balance)
 
 
-def _taken(output: Any, model: PreTrainedModel, mask: Tensor | None, balance: bool) -> Any:
+def _hidden_of(output: Any, model: PreTrainedModel, mask: Tensor | None, balance: bool) -> Any:
     hidden: Tensor = output.last_hidden_state
     weight: Any = getattr(model.get_output_embeddings(), "weight", None)
     wide = getattr(weight, "dtype", None) is torch.float32
@@ -278,12 +280,12 @@ def _taken(output: Any, model: PreTrainedModel, mask: Tensor | None, balance: bo
     return hidden, loss
 
 
-def _drop_unused_positions(decoder: PreTrainedModel, given: dict[str, Any]) -> None:
-    """Models without positions (Mamba, ALiBi) do not take position_ids, and cannot honour jumps."""
-    positions = given.get("position_ids")
+def _drop_unused_positions(decoder: PreTrainedModel, inputs: dict[str, Any]) -> None:
+    """Drop position_ids for models without positions (Mamba, ALiBi), which cannot honour jumps."""
+    positions = inputs.get("position_ids")
     if positions is None or "position_ids" in inspect.signature(decoder.forward).parameters:
         return
-    mask = given.get("attention_mask")
+    mask = inputs.get("attention_mask")
     usual = torch.arange(positions.shape[-1], device=positions.device)
     jumps = (positions != usual) if mask is None else (positions != usual) & mask.bool()
     if jumps.any():
@@ -291,7 +293,7 @@ def _drop_unused_positions(decoder: PreTrainedModel, given: dict[str, Any]) -> N
             f"{type(decoder).__name__} has no position_ids, so the positions of this batch, which "
             "are not 0, 1, 2, ..., cannot be honoured"
         )
-    del given["position_ids"]
+    del inputs["position_ids"]
 
 
 @contextmanager
@@ -305,11 +307,11 @@ def _implementation(config: PretrainedConfig, name: str) -> Iterator[None]:
 
 
 def _enter_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Also runs when backward recomputes a checkpointed layer, long after the forward's end."""
+    """Switch to shared prompts, also when backward recomputes a layer long after the forward."""
     row = kwargs.get("fastpo_layout")
     if isinstance(row, SharedRow):
         config: Any = module.config
-        row.outer.append(config._attn_implementation)
+        row.outer_implementations.append(config._attn_implementation)
         config._attn_implementation_internal = NAME
 
 
@@ -319,12 +321,15 @@ def _leave_attention(
     row = kwargs.get("fastpo_layout")
     if isinstance(row, SharedRow):
         config: Any = module.config
-        config._attn_implementation_internal = row.outer.pop()
+        config._attn_implementation_internal = row.outer_implementations.pop()
 
 
 @contextmanager
 def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Training or evaluation mode, without checkpointing, which may not know `autograd.grad`."""
+    """Switch to training or evaluation mode, without checkpointing; restore both afterwards.
+
+    Checkpointing may not support `autograd.grad`.
+    """
     before = {module: module.training for module in model.modules()}
     checkpointed = [m for m in before if getattr(m, "gradient_checkpointing", False)]
     model.train(training)
@@ -341,7 +346,7 @@ def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 @contextmanager
 def generation(model: nn.Module) -> Iterator[nn.Module]:
-    """Ready for `model.generate`: eval mode, cache on, no checkpointing; all restored afterwards.
+    """Prepare for `model.generate`: eval mode, cache on, no checkpointing; restore afterwards.
 
     Attention needs no switch, since only calls with a layout leave the model's own.
     """

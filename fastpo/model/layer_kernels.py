@@ -1,4 +1,4 @@
-"""liger-kernel's RMSNorm, RoPE and gated activations in place of the model's own, on a GPU."""
+"""Replace a model's RMSNorm, RoPE and gated activations by liger-kernel's, on a GPU."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ LayerKernels = Literal["none", "auto", "liger"]
 def use_layer_kernels(model: nn.Module, wanted: LayerKernels, device: torch.device) -> bool:
     """Patch `model` by liger-kernel's own function, all but its losses; returns whether it did.
 
-    Some of liger's patches are of the architecture's module (RoPE), and reach every model of that
-    type in the process: patch the policy and its reference alike, or they differ by rounding.
+    Some of liger's patches (RoPE) change the architecture's module, and so every model of that type
+    in the process. Patch the policy and its reference alike, or they differ by rounding.
 
     Args:
         model: a transformers model, or a wrapper around one.

@@ -1,4 +1,4 @@
-"""What a model takes: token ids as its embedding has rows, positions as it was made for."""
+"""Check token ids against a model's embedding, and lengths against its positions."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ _MADE_FOR_A_LENGTH = re.compile(r"rotary|rope|embed_positions")
 
 
 def embedding_rows(model: nn.Module) -> int:
-    """How many token ids a model takes."""
+    """Count the token ids that a model takes."""
     weight: Any = next(causal_lm(model).get_input_embeddings().parameters())
     # ZeRO-3 leaves an empty tensor and keeps its shape beside it.
     return getattr(weight, "ds_shape", weight.shape)[0]
 
 
 def vocabulary_size(tokenizer: Any) -> int:
-    """How many rows an embedding needs for every token; ids may have gaps, which `len` skips."""
+    """Count the rows that an embedding needs for every token; `len` skips gaps in the ids."""
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The token ids that every one of some models takes.
+    """The token ids that all of several models take.
 
     Args:
-        rows: of the smallest embedding.
-        owner: whose embedding that is, for messages.
-        tokenizer: what made the ids, for messages.
+        rows: number of rows of the smallest embedding.
+        owner: the model that has it, for messages.
+        tokenizer: the tokenizer that made the ids, for messages.
     """
 
     rows: int
@@ -51,7 +51,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: Any, model: nn.Module, *others: nn.Module | None) -> Vocabulary:
-        """Of a model and of those beside it; None is no model."""
+        """Read the vocabulary that a model and those beside it share; None stands for no model."""
         owner, rows = "the model", embedding_rows(model)
         for other in others:
             if other is not None and (fewer := embedding_rows(other)) < rows:
@@ -63,12 +63,12 @@ class Vocabulary:
 
     @property
     def padding(self) -> int:
-        """A token to pad with: masked and never scored, so any that the embedding has will do."""
+        """Return a token to pad with: it is masked and never scored, so any known one will do."""
         pad = self.tokenizer.pad_token_id
         return pad if isinstance(pad, int) and pad < self.rows else 0
 
     def check(self, ids: Sequence[int] | np.ndarray, where: str) -> None:
-        """Nothing, or ValueError for a token beyond the embedding: a GPU would only abort."""
+        """Refuse a token beyond the embedding with ValueError: a GPU would only abort."""
         beyond = np.asarray(ids)[np.asarray(ids) >= self.rows]
         if not len(beyond):
             return
@@ -82,7 +82,7 @@ class Vocabulary:
         )
 
     def check_groups(self, groups: Iterable[Group]) -> None:
-        """Nothing, or ValueError for the first group with a token beyond the embedding.
+        """Refuse the first group with a token beyond the embedding with ValueError.
 
         A larger vocabulary whose tokens do not occur in the groups does no harm.
         """
@@ -92,14 +92,14 @@ class Vocabulary:
 
 @dataclass
 class Positions:
-    """How far a model's positions reach.
+    """The reach of a model's positions.
 
     Args:
-        limit: tokens in a row that it was made for; None where length is no matter, as without
-            positions or with ALiBi.
-        name: of the model's type.
-        table: whether it looks positions up, so that beyond the limit nothing runs.
-        told: whether somebody was warned.
+        limit: tokens in a row that the model was made for, or None where any length will do, as
+            without positions or with ALiBi.
+        name: name of the model's type.
+        table: whether it looks positions up in a table, so that nothing runs beyond the limit.
+        told: whether a warning was given.
     """
 
     limit: int | None
@@ -109,9 +109,9 @@ class Positions:
 
     @classmethod
     def of(cls, *models: nn.Module | None) -> Positions:
-        """The shortest of some causal language models, which may lie on the meta device."""
-        every = [cls._of(model) for model in models if model is not None]
-        return min(every, key=lambda each: math.inf if each.limit is None else each.limit)
+        """Return the shortest reach of several models, which may lie on the meta device."""
+        reaches = [cls._of(model) for model in models if model is not None]
+        return min(reaches, key=lambda reach: math.inf if reach.limit is None else reach.limit)
 
     @classmethod
     def _of(cls, model: nn.Module) -> Positions:
@@ -123,7 +123,7 @@ class Positions:
         limit = getattr(config, "max_position_embeddings", None)
         if limit is None:
             return cls(None, config.model_type)
-        modules = [(name.rpartition(".")[2], each) for name, each in decoder.named_modules()]
+        modules = [(name.rpartition(".")[2], module) for name, module in decoder.named_modules()]
         if any(
             isinstance(module, nn.Embedding)
             and _LEARNED.search(name)
@@ -131,17 +131,17 @@ class Positions:
             for name, module in modules
         ) or any(name.rpartition(".")[2] in _TABLES for name, _ in decoder.named_buffers()):
             return cls(limit, config.model_type, table=True)
-        given = getattr(config, "rope_parameters", None)
-        if not given and not any(_MADE_FOR_A_LENGTH.search(name) for name, _ in modules):
+        rope = getattr(config, "rope_parameters", None)
+        if not rope and not any(_MADE_FOR_A_LENGTH.search(name) for name, _ in modules):
             return cls(None, config.model_type)
-        return cls(_scaled(given or {}, limit), config.model_type)
+        return cls(_scaled(rope or {}, limit), config.model_type)
 
     def beyond(self, tokens: int) -> bool:
-        """Whether so many tokens in a row are too many."""
+        """Return whether so many tokens in a row are too many."""
         return self.limit is not None and tokens > self.limit
 
     def told_of(self, what: str, remedy: str = "lower max_length") -> str:
-        """One line about `what` reaches beyond the limit."""
+        """Write the line that says what reaches beyond the limit."""
         made = f"{what}, {self.name} was made for {self.limit}: {remedy}"
         if self.table:
             return f"{made}; its table of positions ends there (max_position_embeddings)"
@@ -151,7 +151,7 @@ class Positions:
         )
 
     def check(self, what: str, tokens: int, remedy: str = "lower max_length") -> None:
-        """A warning where `tokens` in a row reach beyond the limit.
+        """Warn where `tokens` in a row reach beyond the limit.
 
         Raises:
             ValueError: they do, and the model looks positions up in a table.
@@ -164,7 +164,7 @@ class Positions:
         logger.warning("%s", self.told_of(what, remedy))
 
     def check_groups(self, groups: Iterable[Group]) -> None:
-        """`check` of the group that reaches furthest."""
+        """Run `check` on the group that reaches furthest."""
         if self.limit is None:
             return
         furthest = max(groups, key=_reach, default=None)
@@ -179,7 +179,7 @@ class Positions:
 
 
 def _reach(group: Group) -> int:
-    """Positions that the longest prompt with a response reaches over, the reference's too."""
+    """Count the positions of the longest prompt with a response, the reference's prompts too."""
     contexts = [*group.contexts, *group.for_reference.contexts]
     return max(
         context.end + max((len(r.input_ids) for r in context.responses), default=0)
@@ -187,11 +187,11 @@ def _reach(group: Group) -> int:
     )
 
 
-def _scaled(given: dict[str, Any], limit: int) -> int:
-    """The limit under rope parameters: beside scaled ones, some configurations keep that before."""
-    nested = [each for each in given.values() if isinstance(each, dict)]
+def _scaled(parameters: dict[str, Any], limit: int) -> int:
+    """Return the limit under rope parameters; some configurations give the one before scaling."""
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
     reaches = [limit]
-    for rope in nested or [given]:
+    for rope in nested or [parameters]:
         factor, before = rope.get("factor"), rope.get("original_max_position_embeddings")
         if before is None and not nested:  # Gemma 3, with parameters by kind of layer, counts it in
             before = limit

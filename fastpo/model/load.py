@@ -1,4 +1,4 @@
-"""Models and tokenizers from the hub or disk; everything here is transformers' and peft's work."""
+"""Load models and tokenizers from the hub or disk through transformers and peft."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from transformers import (
 
 from fastpo.model.adapters import raise_saved_modules
 from fastpo.model.attention.dispatch import NAME
-from fastpo.model.device import default_device, native_bf16
+from fastpo.model.device import default_device, native_bf16, seeded_draws
 from fastpo.model.limits import embedding_rows
 from fastpo.model.lora import lora_faults
 from fastpo.model.random_init import model_config, random_model
@@ -35,11 +35,11 @@ logger = logging.getLogger(__name__)
 
 
 class Adapter(NamedTuple):
-    """What an adapter in a folder stands on.
+    """The base model of an adapter in a folder.
 
     Args:
         base: name or folder of the base model.
-        revision: of the base model.
+        revision: revision of the base model.
         gguf_file: file inside `base` that holds the weights in GGUF form.
     """
 
@@ -49,7 +49,7 @@ class Adapter(NamedTuple):
 
 
 def trained_adapter(name_or_path: str) -> Adapter | None:
-    """The adapter that a folder holds, or None for a whole model or a name on the hub.
+    """Read the adapter that a folder holds, or None for a whole model or a name on the hub.
 
     Raises:
         ValueError: the folder holds the weights of a whole model too.
@@ -79,7 +79,7 @@ def trained_adapter(name_or_path: str) -> Adapter | None:
 
 
 def adapter_rows(name_or_path: str, model: Any) -> int | None:
-    """Rows of the embedding or head that an adapter's file holds, or None if it holds neither.
+    """Count the rows of the embedding or head in an adapter's file, or None if it holds neither.
 
     They say how large the vocabulary was when it was trained; peft would refuse another size.
     """
@@ -95,7 +95,7 @@ def adapter_rows(name_or_path: str, model: Any) -> int | None:
 
 
 def check_place(name: str) -> None:
-    """ValueError for what can only be a path and leads nowhere.
+    """Refuse a name that can only be a path and leads nowhere with ValueError.
 
     Libraries take it for a name on the hub and complain about its form.
     """
@@ -104,9 +104,18 @@ def check_place(name: str) -> None:
         raise ValueError(f"{name!r} names no model")
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not path.exists():
         raise ValueError(f"no folder {name!r}, and a name on the hub looks like owner/name")
-    for each in path.iterdir() if path.is_dir() else ():
-        if not each.is_file() and not each.is_dir():  # a pipe would be waited for
-            raise ValueError(f"{each} is no file: remove it or put the file in its place")
+    for entry in path.iterdir() if path.is_dir() else ():
+        if not entry.is_file() and not entry.is_dir():  # a pipe would be waited for
+            raise ValueError(f"{entry} is no file: remove it or put the file in its place")
+
+
+def _source(revision: str | None, trust_remote_code: bool, gguf_file: str | None) -> dict[str, Any]:
+    """Return the arguments by which transformers finds files of a model or tokenizer."""
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if gguf_file is not None:
+        require("gguf", f"gguf_file={gguf_file!r}")
+        source["gguf_file"] = gguf_file
+    return source
 
 
 def load_model(
@@ -123,12 +132,12 @@ def load_model(
     random_init: bool = False,
     vocabulary: int | None = None,
 ) -> nn.Module:
-    """A causal language model, with a fresh LoRA adapter if asked for.
+    """Load a causal language model, with a fresh LoRA adapter if asked for.
 
     Args:
         name_or_path: hub name or folder. Weights are read from safetensors, or from `gguf_file`.
         dtype: a torch dtype or its name; "auto" is the checkpoint's, but float32 on a CPU without
-            native bfloat16, where emulated products are many times slower.
+            native bfloat16, where emulated matmuls are many times slower.
         gguf_file: file name of a GGUF checkpoint in the repository; dequantised on load.
         quantization: "nf4" (4-bit NormalFloat, double quantisation), keyword arguments of
             BitsAndBytesConfig, or any quantisation config of transformers.
@@ -147,12 +156,9 @@ def load_model(
             option, or a combination that cannot be.
         PackageError: a package that `gguf_file`, `quantization` or `lora` needs is not installed.
     """
-    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if gguf_file is not None:
-        if random_init:
-            raise ValueError(f"random_init reads no weights: drop gguf_file={gguf_file!r}")
-        require("gguf", f"gguf_file={gguf_file!r}")
-        source["gguf_file"] = gguf_file
+    if gguf_file is not None and random_init:
+        raise ValueError(f"random_init reads no weights: drop gguf_file={gguf_file!r}")
+    source = _source(revision, trust_remote_code, gguf_file)
     if attn_implementation == NAME:
         raise ValueError(
             f"attn_implementation={NAME!r}: name the model's own attention; shared prompts switch "
@@ -180,7 +186,7 @@ def load_model(
             attn_implementation=attn_implementation,
             device=default_device() if device is None else torch.device(device),
         )
-        return _completed(model, vocabulary, lora)
+        return _extended(model, vocabulary, lora)
     if gguf_file is not None:
         if quantization is not None:
             raise ValueError(f"gguf_file={gguf_file!r} is dequantised on load: no quantization")
@@ -196,8 +202,8 @@ def load_model(
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name_or_path, **source, **options, output_loading_info=True
             )
-            model, found = loaded
-            if missing := sorted(found["missing_keys"]):  # would be drawn at random
+            model, report = loaded
+            if missing := sorted(report["missing_keys"]):  # would be drawn at random
                 raise ValueError(
                     f"{len(missing)} of its weights are missing, the first is {missing[0]}"
                 )
@@ -208,11 +214,11 @@ def load_model(
                 "sdpa or flash_attention_2, or leave it out"
             ) from error
         raise
-    return _completed(model, vocabulary, lora)
+    return _extended(model, vocabulary, lora)
 
 
-def _completed(model: Any, vocabulary: int | None, lora: dict[str, Any] | None) -> nn.Module:
-    """The model with rows for a larger vocabulary, then with an adapter."""
+def _extended(model: Any, vocabulary: int | None, lora: dict[str, Any] | None) -> nn.Module:
+    """Add rows for a larger vocabulary to the model, then an adapter."""
     if vocabulary is not None and vocabulary > embedding_rows(model):
         resize_embeddings(model, vocabulary)
         lora = None if lora is None else _with_embeddings(model, lora)
@@ -230,23 +236,19 @@ def _completed(model: Any, vocabulary: int | None, lora: dict[str, Any] | None) 
 
 
 def resize_embeddings(model: Any, rows: int) -> None:
-    """Give embedding and head so many rows; new ones are drawn around the mean of the others.
+    """Resize embedding and head to `rows`; new ones are drawn around the mean of the others.
 
-    The draw depends on the weights alone: whoever opens an adapter later meets the same rows.
+    The draw depends on the weights alone, so an adapter that is opened later meets the same rows.
 
     Raises:
-        ValueError: a model of which transformers cannot, as with a quantised embedding.
+        ValueError: a model that transformers cannot resize, as with a quantised embedding.
     """
-    before, device = embedding_rows(model), model.device
-    seeded = [] if device.type == "cpu" else [device]
-    name = model.config.model_type
+    before, name = embedding_rows(model), model.config.model_type
     if not _tied(model):  # where the configuration said otherwise, one would be dropped
         for config in (model.config, model.config.get_text_config(decoder=True)):
             config.tie_word_embeddings = False
     try:
-        kind = seeded[0].type if seeded else "cuda"
-        with torch.random.fork_rng(seeded, device_type=kind):
-            torch.manual_seed(0)
+        with seeded_draws(model.device):
             model.resize_token_embeddings(rows)
     except torch.OutOfMemoryError:
         raise
@@ -269,18 +271,18 @@ _TIED_BY_PEFT = ("embed_tokens", "lm_head")
 
 
 def _ends(model: Any) -> tuple[str, str]:
-    """Names of the embedding and of the head."""
+    """Return the names of the embedding and of the head."""
     names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
     return names[model.get_input_embeddings()], names[model.get_output_embeddings()]
 
 
 def _tied(model: Any) -> bool:
-    """Whether the head has no matrix of its own."""
+    """Return whether embedding and head share one matrix."""
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def _with_embeddings(model: Any, lora: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of an adapter under which new rows of embedding and head are trained.
+    """Extend an adapter's arguments so that new rows of embedding and head are trained.
 
     Raises:
         ValueError: embedding and head share a matrix of which peft would train two copies.
@@ -311,18 +313,15 @@ def load_tokenizer(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a padding token.
+    """Load the tokenizer, with a padding token.
 
-    One that has none pads with its end-of-sequence token. No loss depends on that: label positions
-    are listed one by one and never found by the value of a token.
+    One that has none pads with its end-of-sequence token. No loss depends on that: target tokens
+    are listed by position and never looked for by value.
 
     Raises:
         ValueError: neither a padding nor an end-of-sequence token.
     """
-    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if gguf_file is not None:
-        require("gguf", f"gguf_file={gguf_file!r}")
-        source["gguf_file"] = gguf_file
+    source = _source(revision, trust_remote_code, gguf_file)
     with opening(name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **source)
         tokenizer("a")  # a setting of another type fails at the first use
@@ -335,9 +334,9 @@ def load_tokenizer(
 
 
 def add_lora(model: nn.Module, lora: dict[str, Any]) -> nn.Module:
-    """`model` with a fresh LoRA adapter from keyword arguments of peft.LoraConfig.
+    """Add a fresh LoRA adapter from keyword arguments of peft.LoraConfig to `model`.
 
-    What is trained, `modules_to_save` too, is float32; the rest keeps its dtype.
+    Trained weights, `modules_to_save` too, are float32; all others keep their dtype.
 
     Raises:
         ValueError: a name that LoraConfig does not have, or a number that makes no adapter.
@@ -356,8 +355,8 @@ def add_lora(model: nn.Module, lora: dict[str, Any]) -> nn.Module:
 def disable_dropout(model: nn.Module) -> int:
     """Set every dropout probability of the model to 0, adapters included; returns how many changed.
 
-    Policy and reference must see the same function, and a shared prompt cannot have one noise per
-    response. Both dropout modules and the rates that attention modules keep as numbers are set.
+    Policy and reference must be the same function, and a shared prompt cannot have other noise for
+    each response. Dropout modules are set, and the rates that attention modules keep as numbers.
     """
     changed = 0
     for module in model.modules():
@@ -401,14 +400,14 @@ def _resolve_dtype(
     return "auto"
 
 
-def _quantization(given: Any, dtype: str | torch.dtype) -> Any:
-    if given == "nf4":
-        given = {
+def _quantization(wanted: Any, dtype: str | torch.dtype) -> Any:
+    if wanted == "nf4":
+        wanted = {
             "load_in_4bit": True,
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": True,
             "bnb_4bit_compute_dtype": torch.bfloat16 if dtype == "auto" else dtype,
         }
-    if isinstance(given, str):
-        raise ValueError(f"unknown quantization {given!r}: 'nf4', a dict, or a config object")
-    return BitsAndBytesConfig(**given) if isinstance(given, dict) else given
+    if isinstance(wanted, str):
+        raise ValueError(f"unknown quantization {wanted!r}: 'nf4', a dict, or a config object")
+    return BitsAndBytesConfig(**wanted) if isinstance(wanted, dict) else wanted

@@ -1,4 +1,4 @@
-"""Arguments of `peft.LoraConfig`, which takes a rank of 0 or a dropout of 7 without a word."""
+"""Check arguments of `peft.LoraConfig`, which accepts a rank of 0 or a dropout of 7."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NUMBERS: dict[str, Any] = {"r": Count, "lora_alpha": Positive, "lora_dropout": P
 
 
 def lora_faults(arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Names of arguments that `LoraConfig` has not, or whose values make no adapter, and why."""
+    """Yield (name, reason) of arguments that `LoraConfig` lacks or whose values make no adapter."""
     from peft import LoraConfig
 
     known = [f.name for f in fields(LoraConfig) if f.init]
@@ -51,7 +51,7 @@ def _misfits(name: str, shown: str, value: Any, expected: Any) -> Iterator[tuple
 
 
 def _bad_pattern(name: str, pattern: str) -> Iterator[tuple[str, str]]:
-    """A text of peft's is one regular expression, whatever else it looks like."""
+    """Yield faults of a pattern; peft takes any string for one regular expression."""
     try:
         re.compile(pattern)
     except re.error as error:

@@ -1,4 +1,4 @@
-r"""Masks of tokens from a reference's hidden states: SparsePO's learned ones and MaPO's fixed ones.
+r"""Compute token masks from a reference's hidden states: learned (SparsePO) or fixed (MaPO).
 
 With $h^{(i)}_t$ the output of layer i at the position that predicts token t:
 
@@ -30,7 +30,7 @@ MaskKind = Literal["common", "independent", "activation"]
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
-    """The decoder's layers, in order.
+    """Return the decoder's layers, in order.
 
     Raises:
         ValueError: no list of as many modules as the model has layers.
@@ -48,11 +48,11 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
 
 @contextmanager
 def layer_states(model: nn.Module, index: Tensor) -> Iterator[list[Tensor]]:
-    """Collects, while `model` runs inside, the output [N, D] of every layer at some positions.
+    """Collect the output [N, D] of every layer at `index` while `model` runs inside.
 
     Args:
         model: a causal language model, wrapped or not.
-        index: [N] positions in the flattened batch, `token_index` of `fastpo.data.packing.collate`.
+        index: [N] flat positions of a batch, its `head_positions`.
     """
     states: list[Tensor] = []
 
@@ -72,8 +72,8 @@ class LearnedMask(nn.Module):
     """One mask [N], not negative, from the states of all layers; see the module's table.
 
     Args:
-        num_layers, hidden_size: of the reference.
-        dropout: of each layer's part and of the mask.
+        num_layers, hidden_size: sizes of the reference.
+        dropout: rate for each layer's part and for the mask.
     """
 
     def __init__(self, num_layers: int, hidden_size: int, dropout: float = 0.01) -> None:
@@ -87,7 +87,7 @@ class LearnedMask(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, states: Sequence[Tensor]) -> Tensor:
-        """[N] from [N, D] of each layer."""
+        """Map [N, D] of each layer to a mask [N]."""
         dtype = self.mixer.weight.dtype
         parts = [
             self.dropout(layer(self.norm(state.to(dtype))).relu())
@@ -97,7 +97,7 @@ class LearnedMask(nn.Module):
 
 
 def activation_mask(states: Sequence[Tensor], segments: Segments) -> Tensor:
-    """[N] in [0, 1] from [N, D] of each layer; 1 in responses whose tokens are all alike.
+    """Map [N, D] of each layer to [N] in [0, 1]; 1 in responses whose tokens are all alike.
 
     >>> states = [torch.tensor([[1.0, 1.0], [3.0, 3.0], [2.0, 2.0]])]
     >>> table = Segments(torch.tensor([0, 0, 0]), torch.tensor([[0]]), torch.tensor([[True]]), 1)
@@ -121,7 +121,7 @@ class TokenMasks(nn.Module):
 
     Args:
         kind: see the module's table; `activation` has no parameters.
-        num_layers, hidden_size, dropout: of learned masks.
+        num_layers, hidden_size, dropout: arguments of learned masks.
     """
 
     def __init__(
@@ -136,7 +136,10 @@ class TokenMasks(nn.Module):
     def forward(
         self, states: Sequence[Tensor], segments: Segments, token_weights: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """`token_weights` [N], and `kl_weights` [N] of independent masks; times given weights."""
+        """Return `token_weights` [N], also `kl_weights` [N] for independent masks.
+
+        Both are multiplied by the `token_weights` that are passed, if any.
+        """
         # Log-probs are float32 under autocast too, and a weight rounds them like any factor.
         with torch.autocast(segments.response.device.type, enabled=False):
             masks = {name: mask(states) for name, mask in self.learned.items()}

@@ -1,4 +1,4 @@
-"""Adapters merged into the weights under them and compared with what was trained; blends."""
+"""Merge adapters into the weights under them, checked against what was trained; blend models."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fastpo.model.adapters import lower_saved_modules
 from fastpo.model.hidden import causal_lm, mode
 from fastpo.model.self_check import largest, one_rounding, rounding_bound
 
-_TOKENS = 32  # of the one row whose logits are compared
+_TOKENS = 32  # length of the row whose logits are compared
 
 
 class _Logits(NamedTuple):
-    """What a model says to a few tokens, and by how much rounding may change that."""
+    """Logits of a model on a few tokens, and a bound of what rounding may change."""
 
     ids: Tensor  # [1, T]
     values: Tensor  # [1, T, V]
@@ -43,7 +43,7 @@ class _Logits(NamedTuple):
         return cls(ids, values, math.sqrt(1 + adapted) * rounding_bound(model, moved, last))
 
     def compare(self, model: nn.Module, what: str) -> None:
-        """Refuse a model that says something else."""
+        """Refuse a model with other logits with ValueError."""
         off = largest(_values(model, self.ids).to(self.values.device) - self.values)
         if not off <= self.bound:
             raise ValueError(
@@ -60,7 +60,7 @@ def _values(model: Any, ids: Tensor) -> Tensor:
 
 
 def _untie(model: nn.Module) -> None:
-    """Give input and output embeddings a matrix each."""
+    """Give input and output embeddings one matrix each."""
     inner: Any = causal_lm(model)
     ends: list[Any] = [inner.get_input_embeddings(), inner.get_output_embeddings()]
     first, last = (m.get_base_layer() if hasattr(m, "get_base_layer") else m for m in ends)
@@ -126,7 +126,7 @@ def check_shares(shares: Mapping[str, float]) -> None:
 
 
 def blend(shares: Mapping[str, float], load: Callable[[str], nn.Module]) -> nn.Module:
-    r"""One model from several of the same architecture: $\theta = \sum_i c_i \theta_i$.
+    r"""Blend several models of one architecture: $\theta = \sum_i c_i \theta_i$.
 
     {a: 0.5, b: 0.5} is a soup (SALSA's reference, arXiv 2411.01798); {new: 1 + alpha, old: -alpha}
     extrapolates (accelerated preference optimisation, arXiv 2410.06293). Sums run in float32 and
@@ -143,14 +143,14 @@ def blend(shares: Mapping[str, float], load: Callable[[str], nn.Module]) -> nn.M
     model: Any = None
     sums: dict[str, Tensor] = {}
     for name, share in shares.items():
-        each: Any = load(name)
-        if isinstance(each, PeftModel):
-            each = merged(each)
+        part: Any = load(name)
+        if isinstance(part, PeftModel):
+            part = merged(part)
         if len(shares) > 1:
-            _untie(each)  # merging may have untied another one
-        parameters = {n: p.detach().float() * share for n, p in each.named_parameters()}
+            _untie(part)  # merging may have untied another one
+        parameters = {n: p.detach().float() * share for n, p in part.named_parameters()}
         if model is None:
-            model, sums = each, parameters
+            model, sums = part, parameters
             continue
         differing = [n for n in {**sums, **parameters} if not _same_shape(n, sums, parameters)]
         if differing:

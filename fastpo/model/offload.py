@@ -1,4 +1,4 @@
-"""Layer inputs in host memory: what gradient checkpointing keeps on the device is copied away.
+"""Keep layer inputs in host memory, which gradient checkpointing would keep on the device.
 
 With every layer checkpointed, a forward keeps one [B, T, D] tensor a layer, L T D itemsize bytes in
 all: 16 GiB for an 8B Llama at 64K tokens, 80 GiB for a 70B one. Under `LayerInputOffload` they lie
@@ -77,7 +77,7 @@ class LayerInputOffload(saved_tensors_hooks):
 
     @property
     def host_bytes(self) -> int:
-        """Host memory held: the most that a step has needed so far."""
+        """Return the bytes of host memory in use: the most that a step has needed so far."""
         return sum(map(len, self.buffers))
 
     def __enter__(self) -> LayerInputOffload:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -91,7 +91,7 @@ class LayerInputOffload(saved_tensors_hooks):
             self._let_go()
 
     def _let_go(self) -> None:
-        """Once the computing stream waits for the copy, the allocator may reuse the memory.
+        """Let the computing stream wait for the oldest copy, so that its memory may be used again.
 
         `Tensor.record_stream` would not do: the host runs many layers ahead of the device, and
         until the device gets there every one of those layers' inputs counts as in use.
@@ -144,7 +144,7 @@ class LayerInputOffload(saved_tensors_hooks):
             saved.fetched = tensor, self._stream.record_event()
 
     def _buffer(self, size: int, device: torch.device) -> Tensor:
-        """The buffer whose turn it is; the n-th save of every forward is the same layer's."""
+        """Return the next buffer; the n-th save of every forward belongs to the same layer."""
         if not self._alive:
             self._next = 0
         turn, self._next, self._alive = self._next, self._next + 1, self._alive + 1
@@ -157,12 +157,12 @@ class LayerInputOffload(saved_tensors_hooks):
         return self.buffers[turn]
 
     def release(self) -> None:
-        """One saved tensor fewer is alive."""
+        """Note that one saved tensor fewer is alive."""
         self._alive -= 1
 
 
 def _host_memory(size: int, pinned: bool) -> Tensor:
-    """[size] uint8 in pages of its own: the driver registers whole pages, and none of them twice.
+    """Allocate [size] uint8 in pages of its own: the driver registers whole pages, none twice.
 
     Raises:
         RuntimeError: the driver cannot pin so much.

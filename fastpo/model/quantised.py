@@ -1,4 +1,4 @@
-"""Four-bit weights under training: never repacked for inference."""
+"""Keep four-bit weights trainable: bitsandbytes may repack them for inference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models with random weights of the true shape, to measure memory and speed without a download."""
+"""Make models with random weights of the true shape, to measure memory and speed offline."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def model_config(name: str, **source: Any) -> PretrainedConfig:
-    """The configuration that a preset, a config.json, a folder or a name on the hub stands for.
+    """Read the configuration of a preset, a config.json, a folder or a name on the hub.
 
     Raises:
         ValueError: a file that is no model's configuration.
@@ -110,7 +110,7 @@ def model_config(name: str, **source: Any) -> PretrainedConfig:
 
 
 def byte_tokenizer(config: PretrainedConfig) -> PreTrainedTokenizerFast:
-    """One token a byte, and a beginning, an end and a padding token, for weights that know none.
+    """Make a tokenizer of one token a byte with begin, end and padding tokens, for random weights.
 
     Raises:
         ValueError: a vocabulary with fewer than 259 tokens.
@@ -137,7 +137,7 @@ def random_model(
     attn_implementation: str | None = None,
     device: torch.device,
 ) -> nn.Module:
-    """A causal language model with random weights, at no time larger than what it ends as.
+    """Make a causal language model with random weights, never larger on the way than at the end.
 
     Quantised weights are drawn, rounded and packed one matrix at a time: a 70B model in NF4 takes
     37 GiB, not the 131 GiB of its weights in bfloat16.

@@ -1,4 +1,4 @@
-"""Models that score and are not trained: checked on the data, and run on packed batches of it."""
+"""Score packed batches with models that are not trained, and check them on the data first."""
 
 from __future__ import annotations
 
@@ -9,42 +9,43 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from fastpo.batch import Batch
 from fastpo.data.groups import Group
 from fastpo.data.packing import collate
 from fastpo.head.head import Head
 from fastpo.model.head_facts import read_head
-from fastpo.model.hidden import label_hidden
+from fastpo.model.hidden import target_hidden
 from fastpo.model.limits import Positions, Vocabulary
 from fastpo.model.self_check import self_check
 
-_CHECKED = 8  # groups that a model is checked on before its first batch
+_CHECKED = 8  # number of groups that a model is checked on before its first batch
 
 
 class HasHead(Protocol):
-    """What scores: a model and its head."""
+    """Anything with a model and its head."""
 
     model: Any
     head: Head
 
 
 class Scorer:
-    """A model that log-probabilities are asked of."""
+    """A frozen model in evaluation mode that returns log-probabilities."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.requires_grad_(False).eval()
         self.head = read_head(model)
 
     @torch.no_grad()
-    def hidden(self, batch: dict[str, Any]) -> Tensor:
+    def hidden(self, batch: Batch) -> Tensor:
         """[N, D] states that predict the batch's label tokens."""
-        return label_hidden(self.model, batch).to(self.head.weight.dtype)
+        return target_hidden(self.model, batch).to(self.head.weight.dtype)
 
     @torch.no_grad()
-    def logps(self, hidden: Tensor, batch: dict[str, Any]) -> Tensor:
+    def logps(self, hidden: Tensor, batch: Batch) -> Tensor:
         """[N] log-probabilities of the batch's label tokens."""
-        return self.head.logps(hidden, batch["targets"])
+        return self.head.logps(hidden, batch.tokens.targets)
 
-    def __call__(self, batch: dict[str, Any]) -> Tensor:
+    def __call__(self, batch: Batch) -> Tensor:
         """[N] log-probabilities of the batch's label tokens."""
         return self.logps(self.hidden(batch), batch)
 
@@ -78,7 +79,7 @@ class Packer:
             for s in scorers
         )
 
-    def __call__(self, groups: list[Group]) -> dict[str, Any]:
-        """One packed batch."""
-        batch = collate(groups, share_prompt=self.share_prompt, pad_token_id=self.pad_token_id)
-        return {k: v.to(self.device) if hasattr(v, "to") else v for k, v in batch.items()}
+    def __call__(self, groups: list[Group]) -> Batch:
+        """Return one packed batch on the scorers' device."""
+        form = {"share_prompt": self.share_prompt, "pad_token_id": self.pad_token_id}
+        return collate(groups, **form).to(self.device)

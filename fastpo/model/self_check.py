@@ -1,4 +1,4 @@
-"""Can this model share prompts, and do shared prompts and the fused head give its own numbers?"""
+"""Check that shared prompts and the fused head give the model's own numbers."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from inspect import signature
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastpo.batch import Batch
 from fastpo.data.groups import Group, Response
 from fastpo.data.packing import collate
 from fastpo.head.functional import logps_from_logits
 from fastpo.head.head import Head
 from fastpo.model.attention.shared_row import SharingError
-from fastpo.model.hidden import attach, causal_lm, decoder_of, label_hidden, mode
+from fastpo.model.device import seeded_draws
+from fastpo.model.hidden import attach, causal_lm, decoder_of, mode, target_hidden
 
 logger = logging.getLogger(__name__)
 
-# Of a group's tokens, these many are enough to see a wrong rule and cost next to nothing.
+# So many tokens of a group are enough to see a wrong mask and cost next to nothing.
 _PROMPT_TOKENS, _RESPONSE_TOKENS = 24, 8
 # Gradients keep what every layer saw, 10 MB a token in a 7B model: 24 tokens of one pair.
 _GRADIENT_TOKENS = 8, 4
-_LARGEST = 2**20  # elements of a parameter whose gradient is taken: of a few, never of all
+_LARGEST = 2**20  # elements at most of a parameter whose gradient is compared
 
 
 class SelfCheckError(RuntimeError, ValueError):
@@ -35,14 +36,14 @@ class SelfCheckError(RuntimeError, ValueError):
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """What `self_check` found.
+    """Results of `self_check`.
 
     Args:
         share_prompt: True where the shared row gave the padded rows' log-probs.
         reason: why not, or what was measured.
         sharing_error, sharing_bound: largest difference in log-probs and what rounding explains;
             None where no shared row was run.
-        head_error, head_bound: the same of the fused head against the model's own logits.
+        head_error, head_bound: the same for the fused head against the model's own logits.
         gradient_error, gradient_bound: largest difference of a gradient before and after the
             forwards in evaluation mode, and what rounding explains; None where nothing is trained.
     """
@@ -58,9 +59,9 @@ class SelfCheck:
 
 
 def can_share_prompt(model: nn.Module) -> tuple[bool, str]:
-    """Whether this model's architecture allows one prompt copy per group, and why (not).
+    """Return (whether the architecture allows one prompt copy per group, the reason).
 
-    A yes is a promise of the architecture's declarations only; `self_check` measures.
+    The answer rests on what the architecture declares; `self_check` measures.
     """
     inner = causal_lm(model)
     name = inner.config.model_type
@@ -102,8 +103,8 @@ def self_check(
     another order of sums, so each of the 2L residual updates of L layers may differ by one rounding
     of its dtype. A padded run with every input embedding moved by one such rounding measures what
     that does to the log-probs (e); independent ones add up as $2 \sqrt{2L} \, e$. Head: logits
-    rounded to the model's dtype (once by the product, up to three times by soft-cap and scale), at
-    the label and in the log-sum-exp: $4 \epsilon \max|z|$, plus $2 \epsilon_{32} (|h| |W_v| +
+    rounded to the model's dtype (once by the matmul, up to three times by soft-cap and scale), at
+    the target and in the log-sum-exp: $4 \epsilon \max|z|$, plus $2 \epsilon_{32} (|h| |W_v| +
     |\log p|)$ for fp32 sums in another order.
 
     Where anything is trained, gradients of a few small parameters are compared too, with bounds
@@ -130,8 +131,8 @@ def self_check(
     device = next(causal_lm(model).get_input_embeddings().parameters()).device
     small = _few(groups)
 
-    def packed(groups: list[Group], shared: bool) -> dict[str, Any]:
-        return _to(collate(groups, share_prompt=shared, pad_token_id=pad_token_id), device)
+    def packed(groups: list[Group], shared: bool) -> Batch:
+        return collate(groups, share_prompt=shared, pad_token_id=pad_token_id).to(device)
 
     batches = {shared: packed(small, shared) for shared in (False, True)}
     able, reason = can_share_prompt(model) if share_prompt else (False, "not asked for")
@@ -203,40 +204,36 @@ class _Gradients:
     def __init__(self, model: nn.Module, head: Head) -> None:
         self.model, self.head = model, head
         trained = [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]
-        some = [p for p in trained if p.numel() <= _LARGEST] or trained[:1]
+        small = [p for p in trained if p.numel() <= _LARGEST] or trained[:1]
         # Neighbours, since a fresh adapter's A has no gradient, and both ends of the model.
-        self.parameters = some if len(some) <= 8 else [*some[:4], *some[-4:]]
+        self.parameters = small if len(small) <= 8 else [*small[:4], *small[-4:]]
 
-    def __call__(self, batch: dict[str, Any], *, training: bool = False) -> list[Tensor]:
+    def __call__(self, batch: Batch, *, training: bool = False) -> list[Tensor]:
         """One float64 tensor a parameter; none without any gradient, or where it is not finite."""
         if not self.parameters:
             return []
-        device = batch["targets"].device
-        seeded = [] if device.type == "cpu" else [device]
-        with (
-            mode(self.model, training=training),
-            torch.enable_grad(),
-            # The same dropout each time.
-            torch.random.fork_rng(seeded, device_type=device.type if seeded else "cuda"),
-        ):
-            torch.manual_seed(0)
-            logps = self.head.logps(label_hidden(self.model, batch), batch["targets"])
+        targets = batch.tokens.targets
+        device = targets.device
+        # Seeded, so that dropout is the same each time.
+        with mode(self.model, training=training), torch.enable_grad(), seeded_draws(device):
+            logps = self.head.logps(target_hidden(self.model, batch), targets)
             if not logps.requires_grad:
                 return []
             weights = torch.linspace(-1, 1, len(logps), dtype=logps.dtype, device=device)
-            found = torch.autograd.grad(
+            gradients = torch.autograd.grad(
                 logps @ weights, self.parameters, allow_unused=True, materialize_grads=True
             )
-        return [g.double() for g in found] if all(bool(g.isfinite().all()) for g in found) else []
+        finite = all(bool(g.isfinite().all()) for g in gradients)
+        return [g.double() for g in gradients] if finite else []
 
     def compare(
         self, now: list[Tensor], then: list[Tensor], plain: list[Tensor], moved: list[Tensor]
     ) -> tuple[float, float]:
-        """(difference, what rounding explains) of the parameter that is furthest beyond it.
+        """Return (difference, what rounding explains) for the parameter furthest beyond its bound.
 
         Args:
-            now, then: what is compared.
-            plain, moved: without and with every input embedding moved by one rounding.
+            now, then: the gradients to compare.
+            plain, moved: gradients without and with every input embedding moved by one rounding.
         """
         if not (now and plain and moved):  # gradients were there, and are gone
             return float("inf"), 0.0
@@ -248,10 +245,9 @@ class _Gradients:
         return max(pairs, key=lambda pair: pair[0] - pair[1])
 
 
-def few_tokens(groups: Sequence[Group], pad_token_id: int, device: torch.device) -> dict[str, Any]:
-    """A padded batch of the two groups with the most responses, shortened."""
-    batch = collate(_few(groups), share_prompt=False, pad_token_id=pad_token_id)
-    return _to(batch, device)
+def few_tokens(groups: Sequence[Group], pad_token_id: int, device: torch.device) -> Batch:
+    """Return a padded batch of the two groups with the most responses, shortened."""
+    return collate(_few(groups), share_prompt=False, pad_token_id=pad_token_id).to(device)
 
 
 def _few(groups: Sequence[Group]) -> list[Group]:
@@ -282,22 +278,18 @@ def _shortened(
     )
 
 
-def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-def _logps(model: nn.Module, head: Head, batch: dict[str, Any]) -> Tensor:
-    return head.logps(label_hidden(model, batch), batch["targets"]).double()
+def _logps(model: nn.Module, head: Head, batch: Batch) -> Tensor:
+    return head.logps(target_hidden(model, batch), batch.tokens.targets).double()
 
 
 def largest(difference: Tensor) -> float:
-    """Largest magnitude; NaN, which no bound admits, counts as infinite."""
+    """Return the largest magnitude; NaN, which no bound admits, counts as infinite."""
     return difference.abs().nan_to_num(nan=float("inf")).max().item()
 
 
 @contextmanager
 def one_rounding(model: nn.Module) -> Iterator[None]:
-    """Every input embedding is moved by one rounding of its dtype."""
+    """Move every input embedding by one rounding of its dtype while inside."""
 
     def move(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         eps = torch.finfo(output.dtype).eps
@@ -313,26 +305,29 @@ def one_rounding(model: nn.Module) -> Iterator[None]:
 
 
 def rounding_bound(model: nn.Module, moved: float, last: float) -> float:
-    """Of what one rounding of the input embeddings moves; `last`: one rounding of the value."""
+    """Bound what rounding explains.
+
+    Args:
+        moved: change of a value when the input embeddings move by one rounding.
+        last: one rounding of the value itself.
+    """
     layers = decoder_of(model).config.num_hidden_layers
     return 2 * (2 * layers) ** 0.5 * (moved + last)
 
 
-def _sharing_bound(model: nn.Module, head: Head, batch: dict[str, Any], logps: Tensor) -> float:
+def _sharing_bound(model: nn.Module, head: Head, batch: Batch, logps: Tensor) -> float:
     with one_rounding(model):
         moved = largest(_logps(model, head, batch) - logps)
     eps = torch.finfo(head.weight.dtype).eps
     return rounding_bound(model, moved, eps * largest(logps))
 
 
-def _compare_head(
-    model: nn.Module, head: Head, batch: dict[str, Any], jumps: bool
-) -> tuple[float, float]:
+def _compare_head(model: nn.Module, head: Head, batch: Batch, jumps: bool) -> tuple[float, float]:
     """(largest difference in log-probs, what rounding explains); `jumps`: positions have some."""
-    targets, index = batch["targets"], batch["token_index"]
+    targets, index = batch.tokens.targets, batch.head_positions
     # Not every family takes position_ids: without jumps a padded row counts from 0 by itself.
     names = ("input_ids", "attention_mask", *(["position_ids"] if jumps else []))
-    inputs = {name: batch[name] for name in names}
+    inputs = {name: getattr(batch, name) for name in names}
     logits = causal_lm(model)(**inputs, use_cache=False).logits.flatten(0, 1)[index]
     logits = logits[:, : head.vocab_size]
     own = logps_from_logits(logits, targets, temperature=head.temperature).double()
@@ -346,7 +341,7 @@ def _compare_head(
             else f"{name} gives NaN with finite weights: {logits.dtype} overflows; load it with "
             "dtype=float32"
         )
-    hidden = label_hidden(model, batch)
+    hidden = target_hidden(model, batch)
     error = largest(head.logps(hidden, targets).double() - own)
 
     weight = head.weight

@@ -1,4 +1,4 @@
-r"""MLPs in tiles of the sequence: one tile's inner activations in memory instead of the row's.
+r"""Run MLPs in tiles of the sequence, so that inner activations exist for one tile at a time.
 
 $$ y_{a:b} = \mathrm{mlp}(x_{a:b}) $$
 
@@ -55,7 +55,7 @@ class _Tiles(torch.autograd.Function):
         (x,) = ctx.next_functions[0][0].saved_tensors  # of `_Keep`
         kind, dtype, enabled = ctx.autocast
         grad_x = torch.empty_like(x)
-        # One rounding, as a product over the whole row has: partial sums stay in fp32.
+        # One rounding, as a matmul over the whole row has: partial sums stay in fp32.
         sums = [
             torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
             for p in ctx.parameters
@@ -75,7 +75,7 @@ class _Tiles(torch.autograd.Function):
 
 
 def _tiled(module: nn.Module, x: Tensor) -> Tensor:
-    """The forward of an MLP whose own one is `module._untiled`."""
+    """Run an MLP in tiles; its own forward is `module._untiled`."""
     state: Any = module
     if x.shape[-2] <= state._tile or not torch.is_grad_enabled():
         parts = x.split(state._tile, dim=-2)
@@ -106,24 +106,24 @@ def tile_mlps(model: nn.Module, tile: int | str) -> int:
         tile = int(decoder.config.hidden_size)
     if not isinstance(tile, int) or tile < 1:
         raise ValueError(f"mlp_tile={tile!r} must be at least 1 token, or 'auto'")
-    found, left = 0, set()
+    count, skipped = 0, set()
     for layer in decoder.modules():
         if not isinstance(layer, GradientCheckpointingLayer):
             continue
         for child in layer.children():
             if any(name.endswith(("experts", "router")) for name, _ in child.named_modules()):
-                left.add(type(child).__name__)
+                skipped.add(type(child).__name__)
             elif type(child).__name__.endswith("MLP"):
                 _tile(child, tile)
-                found += 1
-    if left:
-        logger.info("not in tiles: %s, a mixture of experts", ", ".join(sorted(left)))
-    if not found:
+                count += 1
+    if skipped:
+        logger.info("not in tiles: %s, a mixture of experts", ", ".join(sorted(skipped)))
+    if not count:
         raise ValueError(
             f"mlp_tile: no layer of {type(decoder).__name__} has an MLP that sees one token at a "
             "time: leave mlp_tile out"
         )
-    return found
+    return count
 
 
 def _tile(mlp: nn.Module, tile: int) -> None:

@@ -1,8 +1,8 @@
 """What an objective is: a pure function of named scores, and what it returns.
 
 The names of a function's positional parameters are the scores it needs (`ratio`, `mean_logps`,
-`kl`, `score`, ...: the table in `fastpo.loss.scores.score_responses`); its keyword-only parameters
-are its hyper-parameters. Their annotations are their domains (`beta: Positive`, `score: Gains`; see
+`kl`, `score`, ...: the table in `vocabulary`); its keyword-only parameters are its
+hyper-parameters. Their annotations are their domains (`beta: Positive`, `score: Gains`; see
 `domain`). Nothing else has to be declared: the engine reads the signature.
 """
 
@@ -16,8 +16,11 @@ from typing import Any, Literal, NamedTuple, get_type_hints
 
 from torch import Tensor
 
+from fastpo.segments import Where
+
 from .domain import FINITE, Domain, Misfit, domain_of, moved
 from .elsewhere import called_here
+from .vocabulary import UNKNOWN, Score, scores_with
 
 Family = Literal["pair", "point", "list"]
 """pair: exactly two candidates. point: each candidate alone. list: two or more, ragged."""
@@ -37,13 +40,6 @@ Per = Literal[
 responses, `chosen_tokens` those of the desirable ones, `gold_tokens` those of the extra `gold`. A
 count of zero leaves a sum of zero: divide by max(count, 1).
 """
-
-
-DIVERGENCES = ("kl", "kl_reverse")
-"""Scores of the reference's whole distribution."""
-
-PREFIXES = ("mean_", "token_")
-"""What stands before a score's own name: mean_ratio, token_ref_logps."""
 
 
 class Term(NamedTuple):
@@ -86,6 +82,8 @@ class Statistic:
         memory: see `Memory`.
         size: length of what `reduce` returns under "ema".
         decay: weight of the past under "ema", or the hyper-parameter that sets it.
+        where: the name of the mask, if it is one of `fastpo.segments.Where`: packed data know those
+            places on the host, and no device is waited for.
     """
 
     of: Callable[[Mapping[str, Tensor], Mapping[str, Any]], tuple[Tensor, Tensor]]
@@ -93,6 +91,7 @@ class Statistic:
     memory: Memory = "none"
     size: int = 1
     decay: float | str = 0.9
+    where: Where | None = None
 
 
 @dataclass(frozen=True)
@@ -147,29 +146,25 @@ class Objective:
         )
 
     @cached_property
-    def bare_needs(self) -> frozenset[str]:
-        """`needs` without statistics, and without the roles and forms in front of a name."""
-        bare = set()
-        for name in self.needs:
-            for prefix in (*(f"{role}_" for role in self.extras), *PREFIXES):
-                name = name.removeprefix(prefix)
-            bare.add(name)
-        return frozenset(bare.difference(self.statistics))
+    def scores(self) -> dict[str, Score]:
+        """The scores among `needs`, by name; one that no table has is `UNKNOWN`."""
+        table = scores_with(self.extras)
+        return {n: table.get(n, UNKNOWN) for n in self.needs if n not in self.statistics}
 
     @property
     def needs_kl(self) -> bool:
         """Whether the reference's whole distribution is needed."""
-        return not self.bare_needs.isdisjoint(DIVERGENCES)
+        return any(score.distribution for score in self.scores.values())
 
     @property
     def needs_reference(self) -> bool:
         """Whether a reference model, or its log-probs, are needed."""
-        return self.needs_kl or not self.bare_needs.isdisjoint(("ratio", "ref_logps"))
+        return any(score.reference == 1 for score in self.scores.values())
 
     @property
     def needs_second_reference(self) -> bool:
         """Whether log-probs of a second reference are needed too."""
-        return "ratio2" in self.bare_needs
+        return any(score.reference == 2 for score in self.scores.values())
 
     @cached_property
     def hyper(self) -> dict[str, Any]:

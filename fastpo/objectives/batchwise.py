@@ -271,7 +271,7 @@ def _log_mean_exp(observations: Tensor, hyper: Hyper) -> Tensor:
     if not len(observations):
         return observations.new_zeros(())
     total = (-observations / hyper["beta_prime"]).logsumexp(0)
-    return total - observations.new_tensor(len(observations)).log()
+    return total - observations.new_full((), len(observations)).log()
 
 
 def dr_dpo(
@@ -303,26 +303,26 @@ def dr_dpo(
     return pair_outcome(losses, beta * ratio, mask)
 
 
-def _cohort_losses(scores: Scores, hyper: Hyper) -> tuple[Tensor, Tensor]:
-    # In float64, where a cohort's number survives: it may be a hash.
+def _population_losses(scores: Scores, hyper: Hyper) -> tuple[Tensor, Tensor]:
+    # In float64, where a population's number survives: it may be a hash.
     losses, whole = _losses(scores, hyper)
-    return torch.stack((scores["cohort"].double(), losses.double()), dim=-1), whole
+    return torch.stack((scores["population"].double(), losses.double()), dim=-1), whole
 
 
-def _by_cohort(observations: Tensor, hyper: Hyper) -> Tensor:
-    """[n, 2] of (cohort, loss) -> [C, 3] of (cohort, mean loss, share of the pairs)."""
+def _by_population(observations: Tensor, hyper: Hyper) -> Tensor:
+    """[n, 2] of (population, loss) -> [C, 3] of (population, mean loss, share of the pairs)."""
     if not len(observations):
         return observations.new_ones(1, 3)
-    cohorts, index = observations[:, 0].unique(return_inverse=True)
-    sizes = torch.zeros_like(cohorts).index_add(0, index, torch.ones_like(observations[:, 0]))
-    sums = torch.zeros_like(cohorts).index_add(0, index, observations[:, 1])
-    return torch.stack((cohorts, sums / sizes, sizes / len(observations)), dim=-1)
+    populations, index = observations[:, 0].unique(return_inverse=True)
+    sizes = torch.zeros_like(populations).index_add(0, index, torch.ones_like(observations[:, 0]))
+    sums = torch.zeros_like(populations).index_add(0, index, observations[:, 1])
+    return torch.stack((populations, sums / sizes, sizes / len(observations)), dim=-1)
 
 
 def maxmin(
     ratio: Tensor,  # [G, 2]
-    cohort: Tensor,  # [G] int64
-    cohorts: Tensor,  # [C, 3] cohort, mean loss, share of the pairs
+    population: Tensor,  # [G] int64
+    populations: Tensor,  # [C, 3] population, mean loss, share of the pairs
     mask: Tensor,  # [G, 2] bool
     *,
     beta: Positive = 0.1,
@@ -335,7 +335,7 @@ def maxmin(
     $$\max_c L_c \quad\text{or}\quad \tau\log\frac{1}{C}\sum_c e^{L_c/\tau}, \quad
     L_c = \operatorname{mean}_{i \in c} -\log\sigma(\beta D_i)$$
 
-    over the C populations (`cohort`, the row's `group` column) that occur in the batch. The
+    over the C populations (`population`, the row's `group` column) that occur in the batch. The
     paper maximises the smallest expected reward of several reward models; this is the same
     egalitarian objective for direct alignment, with the populations given instead of found by
     expectation maximisation. `"softmax"` is the smooth maximum, the plain mean over populations
@@ -349,23 +349,23 @@ def maxmin(
 
     >>> import torch
     >>> u, both = torch.tensor([[5.0, -5.0], [0.0, 0.0]]), torch.ones(2, 2).bool()
-    >>> cohorts = torch.tensor([[0.0, 0.3133, 0.5], [1.0, 0.6931, 0.5]])
-    >>> maxmin(u, torch.tensor([0, 1]), cohorts, both).terms[0].values
+    >>> populations = torch.tensor([[0.0, 0.3133, 0.5], [1.0, 0.6931, 0.5]])
+    >>> maxmin(u, torch.tensor([0, 1]), populations, both).terms[0].values
     tensor([0.6931, 0.6932])
     """
     losses = _dpo_losses(ratio, mask, beta, label_smoothing)
-    level, share = cohorts[:, 1:].to(losses.dtype).unbind(-1)
+    level, share = populations[:, 1:].to(losses.dtype).unbind(-1)
     if reduction == "max":
         total = level.max()
         worst = (level == total).to(losses.dtype)
         weight = worst / worst.sum()
     elif reduction == "softmax":
-        count = level.new_tensor(len(level))
+        count = level.new_full((), len(level))
         total = temperature * ((level / temperature).logsumexp(0) - count.log())
         weight = (level / temperature).softmax(0)
     else:
         raise ValueError(f"unknown reduction {reduction!r} of maxmin; use 'max' or 'softmax'")
-    here = cohort[:, None].to(cohorts.dtype) == cohorts[:, 0]  # [G, C]
+    here = population[:, None].to(populations.dtype) == populations[:, 0]  # [G, C]
     # total is the value; the rest has mean 0 over the batch and carries the gradient.
     own = here * (weight / share) * (losses[:, None] - level)
     return pair_outcome(total + own.sum(-1), beta * ratio, mask)
@@ -379,8 +379,8 @@ BATCHWISE: dict[str, Objective] = {
         "2406.05882",
         "-logsig(beta (sort(S_w - S_l)_k - sort(R_w - R_l)_k))",
         {
-            "sorted_margin": Statistic(_margins("logps"), _sorted),
-            "sorted_ref_margin": Statistic(_margins("ref_logps"), _sorted),
+            "sorted_margin": Statistic(_margins("logps"), _sorted, where="full groups"),
+            "sorted_ref_margin": Statistic(_margins("ref_logps"), _sorted, where="full groups"),
         },
     ),
     "aot_unpaired": Objective(
@@ -390,8 +390,8 @@ BATCHWISE: dict[str, Objective] = {
         "2406.05882",
         "-logsig(beta (sort(u_w)_k - sort(u_l)_k))",
         {
-            "sorted_chosen": Statistic(_column("ratio", 0), _sorted),
-            "sorted_rejected": Statistic(_column("ratio", 1), _sorted),
+            "sorted_chosen": Statistic(_column("ratio", 0), _sorted, where="full groups"),
+            "sorted_rejected": Statistic(_column("ratio", 1), _sorted, where="full groups"),
         },
     ),
     "beta_dpo": Objective(
@@ -401,9 +401,13 @@ BATCHWISE: dict[str, Objective] = {
         "2407.08639",
         "-logsig(beta (1 + alpha (mean D - M)) D), D = u_w - u_l, of pairs drawn near M",
         {
-            "draws": Statistic(_draws, _rows),
-            "margin_mean": Statistic(_margins("ratio"), _mean, "ema", decay="momentum"),
-            "margin_std": Statistic(_margins("ratio"), _deviation, "ema", decay="momentum"),
+            "draws": Statistic(_draws, _rows, where="full groups"),
+            "margin_mean": Statistic(
+                _margins("ratio"), _mean, "ema", decay="momentum", where="full groups"
+            ),
+            "margin_std": Statistic(
+                _margins("ratio"), _deviation, "ema", decay="momentum", where="full groups"
+            ),
         },
     ),
     "alpha_dpo": Objective(
@@ -413,8 +417,12 @@ BATCHWISE: dict[str, Objective] = {
         "2410.10148",
         "-logsig(beta (s_w - s_l - alpha zscore(ub_w - ub_l)) - gamma)",
         {
-            "margin_mean": Statistic(_margins("mean_ratio"), _mean, "ema", decay="momentum"),
-            "margin_std": Statistic(_margins("mean_ratio"), _deviation, "ema", decay="momentum"),
+            "margin_mean": Statistic(
+                _margins("mean_ratio"), _mean, "ema", decay="momentum", where="full groups"
+            ),
+            "margin_std": Statistic(
+                _margins("mean_ratio"), _deviation, "ema", decay="momentum", where="full groups"
+            ),
         },
     ),
     "dr_dpo": Objective(
@@ -423,14 +431,14 @@ BATCHWISE: dict[str, Objective] = {
         "pair",
         "2407.07880",
         "-b log mean e^(-l/b) over the batch, l = -logsig(beta (u_w - u_l))",
-        {"log_mean_exp": Statistic(_losses, _log_mean_exp)},
+        {"log_mean_exp": Statistic(_losses, _log_mean_exp, where="full groups")},
     ),
     "maxmin": Objective(
         "maxmin",
         maxmin,
         "pair",
         "2402.08925",
-        "max over cohorts of mean -logsig(beta (u_w - u_l))",
-        {"cohorts": Statistic(_cohort_losses, _by_cohort)},
+        "max over populations of mean -logsig(beta (u_w - u_l))",
+        {"populations": Statistic(_population_losses, _by_population, where="full groups")},
     ),
 }

@@ -8,6 +8,7 @@ is text, such as a retrieved document. In a padded group nothing is compared.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .base import Objective, Outcome, Term
@@ -116,7 +117,7 @@ def svco(
         + logistic(beta_other_match * (other_rejected - bare_rejected))
         + logistic(beta_other_mismatch * (bare_rejected - rejected))
     )
-    rewards = ratio * ratio.new_tensor([beta_match, beta_other_mismatch])
+    rewards = torch.stack((beta_match * ratio[:, 0], beta_other_mismatch * ratio[:, 1]), dim=-1)
     return pair_outcome(losses, rewards, mask)
 
 

@@ -109,7 +109,10 @@ def _mismatched(scores: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> tuple
 
 def _side(column: int) -> Statistic:
     """Mean log-ratio of one side of all pairs."""
-    return Statistic(lambda scores, hyper: (scores["ratio"][:, column], scores["mask"].all(-1)))
+    return Statistic(
+        lambda scores, hyper: (scores["ratio"][:, column], scores["mask"].all(-1)),
+        where="full groups",
+    )
 
 
 def kto_pair(
@@ -345,7 +348,7 @@ POINTWISE: dict[str, Objective] = {
         "point",
         "2402.01306",
         "lam_D sig(-beta (u - z0)) if desirable else lam_U sig(beta (u - z0))",
-        {"z0": Statistic(_mismatched)},
+        {"z0": Statistic(_mismatched, where="groups")},
         extras=("mismatched",),
         labels=(True, False),
     ),
@@ -355,7 +358,7 @@ POINTWISE: dict[str, Objective] = {
         "point",
         "2509.24207",
         "kto, u = sum_t clip(logp_t - ref_t, eP, eR)",
-        {"z0": Statistic(_mismatched)},
+        {"z0": Statistic(_mismatched, where="groups")},
         extras=("mismatched",),
         labels=(True, False),
     ),
@@ -381,7 +384,7 @@ POINTWISE: dict[str, Objective] = {
         "point",
         "2404.04656",
         "-logsig(beta u - shift) if desirable else -logsig(shift - beta u)",
-        {"shift": Statistic(_rewards, memory="mean")},
+        {"shift": Statistic(_rewards, memory="mean", where="candidates")},
         labels=(True, False),
     ),
     "npo": Objective(
@@ -407,7 +410,7 @@ POINTWISE: dict[str, Objective] = {
         "point",
         "2404.05868",
         "1 - (2/beta) sig(z0 - beta u), undesirable only, z0 = mean u of desirable",
-        {"z0": Statistic(_desirable)},
+        {"z0": Statistic(_desirable, where="desirable")},
         labels=(True, False),
     ),
 }

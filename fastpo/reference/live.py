@@ -1,15 +1,16 @@
 """Where the reference comes from: the model with its adapter off, a frozen copy, disk, or nowhere.
 
 A reference is called with the (possibly wrapped) policy and a batch, and returns what
-`PreferenceLoss` takes: `ref_hidden` with the head's tensors, `ref_logps`, or nothing. Where it sees
-another prompt than the policy, its own batch lies in the batch under "reference".
+`PreferenceLoss.of_tokens` takes: target tokens with log-probs beside them, and states of the
+reference's own. Where it sees another prompt than the policy, it reads `Batch.for_reference`.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from peft import PeftModel
@@ -18,30 +19,40 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from fastpo.batch import Batch, TargetTokens
 from fastpo.data.groups import Group
-from fastpo.head.functional import linear_logps
 from fastpo.head.head import Head
+from fastpo.head.spec import HeadOptions
+from fastpo.head.statistics import token_statistics
+from fastpo.head.tensors import HeadTensors, ReferenceStates
 from fastpo.model.adapters import adapter_off, altered_base, copied
 from fastpo.model.head_facts import read_head
-from fastpo.model.hidden import attach, label_hidden, mode
+from fastpo.model.hidden import attach, mode, target_hidden
 from fastpo.reference.store import ReferenceStore, ShardWriter
 
 log = logging.getLogger(__name__)
 
-Batch = dict[str, Any]
+
+class Compared(NamedTuple):
+    """A batch's target tokens beside what references say of them."""
+
+    tokens: TargetTokens  # with the log-probs that are known
+    states: ReferenceStates | None = None  # of a reference that was run
 
 
 class Reference(Protocol):
-    """Reference of one batch, as keyword arguments of `PreferenceLoss.forward`."""
+    """What a policy is compared with, or nothing."""
 
-    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor | None]: ...
+    def __call__(self, model: nn.Module, batch: Batch) -> Compared: ...
 
 
-class LiveReference(Reference, Protocol):
-    """One that runs a model: returns `ref_hidden` with the head's tensors."""
+class LiveReference(Protocol):
+    """A reference that runs a model."""
 
     model: Any
     head: Head
+
+    def states(self, model: nn.Module, batch: Batch) -> ReferenceStates: ...
 
 
 def adapter_parameters(model: nn.Module) -> Callable[[str], bool]:
@@ -55,8 +66,8 @@ def _names_of(layer: BaseTunerLayer) -> tuple[str, ...]:
     return (*layer.adapter_layer_names, *layer.other_param_names)
 
 
-def _reference_tensors(head: Head, hidden: Tensor) -> dict[str, Tensor | None]:
-    """States and head as `PreferenceLoss` takes them, read now: an adapter may have switched it.
+def _states(head: Head, hidden: Tensor) -> ReferenceStates:
+    """Return states with the head as it is now: an adapter may have switched it.
 
     An active low-rank delta rides beside the states: (h, h A^T) on (W, B), with zeros up to a
     multiple of 16 columns, which kernels want.
@@ -69,33 +80,26 @@ def _reference_tensors(head: Head, hidden: Tensor) -> dict[str, Tensor | None]:
         beside = lora.b.detach().to(weight.dtype)
         weight = torch.cat([weight, beside, weight.new_zeros(len(weight), spare)], 1)
     bias = None if bias is None else bias.detach()
-    return {"ref_hidden": hidden, "ref_weight": weight, "ref_bias": bias}
+    return ReferenceStates(hidden, HeadTensors(weight, bias))
 
 
-def _hidden(model: nn.Module, batch: Batch) -> Tensor:
-    """[N, D] of the prompt that the reference sees; label tokens are numbered as the policy's."""
-    return label_hidden(model, batch.get("reference", batch))
-
-
-def _logps(
-    found: dict[str, Tensor | None], targets: Tensor, head: Head, options: dict[str, Any]
-) -> Tensor:
-    """[N] log-probs of the targets from what a live reference returned."""
-    return linear_logps(
-        found["ref_hidden"],  # pyright: ignore[reportArgumentType]
-        found["ref_weight"],  # pyright: ignore[reportArgumentType]
-        targets,
-        bias=found["ref_bias"],
-        **head.facts(),
-        **options,
-    )
+def logps_of(source: LiveReference, model: nn.Module, batch: Batch, options: HeadOptions) -> Tensor:
+    """Return [N] log-probs of the batch's target tokens under a live reference."""
+    with torch.no_grad():
+        hidden, head = source.states(model, batch)
+        assert head is not None
+        targets, spec = batch.tokens.targets, source.head.spec
+        stats = token_statistics(
+            hidden, head, targets, want=("logps",), spec=spec, options=options, all_scored=True
+        )
+        return batch.tokens.read(stats["logps"])
 
 
 class NoReference:
-    """Of objectives that compare with nothing."""
+    """For objectives that need no reference."""
 
-    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor | None]:
-        return {}
+    def __call__(self, model: nn.Module, batch: Batch) -> Compared:
+        return Compared(batch.tokens)
 
 
 class AdapterReference:
@@ -121,9 +125,13 @@ class AdapterReference:
         self.model, self.head = model, head
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor | None]:
+    def states(self, model: nn.Module, batch: Batch) -> ReferenceStates:
+        """Return the base model's states, through the policy's own wrappers."""
         with adapter_off(self.model):
-            return _reference_tensors(self.head, _hidden(model, batch))
+            return _states(self.head, target_hidden(model, batch.for_reference))
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Compared:
+        return Compared(batch.tokens, self.states(model, batch))
 
 
 class ModelReference:
@@ -145,21 +153,24 @@ class ModelReference:
         return cls.frozen(copied(policy, (p for p in policy.parameters() if not p.requires_grad)))
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor | None]:
-        return _reference_tensors(self.head, _hidden(self.model, batch))
+    def states(self, model: nn.Module, batch: Batch) -> ReferenceStates:
+        """Return this model's states, whatever the policy is."""
+        return _states(self.head, target_hidden(self.model, batch.for_reference))
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Compared:
+        return Compared(batch.tokens, self.states(model, batch))
 
 
 class SecondReference:
     """A reference, and the log-probs of a second one: any frozen model with the same tokens."""
 
-    def __init__(self, first: Reference, second: ModelReference, options: dict[str, Any]) -> None:
+    def __init__(self, first: Reference, second: ModelReference, options: HeadOptions) -> None:
         self.first, self.second, self.options = first, second, options
 
-    @torch.no_grad()
-    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor | None]:
-        found = self.second(model, batch)
-        logps = _logps(found, batch["targets"], self.second.head, self.options)
-        return {**self.first(model, batch), "ref2_logps": logps}
+    def __call__(self, model: nn.Module, batch: Batch) -> Compared:
+        logps = logps_of(self.second, model, batch, self.options)
+        tokens, states = self.first(model, batch)
+        return Compared(replace(tokens, ref2_logps=logps), states)
 
 
 class StoredReference:
@@ -168,8 +179,8 @@ class StoredReference:
     def __init__(self, store: ReferenceStore) -> None:
         self.store = store
 
-    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor | None]:
-        return {name: batch[name] for name in ("ref_logps", "ref2_logps")}
+    def __call__(self, model: nn.Module, batch: Batch) -> Compared:
+        return Compared(batch.tokens)
 
 
 def live_reference(
@@ -224,7 +235,7 @@ def starting_reference(
     return live
 
 
-def label_tokens(group: Group) -> int:
+def num_targets(group: Group) -> int:
     """How many log-probs a group has: scored tokens of its candidates and extras."""
     return sum(int(r.loss_mask.sum()) for r in group.every)
 
@@ -237,7 +248,7 @@ def fill_store(
     *,
     batch_size: int = 8,
     rows: Callable[[list[Group]], list[list[Group]]] = lambda batch: [batch],
-    options: dict[str, Any] | None = None,
+    options: HeadOptions = HeadOptions(),
     rank: int = 0,
     world_size: int = 1,
     what: str = "reference log-probs",
@@ -252,7 +263,7 @@ def fill_store(
         collate: groups to a batch on the model's device.
         batch_size: groups a batch.
         rows: cuts a batch into what is run at a time.
-        options: `backend` and `workspace_mib` of the head.
+        options: who computes, in how much memory.
         rank, world_size: this process takes every world_size-th batch, as in training.
         what: the progress bar's title.
 
@@ -269,11 +280,8 @@ def fill_store(
     bar = tqdm(total=count, desc=what, unit="group", disable=not progress or rank > 0)
     with bar, mode(source.model, training=False):
         for part in (row for batch in batches for row in rows(batch)):
-            batch = collate(part)
-            found = source(source.model, batch)
-            with torch.no_grad():
-                logps = _logps(found, batch["targets"], source.head, options or {})
-            sizes = [label_tokens(g) for g in part]
+            logps = logps_of(source, source.model, collate(part), options)
+            sizes = [num_targets(g) for g in part]
             writer.add(part, [v.numpy() for v in logps.float().cpu().split(sizes)])
             bar.update(len(part))
         writer.flush()

@@ -6,7 +6,7 @@ import itertools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ import numpy as np
 import torch.utils.data
 from transformers import PreTrainedTokenizerBase
 
-from fastpo.data.build import GroupDataset, GroupStream, build_groups
+from fastpo.batch import Batch
+from fastpo.data.dataset import GroupDataset, build_groups
 from fastpo.data.groups import Group
 from fastpo.data.packing import collate, row_order
 from fastpo.data.rows import load_rows
+from fastpo.data.stream import GroupStream
 from fastpo.model.limits import Positions, Vocabulary
 from fastpo.reference.store import ReferenceStore
 from fastpo.train.config import PreferenceConfig
@@ -107,10 +109,9 @@ class PaddedGroups(torch.utils.data.Dataset):
 
 @dataclass
 class Collator:
-    """Groups to a packed batch, with what error messages and the reference need beside it.
+    """Pack groups, with stored log-probs or what a live reference reads beside them.
 
-    A live reference with a prompt of its own finds its batch under "reference". Grades outside the
-    domain of an objective raise ValueError with source and row.
+    Grades outside the domain of an objective raise ValueError with source and row.
     """
 
     pad_token_id: int
@@ -122,7 +123,7 @@ class Collator:
     store2: ReferenceStore | None = None
     grades: Grades = ()
 
-    def __call__(self, items: Sequence[Group | Filler]) -> dict[str, Any]:
+    def __call__(self, items: Sequence[Group | Filler]) -> Batch:
         groups = [item for item in items if isinstance(item, Group)]
         for group in groups:  # of a stream, whose rows nobody has looked at
             check_grades(self.grades, group)
@@ -132,22 +133,21 @@ class Collator:
             self.vocabulary.check_groups(packed)
         if self.positions is not None and not self.positions.told:
             self.positions.check_groups(packed)
-        logps = {
+        logps: dict[str, Any] = {
             name: [store[group] for group in packed]
             for name, store in (("ref_logps", self.store), ("ref2_logps", self.store2))
             if store is not None
         }
 
-        def pack(groups: list[Group], **logps: Any) -> dict[str, Any]:
-            form = {"share_prompt": self.share_prompt, "pad_token_id": self.pad_token_id}
-            return collate(groups, **form, **logps)
-
-        batch = pack(packed, **logps)
+        form: dict[str, Any] = {
+            "share_prompt": self.share_prompt,
+            "pad_token_id": self.pad_token_id,
+        }
+        reference = None
         if not logps and any(group.short_prompt_ids is not None for group in packed):
-            batch["reference"] = pack([group.for_reference for group in packed])
-        batch["sources"] = [g.source for g in packed]
-        batch["counted"] = bool(groups)
-        return batch
+            reference = collate([group.for_reference for group in packed], **form)
+        batch = collate(packed, **form, **logps)
+        return replace(batch, reference=reference, counted=bool(groups))
 
 
 class EpochSampler(torch.utils.data.Sampler[int]):

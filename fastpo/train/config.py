@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 from transformers.training_args import trainer_log_levels
 from transformers.utils import is_torch_bf16_gpu_available
 
-from fastpo.data.build import DataOptions
+from fastpo.data.options import DataOptions
 from fastpo.data.positions import PositionSynthesis
 from fastpo.head.head import Head
 from fastpo.head.spec import check_workspace
@@ -43,10 +43,6 @@ from fastpo.train.optimizers import RANDOM_ROUNDING, TORCHAO, optimizer_name, op
 from fastpo.train.ranges import TRAINING
 
 log = logging.getLogger(__name__)
-
-
-# Scores that only a loop of one's own can supply: of samples drawn during training, or of images.
-_OWN_LOOP = {"old_logps", "token_old_logps", "error", "ref_error"}
 
 
 _published: ContextVar[bool] = ContextVar("published", default=False)
@@ -74,39 +70,6 @@ def batch_words(batch: dict[str, int]) -> str:
         f"{batch['groups']} groups a device x {batch['accumulated']} accumulated x {ranks} = "
         f"{math.prod(batch.values())} groups a step"
     )
-
-
-def resolve_kind(
-    kind: str,
-    *,
-    needs_reference: bool,
-    is_peft: bool,
-    has_store: bool = False,
-    has_ref_model: bool = False,
-    moves: bool = False,
-    storable: bool = False,
-) -> str:
-    """What `auto` means: none, store, copy or adapter, in the order of what was given.
-
-    A policy without an adapter is its own reference: `storable`, it takes its log-probs before the
-    first step, in the arithmetic of the steps, and needs no memory for a copy.
-
-    Raises:
-        ValueError: `adapter` beside a reference model.
-    """
-    if not needs_reference:
-        return "none"
-    if kind != "auto":
-        if kind == "adapter" and has_ref_model:
-            raise ValueError("reference='adapter' and a ref_model exclude each other: give one")
-        return kind
-    if moves:
-        return "copy"
-    if has_store:
-        return "store"
-    if has_ref_model:
-        return "copy"
-    return "adapter" if is_peft else "store" if storable else "copy"
 
 
 def _mapping(name: str, value: dict | str | None) -> dict[str, Any]:
@@ -155,7 +118,7 @@ class PreferenceConfig(TrainingArguments):
         default=None, metadata={"help": "Short for objective_args: {beta: ...}."}
     )
 
-    # The data: see fastpo.data.build.DataOptions.
+    # The data: see fastpo.data.options.DataOptions.
     max_length: Count | None = field(
         default=None, metadata={"help": "Longest prompt + response in tokens; None: no limit."}
     )
@@ -456,7 +419,7 @@ class PreferenceConfig(TrainingArguments):
                 f"reference_update={self.reference_update} needs a reference that can move: "
                 "reference='copy', and an objective that compares with one"
             )
-        own_loop = sorted(_OWN_LOOP & loss.needs)
+        own_loop = sorted(name for name, score in loss.scores.items() if score.own_loop)
         if own_loop:
             raise ValueError(
                 f"objective={self.objective!r} needs {own_loop[0]!r}, which no data set has: call "

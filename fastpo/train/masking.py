@@ -6,18 +6,20 @@ model's gradients is done here to theirs: the mean over ranks, clipping by their
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback
 
+from fastpo.batch import Batch
 from fastpo.distributed import gather_rows
 from fastpo.model.hidden import decoder_of
 from fastpo.model.masks import MaskKind, TokenMasks, layer_states
-from fastpo.reference.live import Batch, Reference
+from fastpo.reference.live import Compared, Reference
 
 FILE = "token_masks.safetensors"
 
@@ -44,15 +46,13 @@ class MaskTraining(TrainerCallback):
             masks = TokenMasks(kind, config.num_hidden_layers, config.hidden_size, dropout)
         self.masks = masks.to(decoder.device, torch.promote_types(decoder.dtype, torch.float32))
 
-    def __call__(
-        self, reference: Reference, model: nn.Module, batch: Batch
-    ) -> dict[str, Tensor | None]:
-        """What the reference returns, and the weights that the masks make of its hidden states."""
+    def __call__(self, reference: Reference, model: nn.Module, batch: Batch) -> Compared:
+        """Return what the reference does, with the weights that the masks make of its layers."""
         self.masks.train(model.training)
-        index = batch.get("reference", batch)["token_index"]
-        with layer_states(self.source, index) as states:
-            found = reference(model, batch)
-        return {**found, **self.masks(states, batch["segments"], batch["token_weights"])}
+        with layer_states(self.source, batch.for_reference.head_positions) as states:
+            tokens, of_reference = reference(model, batch)
+        weights = self.masks(states, tokens.segments, tokens.token_weights)
+        return Compared(replace(tokens, **weights), of_reference)
 
     def add_to(self, optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
         """One more group of parameters, unless the optimiser has it."""

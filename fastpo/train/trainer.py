@@ -14,24 +14,24 @@ What is overridden, and what goes wrong without it:
 - `_run_epoch` takes no step where all are done: resumed at its last step the Trainer takes another.
 - Checkpoints are written aside and renamed last: the Trainer resumes from torn ones.
 - Files of others in `output_dir` stay: the Trainer writes over them and rotates their checkpoints.
+
+What surrounds the step has files of its own: `setup` and `preflight` come before it, then
+`fastpo.reference.build` and `precompute`; `samples` and `checkpointing` write what a run leaves.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import nullcontext
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.utils.data
 import yaml
-from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
@@ -42,101 +42,106 @@ from transformers import (
     TrainerCallback,
 )
 from transformers import ProgressCallback as HFProgressCallback
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from fastpo.data.build import GroupStream
+from fastpo.batch import Batch, Counts
 from fastpo.data.groups import Group
 from fastpo.data.packing import counts_of
-from fastpo.data.token_budget import check_budget, token_rows
-from fastpo.loss.preference_loss import LossOutput, PreferenceLoss
-from fastpo.model.adapters import adapter_effect, copied
+from fastpo.data.stream import GroupStream
+from fastpo.data.token_budget import token_rows
+from fastpo.head.spec import HeadOptions
+from fastpo.loss.metrics import LossOutput
+from fastpo.model.adapters import copied
 from fastpo.model.head_facts import read_head
 from fastpo.model.hidden import (
     attach,
     balance_coefficient,
-    generation,
-    label_hidden,
-    label_hidden_and_balance,
-    refuse_prompt_learning,
+    target_hidden,
+    target_hidden_and_balance,
 )
-from fastpo.model.layer_kernels import use_layer_kernels
 from fastpo.model.limits import Positions, Vocabulary
-from fastpo.model.load import disable_dropout
 from fastpo.model.merge import write_merged
 from fastpo.model.offload import LayerInputOffload
-from fastpo.model.self_check import can_share_prompt, few_tokens, self_check
-from fastpo.model.tiled_mlp import tile_mlps
 from fastpo.reading import reading
-from fastpo.redact import redact
-from fastpo.reference.live import (
-    AdapterReference,
-    ModelReference,
-    NoReference,
-    Reference,
-    SecondReference,
-    StoredReference,
-    adapter_parameters,
-    fill_store,
-    live_reference,
-    starting_reference,
-)
+from fastpo.reference.build import ReferenceBuilder, effect_at_start
+from fastpo.reference.live import AdapterReference, ModelReference, Reference, StoredReference
 from fastpo.reference.moving import ReferenceUpdate
-from fastpo.reference.store import ReferenceStore, key_digest, store_key
 from fastpo.train.batches import (
     Collator,
     EpochSampler,
     PaddedGroups,
     Passes,
-    as_groups,
     of_workers,
 )
-from fastpo.train.checkpoint import (
-    LOSS_STATE,
-    TRAINER_STATE,
-    incomplete,
-    latest_complete,
-    publish,
-    staging_dir,
-)
+from fastpo.train.checkpoint import TRAINER_STATE
+from fastpo.train.checkpointing import CheckpointWriter, LossState, checkpoint_to_resume
 from fastpo.train.config import (
     PreferenceConfig,
     batch_words,
     published,
-    resolve_kind,
     unknown_argument,
 )
+from fastpo.train.counting import TrainingMeter
 from fastpo.train.elsewhere import refuse_keywords
-from fastpo.train.folder import CONFIG, STAGING, RunFolder, claim, is_own_checkpoint, rotate, whole
+from fastpo.train.finite import FiniteLosses
+from fastpo.train.folder import CONFIG, STAGING, RunFolder, claim, whole
 from fastpo.train.masking import MaskTraining
 from fastpo.train.metrics import (
     JsonlCallback,
     KLBudget,
     MetricWindow,
     ProgressCallback,
-    Stopwatch,
-    peak_memory_gib,
-    refuse_missing_trackers,
 )
-from fastpo.train.optimizers import lost_steps, optimizer_options, require_optimizer
-from fastpo.train.preflight import check_fit, doubts
+from fastpo.train.optimizers import optimizer_options
+from fastpo.train.precompute import stored_reference
+from fastpo.train.preflight import (
+    CHECKED,
+    DataCheck,
+    check_numbers,
+    first_groups,
+    refuse_no_step,
+    refuse_stream,
+    refuse_unsupported,
+    shares_prompts,
+    warn_of_doubts,
+)
 from fastpo.train.report import write_model_card
+from fastpo.train.samples import greedy_responses, write_samples
+from fastpo.train.setup import GroupMaker, has_stream, prepare_layers, refuse_early
 
 log = logging.getLogger(__name__)
 
-SAMPLES_FILE = "samples.jsonl"
-_JUDGED = 64  # groups of a stream that are searched for what hardly teaches anything
-_CHECKED = 8  # groups of a stream, or of a self-check, that are looked at before the first step
 MASK_DROPOUT = 0.01  # SparsePO's
 # Groups that a stream's next one is drawn from: a second of tokenising, and a few MB.
 STREAM_BUFFER = 1000
 _ANOTHER = "it is no checkpoint of this run: name another"
 
+TRAINER_PRIVATES = (
+    "_get_collator_with_removed_columns(data_collator, description)",
+    "_get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)",
+    "_get_output_dir(trial)",
+    "_get_train_sampler(train_dataset)",
+    "_load_from_checkpoint(resume_from_checkpoint, model)",
+    "_load_optimizer_and_scheduler(checkpoint)",
+    "_load_rng_state(checkpoint)",
+    "_move_model_to_device(model, device)",
+    "_prepare_inputs(inputs)",
+    "_push_from_checkpoint(checkpoint_folder)",
+    "_run_epoch(model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, "
+    "ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, "
+    "steps_trained_in_current_epoch)",
+    "_save(output_dir, state_dict)",
+    "_save_checkpoint(model, trial)",
+    "_save_optimizer_and_scheduler(output_dir)",
+    "_save_rng_state(output_dir)",
+    "_save_scaler(output_dir)",
+    "_track_num_input_tokens(inputs)",
+    "_train_batch_size",
+)
+"""Private members of transformers.Trainer that are overridden here, or called by this package.
 
-def _streams(data: Any) -> bool:
-    """Whether data, of any form that the trainer takes, has no known length."""
-    each = data.values() if isinstance(data, Mapping) else [data]
-    return any(not isinstance(d, Sized | Path | None) for d in each)
+A release may change them without notice: a test compares names and parameters with what is there.
+"""
 
 
 class PreferenceTrainer(Trainer):
@@ -169,7 +174,7 @@ class PreferenceTrainer(Trainer):
     args: PreferenceConfig
 
     def __new__(cls, *args: Any, **keywords: Any) -> PreferenceTrainer:
-        """Keywords of other trainers are answered; `__init__` would only name them."""
+        """Answer keywords of other trainers; `__init__` would only name them."""
         refuse_keywords(cls, keywords, unknown_argument)
         return super().__new__(cls)
 
@@ -186,93 +191,46 @@ class PreferenceTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        refuse_missing_trackers(args.report_to or ())
-        require_optimizer(args)
-        refuse_prompt_learning(model)
-        if train_dataset is not None and args.process_index == 0:  # before anything lies there
-            RunFolder.at(str(args.output_dir)).refuse_others(alone=args.push_to_hub)
-        if args.disable_dropout:
-            for each in (model, ref_model, ref_model2):
-                if each is not None:
-                    disable_dropout(each)
-        for each in (model, ref_model, ref_model2):
-            if each is not None:
-                use_layer_kernels(each, args.layer_kernels, args.device)
-                if args.mlp_tile is not None:
-                    tile_mlps(each, args.mlp_tile)
+        refuse_early(model, args, trains=train_dataset is not None)
+        prepare_layers([m for m in (model, ref_model, ref_model2) if m is not None], args)
         head = read_head(model)
         loss = args.build_loss(head)
-        if loss.needs_second_reference and ref_model2 is None:
-            raise ValueError(
-                f"objective={args.objective!r} compares with two references: give the second one "
-                "as ref_model2"
-            )
-        if ref_model2 is not None and not loss.needs_second_reference:
-            raise ValueError(
-                f"ref_model2 is given, but objective={args.objective!r} does not compare with two "
-                "references: drop it"
-            )
-        kind = resolve_kind(
-            args.reference,
-            needs_reference=loss.needs_reference,
-            is_peft=isinstance(model, PeftModel),
-            has_store=args.reference_store is not None and not loss.needs_kl,
-            has_ref_model=ref_model is not None,
+        references = ReferenceBuilder(
+            model,
+            head,
+            loss,
+            ref_model,
+            ref_model2,
+            objective=args.objective,
+            asked=args.reference,
+            has_store=args.reference_store is not None,
             moves=args.update_rule is not None,
-            storable=args.storable(loss)
-            and ref_model2 is None
-            and not any(map(_streams, (train_dataset, eval_dataset))),
+            storable=args.storable(loss) and not has_stream(train_dataset, eval_dataset),
         )
-        # A copy is taken before `attach` binds a forward to the policy.
-        live = None if kind in ("none", "store") else live_reference(kind, model, head, ref_model)
         attach(model, attention_backend=args.attention_backend)
         self._balance = balance_coefficient(model, args.router_aux_loss_coef)
-        shares, self.sharing_reason = self._shares_prompts(model, args)
+        shares, self.sharing_reason = shares_prompts(model, str(args.share_prompt))
         self._checked = False
+
         vocabulary = Vocabulary.of(processing_class, model, ref_model, ref_model2)
         positions = Positions.of(model, ref_model, ref_model2)
-
-        def groups_of(data: Any, source: str) -> Any:
-            if data is None:
-                return None
-            wanted = {"extras": loss.extras, "needs": loss.needs}
-            groups = as_groups(data, processing_class, args, **wanted, source=source)
-            # Of a stream the beginning; what is wrong later stops the step that meets it.
-            looked_at: Any = groups if isinstance(groups, Sized) else groups.head(_CHECKED)
-            check_fit(loss, looked_at, reference_prompt=args.reference_prompt)
-            positions.check_groups(looked_at)
-            vocabulary.check_groups(looked_at)
-            if args.max_tokens_per_row is not None:
-                check_budget(looked_at, args.max_tokens_per_row, share_prompt=shares)
-            return groups
-
-        self._groups_of = groups_of  # an evaluation may bring data of its own
-        train_dataset = groups_of(train_dataset, "train data")
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {n: groups_of(d, f"eval data {n}") for n, d in eval_dataset.items()}
-        else:
-            eval_dataset = groups_of(eval_dataset, "eval data")
-        if train_dataset is not None and not isinstance(train_dataset, Sized):
-            if args.max_steps <= 0:
-                raise ValueError(
-                    f"max_steps={args.max_steps}, but the training data is a stream of unknown "
-                    "length: set max_steps"
-                )
-            if kind == "store":
-                raise ValueError(
-                    "reference='store' needs all training data before the first step, but it is a "
-                    "stream: use reference='copy' or 'adapter', or do not stream"
-                )
-            if args.dataloader_num_workers and args.on_bad_row == "skip":
-                raise ValueError(
-                    f"dataloader_num_workers={args.dataloader_num_workers}, on_bad_row='skip' and "
-                    "a stream: only the loader's processes would know which rows were skipped; set "
-                    "dataloader_num_workers=0 or on_bad_row='error', or do not stream"
-                )
+        check = DataCheck(
+            loss,
+            reference_prompt=args.reference_prompt,
+            positions=positions,
+            vocabulary=vocabulary,
+            max_tokens_per_row=args.max_tokens_per_row,
+            share_prompt=shares,
+        )
+        # An evaluation may bring data of its own.
+        self._groups_of = GroupMaker(processing_class, args, loss, check)
+        train_dataset = self._groups_of(train_dataset, "train data")
+        eval_dataset = self._groups_of.by_name(eval_dataset, "eval data")
+        refuse_stream(args, train_dataset, references.kind)
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator(
+            data_collator=Collator(  # pyright: ignore
                 vocabulary.padding,
                 shares,
                 vocabulary=vocabulary,
@@ -285,37 +243,41 @@ class PreferenceTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+
         self.loss = loss.to(self.args.device)
-        if isinstance(live, AdapterReference):
-            live = starting_reference(args.reference, live, self._adapter_effect())
-            kind = "adapter" if isinstance(live, AdapterReference) else "copy"
-        # A second reference that is not stored is a whole model too.
-        self._refuse_unsupported("copy" if ref_model2 is not None and kind != "store" else kind)
-        self._warn_of_lost_steps()
-        self._warn_of_doubts(loss)
-        self.reference_kind = kind
-        self.reference: Reference = NoReference()
-        if kind == "store":
+        references.settle(self._adapter_effect)
+        refuse_unsupported(self, keeps_model=references.keeps_model)
+        warn_of_doubts(self, loss)
+        self.reference_kind = references.kind
+        self.reference: Reference = references.running(self._head_options, self._place)
+        if references.kind == "store":
             self.reference = self._stored_reference(ref_model, ref_model2)
-        elif live is not None:
-            self.reference = live
-            frozen = [live.model] if isinstance(live, ModelReference) else []
-            if ref_model2 is not None:
-                second = ModelReference.frozen(ref_model2)
-                self.reference = SecondReference(live, second, self._head_options)
-                frozen.append(second.model)
-            if self.place_model_on_device:
-                for each in frozen:
-                    self._move_model_to_device(each, self.args.device)
+        self._carry(references.live)
+        self._offload = LayerInputOffload() if args.offload_activations else nullcontext()
+        self._meter = TrainingMeter()
+        self._finite = FiniteLosses()
+        self._eval_window = MetricWindow()
+        self._eval_totals: Counts | None = None
+        self._add_callbacks()
+
+    # ---- Setting up ----
+
+    def _carry(self, live: AdapterReference | ModelReference | None) -> None:
+        """Set up what goes from step to step beside model and optimiser, and into checkpoints.
+
+        Args:
+            live: the reference that runs, or None.
+        """
+        args = self.args
         self._update: ReferenceUpdate | None = None
         if args.update_rule is not None:
             assert isinstance(live, ModelReference)
-            self._update = ReferenceUpdate(args.update_rule, model, live.model)
+            policy: Any = self.model
+            self._update = ReferenceUpdate(args.update_rule, policy, live.model)
             self.add_callback(self._update)
-
         self._masking: MaskTraining | None = None
         if args.token_masks != "none":
-            assert isinstance(live, AdapterReference | ModelReference)
+            assert live is not None
             self._masking = MaskTraining(
                 args.token_masks,
                 live.model,
@@ -324,215 +286,45 @@ class PreferenceTrainer(Trainer):
                 max_grad_norm=args.max_grad_norm,
             )
             self.add_callback(self._masking)
+        carried = [LossState(self.loss), self._update, self._masking]
+        self._checkpoints = CheckpointWriter([each for each in carried if each is not None])
 
-        self._offload = LayerInputOffload() if args.offload_activations else nullcontext()
-        self._window = MetricWindow()
-        self._watch: Stopwatch | None = None
-        self._window_tokens = 0.0
-        self._eval_window = MetricWindow()
-        self._eval_totals: dict[str, float] | None = None
+    def _add_callbacks(self) -> None:
         if self.pop_callback(HFProgressCallback) is not None:
             self.add_callback(ProgressCallback())
+        self.add_callback(self._finite)
         self.add_callback(JsonlCallback())
-        if args.early_stopping_patience is not None:
-            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
-        if args.kl_budget is not None:
-            self.add_callback(KLBudget(args.kl_budget))
+        if self.args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
+        if self.args.kl_budget is not None:
+            self.add_callback(KLBudget(self.args.kl_budget))
 
-    # ---- Setting up ----
-
-    @staticmethod
-    def _shares_prompts(model: nn.Module, args: PreferenceConfig) -> tuple[bool, str]:
-        if args.share_prompt == "false":
-            return False, "share_prompt is false"
-        possible, reason = can_share_prompt(model)
-        if not possible and args.share_prompt == "true":
-            raise ValueError(
-                f"share_prompt=true, but this model cannot: {reason}; use share_prompt=auto"
-            )
-        if not possible:
-            log.warning("one prompt copy per response: %s", reason)
-        return possible, reason
-
-    def _warn_of_lost_steps(self) -> None:
-        """Warn of weights that the optimiser would leave as they are: training would do nothing."""
-        assert self.model is not None
-        found = lost_steps(self.model, self.args, self.optimizer)  # pyright: ignore
-        if found is not None:
-            log.warning("%s", found.reason)
-
-    def _warn_of_doubts(self, loss: PreferenceLoss) -> None:
-        """Warn of what can be trained and hardly teaches anything."""
-        exact = self.args.batch_statistics == "exact"
-        seen = self.args.per_device_train_batch_size * self.args.world_size
-        seen *= self.args.gradient_accumulation_steps if exact else 1
-        data: Any = self.train_dataset
-        if data is not None:
-            whole = isinstance(data, Sized)  # of a stream nobody knows the rest
-            groups = self._first_groups(data, len(data) if whole else _JUDGED)
-            for doubt in doubts(loss, groups, seen=seen, whole=whole):
-                log.warning("%s", doubt)
-        adapters = getattr(self.model, "peft_config", {}).values()
-        rates = [rate for a in adapters if (rate := getattr(a, "lora_dropout", 0))]
-        if rates and self.args.disable_dropout:
-            log.warning(
-                "lora_dropout=%g does nothing: disable_dropout=True switches every dropout off",
-                rates[0],
-            )
+    def _place(self, model: nn.Module) -> None:
+        if self.place_model_on_device:
+            self._move_model_to_device(model, self.args.device)
 
     def _adapter_effect(self) -> float:
-        """Of the model's adapter as it is now, on a few tokens of the data."""
-        data = self.eval_dataset if self.train_dataset is None else self.train_dataset
-        model: Any = self.model
+        """Return how far the adapter changes log-probs now; 0 without data or adapter."""
+        data, model = self._data_at_hand, self.model
         if data is None or not isinstance(model, PeftModel):
             return 0.0
-        if any(hasattr(p, "ds_id") for p in model.parameters()):
-            log.warning("not checked that the model without its adapter is the model at the start")
-            return 0.0
-        effect = [0.0]
-        if self.is_world_process_zero():
-            groups = self._first_groups(data, _CHECKED)
-            batch = few_tokens(groups, self.collator.pad_token_id, model.device)
-            effect = [adapter_effect(model, self.loss.head, batch)]  # pyright: ignore
-        return broadcast_object_list(effect)[0]
+        groups, head = first_groups(data, CHECKED), self.loss.head
+        return effect_at_start(model, head, groups, self.collator.pad_token_id)  # pyright: ignore
 
-    def _refuse_unsupported(self, kind: str) -> None:
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"{self.args.n_gpu} GPUs in one process would mean DataParallel, which splits a "
-                "packed batch along the wrong axis: start one process a GPU with `torchrun "
-                f"--nproc-per-node {self.args.n_gpu}` or `accelerate launch`, or show one with "
-                "CUDA_VISIBLE_DEVICES=0"
-            )
-        if self.get_cp_size() * self.get_sp_size() > 1:
-            raise ValueError(
-                f"cp_size={self.get_cp_size()}, sp_size={self.get_sp_size()}: packed rows are not "
-                "split over ranks; use data parallelism (FSDP, ZeRO) and share_prompt"
-            )
-        if self.args.max_tokens_per_row is not None and self.is_deepspeed_enabled:
-            raise ValueError(
-                f"max_tokens_per_row={self.args.max_tokens_per_row}: DeepSpeed takes a step with "
-                "every backward; use per_device_train_batch_size and gradient_accumulation_steps"
-            )
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if kind == "copy" and sharded:
-            raise ValueError(
-                "reference='copy' would put a whole model on every rank of a sharded run: use "
-                "reference='store' (computed once, on one process), or an adapter"
-            )
-        if self.args.token_masks != "none" and sharded:
-            raise ValueError(
-                f"token_masks={self.args.token_masks!r} in a sharded run, whose optimiser takes no "
-                "other parameters: use data parallelism without sharding"
-            )
-
-    def _stored_reference(
-        self,
-        ref_model: PreTrainedModel | PeftModel | None,
-        ref_model2: PreTrainedModel | PeftModel | None,
-    ) -> StoredReference:
+    def _stored_reference(self, ref_model: Any, ref_model2: Any) -> StoredReference:
         if self.train_dataset is not None:  # run.json comes before the store
             self._claim()
-        self.check()  # before a number is written: what it finds decides how batches are packed
-        store, store2 = self._filled_store(ref_model, self.args.store_dir), None
-        if ref_model2 is not None:
-            store2 = self._filled_store(ref_model2, f"{self.args.store_dir}-2")
-        # Set last: a collator with a store leaves out what a live reference runs on.
-        self.collator.store, self.collator.store2 = store, store2
-        return StoredReference(store)
+        self.check()  # before a number is written: its outcome decides how batches are packed
+        return stored_reference(self, ref_model, ref_model2)
 
-    def _filled_store(
-        self, ref_model: PreTrainedModel | PeftModel | None, folder: str
-    ) -> ReferenceStore:
-        source: Any = ref_model if ref_model is not None else self.model
-        home = source.device
-        if ref_model is not None and self.place_model_on_device:
-            self._move_model_to_device(ref_model, self.args.device)
-        options = self.args.data_options()
-        if ref_model is not None:
-            reference = ModelReference.frozen(ref_model)
-        else:
-            reference = ModelReference(source, self.loss.head)  # pyright: ignore
-        # An adapter that does nothing yet is no part of the reference, and is drawn anew each time.
-        inert = ref_model is None and self._adapter_effect() == 0
-        key = store_key(
-            source,
-            self.processing_class,
-            precision=f"{source.dtype}, autocast {self.args.mixed_precision}",
-            truncation={
-                name: getattr(options, name)
-                for name in ("max_length", "max_prompt_length", "max_response_length", "truncation")
-            },
-            chat_template_kwargs=options.chat_template_kwargs,
-            share_prompt=self.collator.share_prompt,
-            **({"skip": adapter_parameters(source)} if inert else {}),
-        )
-        info = {
-            "name": source.config._name_or_path,
-            "revision": getattr(source.config, "_commit_hash", None),
-        }
-        own = self.args.reference == "auto" and self.args.reference_store is None
-        if own:  # nobody asked for a store, so nobody has to remove one of other weights or options
-            folder = f"{folder}/{key_digest(key)}"
-        # The folder and its key first, by one process; then everybody opens it.
-        with self.args.main_process_first(local=False):
-            store = ReferenceStore(folder, key, info=info, writer=self.args.process_index)
-        evals = self.eval_dataset
-        evals = list(evals.values()) if isinstance(evals, dict) else [evals]
-        trained: Any = self._reached() if own else self.train_dataset
-        jobs = [(trained, self._train_batch_size)]
-        jobs += [(each, self.args.per_device_eval_batch_size) for each in evals]
-        for dataset, batch_size in jobs:
-            if dataset is None:
-                continue
-            if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and store.missing(dataset):
-                raise ValueError(
-                    f"the reference store {store.path} is not complete and the model of this run "
-                    "is sharded: fill it first by starting the same run on one process, with "
-                    "reference='store'"
-                )
-            with self.autocast_smart_context_manager():
-                fill_store(
-                    store,
-                    dataset,
-                    reference,
-                    lambda groups: self._prepare_inputs(self.collator(groups)),
-                    batch_size=batch_size,
-                    rows=self._within_budget,
-                    options=self._head_options,
-                    rank=self.args.process_index,
-                    world_size=self.args.world_size,
-                    progress=not self.args.disable_tqdm,
-                )
-            self.accelerator.wait_for_everyone()
-            store.refresh()
-        if ref_model is not None and source.device != home:
-            ref_model.to(home)  # its work is done; the policy needs the memory  # pyright: ignore
-        return store
+    @property
+    def _sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
-    def _reached(self) -> list[Group] | None:
-        """The groups that the steps come to, in the order of the first pass.
-
-        Batches of them are those of the steps, so that policy and reference agree to the bit.
-        """
-        dataset: Any = self.train_dataset
-        if dataset is None:
-            return None
-        batch = self._train_batch_size * self.args.world_size
-        step, steps = batch * self.args.gradient_accumulation_steps, self.args.max_steps
-        if steps <= 0:
-            steps = math.ceil(self.args.num_train_epochs * math.ceil(len(dataset) / step))
-        sampler: Any = self._get_train_sampler(dataset)
-        # accelerate's loader is one batch ahead.
-        return [dataset[i] for i in islice(sampler, steps * step + batch)]
-
-    def _within_budget(self, groups: list[Group]) -> list[list[Group]]:
-        """The groups of each row of a batch."""
-        most = self.args.max_tokens_per_row
-        if most is None:
-            return [groups]
-        rows = token_rows(groups, most, share_prompt=self.collator.share_prompt)
-        return [[groups[i] for i in row] for row in rows]
+    @property
+    def _data_at_hand(self) -> Any:
+        """Return what the model is tried on before the first step, or None."""
+        return self.eval_dataset if self.train_dataset is None else self.train_dataset
 
     @property
     def collator(self) -> Collator:
@@ -544,17 +336,17 @@ class PreferenceTrainer(Trainer):
         return RunFolder.at(str(self.args.output_dir))
 
     @property
-    def _head_options(self) -> dict[str, Any]:
-        return {"backend": self.args.backend, "workspace_mib": self.args.workspace_mib}
+    def _head_options(self) -> HeadOptions:
+        return HeadOptions(self.args.backend, self.args.workspace_mib)  # pyright: ignore
 
     # ---- The step ----
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: Batch,
         return_outputs: bool = False,
-        num_items_in_batch: dict[str, float] | None = None,
+        num_items_in_batch: Counts | None = None,
     ) -> Any:
         """batch -> hidden states -> statistics -> scores -> loss.
 
@@ -570,49 +362,47 @@ class PreferenceTrainer(Trainer):
         output = self._output(model, inputs, num_items_in_batch)
         loss = output.loss
         if model.training:
-            self._refuse_non_finite(output, inputs)
-            self._window.add(output.metrics, output.counts)
+            self._finite.add(output, inputs)
+            if self.is_deepspeed_enabled:  # whose backward takes the step
+                self._finite.on_pre_optimizer_step(self.args, self.state, self.control)
+            self._meter.window.add(output.metrics, output.counts)
             if num_items_in_batch is not None:
                 # Gradients are averaged over ranks, but the counts are already global.
                 loss = loss * self._num_data_ranks
         return (loss, output) if return_outputs else loss
 
-    def _output(
-        self, model: nn.Module, inputs: dict[str, Any], totals: Mapping[str, float] | None
-    ) -> LossOutput:
+    def _output(self, model: nn.Module, batch: Batch, totals: Counts | None) -> LossOutput:
         self.loss.train(model.training)
         self.loss.seed, self.loss.step = self.args.seed, self.state.global_step
         self.loss.progress = self.state.global_step / max(1, self.state.max_steps)
         # The reference first: no activations are alive yet.
         if self._masking is None:
-            beside = {"token_weights": inputs["token_weights"], **self.reference(model, inputs)}
+            tokens, of_reference = self.reference(model, batch)
         else:
-            beside = self._masking(self.reference, model, inputs)
+            tokens, of_reference = self._masking(self.reference, model, batch)
         balanced = model.training and self._balance > 0
         with self._offload:
             if balanced:
-                hidden, balance = label_hidden_and_balance(model, inputs)
+                hidden, balance = target_hidden_and_balance(model, batch)
             else:
-                hidden, balance = label_hidden(model, inputs), None
-        output = self.loss(
+                hidden, balance = target_hidden(model, batch), None
+        output = self.loss.of_tokens(
             hidden,
-            inputs["targets"],
-            inputs["segments"],
-            token_rewards=inputs["token_rewards"],
-            totals=totals,
-            **beside,
-            **self._head_options,
+            tokens,
+            reference=of_reference,
+            totals=None if totals is None else totals._asdict(),
+            options=self._head_options,
         )
         if balance is None:
             return output
         # A row's share of the step: the loss is a mean over tokens, as those rows count them.
-        tokens = "tokens" if "layout" in inputs else "unshared_tokens"
-        count = inputs["counts"][tokens]
-        share = count / totals[tokens] if totals is not None else 1.0
+        tokens_of = attrgetter("tokens" if batch.shares_prompts else "unshared_tokens")
+        count = tokens_of(batch.counts)
+        share = count / tokens_of(totals) if totals is not None else 1.0
         return output._replace(
             loss=output.loss + self._balance * share * balance,
             metrics={**output.metrics, "aux_loss": balance.detach()},
-            counts={**output.counts, "aux_loss": balance.new_tensor(count)},
+            counts={**output.counts, "aux_loss": balance.new_full((), count)},
         )
 
     def training_step(
@@ -627,12 +417,13 @@ class PreferenceTrainer(Trainer):
         return loss + super().training_step(model, last, num_items_in_batch)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Of every row of a batch."""
-        return sum(super(PreferenceTrainer, self).floating_point_ops(row) for row in inputs)
+        """Count every row of a batch."""
+        ids = [{"input_ids": row.input_ids} for row in inputs]
+        return sum(super(PreferenceTrainer, self).floating_point_ops(each) for each in ids)
 
     @torch.no_grad()
-    def _observe(self, batches: Iterable[dict[str, Any]]) -> None:
-        """The statistics of a whole optimiser step, before its first gradient."""
+    def _observe(self, batches: Iterable[Batch]) -> None:
+        """Take the statistics of a whole optimiser step, before its first gradient."""
         model: Any = self.model_wrapped
         model.train()
         with self.compute_loss_context_manager(), self.loss.observing():
@@ -643,32 +434,16 @@ class PreferenceTrainer(Trainer):
     def _num_data_ranks(self) -> int:
         return self.accelerator.num_processes // self.get_tp_size()
 
-    def _refuse_non_finite(self, output: LossOutput, batch: dict[str, Any]) -> None:
-        if bool(torch.isfinite(output.loss)):
-            return
-        bad = (~torch.isfinite(output.losses)).tolist()
-        rows = list(zip(batch["sources"], batch["rows"], strict=True))
-        named = [f"{s or 'rows'} row {r}" for (s, r), b in zip(rows, bad, strict=True) if b]
-        raise FloatingPointError(
-            f"the loss is {output.loss.item()} in step {self.state.global_step + 1}, from "
-            f"{', '.join(named or [f'{s} row {r}' for s, r in rows])}; look at these rows, lower "
-            f"learning_rate={self.args.learning_rate}, or resume from a checkpoint before it"
-        )
-
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
         """Autocast around the whole step: the head runs outside the model's wrapped forward."""
         return self.accelerator.autocast()
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Tensors and segments to the device; the layout stays plain integers."""
-        device = self.args.device
-        batch = {k: v.to(device) if hasattr(v, "to") else v for k, v in inputs.items()}
-        if "reference" in batch:
-            batch["reference"] = self._prepare_inputs(batch["reference"])
-        return batch
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        """Return the batch on this rank's device; the layout stays plain integers."""
+        return inputs.to(self.args.device, non_blocking=True)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The Trainer's.
+        """Create the Trainer's schedule.
 
         Raises:
             ValueError: `lr_scheduler_kwargs` that this schedule does not take, or lacks.
@@ -683,7 +458,7 @@ class PreferenceTrainer(Trainer):
             ) from error
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's, with the token masks as one more group."""
+        """Create the Trainer's optimiser, with the token masks as one more group."""
         optimizer = super().create_optimizer(model)
         if self._masking is not None:
             self._masking.add_to(optimizer, self.args.weight_decay)
@@ -691,7 +466,7 @@ class PreferenceTrainer(Trainer):
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
-        """The Trainer's, which hands some numbers and truths of `optim_args` on as text."""
+        """Return the Trainer's, which hands some numbers and truths of `optim_args` on as text."""
         made, keywords = Trainer.get_optimizer_cls_and_kwargs(args, model)
         told = {k: v for k, v in optimizer_options(args).items() if not isinstance(v, str)}
         return made, {name: told.get(name, value) for name, value in keywords.items()}
@@ -702,21 +477,13 @@ class PreferenceTrainer(Trainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Any]:
         """The micro-batches of one optimiser step, and its counts over all ranks."""
-        if self._watch is None:
-            self._watch = Stopwatch()
+        self._meter.start()
         with of_workers():
             batches = [self._rows(batch) for batch in islice(epoch_iterator, num_batches)]
         rows = [row for batch in batches for row in batch]
-        totals = self._over_ranks(self._sum_counts(row["counts"] for row in rows))
-        self.state.num_input_tokens_seen += round(totals["tokens"])
-        self._window_tokens += totals["tokens"]
-        if totals["tokens"]:
-            shared = all("layout" in row for row in rows)  # as they were packed
-            sharing = totals["unshared_tokens"] / totals["tokens"] if shared else 1.0
-            self._window.add({"sharing": sharing}, {"sharing": totals["tokens"]})
-            if shared and (most := self.args.max_tokens_per_row) is not None:
-                fill = [row["counts"]["tokens"] / most for row in rows]
-                self._window.add({"row_fill": sum(fill) / len(fill)}, {"row_fill": len(fill)})
+        totals = self._over_ranks(Counts.total(row.counts for row in rows))
+        self.state.num_input_tokens_seen += round(totals.tokens)
+        self._meter.count(rows, totals, self.args.max_tokens_per_row)
         if batches and self.args.batch_statistics == "exact" and self.loss.has_statistics:
             self._observe(rows)
         return batches, totals
@@ -727,7 +494,7 @@ class PreferenceTrainer(Trainer):
         """Under a token budget loaders give groups, since ranks agree on the number of rows."""
         return data_collator if self.args.max_tokens_per_row is None else list
 
-    def _rows(self, batch: Any) -> list[dict[str, Any]]:
+    def _rows(self, batch: Any) -> list[Batch]:
         """A batch of a loader as packed rows: one, or as many as the token budget asks for."""
         most = self.args.max_tokens_per_row
         if most is None:
@@ -742,20 +509,12 @@ class PreferenceTrainer(Trainer):
             rows = token_rows(groups, most, share_prompt=shared, at_least=at_least)
         return [self.collator([batch[i] for i in row]) for row in rows]
 
-    @staticmethod
-    def _sum_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, float]:
-        total: dict[str, float] = dict.fromkeys(counts_of([]), 0.0)
-        for each in counts:
-            for name, value in each.items():
-                total[name] += value
-        return total
-
-    def _over_ranks(self, counts: dict[str, float]) -> dict[str, float]:
+    def _over_ranks(self, counts: Counts) -> Counts:
         if self.accelerator.num_processes == 1:
             return counts
-        local = torch.tensor(list(counts.values()), dtype=torch.float64, device=self.args.device)
+        local = torch.tensor(counts, dtype=torch.float64, device=self.args.device)
         total: Any = self.accelerator.reduce(local)
-        return dict(zip(counts, (total / self.get_tp_size()).tolist(), strict=True))
+        return Counts(*(total / self.get_tp_size()).tolist())
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """Nothing: `get_batch_samples` counts distinct tokens once and over all ranks."""
@@ -778,12 +537,8 @@ class PreferenceTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the window's means, throughput and peak memory to a training record."""
-        if "loss" in logs and self._watch is not None:
-            logs.update(self._window.means())
-            logs["num_tokens"] = self.state.num_input_tokens_seen
-            logs["tokens_per_second"] = self._window_tokens / self._watch.lap()
-            logs["peak_memory_gib"] = peak_memory_gib(self.args.device)
-            self._window_tokens = 0.0
+        if "loss" in logs:
+            logs.update(self._meter.record(self.args.device, self.state.num_input_tokens_seen))
         super().log(logs, start_time)
 
     # ---- Evaluation ----
@@ -817,10 +572,10 @@ class PreferenceTrainer(Trainer):
             dataset = dataset.dataset
         self._eval_totals = None  # a stream: batch means, weighted by groups
         if isinstance(dataset, Sized):
-            self._eval_totals = self._sum_counts(counts_of([g]) for g in dataset)  # pyright: ignore
+            groups: Any = dataset
+            self._eval_totals = counts_of(groups[i] for i in range(len(dataset)))
         self._eval_window = MetricWindow()
-        pause = self._watch.paused() if self._watch is not None else nullcontext()
-        with pause, of_workers():
+        with self._meter.paused(), of_workers():
             output = super().evaluation_loop(
                 dataloader, description, True, ignore_keys, metric_key_prefix
             )
@@ -843,10 +598,10 @@ class PreferenceTrainer(Trainer):
                 loss, output = self.compute_loss(
                     model, row, return_outputs=True, num_items_in_batch=self._eval_totals
                 )
-            if row["counted"]:
-                groups = row["counts"]["groups"]
+            if row.counted:
+                groups = row.counts.groups
                 # A sum over rows, written as a mean: every row's share is already divided.
-                share = 1.0 if self._eval_totals is None else self._eval_totals["groups"] / groups
+                share = 1.0 if self._eval_totals is None else self._eval_totals.groups / groups
                 self._eval_window.add({"loss": loss * share}, {"loss": groups})
                 self._eval_window.add(output.metrics, output.counts)
             total = total + loss
@@ -860,7 +615,7 @@ class PreferenceTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Trains.
+        """Train, from the start or from a checkpoint.
 
         Args:
             resume_from_checkpoint: True for the newest complete checkpoint of `output_dir`, "auto"
@@ -879,15 +634,14 @@ class PreferenceTrainer(Trainer):
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
         self._claim()
-        resume = self._checkpoint_to_resume(resume_from_checkpoint)
+        resume = checkpoint_to_resume(self._folder.path, resume_from_checkpoint)
         if self.is_world_process_zero():
             self._note_batch(resume)
             self._folder.write(CONFIG, yaml.safe_dump(self.args.to_dict(), sort_keys=False))
         self.check()
         if resume is None:
             self._sample("before")
-        self._watch = None
-        self._window, self._window_tokens = MetricWindow(), 0.0
+        self._meter = TrainingMeter()
         output = super().train(resume, trial, ignore_keys_for_eval)
         if self.state.global_step == 0:
             raise ValueError("the training data gave no batch, so no step was taken")
@@ -906,20 +660,10 @@ class PreferenceTrainer(Trainer):
         Raises:
             ValueError: no data, or no batch; gives the numbers.
         """
-        args = self.args
-        if self.train_dataset is None:
-            raise ValueError("nothing to train on: give PreferenceTrainer a train_dataset")
-        if isinstance(self.train_dataset, Sized) and args.dataloader_drop_last:
-            groups, batch = len(self.train_dataset), args.train_batch_size * args.world_size
-            if groups < batch:
-                ranks = f" ({args.world_size} processes)" if args.world_size > 1 else ""
-                raise ValueError(
-                    f"dataloader_drop_last leaves no batch of {batch}{ranks} in {groups} groups: "
-                    "lower per_device_train_batch_size, or keep the last batch"
-                )
+        refuse_no_step(self.args, self.train_dataset)
 
     def _note_batch(self, resume: str | None) -> None:
-        """Write down what a step consists of; a run that goes on with other steps is told."""
+        """Write down what a step consists of, and warn where a run goes on with other steps."""
         batch, before = self.args.batch_facts(), self._folder.facts.get("batch")
         if resume is not None and before is not None and before != batch:
             log.warning(
@@ -930,32 +674,14 @@ class PreferenceTrainer(Trainer):
         self._folder.save(batch=batch)
 
     def _run_epoch(self, **how: Any) -> None:
-        """A pass over the data, unless the run that is resumed has done all its steps."""
+        """Pass over the data, unless the run that is resumed has done all its steps."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(**how)
         else:
             self.control.should_training_stop = True
 
-    def _checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
-        if wanted is None or wanted is False:
-            return None
-        if wanted is True or wanted == "auto":
-            found = latest_complete(self._folder.path)
-            if found is None and wanted is True:
-                raise ValueError(
-                    f"no complete checkpoint in {self._folder.path}: start without resuming, or "
-                    "give resume_from_checkpoint='auto'"
-                )
-            if found is not None:
-                log.info("resuming from %s", found)
-            return found
-        reason = incomplete(wanted)
-        if reason is not None:
-            raise ValueError(f"cannot resume from {wanted}: {reason}")
-        return str(wanted)
-
     def check(self) -> None:
-        """Packed against padded, fused against the model's logits, on a few groups; once.
+        """Compare packed with padded, and fused with the model's logits, on a few groups; once.
 
         Afterwards `collator.share_prompt` is how batches are packed, and `sharing_reason` why.
 
@@ -963,84 +689,44 @@ class PreferenceTrainer(Trainer):
             RuntimeError: the fused head does not reproduce the model's own logits.
             ValueError: share_prompt=true, but shared prompts change the numbers.
         """
-        data = self.eval_dataset if self.train_dataset is None else self.train_dataset
+        data = self._data_at_hand
         if self._checked or not self.args.self_check or data is None:
             return
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self._sharded:
             log.info("no self-check: the weights are sharded")
             return
-        result = self_check(
+        shares, reason = check_numbers(
             self.model,  # pyright: ignore[reportArgumentType]
             self.loss.head,  # pyright: ignore[reportArgumentType]
-            self._first_groups(data, _CHECKED),
+            first_groups(data, CHECKED),
             self.collator.pad_token_id,
             share_prompt=self.collator.share_prompt,
+            asked=str(self.args.share_prompt),
         )
-        if self.collator.share_prompt and not result.share_prompt:
-            if self.args.share_prompt == "true":
-                raise ValueError(
-                    f"share_prompt=true, but the self-check failed: {result.reason}; use "
-                    "share_prompt=auto"
-                )
-            self.collator.share_prompt, self.sharing_reason = False, result.reason
+        if self.collator.share_prompt and not shares:
+            self.collator.share_prompt, self.sharing_reason = False, reason
         self._checked = True
-        log.info(
-            "self-check: %s; fused and plain head differ by %.2e, rounding explains %.2e",
-            result.reason,
-            result.head_error,
-            result.head_bound,
-        )
 
-    @staticmethod
-    def _first_groups(dataset: Any, count: int) -> list[Group]:
-        if isinstance(dataset, dict):
-            dataset = next(iter(dataset.values()))
-        if isinstance(dataset, Sized):
-            return [dataset[i] for i in range(min(count, len(dataset)))]  # pyright: ignore
-        return dataset.head(count)
-
-    @torch.no_grad()
     def _sample(self, when: str) -> None:
-        """Greedy responses to the first prompts, appended to samples.jsonl."""
+        """Write greedy responses to the first prompts."""
         if not self.args.num_samples:
             return
-        tokenizer: Any = self.processing_class
-        dataset = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
-        records = []
-        with generation(self.model):  # pyright: ignore
-            for group in self._first_groups(dataset, self.args.num_samples):
-                prompt = torch.from_numpy(group.prompt_ids).long()[None].to(self.args.device)
-                tokens = self.model.generate(  # pyright: ignore
-                    input_ids=prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    max_new_tokens=self.args.sample_tokens,
-                    do_sample=False,
-                    use_cache=True,
-                    pad_token_id=self.collator.pad_token_id,
-                )
-                response = tokens[0, prompt.shape[1] :]
-                records.append(
-                    {
-                        "when": when,
-                        "step": self.state.global_step,
-                        "row": group.row,
-                        "source": redact(group.source),
-                        "prompt": tokenizer.decode(group.prompt_ids),
-                        "response": tokenizer.decode(response, skip_special_tokens=True),
-                        "chosen": tokenizer.decode(
-                            group.responses[0].input_ids, skip_special_tokens=True
-                        ),
-                    }
-                )
+        data = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
+        records = greedy_responses(
+            self.model,  # pyright: ignore[reportArgumentType]
+            self.processing_class,  # pyright: ignore[reportArgumentType]
+            first_groups(data, self.args.num_samples),
+            max_new_tokens=self.args.sample_tokens,
+            pad_token_id=self.collator.pad_token_id,
+            device=self.args.device,
+        )
         if self.is_world_process_zero():
-            mode = "w" if when == "before" else "a"
-            with (self._folder.path / SAMPLES_FILE).open(mode, encoding="utf-8") as file:
-                file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+            write_samples(self._folder.path, records, when=when, step=self.state.global_step)
 
     # ---- Checkpoints ----
 
     def create_model_card(self, *args: Any, model_name: str | None = None, **kwargs: Any) -> None:
-        """README.md from the files of the run, as `fastpo train` writes it; also before a push.
+        """Write README.md from the files of the run, as `fastpo train` does; also before a push.
 
         Args:
             args, kwargs: what the Trainer's own card says, unused.
@@ -1073,7 +759,7 @@ class PreferenceTrainer(Trainer):
             ValueError: a file there that this tool did not write; names it.
         """
         folder = self._folder if output_dir is None else RunFolder.at(output_dir)
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        sharded = self._sharded
         if output_dir is not None and _internal_call:  # a checkpoint, published as a whole later
             super().save_model(output_dir, _internal_call=True)
         elif self.is_world_process_zero():
@@ -1100,58 +786,15 @@ class PreferenceTrainer(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A complete checkpoint under its name, or none: see `fastpo.train.checkpoint`."""
-        with self._watch.paused() if self._watch is not None else nullcontext():
-            if self.hp_search_backend is None and trial is None:
-                self.store_flos()
-            run_dir = self._get_output_dir(trial)
-            step = self.state.global_step
-            final, staging = Path(run_dir) / f"checkpoint-{step}", staging_dir(run_dir, step)
-            if self.args.should_save:
-                shutil.rmtree(staging, ignore_errors=True)
-            self.accelerator.wait_for_everyone()
-            staging.mkdir(parents=True, exist_ok=True)
-            self.save_model(str(staging), _internal_call=True)
-            if not self.args.save_only_model:
-                self._save_optimizer_and_scheduler(str(staging))
-                self._save_scaler(str(staging))
-                self._save_rng_state(str(staging))
-            best = self.state.best_global_step
-            if best and (best == step or (Path(run_dir) / f"checkpoint-{best}").exists()):
-                self.state.best_model_checkpoint = str(Path(run_dir) / f"checkpoint-{best}")
-            self.accelerator.wait_for_everyone()  # every rank has written its part
-            if self.args.should_save:
-                self._save_trainer_state(staging / TRAINER_STATE)
-                if final.exists() and not is_own_checkpoint(final):
-                    raise ValueError(
-                        f"{final} was not written by fastpo: move it away; this checkpoint is "
-                        f"{staging}"
-                    )
-                publish(staging, final)
-            self.accelerator.wait_for_everyone()
-            if self.args.push_to_hub:
-                self._push_from_checkpoint(str(final))
-            if self.args.should_save:
-                best_one = self.state.best_model_checkpoint
-                rotate(Path(run_dir), self.args.save_total_limit, best_one)
-
-    def _save_trainer_state(self, path: Path) -> None:
-        held: dict[str, Any] = {}
-        for each in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(each, ExportableState):
-                held.setdefault(type(each).__name__, []).append(each.state())
-        for name, states in held.items():
-            self.state.stateful_callbacks[name] = states if len(states) > 1 else states[0]  # pyright: ignore
-        self.state.save_to_json(str(path))
+        """Write a complete checkpoint under its name, or none."""
+        with self._meter.paused():
+            self._checkpoints.write(self, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Also what is carried from step to step: BCO's shift, a moving reference, token masks."""
+        """Write also what else is carried: BCO's shift, a moving reference, token masks."""
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            torch.save(self.loss.state_dict(), Path(output_dir) / LOSS_STATE)
-            for each in (self._update, self._masking):
-                if each is not None:
-                    each.save(Path(output_dir))
+            self._checkpoints.save_carried(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with reading(resume_from_checkpoint, _ANOTHER):
@@ -1163,15 +806,9 @@ class PreferenceTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with reading(str(checkpoint), _ANOTHER):
-            self._load_running_state(checkpoint)
-
-    def _load_running_state(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and (path := Path(checkpoint) / LOSS_STATE).is_file():
-            self.loss.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        for each in (self._update, self._masking):
-            if checkpoint is not None and each is not None:
-                each.load(Path(checkpoint))
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None:
+                self._checkpoints.load_carried(checkpoint)
 
     def save_merged(self, path: str | Path) -> None:
         """Write the model without adapters, safetensors and tokenizer, ready for `from_pretrained`.

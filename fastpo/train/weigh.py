@@ -14,18 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fastpo.data.build import DataOptions, build_groups, own_columns
+from fastpo.batch import Batch
+from fastpo.data.dataset import build_groups
 from fastpo.data.formats import read_row
 from fastpo.data.groups import Group
-from fastpo.data.rows import exact_rows
+from fastpo.data.options import DataOptions
 from fastpo.data.scored_weights import Rule
+from fastpo.data.source_rows import source_rows
+from fastpo.head.tensors import HeadTensors, ReferenceStates
 from fastpo.model.scoring import Packer
 from fastpo.reference.live import (
     AdapterReference,
-    Batch,
     LiveReference,
     adapter_parameters,
     fill_store,
@@ -53,14 +55,18 @@ class Contrast:
         if vocabularies[0] != vocabularies[1]:
             raise ValueError(f"two scorers with vocabularies of {vocabularies} have no contrast")
 
-    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor | None]:
-        better, worse = self.positive(model, batch), self.negative(model, batch)
-        biases = better["ref_bias"], worse["ref_bias"]
-        return {
-            "ref_hidden": torch.cat([2 * better["ref_hidden"], -worse["ref_hidden"]], -1),  # pyright: ignore
-            "ref_weight": torch.cat([better["ref_weight"], worse["ref_weight"]], -1),  # pyright: ignore
-            "ref_bias": None if None in biases else 2 * biases[0] - biases[1],  # pyright: ignore
-        }
+    def states(self, model: nn.Module, batch: Batch) -> ReferenceStates:
+        """Return (2 h+, -h-) and the head (W+, W-)."""
+        better, worse = self.positive.states(model, batch), self.negative.states(model, batch)
+        assert better.head is not None and worse.head is not None  # noqa: PT018
+        bias, other = better.head.bias, worse.head.bias
+        return ReferenceStates(
+            torch.cat([2 * better.hidden, -worse.hidden], -1),
+            HeadTensors(
+                torch.cat([better.head.weight, worse.head.weight], -1),
+                None if bias is None or other is None else 2 * bias - other,
+            ),
+        )
 
 
 def _filled(
@@ -161,11 +167,11 @@ def weigh(
         ]
 
     def columns() -> Iterator[dict[str, Any]]:
-        for i, row in enumerate(exact_rows(rows, source)):
+        for i, row in enumerate(source_rows(rows, source)):
             responses = groups[prompts[0]][i].responses
             ends = np.cumsum([r.loss_mask.sum() for r in responses])[:-1]
             scores = [np.split(store[groups[prompt][i]], ends) for store, prompt in stores]
-            order = read_row(own_columns(row), columns=columns_of).order  # best first, as here
+            order = read_row(row.columns, columns=columns_of).order  # best first, as here
             column: list[list[float]] = [[]] * len(responses)
             for place, response, *given in zip(
                 order or range(len(responses)), responses, *scores, strict=True
@@ -174,6 +180,6 @@ def weigh(
                 found = rule.fn(*(each.astype(np.float64) for each in given), response.label)
                 numbers[response.loss_mask] = found
                 column[place] = numbers.round(6).tolist()
-            yield {**own_columns(row), rule.column: column}
+            yield {**row.columns, rule.column: column}
 
     return columns()

@@ -25,7 +25,9 @@ from bench.gpu import head as gpu_head
 from bench.gpu import measure, pack, pieces, right, run, smoke, warm
 from bench.gpu.book import BOOK, Book, Options
 from bench.gpu.run import Ended, Part
+from fastpo.head.schedule import Workload
 from fastpo.head.select import plan_head
+from fastpo.head.spec import HeadOptions
 
 CPU = torch.device("cpu")
 A, B, C = (Part("smoke", name, seconds, f"what of {name}?") for name, seconds in
@@ -284,12 +286,13 @@ def test_late_and_kept_heads_of_right_are_what_they_are_called() -> None:
     for sizes, kinds in ((right.FULL, right.FULL.dtypes), (right.TOY, right.TOY.dtypes)):
         n, d = sizes.tokens[0], sizes.widths[0]
         for v, kind in itertools.product(sizes.vocabularies, kinds):
-            asked: dict[str, Any] = {"device": "cuda", "backend": "triton", "needs_head": True}
-            asked["dtype"] = getattr(torch, kind)
-            late = plan_head(n, v, d, workspace_mib=sizes.thin, **asked)[1]
+            work = Workload(n, v, d, getattr(torch, kind), needs_head=True)
+            late, kept = (
+                plan_head(work, HeadOptions("triton", mib), device="cuda")[1]
+                for mib in (sizes.thin, right.kept_mib(n, v))
+            )
             assert late.name == "recompute"
-            assert late.late_rows < n
-            kept = plan_head(n, v, d, workspace_mib=right.kept_mib(n, v), **asked)[1]
+            assert late.late_tokens < n
             assert kept.name == "kept"
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from bench import predict
 from bench.predict import GOAL_SHAPE, GOALS, SHAPES, cases, filled, late, product
-from fastpo.head.types import blocks
+from fastpo.head.types import chunks
 
 
 def test_products_take_whole_tiles_in_whole_waves():
@@ -39,7 +39,7 @@ def test_a_late_pass_is_counted_slab_by_slab(monkeypatch):
     monkeypatch.setattr(predict, "product", lambda *a, add=False: made.append((*a, add)) or 0.0)
     rows, columns = map(int, late(n, d, v, 256).block.split(" x "))
     hidden = [m for m in made if m[1] == d and m[0] == rows]
-    slices = len(list(blocks(v, columns)))
+    slices = len(list(chunks(v, columns)))
     assert len(hidden) == slices * (n // rows)
     assert sum(not add for *_, add in hidden) == n // rows
     weight = [m for m in made if m[2] == rows]

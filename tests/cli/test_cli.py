@@ -612,7 +612,7 @@ def test_hold_out_keeps_a_prompt_on_one_side() -> None:
     import numpy as np
 
     from fastpo.cli.train import hold_out
-    from fastpo.data.build import GroupDataset
+    from fastpo.data.dataset import GroupDataset
     from fastpo.data.groups import Group, Response
 
     answer = Response(np.array([1], np.int32), np.array([True]))

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.cli.test_cli import lines, run
-from tests.data.test_longpo import longpo
+from tests.data.test_tokenised import longpo
 from tests.numerics import assert_three_way
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -93,15 +93,15 @@ def test_stopped_runs_go_on_and_other_arguments_cost_nothing(
     words += ["--rule", "tis", "--out", out]
     # Stopped after a batch of the second scorer.
     calls: list[int] = []
-    label_hidden = fastpo.reference.live.label_hidden
+    target_hidden = fastpo.reference.live.target_hidden
 
     def dying(*args: Any) -> Any:
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return label_hidden(*args)
+        return target_hidden(*args)
 
-    monkeypatch.setattr(fastpo.reference.live, "label_hidden", dying)
+    monkeypatch.setattr(fastpo.reference.live, "target_hidden", dying)
     assert run(capsys, "weigh", *words)[0] == 130
     assert not out.exists()
     assert run(capsys, "weigh", *words)[0] == 0

@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from fastpo.data.build import BadRow, DataOptions, GroupStream, build_groups
-from fastpo.data.formats import CONTEXTS
+from fastpo.data.bad_rows import BadRow
+from fastpo.data.columns import CONTEXT_ROLES
+from fastpo.data.dataset import build_groups
 from fastpo.data.groups import Group
+from fastpo.data.options import DataOptions
 from fastpo.data.packing import collate, counts_of, group_key
+from fastpo.data.stream import GroupStream
 from tests.data.test_formats import CHAT, PAIR, user
 from tests.train import tiny
 
-ROLES = tuple(CONTEXTS)
+ROLES = tuple(CONTEXT_ROLES)
 OTHERS = {"context_prompt": "The sea is", "bare_prompt": "It is", "short_prompt": "Sky:"}
 LIST = {**OTHERS, "prompt": "The sky is", "responses": [" blue.", " grey.", " green."]}
 
@@ -33,7 +36,7 @@ def test_text_columns(tokenizers):
     (group,) = build({**PAIR, **OTHERS}, tokenizer)
     assert tokenizer.decode(group.prompt_ids) == "<s>The sky is"
     assert tokenizer.decode(group.short_prompt_ids) == "<s>Sky:"
-    for role, (column, slot) in CONTEXTS.items():
+    for role, (column, slot) in CONTEXT_ROLES.items():
         response = group.extras[role]
         assert tokenizer.decode(response.prompt_ids) == f"<s>{OTHERS[column]}"
         assert response.input_ids is group.responses[slot].input_ids
@@ -142,27 +145,28 @@ def test_another_prompt_is_packed_as_a_further_group(share_prompt):
     parts = [part for group in GROUPS for part in spelled_out(group)]
     assert len(parts) == 3 * len(GROUPS)
     plain = collate(parts, share_prompt=share_prompt, pad_token_id=0)
-    for name in ("input_ids", "position_ids", "attention_mask", "token_index", "targets"):
-        assert (ours.get(name) is None) == (plain.get(name) is None)
-        if name in ours:
-            assert torch.equal(ours[name], plain[name])
-    assert ours.get("layout") == plain.get("layout")
-    assert torch.equal(ours["segments"].response, plain["segments"].response)
-    for name in ("tokens", "unshared_tokens", "label_tokens"):
-        assert ours["counts"][name] == plain["counts"][name]
+    for name in ("input_ids", "position_ids", "attention_mask", "head_positions"):
+        value, expected = getattr(ours, name), getattr(plain, name)
+        assert (value is None) == (expected is None)
+        assert value is None or torch.equal(value, expected)
+    assert torch.equal(ours.tokens.targets, plain.tokens.targets)
+    assert ours.layout == plain.layout
+    assert torch.equal(ours.tokens.segments.response, plain.tokens.segments.response)
+    for name in ("tokens", "unshared_tokens", "target_tokens"):
+        assert getattr(ours.counts, name) == getattr(plain.counts, name)
 
 
 def test_roles_point_at_their_responses_after_their_prompts():
     batch = collate(GROUPS, share_prompt=False, pad_token_id=0)
-    segments = batch["segments"]
+    segments = batch.tokens.segments
     assert set(segments.extras) == {*ROLES, "gold"}
     for role, numbers in segments.extras.items():
         for group, number in zip(GROUPS, numbers, strict=True):
             response = group.extras[role]
             prompt = group.prompt_ids if role == "gold" else response.prompt_ids
-            row = batch["input_ids"][number][batch["attention_mask"][number].bool()]
+            row = batch.input_ids[number][batch.attention_mask[number].bool()]
             assert row.tolist() == [*prompt, *response.input_ids]
-            tokens = batch["targets"][segments.response == number]
+            tokens = batch.tokens.targets[segments.response == number]
             assert tokens.tolist() == response.input_ids.tolist()
 
 
@@ -171,7 +175,7 @@ def test_one_copy_of_a_prompt_serves_both_responses():
     chosen, rejected = group.extras["context_chosen"], group.extras["context_rejected"]
     both = len(chosen.input_ids) + len(rejected.input_ids)
     once = len(group.prompt_ids) + len(chosen.prompt_ids) + 2 * both
-    assert len(group) == counts_of([group])["tokens"] == once
+    assert len(group) == counts_of([group]).tokens == once
     same = replace(chosen, prompt_ids=group.prompt_ids)
     again = replace(group, extras={"context_chosen": same})  # no further copy of the group's prompt
     assert len(again) == len(group.prompt_ids) + both + len(chosen.input_ids)
@@ -189,9 +193,9 @@ def test_the_reference_sees_the_short_prompt_and_the_same_label_tokens(share_pro
     long = collate(GROUPS, share_prompt=share_prompt, pad_token_id=0)
     seen = [group.for_reference for group in GROUPS]
     short = collate(seen, share_prompt=share_prompt, pad_token_id=0)
-    assert torch.equal(long["targets"], short["targets"])
-    assert torch.equal(long["segments"].response, short["segments"].response)
-    assert not torch.equal(long["token_index"], short["token_index"])
+    assert torch.equal(long.tokens.targets, short.tokens.targets)
+    assert torch.equal(long.tokens.segments.response, short.tokens.segments.response)
+    assert not torch.equal(long.head_positions, short.head_positions)
     for group, other in zip(GROUPS, seen, strict=True):
         assert other.prompt_ids is group.short_prompt_ids
         assert other.for_reference is other

@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 
 from fastpo.data.bad_rows import BadField, BadRow
-from fastpo.data.build import DataOptions, GroupStream, build_groups, row_to_group
+from fastpo.data.builder import row_to_group
+from fastpo.data.dataset import build_groups
 from fastpo.data.dialects import DIALECTS, Columns
 from fastpo.data.formats import read_row
 from fastpo.data.messages import assistant, user
+from fastpo.data.options import DataOptions
+from fastpo.data.stream import GroupStream
 from tests.data.test_formats import PAIR
 
 Q, GOOD, BAD = user("Which metal is liquid?"), assistant("Mercury is."), assistant("Lead is.")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastpo.data.build import DataOptions, build_groups
+from fastpo.data.dataset import build_groups
 from fastpo.data.follow_ups import FOLLOW_UPS, followed_up, next_turns
+from fastpo.data.options import DataOptions
 
 ROW = {
     "prompt": [{"role": "user", "content": "Sky?"}],

@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastpo.data.build import BadRow, DataOptions, build_groups, row_to_group
+from fastpo.data.bad_rows import BadRow
+from fastpo.data.builder import row_to_group
+from fastpo.data.dataset import build_groups
 from fastpo.data.formats import read_row
+from fastpo.data.options import DataOptions
 from fastpo.data.rows import load_rows
 
 
@@ -336,7 +339,7 @@ def test_bad_rows(tokenizers, name):
 
 FOREIGN = {
     "margin": ("margin", ["large", [1], float("nan"), 10**400]),
-    "group": ("cohort", [3.5, [1], True, 1e300, {"a": 1}]),
+    "group": ("population", [3.5, [1], True, 1e300, {"a": 1}]),
     "scores": ("score", [[1, 2, 3, 4], [1, "good"], "[1]", 3, {"a": 1}]),
     "score_rejected": ("score", ["bad"]),
     "token_rewards": ("token_rewards", ["x", [1, 2], [[1], [2]]]),
@@ -350,7 +353,7 @@ def test_a_column_is_judged_where_it_is_read(tokenizers, name):
         row = {**PAIR, name: value}
         for needs in (None, (), {"logps"}):
             (group,) = row_to_group(row, tokenizers(), needs=needs)
-            assert (group.margin, group.cohort) == (None, None)
+            assert (group.margin, group.population) == (None, None)
             assert {(r.score, r.token_rewards) for r in group.responses} == {(None, None)}
         with pytest.raises(BadRow, match=f"field '{name}"):
             row_to_group(row, tokenizers(), needs={need})
@@ -360,7 +363,7 @@ def test_what_nothing_reads_is_left_out(tokenizers):
     """So that a batch may mix rows with and without it."""
     row = {**PAIR, "margin": 1, "group": "a", "scores": [2, 1], "chunk_spans": 3, "lifespans": 4}
     (group,) = row_to_group(row, tokenizers(), needs=())
-    assert (group.margin, group.cohort, group.responses[0].score) == (None, None, None)
+    assert (group.margin, group.population, group.responses[0].score) == (None, None, None)
     (group,) = row_to_group(row, tokenizers())
     assert (group.margin, group.responses[0].score) == (1.0, 2.0)
 
@@ -370,7 +373,7 @@ def test_what_nothing_reads_is_left_out(tokenizers):
     "name", ["tools", "chosen_spans", "scores", "weight", "margin", "group", "token_weights"]
 )
 def test_blank_is_absent(tokenizers, name, blank):
-    needs = {"score", "margin", "cohort"}
+    needs = {"score", "margin", "population"}
     (plain,), (group,) = (
         row_to_group(row, tokenizers("chatml"), needs=needs)
         for row in (CHAT, {**CHAT, name: blank})
@@ -379,11 +382,11 @@ def test_blank_is_absent(tokenizers, name, blank):
 
 
 def test_a_whole_number_may_be_a_float(tokenizers):
-    cohorts = [
-        row_to_group({**PAIR, "group": value}, tokenizers(), needs={"cohort"})[0].cohort
+    populations = [
+        row_to_group({**PAIR, "group": value}, tokenizers(), needs={"population"})[0].population
         for value in (3, 3.0, np.float32(3), np.int64(3))
     ]
-    assert cohorts == [3] * 4
+    assert populations == [3] * 4
 
 
 def test_tools_are_read_by_chat_templates_alone(tokenizers):

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastpo.data.build import DataOptions, row_to_group
-from fastpo.data.formats import message_text
+from fastpo.data.builder import row_to_group
 from fastpo.data.logo import ASK, Dropped, LogoOptions, logo_rows, overlaps, split
+from fastpo.data.messages import message_text
+from fastpo.data.options import DataOptions
 from fastpo.data.positions import PositionSynthesis
 
 OPTIONS = LogoOptions(context_chunks=6, critical_chunks=4, min_overlap=2)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.utils.data
 
+from fastpo.batch import Counts
 from fastpo.data.groups import Group, Response
 from fastpo.data.packing import collate, counts_of, group_key, row_order
 
@@ -62,10 +63,10 @@ def test_every_label_token(case, share_prompt):
     """Against a plain loop over tokens: value, place, predecessor, response, weight."""
     groups = make_groups(**CASES[case])
     batch = collate(groups, share_prompt=share_prompt, pad_token_id=PAD)
-    ids, positions = batch["input_ids"].flatten(), batch["position_ids"].flatten()
-    segments = batch["segments"]
+    ids, positions = batch.input_ids.flatten(), batch.position_ids.flatten()
+    segments = batch.tokens.segments
     n = number = start = 0
-    width = batch["input_ids"].shape[1]
+    width = batch.input_ids.shape[1]
     for group in groups:
         prompt = group.prompt_ids.tolist()
         if share_prompt:
@@ -79,32 +80,33 @@ def test_every_label_token(case, share_prompt):
                 first, last = start + len(prompt), start + len(prompt) - 1
                 assert ids[start:first].tolist() == prompt
                 end = first + len(r.input_ids)
-                mask = batch["attention_mask"][number].tolist()
+                mask = batch.attention_mask[number].tolist()
                 assert mask == [1] * (end - start) + [0] * (width - end + start)
                 assert ids[end : start + width].tolist() == [PAD] * (start + width - end)
             for j, token in enumerate(r.input_ids):
                 assert ids[first + j] == token
                 assert positions[first + j] == len(prompt) + j
                 if r.loss_mask[j]:
-                    assert batch["targets"][n] == token
-                    assert batch["token_index"][n] == (last if j == 0 else first + j - 1)
+                    assert batch.tokens.targets[n] == token
+                    assert batch.head_positions[n] == (last if j == 0 else first + j - 1)
                     assert segments.response[n] == number
-                    if batch["token_weights"] is not None:
+                    if batch.tokens.token_weights is not None:
                         expected = 1.0 if r.token_weights is None else r.token_weights[j]
-                        assert batch["token_weights"][n] == expected
+                        assert batch.tokens.token_weights[n] == expected
                     n += 1
             number += 1
             if share_prompt:
                 first += len(r.input_ids)
         start = first
-    assert n == len(batch["targets"]) == len(batch["token_index"])
+    assert n == len(batch.tokens.targets) == len(batch.head_positions)
     assert segments.num_responses == number
     if share_prompt:
-        assert batch["input_ids"].shape == (1, start)
-    for name in ("input_ids", "position_ids", "token_index", "targets"):
-        assert batch[name].dtype == torch.int64
-    if batch["token_weights"] is not None:
-        assert batch["token_weights"].dtype == torch.float32
+        assert batch.input_ids.shape == (1, start)
+    for name in ("input_ids", "position_ids", "head_positions"):
+        assert getattr(batch, name).dtype == torch.int64
+    assert batch.tokens.targets.dtype == torch.int64
+    if batch.tokens.token_weights is not None:
+        assert batch.tokens.token_weights.dtype == torch.float32
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -114,26 +116,24 @@ def test_packed_equals_padded(case):
     padded = collate(groups, share_prompt=False, pad_token_id=PAD)
     predictors = []
     for batch in (packed, padded):
-        ids = batch["input_ids"].flatten()
-        predictors.append(
-            torch.stack([ids, batch["position_ids"].flatten()])[:, batch["token_index"]]
-        )
+        ids = batch.input_ids.flatten()
+        predictors.append(torch.stack([ids, batch.position_ids.flatten()])[:, batch.head_positions])
     assert torch.equal(*predictors)  # the predicting token and its position
-    assert torch.equal(packed["targets"], padded["targets"])
-    assert torch.equal(packed["segments"].response, padded["segments"].response)
-    assert torch.equal(packed["segments"].grid, padded["segments"].grid)
-    assert packed["counts"] == padded["counts"] == counts_of(groups)
-    assert packed["rows"] == padded["rows"] == [group.row for group in groups]
-    assert packed["input_ids"].numel() == packed["counts"]["tokens"]
-    assert padded["attention_mask"].sum() == packed["counts"]["unshared_tokens"]
-    assert len(packed["targets"]) == packed["counts"]["label_tokens"]
+    assert torch.equal(packed.tokens.targets, padded.tokens.targets)
+    assert torch.equal(packed.tokens.segments.response, padded.tokens.segments.response)
+    assert torch.equal(packed.tokens.segments.grid, padded.tokens.segments.grid)
+    assert packed.counts == padded.counts == counts_of(groups)
+    assert packed.row_numbers == padded.row_numbers == tuple(group.row for group in groups)
+    assert packed.input_ids.numel() == packed.counts.tokens
+    assert padded.attention_mask.sum() == packed.counts.unshared_tokens
+    assert len(packed.tokens.targets) == packed.counts.target_tokens
 
 
 @pytest.mark.parametrize("extras", [False, True])
 def test_layout_tiles_the_row(extras):
     groups = make_groups(extras=extras)
     batch = collate(groups, pad_token_id=PAD)
-    layout = batch["layout"]
+    layout = batch.layout
     end = 0
     for group, span in zip(groups, layout.groups, strict=True):
         every = in_order(group)
@@ -145,14 +145,14 @@ def test_layout_tiles_the_row(extras):
         ):
             assert start == end
             assert type(start) is type(stop) is int
-            assert batch["input_ids"][0, start:stop].tolist() == ids.tolist()
+            assert batch.input_ids[0, start:stop].tolist() == ids.tolist()
             end = stop
-    assert end == layout.length == batch["input_ids"].shape[1]
+    assert end == layout.length == batch.input_ids.shape[1]
 
 
 def test_segments():
     groups = make_groups(extras=True)
-    segments = collate(groups, pad_token_id=PAD)["segments"]
+    segments = collate(groups, pad_token_id=PAD).tokens.segments
     k = max(len(g.responses) for g in groups)
     number = 0
     for i, group in enumerate(groups):
@@ -174,13 +174,13 @@ def test_segments_of_groups_built_by_hand():
         Group(np.array([1], dtype=np.int32), [response(rng, 2) for _ in range(k)], row=0)
         for k in (2, 1)
     ]
-    segments = collate(groups, pad_token_id=PAD)["segments"]
+    segments = collate(groups, pad_token_id=PAD).tokens.segments
     assert segments.label.tolist() == [[True, False], [True, False]]
     assert segments.rank.tolist() == [[0, 1], [0, 1]]
     assert segments.score is None
     assert segments.weight is None
     groups[0].responses[1].score = 0.5
-    score = collate(groups, pad_token_id=PAD)["segments"].score
+    score = collate(groups, pad_token_id=PAD).tokens.segments.score
     assert torch.equal(score.isnan(), torch.tensor([[True, False], [True, False]]))
 
 
@@ -201,14 +201,16 @@ def test_counts():
         "response_tokens": 2 + 4 + 4,
         "gold_tokens": 2,
         "tokens": 5 + 3 + 4 + 4 + 2,
-        "label_tokens": 2 + 4 + 4 + 2,
+        "target_tokens": 2 + 4 + 4 + 2,
         "unshared_tokens": 4 * 5 + 3 + 4 + 4 + 2,
     }
-    assert counts_of([group]) == expected
-    assert counts_of([group, group]) == {name: 2 * value for name, value in expected.items()}
+    assert counts_of([group])._asdict() == expected
+    twice = {name: 2 * value for name, value in expected.items()}
+    assert counts_of([group, group])._asdict() == twice
+    assert Counts.total([counts_of([group])] * 2)._asdict() == twice
     a.token_weights = np.array([0.0, 2.0, 1.0], dtype=np.float32)
     counts = counts_of([group])
-    assert (counts["chosen_tokens"], counts["response_tokens"]) == (1, 1 + 4 + 4)
+    assert (counts.chosen_tokens, counts.response_tokens) == (1, 1 + 4 + 4)
 
 
 def test_reference_logps():
@@ -220,9 +222,9 @@ def test_reference_logps():
     for share_prompt in (True, False):
         values = [stored[group_key(g)] for g in groups]
         batch = collate(groups, share_prompt=share_prompt, pad_token_id=PAD, ref_logps=values)
-        assert batch["ref_logps"].dtype == torch.float32
-        assert batch["ref_logps"].tolist() == np.concatenate(values).tolist()
-    assert collate(groups, pad_token_id=PAD)["ref_logps"] is None
+        assert batch.tokens.ref_logps.dtype == torch.float32
+        assert batch.tokens.ref_logps.tolist() == np.concatenate(values).tolist()
+    assert collate(groups, pad_token_id=PAD).tokens.ref_logps is None
     with pytest.raises(ValueError, match="ref_logps of 6 groups for a batch of 7"):
         collate(groups, pad_token_id=PAD, ref_logps=values[1:])
     with pytest.raises(ValueError, match="row 10: ref_logps of shape"):
@@ -280,5 +282,5 @@ def test_in_a_loader_with_workers():
     )
     for i, batch in enumerate(loader):
         home = collate(groups[3 * i : 3 * i + 3], pad_token_id=PAD)
-        assert torch.equal(batch["targets"], home["targets"])
-        assert batch["layout"] == home["layout"]
+        assert torch.equal(batch.tokens.targets, home.tokens.targets)
+        assert batch.layout == home.layout

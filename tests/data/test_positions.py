@@ -8,15 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastpo.data.build import BadRow, DataOptions, build_groups, row_to_group
-from fastpo.data.formats import BadField, joined_chunks
+from fastpo.data.bad_rows import BadField, BadRow
+from fastpo.data.builder import row_to_group
+from fastpo.data.dataset import build_groups
+from fastpo.data.logo_columns import joined_chunks
+from fastpo.data.options import DataOptions
 from fastpo.data.packing import collate, group_key
-from fastpo.data.positions import (
-    PositionSynthesis,
-    chunk_tokens,
-    cut_chunks,
-    synthetic_positions,
-)
+from fastpo.data.positions import PositionSynthesis, chunk_tokens, synthetic_positions
+from fastpo.data.truncation import cut_chunks
 
 CHUNKS = ["The sky is blue.", "I like it: the sea is blue as well.", "It is green at night."]
 QUESTION = "What colour is the sky?"
@@ -225,15 +224,15 @@ def test_batches_have_the_positions(tokenizers: Any) -> None:
     packed = collate(groups, pad_token_id=0)
     padded = collate(groups, share_prompt=False, pad_token_id=0)
     number = 0
-    for group, spans in zip(groups, packed["layout"].groups, strict=True):
+    for group, spans in zip(groups, packed.layout.groups, strict=True):
         end = group.span - group.longest
         prompt = group.prompt_positions
         prompt = np.arange(end) if prompt is None else prompt
-        assert packed["position_ids"][0, slice(*spans.prompt)].tolist() == prompt.tolist()
+        assert packed.position_ids[0, slice(*spans.prompt)].tolist() == prompt.tolist()
         for response, span in zip(group.responses, spans.responses, strict=True):
             own = list(range(end, end + len(response.input_ids)))
-            assert packed["position_ids"][0, slice(*span)].tolist() == own
-            row_of = padded["position_ids"][number][padded["attention_mask"][number].bool()]
+            assert packed.position_ids[0, slice(*span)].tolist() == own
+            row_of = padded.position_ids[number][padded.attention_mask[number].bool()]
             assert row_of.tolist() == [*prompt.tolist(), *own]
             number += 1
     broken = replace(groups[0], prompt_positions=groups[0].prompt_positions[1:])

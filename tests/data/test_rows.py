@@ -21,10 +21,13 @@ import pytest
 import torch.utils.data
 
 from fastpo.data import json_tables
-from fastpo.data.build import BadRow, DataOptions, GroupStream, build_groups
-from fastpo.data.formats import BadField, read_row
+from fastpo.data.bad_rows import BadField, BadRow
+from fastpo.data.dataset import build_groups
+from fastpo.data.formats import read_row
 from fastpo.data.json_rows import read_json
-from fastpo.data.rows import exact_rows, load_rows
+from fastpo.data.options import DataOptions
+from fastpo.data.rows import load_rows
+from fastpo.data.stream import GroupStream
 
 datasets = pytest.importorskip("datasets")
 pa = pytest.importorskip("pyarrow")
@@ -523,85 +526,6 @@ def test_dicts_of_other_objects():
         load_rows([{"day": day}, {"day": [1]}])
 
 
-NESTED = [
-    {"tools": [{"a": 1}, {"b": {"c": None, "d": [None, 2]}}], "top": None, "p": "x"},
-    {"tools": [{"b": {"e": [{"f": 1}, {"g": 2}]}}], "top": "t", "p": "y"},
-]
-CLEAN = [
-    {"tools": [{"a": 1}, {"b": {"d": [None, 2]}}], "top": None, "p": "x"},
-    {"tools": [{"b": {"e": [{"f": 1}, {"g": 2}]}}], "top": "t", "p": "y"},
-]
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_null_keys_that_arrow_adds_are_taken_away(tmp_path, streaming):
-    dataset = datasets.Dataset.from_list(NESTED)
-    assert list(dataset) != NESTED
-    assert list(exact_rows(dataset.to_iterable_dataset() if streaming else dataset)) == CLEAN
-    assert list(exact_rows(dataset.select([1, 0]))) == CLEAN[::-1]
-    dataset.to_parquet(str(tmp_path / "d.parquet"))
-    assert list(exact_rows(load_rows(tmp_path / "d.parquet", streaming=streaming))) == CLEAN
-    written(tmp_path / "d.jsonl", as_lines(NESTED))
-    assert list(exact_rows(load_rows(tmp_path / "d.jsonl", streaming=streaming))) == NESTED
-    assert list(exact_rows(load_rows(NESTED, streaming=streaming))) == NESTED
-    assert list(exact_rows(NESTED)) == NESTED
-
-
-def test_null_keys_of_a_stream_without_types(monkeypatch):
-    """Which `load_dataset` makes of JSON on the Hub."""
-
-    def load_dataset(path, **kwargs):
-        rows = datasets.Dataset.from_list(NESTED)
-        return datasets.IterableDataset.from_generator(lambda: iter(list(rows)))
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert list(load_rows("owner/some", streaming=True)) == CLEAN
-
-
-@pytest.mark.parametrize("form", ["numpy", "torch", "pandas", "arrow"])
-def test_the_format_of_a_data_set_changes_no_row(form):
-    dataset = datasets.Dataset.from_list([{**row, "n": 1} for row in NESTED])
-    expected = [{**row, "n": 1} for row in CLEAN]
-    assert list(exact_rows(dataset.with_format(form))) == expected
-    two = dataset.with_format(form, columns=["p", "n"])
-    assert list(exact_rows(two)) == [{"p": row["p"], "n": 1} for row in CLEAN]
-    stream = dataset.to_iterable_dataset(num_shards=2).shuffle(seed=1).with_format(form)
-    orders = set()
-    for epoch in range(8):
-        stream.set_epoch(epoch)
-        rows = list(exact_rows(stream))
-        assert sorted(rows, key=lambda row: row["p"]) == expected
-        orders.add(rows[0]["p"])
-    assert orders == {"x", "y"}
-
-
-def test_a_transform_has_the_last_word():
-    dataset = datasets.Dataset.from_dict({"a": [1, 2]})
-    own = dataset.with_transform(lambda batch: {"a": [{"b": None} for _ in batch["a"]]})
-    assert list(exact_rows(own)) == [{"a": {"b": None}}] * 2
-
-
-@pytest.mark.parametrize("size", [1, 250])
-def test_an_error_while_a_row_is_read_names_the_row(size):
-    dataset = datasets.Dataset.from_dict({"a": [*range(size)]})
-
-    def fails(batch):
-        if size - 1 in batch["a"]:
-            raise KeyError("lost")
-        return batch
-
-    texts = pa.array(["1"] * (size - 1) + ["{"])
-    column = pa.ExtensionArray.from_storage(pa.json_(), texts)
-    with pytest.raises(ValueError, match=f"cannot read a, row {size - 1}: "):
-        list(exact_rows(datasets.Dataset(pa.table({"a": column})), "a"))
-    read = exact_rows(dataset.with_transform(fails), "the source")
-    with pytest.raises(ValueError, match=f"cannot read the source, row {size - 1}: .*lost"):
-        list(read)
-    lazy = exact_rows(dataset.to_iterable_dataset().map(lambda row: fails({"a": [row["a"]]})), "s")
-    with pytest.raises(ValueError, match=f"cannot read s, row {size - 1}: .*lost"):
-        list(lazy)
-
-
 PEAK = """
 import json, resource, sys
 from fastpo.data.rows import load_rows
@@ -690,38 +614,6 @@ def test_lists_and_labels_in_cells(tmp_path):
     assert [read_row(row).labels for row in rows] == [[True], [False]]
     with pytest.raises(BadField, match="neither true nor false"):
         read_row(bad)
-
-
-# Where a row came from
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
-def test_bad_rows_name_their_file(tmp_path, suffix, streaming, tokenizers):
-    """The second file's second row, not the glob's fifth."""
-    rows = [{"prompt": "Say", "chosen": " a", "rejected": " b"}] * 3
-    write(tmp_path / f"a{suffix}", rows)
-    write(tmp_path / f"b{suffix}", [rows[0], {**rows[0], "rejected": " a"}, rows[1]])
-    loaded = load_rows(tmp_path / f"*{suffix}", streaming=streaming, origin=True)
-    bad = rf"{tmp_path}/b{suffix}, row 1, field 'rejected': identical to chosen"
-    build = GroupStream if streaming else partial(build_groups, progress=False)
-    with pytest.raises(BadRow, match=bad):
-        list(build(loaded, tokenizers(), source="the glob"))
-    groups = build(loaded, tokenizers(), DataOptions(on_bad_row="skip"), source="the glob")
-    assert [(g.source[-len(suffix) - 1 :][0], g.row) for g in groups] == [
-        ("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 2),
-    ]  # fmt: skip
-    assert [(b.source, b.row) for b in groups.skipped] == [(f"{tmp_path}/b{suffix}", 1)]
-
-
-def test_workers_read_files_of_their_own(tmp_path, tokenizers):
-    rows = [{"prompt": "Say", "chosen": " a", "rejected": " b"}] * 2
-    for name in "abc":
-        write(tmp_path / f"{name}.jsonl", rows)
-    stream = GroupStream(load_rows(tmp_path / "*", streaming=True, origin=True), tokenizers())
-    loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=2)
-    found = sorted((g.source, g.row) for g in loader)
-    assert found == [(f"{tmp_path}/{name}.jsonl", row) for name in "abc" for row in (0, 1)]
 
 
 def test_files_of_several_types(tmp_path):

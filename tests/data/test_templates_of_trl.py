@@ -19,7 +19,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fastpo.data.build import DataOptions, build_groups
+from fastpo.data.dataset import build_groups
+from fastpo.data.options import DataOptions
 
 FOUND = find_spec("trl")
 FOLDER = Path(FOUND.origin).parent / "chat_templates" if FOUND and FOUND.origin else Path("absent")

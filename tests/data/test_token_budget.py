@@ -26,7 +26,7 @@ def groups(seed: int, count: int) -> list[Group]:
 
 
 def cost(batch: list[Group], shared: bool) -> int:
-    return collate(batch, share_prompt=shared, pad_token_id=0)["input_ids"].numel()
+    return collate(batch, share_prompt=shared, pad_token_id=0).input_ids.numel()
 
 
 @pytest.mark.parametrize("shared", [True, False])

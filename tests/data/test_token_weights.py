@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastpo.data.build import BadRow, DataOptions, build_groups, row_to_group
-from fastpo.data.formats import BadField
+from fastpo.data.bad_rows import BadField, BadRow
+from fastpo.data.builder import row_to_group
+from fastpo.data.dataset import build_groups
 from fastpo.data.groups import Group, Response
+from fastpo.data.options import DataOptions
 from fastpo.data.packing import collate
 from fastpo.data.token_weights import check_schemes, weighted
 
@@ -104,9 +106,9 @@ def test_columns_reach_the_batch(tokenizers) -> None:
     groups = [*row_to_group({**LIST, **columns}, tokenizers()), plain]
     batch = collate(groups, pad_token_id=0)
     n = sum(sizes)
-    assert batch["token_weights"].tolist() == [2.0] * n + [1.0] * n
-    assert batch["token_rewards"].tolist() == [-1.0] * n + [0.0] * n
-    assert collate([plain], pad_token_id=0)["token_rewards"] is None
+    assert batch.tokens.token_weights.tolist() == [2.0] * n + [1.0] * n
+    assert batch.tokens.token_rewards.tolist() == [-1.0] * n + [0.0] * n
+    assert collate([plain], pad_token_id=0).tokens.token_rewards is None
 
 
 @pytest.mark.parametrize("column", ["token_weights", "token_rewards"])
@@ -155,44 +157,45 @@ def group(*responses: list[int], row: int = 0, masked: int = 0) -> Group:
     return Group(np.array([1], dtype=np.int32), made, row=row)
 
 
-def weights(g: Group) -> list[list[float]]:
-    return [r.token_weights.tolist() for r in g.responses]
+def weights(g: Group, schemes: dict[str, float], seed: int = 0) -> list[list[float]]:
+    made = weighted(g.responses, schemes, seed, g.row)
+    return [r.token_weights.tolist() for r in made]
 
 
 def test_ld_keeps_the_common_length() -> None:
-    found = weights(weighted(group([5, 6, 7], [5, 6, 7, 8, 9]), {"ld": 0.5}, 0))
+    found = weights(group([5, 6, 7], [5, 6, 7, 8, 9]), {"ld": 0.5})
     assert found == [[1, 1, 1], [1, 1, 1, 0.5, 0.5]]
     # Two tokens of context, which are not counted.
-    found = weights(weighted(group([5, 6, 7], [5, 6, 7, 8, 9], masked=2), {"ld": 0.0}, 0))
+    found = weights(group([5, 6, 7], [5, 6, 7, 8, 9], masked=2), {"ld": 0.0})
     assert found[1] == [1, 1, 1, 0, 0]
 
 
 def test_decay_starts_at_gamma() -> None:
-    found = weights(weighted(group([5, 6, 7]), {"decay": 0.5}, 0))
+    found = weights(group([5, 6, 7]), {"decay": 0.5})
     assert found == [[0.5, 0.25, 0.125]]
 
 
 def test_sampo_keeps_as_many_tokens_of_each_and_draws_by_row_and_seed() -> None:
     g = group(list(range(40)), list(range(9)))
-    first = weights(weighted(g, {"sampo": True}, 0))
+    first = weights(g, {"sampo": True})
     assert [sum(w) for w in first] == [9, 9]
-    assert first == weights(weighted(g, {"sampo": True}, 0))
-    assert first != weights(weighted(g, {"sampo": True}, 1))
-    assert first != weights(weighted(replace(g, row=1), {"sampo": True}, 0))
-    kept = np.mean([weights(weighted(g, {"sampo": True}, s))[0] for s in range(500)], axis=0)
+    assert first == weights(g, {"sampo": True})
+    assert first != weights(g, {"sampo": True}, 1)
+    assert first != weights(replace(g, row=1), {"sampo": True})
+    kept = np.mean([weights(g, {"sampo": True}, s)[0] for s in range(500)], axis=0)
     # Uniform: each of 40 tokens in 9 of 40 draws; 5 deviations of a share of 500 draws.
     assert np.abs(kept - 9 / 40).max() < 5 * (9 / 40 * 31 / 40 / 500) ** 0.5
 
 
 def test_diff_weighs_what_the_other_lacks() -> None:
     same = [3, 4, 5]
-    found = weights(weighted(group([*same, 8, *same], [*same, 9, 9, *same]), {"diff": 5.0}, 0))
+    found = weights(group([*same, 8, *same], [*same, 9, 9, *same]), {"diff": 5.0})
     assert found == [[1, 1, 1, 5, 1, 1, 1], [1, 1, 1, 5, 5, 1, 1, 1]]
     # Two common tokens between changes are too short a match to count.
-    found = weights(weighted(group([*same, 8, 6, 7, 8], [*same, 9, 6, 7, 9]), {"diff": 5.0}, 0))
+    found = weights(group([*same, 8, 6, 7, 8], [*same, 9, 6, 7, 9]), {"diff": 5.0})
     assert found[0] == [1, 1, 1, 5, 5, 5, 5]
     with pytest.raises(BadField, match="compares two responses, not 1"):
-        weighted(group(same), {"diff": 5.0}, 0)
+        weights(group(same), {"diff": 5.0})
 
 
 def test_schemes_multiply_and_spans_are_kept(tokenizers) -> None:
@@ -242,13 +245,13 @@ def test_columns_reach_the_segments(tokenizers) -> None:
     ]
     dataset = build_groups(rows, tokenizers(), extras=("gold", "ref_response", "mismatched"))
     batch = collate(list(dataset), pad_token_id=0)
-    segments = batch["segments"]
+    segments = batch.tokens.segments
     assert segments.score.tolist() == [[4, 1], [5, 1], [6, 1]]
     assert segments.margin.tolist() == [-0.5, 0.5, 1.5]
-    assert segments.cohort[0] == segments.cohort[2] != segments.cohort[1]
+    assert segments.population[0] == segments.population[2] != segments.population[1]
     assert sorted(segments.extras) == ["gold", "mismatched", "ref_response"]
     tokenizer = tokenizers()
-    of_gold = batch["targets"][segments.response == segments.extras["gold"][0]]
+    of_gold = batch.tokens.targets[segments.response == segments.extras["gold"][0]]
     assert tokenizer.decode(of_gold, skip_special_tokens=True).strip() == "perfect"
     plain = build_groups(rows, tokenizers())  # columns that nothing asks for cost nothing
     assert not plain[0].extras

@@ -9,7 +9,7 @@ import long_context as example
 import pytest
 from demo import Record
 
-from fastpo.data.formats import message_text
+from fastpo.data.messages import message_text
 from tests.examples.test_families import ROOT, model  # noqa: F401  (a fixture)
 
 

@@ -11,9 +11,9 @@ from torch.library import opcheck
 from torch.utils._pytree import tree_map_only
 
 from fastpo import linear_cross_entropy, linear_logps, linear_stats
-from fastpo.head.op import LinearStats
-from fastpo.head.types import DIFFERENTIABLE
-from tests.head.test_linear_stats import LARGE, SMALL, gradients, inputs
+from fastpo.head.op import BackwardInputs, LinearStats, schema_of, take
+from fastpo.head.types import DIFFERENTIABLE, PassOptions, PassTensors
+from tests.head.test_functional import LARGE, SMALL, gradients, inputs
 from tests.numerics import assert_three_way
 
 KINDS = {
@@ -25,6 +25,31 @@ KINDS = {
 kinds = pytest.mark.parametrize(("leaves", "workspace"), KINDS.values(), ids=KINDS)
 
 
+FORWARD = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? ref_hidden, "
+    "Tensor? ref_weight, Tensor? ref_bias, Tensor? temperatures, Tensor? lora_b, "
+    "str[] want, str[] grads, float? softcap, float logit_scale, float temperature, "
+    "float jsd_beta, float skip_below, str backend, str schedule, SymInt row_block, "
+    "SymInt vocab_block, SymInt late_rows, SymInt kept, str? group, SymInt rank, SymInt[] rows, "
+    "SymInt[] tokens"
+)
+BACKWARD = f"{FORWARD}, Tensor[] saved, Tensor[] cotangents, bool[] needs"
+
+
+def test_schemas_follow_from_the_types_and_stay_what_exported_programs_hold():
+    assert schema_of(PassTensors, PassOptions) == FORWARD
+    assert schema_of(PassTensors, PassOptions, BackwardInputs) == BACKWARD
+    for name, schema in (("linear_stats", FORWARD), ("linear_stats_backward", BACKWARD)):
+        registered = str(getattr(torch.ops.fastpo, name).default._schema)
+        assert registered == f"fastpo::{name}({schema}) -> Tensor[]"
+
+
+def test_arguments_become_the_objects_whose_fields_they_are():
+    count = len(PassTensors._fields), len(PassOptions._fields), len(BackwardInputs._fields)
+    tensors, options, inputs = take(range(sum(count)), PassTensors, PassOptions, BackwardInputs)
+    assert (tensors.hidden, options.want, inputs.saved) == (0, count[0], count[0] + count[1])
+
+
 @pytest.mark.parametrize("name", ["linear_stats", "linear_stats_backward"])
 @pytest.mark.parametrize("stats", [("logps", "entropy"), DIFFERENTIABLE], ids=["own", "reference"])
 @kinds
@@ -33,7 +58,7 @@ def test_opcheck(monkeypatch, name, stats, leaves, workspace):
     if stats != DIFFERENTIABLE:
         del x["ref_hidden"]
     calls = {}
-    # Of the function: what it hands the operator.
+    # What the function hands the operator.
     real = getattr(torch.ops.fastpo, name)
     monkeypatch.setattr(torch.ops.fastpo, name, partial(_remember, real, calls))
     gradients(linear_stats, x, leaves, stats, stats=stats, workspace_mib=workspace / 10)

@@ -1,4 +1,4 @@
-"""The schedule is a pure function; its products and its memory are what it says they are."""
+"""The schedule is a pure function; its matmuls and its memory are what it says they are."""
 
 from __future__ import annotations
 
@@ -6,25 +6,29 @@ import json
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastpo import PreferenceLoss, linear_logps, linear_stats
+from fastpo import linear_stats
 from fastpo.head import op as ops
-from fastpo.head.schedule import auto_workspace_mib, choose_schedule, even_blocks
-from fastpo.head.select import choose_backend, plan_head
-from fastpo.head.torch_backend import TorchTiles
-from fastpo.head.triton_backend import TritonTiles
+from fastpo.head.schedule import (
+    Traits,
+    Workload,
+    auto_workspace_mib,
+    choose_schedule,
+    even_chunks,
+)
+from fastpo.head.select import plan_head
+from fastpo.head.spec import HeadOptions
 from fastpo.head.types import DIFFERENTIABLE, put_matmul_
 
 BIG = {"num_tokens": 4096, "vocab_size": 131072}
 
 
 @pytest.mark.parametrize(
-    ("case", "name", "products"),
+    ("case", "name", "matmuls"),
     [
         ({"needs_hidden": False}, "forward", 1),
         ({"needs_hidden": True, "num_grad_stats": 0}, "forward", 1),
@@ -33,91 +37,91 @@ BIG = {"num_tokens": 4096, "vocab_size": 131072}
         ({"needs_hidden": True, "with_reference": True}, "frozen", 3),
         ({"needs_hidden": True, "with_reference": True, "num_grad_stats": 2}, "frozen", 4),
         ({"needs_hidden": True, "needs_head": True, "needs_weight": True}, "recompute", 4),
-        ({"needs_hidden": True, "needs_head": True}, "recompute", 3),
+        ({"needs_hidden": True, "needs_head": True, "needs_weight": False}, "recompute", 3),
         ({"needs_hidden": False, "needs_head": True, "needs_weight": True}, "recompute", 3),
     ],
 )
-def test_products(case, name, products):
-    schedule = choose_schedule(**BIG, **case)
-    assert (schedule.name, schedule.products) == (name, products)
+def test_matmuls(case, name, matmuls):
+    schedule = choose_schedule(Workload(**BIG, **case))
+    assert (schedule.name, schedule.matmuls) == (name, matmuls)
 
 
 def test_small_logits_are_kept():
-    schedule = choose_schedule(64, 1000, needs_hidden=True, needs_head=True, needs_weight=True)
-    assert (schedule.name, schedule.products) == ("kept", 3)
+    schedule = choose_schedule(Workload(64, 1000, needs_head=True))
+    assert (schedule.name, schedule.matmuls) == ("kept", 3)
 
 
 @pytest.mark.parametrize("with_reference", [False, True])
 def test_kernels_keep_logits_that_fill_the_workspace(with_reference):
-    """Without a second slab beside them; the slices of dW come on top."""
-    needs = {"needs_hidden": True, "needs_head": True, "needs_weight": True}
-    needs |= {"with_reference": with_reference, "num_slabs": 3 if with_reference else 2}
+    """Without a second chunk beside them; the chunks of dW come on top."""
     most = 1024 if with_reference else 2048
-    kept = choose_schedule(most, 131072, workspace_bytes=1 << 30, **needs)
-    assert (kept.name, kept.products, kept.vocab_block) == ("kept", 3 + with_reference, 8192)
-    assert choose_schedule(most + 1, 131072, workspace_bytes=1 << 30, **needs).name == "recompute"
+    work = Workload(most, 131072, needs_head=True, with_reference=with_reference)
+    traits = Traits(3 if with_reference else 2)
+    kept = choose_schedule(work, traits, workspace_bytes=1 << 30)
+    assert (kept.name, kept.matmuls, kept.chunk_columns) == ("kept", 3 + with_reference, 8192)
+    more = work._replace(num_tokens=most + 1)
+    assert choose_schedule(more, traits, workspace_bytes=1 << 30).name == "recompute"
 
 
-def test_blocks_fit_the_workspace_at_any_size():
+def test_chunks_fit_the_workspace_at_any_size():
     for n, v, mib in [(1, 257, 1), (10**6, 262144, 256), (64000, 131072, 1), (3, 10**6, 256)]:
-        s = choose_schedule(n, v, needs_hidden=True, workspace_bytes=mib << 20, num_slabs=3)
-        assert 1 <= s.row_block <= n
-        assert 1 <= s.vocab_block <= v
-        for rows, columns, size in ((s.row_block, v, 12), (s.late_rows, s.vocab_block, 4)):
-            assert rows * columns * size <= mib << 20 or min(rows, columns) == 1
+        s = choose_schedule(Workload(n, v), Traits(3), workspace_bytes=mib << 20)
+        assert 1 <= s.chunk_tokens <= n
+        assert 1 <= s.chunk_columns <= v
+        for tokens, columns, size in ((s.chunk_tokens, v, 12), (s.late_tokens, s.chunk_columns, 4)):
+            assert tokens * columns * size <= mib << 20 or min(tokens, columns) == 1
 
 
 def on_a_card(n: int, v: int, d: int, mib: float, **needs):
     """The schedule of bfloat16 on a GPU, which need not be there."""
-    return plan_head(
-        n, v, d, device="cuda", dtype=torch.bfloat16, workspace_mib=mib, **needs
-    )[1]  # fmt: skip
+    work = Workload(n, v, d, torch.bfloat16, **needs)
+    return plan_head(work, HeadOptions(workspace_mib=mib), device="cuda")[1]
 
 
 TRAINED = {"needs_head": True, "needs_weight": True}
 
 
 @pytest.mark.parametrize(
-    ("n", "v", "mib", "rows"),
+    ("n", "v", "mib", "tokens"),
     [
         (8192, 131072, 256, 512),
-        (8192, 128256, 256, 512),  # 523 rows would fit
+        (8192, 128256, 256, 512),  # 523 tokens would fit
         (8192, 151936, 256, 384),
         (8192, 256000, 256, 256),
         (8192, 131072, 1024, 2048),
-        (513, 131072, 256, 384),  # two blocks, and none of a single row
+        (513, 131072, 256, 384),  # two chunks, and none of a single token
         (600, 131072, 256, 384),
         (300, 131072, 256, 300),
         (8192, 1 << 20, 256, 64),  # less than a tile
     ],
 )
-def test_blocks_on_a_card_are_equal_and_whole_tiles(n, v, mib, rows):
+def test_chunks_on_a_card_are_equal_and_whole_tiles(n, v, mib, tokens):
     for needs in ({}, {"needs_hidden": False}, TRAINED):
-        assert on_a_card(n, v, 4096, mib, **needs).row_block == rows
+        assert on_a_card(n, v, 4096, mib, **needs).chunk_tokens == tokens
 
 
-def test_even_blocks_waste_less_than_a_tile_each():
+def test_even_chunks_waste_less_than_a_tile_each():
     for total in (1, 127, 128, 129, 5000, 8192):
         for most in (1, 100, 128, 300, 523, 10**5):
-            rows = even_blocks(total, most, 128)
-            assert 1 <= rows <= min(most, total) + (rows > total) * 127
-            if most >= 128 and rows < total:
-                assert rows % 128 == 0
-                count = -(-total // rows)
+            size = even_chunks(total, most, 128)
+            assert 1 <= size <= min(most, total) + (size > total) * 127
+            if most >= 128 and size < total:
+                assert size % 128 == 0
+                count = -(-total // size)
                 assert count == -(-total // (most - most % 128))
-                assert count * rows - total < 128 * count
-            assert even_blocks(total, most, 1) == min(most, total)
+                assert count * size - total < 128 * count
+            assert even_chunks(total, most, 1) == min(most, total)
 
 
 def test_two_statistics_with_gradients_have_coefficients_beside_the_products():
-    both = {"stats": ("logps", "entropy"), "num_grad_stats": 2, "needs_head": True}
-    assert on_a_card(8192, 131072, 4096, 256, **both).row_block == 256
-    kl = {"stats": ("logps", "kl_ref_policy"), "num_grad_stats": 2, "with_reference": True}
-    assert on_a_card(8192, 131072, 4096, 256, **kl).row_block == 128
+    both = {"want": ("logps", "entropy"), "num_grad_stats": 2, "needs_head": True}
+    assert on_a_card(8192, 131072, 4096, 256, **both).chunk_tokens == 256
+    kl = {"want": ("logps", "kl_ref_policy"), "num_grad_stats": 2, "with_reference": True}
+    assert on_a_card(8192, 131072, 4096, 256, **kl).chunk_tokens == 128
 
 
 @pytest.mark.parametrize(
-    ("n", "d", "mib", "rows", "columns"),
+    ("n", "d", "mib", "tokens", "columns"),
     [
         (8192, 4096, 256, 8192, 8192),
         (32768, 4096, 256, 8192, 8192),
@@ -126,57 +130,36 @@ def test_two_statistics_with_gradients_have_coefficients_beside_the_products():
         (9000, 4096, 256, 4608, 10368),
     ],
 )
-def test_late_slabs_on_a_card(n, d, mib, rows, columns):
+def test_late_chunks_on_a_card(n, d, mib, tokens, columns):
     """They hold 2 bytes a coefficient and 4 D bytes a column; equal sides move least."""
     late = on_a_card(n, 131072, d, mib, **TRAINED)
-    assert (late.name, late.late_rows, late.vocab_block) == ("recompute", rows, columns)
-    assert columns * (2 * rows + 4 * d) <= mib << 20
+    assert (late.name, late.late_tokens, late.chunk_columns) == ("recompute", tokens, columns)
+    assert columns * (2 * tokens + 4 * d) <= mib << 20
 
 
-def test_late_slabs_on_a_card_fit_at_any_size():
+def test_late_chunks_on_a_card_fit_at_any_size():
     for n, v, d, mib in [(1, 300, 16, 1), (10**6, 262144, 8192, 64), (70000, 131072, 64, 16)]:
         for weight in (True, False):
             late = on_a_card(n, v, d, mib, needs_head=True, needs_weight=weight)
-            assert late.late_rows <= n + 127
-            size = late.vocab_block * (2 * late.late_rows + 4 * d * weight)
+            assert late.late_tokens <= n + 127
+            size = late.chunk_columns * (2 * late.late_tokens + 4 * d * weight)
             assert late.name == "kept" or size <= mib << 20
 
 
-def test_plain_slabs_are_a_caches_on_a_cpu_and_larger_on_a_card():
-    cut = {"needs_hidden": True, "backend": "torch", "workspace_mib": 256}
-    cpu, card = (
-        plan_head(8192, 131072, 4096, device=d, dtype=torch.bfloat16, **cut)[1]
-        for d in ("cpu", "cuda")
-    )
-    assert cpu.vocab_block == 1024
-    assert card.vocab_block == 4096  # 8192 rows of them, 128 MiB; a second slab beside it
-    assert card.row_block * 131072 // card.vocab_block == 8192
+def test_plain_chunks_are_a_caches_on_a_cpu_and_larger_on_a_card():
+    work, options = Workload(8192, 131072, 4096, torch.bfloat16), HeadOptions("torch", 256)
+    cpu, card = (plan_head(work, options, device=d)[1] for d in ("cpu", "cuda"))
+    assert cpu.chunk_columns == 1024
+    assert card.chunk_columns == 4096  # 8192 tokens of them, 128 MiB; a second chunk beside it
+    assert card.chunk_tokens * 131072 // card.chunk_columns == 8192
 
 
 def test_auto_workspace():
     gib = 1 << 30
     assert [auto_workspace_mib(size) for size in (None, 139 * gib, 24 * gib)] == [256, 1024, 491]
-    cpu = plan_head(4096, 131072, 64, device="cpu", needs_head=True)[1]
-    assert cpu == plan_head(4096, 131072, 64, device="cpu", needs_head=True, workspace_mib=256)[1]
-
-
-@pytest.mark.parametrize("mib", [0, -1, "256", "most", True, float("nan"), float("inf"), None])
-def test_what_is_no_workspace_is_refused_by_name(mib):
-    x, labels = torch.randn(4, 8), torch.zeros(4, dtype=torch.long)
-    message = r"workspace_mib must be positive and finite, or 'auto': got"
-    with pytest.raises(ValueError, match=message):
-        linear_logps(x, torch.randn(16, 8), labels, workspace_mib=mib)
-    # Before a loss is cut into groups by it.
-    loss = PreferenceLoss("simpo", torch.nn.Linear(8, 16), beta=2.0)
-    with pytest.raises(ValueError, match=message):
-        loss(torch.randn(2, 3, 8), torch.zeros(2, 3, dtype=torch.long), workspace_mib=mib)
-
-
-@pytest.mark.parametrize("mib", [np.float32(3), np.int64(3)], ids=repr)
-def test_a_workspace_may_be_any_number(mib):
-    x, w, labels = torch.randn(4, 8), torch.randn(16, 8), torch.zeros(4, dtype=torch.long)
-    expected = linear_logps(x, w, labels, workspace_mib=3)
-    torch.testing.assert_close(linear_logps(x, w, labels, workspace_mib=mib), expected)
+    work = Workload(4096, 131072, 64, needs_head=True)
+    cpu = plan_head(work, device="cpu")[1]
+    assert cpu == plan_head(work, HeadOptions(workspace_mib=256), device="cpu")[1]
 
 
 class Calls(torch.utils._python_dispatch.TorchDispatchMode):
@@ -193,15 +176,15 @@ class Calls(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 @pytest.mark.parametrize("add", [False, True])
-def test_products_on_a_card_add_by_themselves(add):
+def test_matmuls_on_a_card_add_by_themselves(add):
     """One call, and its sum in fp32: a card's values are tested where there is one."""
     with FakeTensorMode():
         a, b = (torch.empty(64, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2))
         out = torch.empty(64, 64, device="cuda")
         with Calls() as calls:
             assert put_matmul_(out, a, b, add=add) is out
-    products = [name for name in calls.names if not name.startswith("prim.")]
-    assert products == ["addmm.dtype_out" if add else "mm.dtype_out"]
+    matmuls = [name for name in calls.names if not name.startswith("prim.")]
+    assert matmuls == ["addmm.dtype_out" if add else "mm.dtype_out"]
 
 
 class CountingMode(torch.utils._python_dispatch.TorchDispatchMode):
@@ -229,16 +212,17 @@ class CountingMode(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("workspace_mib", [0.1, 256])
 @pytest.mark.parametrize("stats", [("logps",), DIFFERENTIABLE])
-def test_as_many_products_run_as_the_schedule_says(trained, workspace_mib, stats):
+def test_as_many_matmuls_run_as_the_schedule_says(trained, workspace_mib, stats):
     n, d, v = 60, 16, 509
     hidden = torch.randn(n, d, requires_grad=True)
     weight = torch.randn(v, d, requires_grad=trained)
     labels = torch.randint(0, v, (n,))
     with_reference = stats != ("logps",)
-    _, schedule, _ = plan_head(
-        n, v, d, device="cpu", stats=stats, num_grad_stats=len(stats), needs_head=trained,
-        with_reference=with_reference, workspace_mib=workspace_mib,
+    work = Workload(
+        n, v, d, want=stats, num_grad_stats=len(stats), needs_head=trained,
+        with_reference=with_reference,
     )  # fmt: skip
+    _, schedule, _ = plan_head(work, HeadOptions(workspace_mib=workspace_mib), device="cpu")
     said = FlopCounterMode(display=False)
     for counter in (CountingMode(n * d * v), said):
         with counter:
@@ -249,16 +233,8 @@ def test_as_many_products_run_as_the_schedule_says(trained, workspace_mib, stats
             )  # fmt: skip
             sum(t.sum() for t in out.values()).backward()
         if counter is not said:
-            assert counter.products == schedule.products
-    assert said.get_total_flops() == round(2 * n * d * v * schedule.products)
-
-
-def test_backend_choice():
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    tiles, why = choose_backend("auto", cpu)
-    assert isinstance(tiles, TorchTiles)
-    assert "cpu" in why
-    assert isinstance(choose_backend("auto", cuda)[0], TritonTiles)
+            assert counter.products == schedule.matmuls
+    assert said.get_total_flops() == round(2 * n * d * v * schedule.matmuls)
 
 
 MEMORY = """
@@ -295,12 +271,3 @@ def test_peak_memory_does_not_grow_with_n_times_v(trained):
     logits = 8192 * 32768 * 4
     assert large < logits / 8, f"peak {large >> 20} MiB for logits of {logits >> 20} MiB"
     assert large - small < 32 << 20, f"{small >> 20} MiB grew to {large >> 20} MiB"
-
-
-def test_named_triton_never_falls_back(monkeypatch):
-    from triton import knobs
-
-    monkeypatch.setattr(knobs.runtime, "interpret", False)
-    x = torch.randn(4, 8)
-    with pytest.raises(ValueError, match="cannot run on 'cpu'"):
-        linear_logps(x, torch.randn(16, 8), torch.zeros(4, dtype=torch.long), backend="triton")

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from fastpo import Head, PreferenceLoss, linear_logps, linear_stats
 from fastpo.head.lora import Lora
+from fastpo.head.torch_backend import TorchBackend
 from fastpo.head.types import DIFFERENTIABLE
-from tests.head.test_linear_stats import LARGE, SMALL, D, N, V, inputs, plain
+from tests.head.test_functional import LARGE, SMALL, D, N, V, inputs, plain
 from tests.numerics import assert_three_way
 from tests.train import child
 
@@ -197,6 +198,31 @@ def test_same_tokens(ranks, name):
     for leaf in set(leaves) - {"hidden"}:
         together = torch.cat([rank[name][f"d{leaf}"] for rank in ranks])
         assert_three_way(together, whole[f"d{leaf}"], truth[f"d{leaf}"], leaf)
+
+
+@pytest.fixture
+def one_rank_alone():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("same_tokens", [True, False])
+def test_one_rank_has_the_numbers_of_the_whole_head(monkeypatch, one_rank_alone, name, same_tokens):
+    monkeypatch.setattr("fastpo.head.schedule._LEAST_COLUMNS", 50)
+    monkeypatch.setattr(TorchBackend, "largest_chunk", 50 * N)
+    stats, leaves, workspace, _ = CASES[name]
+    alone = outcome(
+        name, case_inputs(name), linear_stats, stats=stats, workspace_mib=workspace,
+        group=one_rank_alone, same_tokens=same_tokens,
+    )  # fmt: skip
+    same, truth = (
+        outcome(name, case_inputs(name, t), definition) for t in (torch.float32, torch.float64)
+    )
+    for n in (*stats, *(f"d{leaf}" for leaf in leaves)):
+        assert_three_way(alone[n], same[n], truth[n], n)
 
 
 def test_low_rank_delta(ranks):

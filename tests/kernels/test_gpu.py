@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 import fastpo
+from fastpo.head.schedule import Workload
 from fastpo.head.select import plan_head
+from fastpo.head.spec import HeadOptions
 from fastpo.head.types import put_matmul_
 from fastpo.kernels.divergence import (
     DIVERGENCES,
@@ -424,11 +426,11 @@ fused kernel's. At 1 MiB slabs of coefficients are cut by rows too.
 def test_head_is_as_exact_as_plain_tiles(dtype, name):
     leaves, names, mib = HEADS[name]
     x = make(N, D, V, dtype, bias=True, device=DEVICE)
-    _, chosen, _ = plan_head(
-        N, V, D, device=DEVICE, dtype=dtype, stats=names, num_grad_stats=len(names),
-        needs_hidden="hidden" in leaves, needs_head="weight" in leaves, backend="triton",
-        workspace_mib=mib,
+    work = Workload(
+        N, V, D, dtype, want=names, num_grad_stats=len(names),
+        needs_hidden="hidden" in leaves, needs_head="weight" in leaves,
     )  # fmt: skip
+    _, chosen, _ = plan_head(work, HeadOptions("triton", mib), device=DEVICE)
     assert chosen.name == name.split()[0]
     stats, grads = head(x, leaves, names, "triton", mib)
     same, same_grads = head(x, leaves, names, "torch", mib)

@@ -355,7 +355,7 @@ def test_every_objective_trains_a_step(padded, head, name):
         segments.response, segments.grid[:, :1] if name == "kto" else segments.grid,
         segments.label[:, :1] if name == "kto" else segments.label, 6,
         score=torch.tensor([[1.0, 0.0]] * B), rank=torch.tensor([[0, 1]] * B),
-        margin=torch.tensor([0.5, -0.2, 1.0]), cohort=torch.tensor([0, 1, 0]),
+        margin=torch.tensor([0.5, -0.2, 1.0]), population=torch.tensor([0, 1, 0]),
         extras={role: segments.grid[:, 1] for role in OBJECTIVES[name].extras},
     )  # fmt: skip
     hidden = tokens["hidden"].clone().requires_grad_()

@@ -9,7 +9,7 @@ from fastpo.data.packing import collate
 from fastpo.head.head import Head
 from fastpo.model.diagnostics import ches, entanglement
 from fastpo.model.head_facts import read_head
-from fastpo.model.hidden import attach, label_hidden
+from fastpo.model.hidden import attach, target_hidden
 from tests.model.tiny import PAD, family, group
 from tests.numerics import assert_three_way
 
@@ -20,12 +20,12 @@ def batch_and_hidden(name: str = "gemma2", dtype: torch.dtype = torch.float32):
     model = attach(family(name).to(dtype))
     batch = collate(GROUPS, pad_token_id=PAD)
     with torch.no_grad():
-        return model, batch, label_hidden(model, batch)
+        return model, batch, target_hidden(model, batch)
 
 
 def test_ches() -> None:
     _, batch, hidden = batch_and_hidden()
-    segments = batch["segments"]
+    segments = batch.tokens.segments
     found = ches(hidden, segments)
 
     def by_hand(h: torch.Tensor, mean: bool) -> torch.Tensor:
@@ -43,7 +43,7 @@ def test_ches() -> None:
 def test_entanglement_is_that_of_the_models_own_log_softmax() -> None:
     """A soft-capped, scaled head: gradients by autograd through whole logits."""
     model, batch, hidden = batch_and_hidden()
-    head, segments, labels = read_head(model), batch["segments"], batch["targets"]
+    head, segments, labels = read_head(model), batch.tokens.segments, batch.tokens.targets
     assert head.softcap
     found = entanglement(hidden, head, labels, segments)
 
@@ -79,7 +79,7 @@ def test_equal_responses_rise_and_fall_together() -> None:
     head = Head(torch.nn.Linear(4, 9, bias=False))
     hidden, labels = torch.randn(2, 4), torch.tensor([3, 3])
     hidden[1] = hidden[0]
-    segments = collate([group(2, [1, 1])], pad_token_id=PAD)["segments"]
+    segments = collate([group(2, [1, 1])], pad_token_id=PAD).tokens.segments
     found = entanglement(hidden, head, labels, segments)
     assert found["chosen_norm"] == found["rejected_norm"]
     assert found["chosen_rises"]
@@ -88,14 +88,14 @@ def test_equal_responses_rise_and_fall_together() -> None:
 
 
 def test_single_responses_are_refused() -> None:
-    segments = collate([group(3, [2, 4]), group(3, [2])], pad_token_id=PAD)["segments"]
+    segments = collate([group(3, [2, 4]), group(3, [2])], pad_token_id=PAD).tokens.segments
     with pytest.raises(ValueError, match="group 1 has 1"):
         ches(torch.zeros(8, 4), segments)
 
 
 @pytest.mark.gpu
 def test_equal_inputs_give_equal_bits() -> None:
-    segments = collate([group(4, [900, 1100])] * 4, pad_token_id=PAD)["segments"].to("cuda")
+    segments = collate([group(4, [900, 1100])] * 4, pad_token_id=PAD).tokens.segments.to("cuda")
     hidden = torch.randn(len(segments.response), 512, device="cuda")
     first = ches(hidden, segments)["ches"]
     assert all(torch.equal(ches(hidden, segments)["ches"], first) for _ in range(8))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from fastpo.batch import GroupSpan, Layout
+from fastpo.batch import Batch, GroupSpan, Layout
 from fastpo.data.packing import collate
 from fastpo.head.functional import linear_logps
 from fastpo.model.head_facts import read_head
@@ -22,8 +23,8 @@ from fastpo.model.hidden import (
     causal_lm,
     detach,
     generation,
-    label_hidden,
-    label_hidden_and_balance,
+    target_hidden,
+    target_hidden_and_balance,
 )
 from fastpo.model.load import add_lora
 from tests.model.tiny import FAMILIES, PAD, UNSHARED, VOCAB, WIDTH, family, groups, tiny
@@ -49,22 +50,23 @@ def float64_means_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "float", lambda self: self.to(torch.float32))
 
 
-def batch(*, shared: bool, jump: bool = False) -> dict[str, Any]:
+def batch(*, shared: bool, jump: bool = False) -> Batch:
     """`groups()` packed; with `jump`, positions skip ahead inside prompts and inside responses."""
     out = collate(groups(), share_prompt=shared, pad_token_id=PAD)
     if jump:
-        positions = out["position_ids"]
-        out["position_ids"] = positions + 40 * (positions >= 3) + 100 * (positions >= 10)
+        positions = out.position_ids
+        jumps = 40 * (positions >= 3) + 100 * (positions >= 10)
+        out = replace(out, position_ids=positions + jumps)
     return out
 
 
-def logps(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+def logps(model: nn.Module, inputs: Batch) -> Tensor:
     head = read_head(model)
-    hidden = label_hidden(model, inputs)
-    return linear_logps(hidden, head.weight, inputs["targets"], bias=head.bias, **head.facts())
+    hidden = target_hidden(model, inputs)
+    return linear_logps(hidden, head.weight, inputs.tokens.targets, bias=head.bias, **head.facts())
 
 
-def run(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+def run(model: nn.Module, inputs: Batch) -> dict[str, Tensor]:
     """Log-probs and the gradient of every trained parameter, for uneven weights of the tokens."""
     model.zero_grad()
     values = logps(model, inputs)
@@ -115,9 +117,9 @@ def test_a_leak_between_responses_would_show() -> None:
     inputs = batch(shared=True)
     joined = tuple(
         GroupSpan(g.prompt, ((g.responses[0][0], g.responses[-1][1]),))
-        for g in inputs["layout"].groups
+        for g in inputs.layout.groups
     )
-    leaky = {**inputs, "layout": Layout(joined, inputs["layout"].length)}
+    leaky = replace(inputs, layout=Layout(joined, inputs.layout.length))
     assert (logps(model, leaky) - logps(model, inputs)).abs().max() > 0.1
 
 
@@ -142,7 +144,7 @@ def test_recomputation_keeps_the_attention_of_its_forward() -> None:
     model.zero_grad()
     values = logps(model, shared)
     logps(model, padded)  # another mode between forward and backward
-    model(input_ids=padded["input_ids"])
+    model(input_ids=padded.input_ids)
     torch.sin(torch.arange(len(values)) + 1.0).mul(values).sum().backward()
     assert model.config._attn_implementation == "sdpa"
     for name, parameter in model.named_parameters():
@@ -177,7 +179,7 @@ def router_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 def test_load_balance_counts_distinct_tokens(name: str, checkpointed: bool) -> None:
     """A shared row is the padded rows with each prompt seen by the loss in its first row alone."""
     padded, shared = batch(shared=False), batch(shared=True)
-    distinct = padded["attention_mask"].clone()
+    distinct = padded.attention_mask.clone()
     row = 0
     for each in groups():
         for _ in each.responses[1:]:
@@ -188,7 +190,9 @@ def test_load_balance_counts_distinct_tokens(name: str, checkpointed: bool) -> N
     def by_hand(model: PreTrainedModel, mask: Tensor) -> dict[str, Tensor]:
         kinds = ("input_ids", "attention_mask", "position_ids")
         decoder = model.get_decoder()
-        out = decoder(**{k: padded[k] for k in kinds}, output_router_logits=True, use_cache=False)
+        out = decoder(
+            **{k: getattr(padded, k) for k in kinds}, output_router_logits=True, use_cache=False
+        )
         experts, chosen = model.config.num_local_experts, model.config.num_experts_per_tok
         loss = load_balancing_loss_func(out.router_logits, experts, chosen, mask)
         return router_gradients(model, loss)
@@ -197,13 +201,13 @@ def test_load_balance_counts_distinct_tokens(name: str, checkpointed: bool) -> N
     found = {}
     for form, inputs, mask in (
         ("shared", shared, distinct),
-        ("padded", padded, padded["attention_mask"]),
+        ("padded", padded, padded.attention_mask),
     ):
         truth, plain = by_hand(family(name).double(), mask), by_hand(model, mask)
         ours = family(name)
         if checkpointed:
             ours.activation_checkpointing_enable()
-        _, loss = label_hidden_and_balance(attach(ours), inputs)
+        _, loss = target_hidden_and_balance(attach(ours), inputs)
         found[form] = router_gradients(ours, loss)
         assert found[form].keys() == truth.keys()
         for key, value in found[form].items():
@@ -232,7 +236,7 @@ def test_hidden_is_the_input_of_the_head() -> None:
     for name in ("llama", "gpt2", "gemma2"):
         model = family(name).eval()
         padded = batch(shared=False)
-        inputs = {k: padded[k] for k in ("input_ids", "attention_mask", "position_ids")}
+        inputs = {k: getattr(padded, k) for k in ("input_ids", "attention_mask", "position_ids")}
         with torch.no_grad():
             expected = model(**inputs, output_hidden_states=True).hidden_states[-1]
             found = attach(model)(**inputs, fastpo_hidden=True)
@@ -242,17 +246,17 @@ def test_hidden_is_the_input_of_the_head() -> None:
 def test_no_vocabulary_sized_tensor_is_made() -> None:
     model = attach(family("llama"))
     model.lm_head.register_forward_hook(lambda *_: pytest.fail("the head ran"))
-    hidden = label_hidden(model, batch(shared=True))
-    assert hidden.shape == (len(batch(shared=True)["targets"]), WIDTH)
+    hidden = target_hidden(model, batch(shared=True))
+    assert hidden.shape == (len(batch(shared=True).tokens.targets), WIDTH)
 
 
 def test_attached_model_is_otherwise_the_same(tmp_path: Path) -> None:
     plain = family("llama").eval()
     padded = batch(shared=False)
-    inputs = {k: padded[k] for k in ("input_ids", "attention_mask", "position_ids")}
+    inputs = {k: getattr(padded, k) for k in ("input_ids", "attention_mask", "position_ids")}
     expected = plain(**inputs).logits
     model = attach(copy.deepcopy(plain))
-    label_hidden(model, batch(shared=True))
+    target_hidden(model, batch(shared=True))
     assert torch.equal(model(**inputs).logits, expected)
     assert model.state_dict().keys() == plain.state_dict().keys()
 
@@ -260,13 +264,13 @@ def test_attached_model_is_otherwise_the_same(tmp_path: Path) -> None:
     with torch.no_grad():
         twin.model.norm.weight.mul_(2)
     for shared in (True, False):
-        a, b = (label_hidden(m, batch(shared=shared)) for m in (model, twin))
+        a, b = (target_hidden(m, batch(shared=shared)) for m in (model, twin))
         assert torch.allclose(2 * a, b)  # exact up to where the factor 2 is applied
     detach(twin)
     assert "forward" not in twin.__dict__
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in twin.modules())
     with pytest.raises(ValueError, match="attach"):
-        label_hidden(twin, batch(shared=True))
+        target_hidden(twin, batch(shared=True))
 
     model.save_pretrained(tmp_path)
     assert "fastpo" not in (tmp_path / "config.json").read_text()
@@ -334,7 +338,7 @@ def test_families_without_sharing_run_padded(name: str) -> None:
     assert torch.allclose(found["logps"], torch.cat(rows), atol=1e-4)
     if name in ("mamba", "bloom"):
         with pytest.raises(ValueError, match="has no position_ids"):
-            label_hidden(model, batch(shared=False, jump=True))
+            target_hidden(model, batch(shared=False, jump=True))
 
 
 def test_generation_is_the_plain_models() -> None:
@@ -347,25 +351,25 @@ def test_generation_is_the_plain_models() -> None:
     model.model.layers[1].eval()
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.config.use_cache = False
-    label_hidden(model, batch(shared=True))
+    target_hidden(model, batch(shared=True))
     with generation(model):
         assert not model.training
         assert model.config.use_cache
         found = model.generate(prompts, attention_mask=mask, pad_token_id=PAD, **options)
         with torch.no_grad():
-            label_hidden(model, batch(shared=True))
+            target_hidden(model, batch(shared=True))
     assert torch.equal(found, expected)
     assert model.training
     assert not model.model.layers[1].training
     assert model.is_activation_checkpointing
     assert model.config.use_cache is False
-    label_hidden(model, batch(shared=True))
+    target_hidden(model, batch(shared=True))
 
 
 def test_refuses() -> None:
     model = attach(family("llama"))
     inputs = batch(shared=True)
-    ids, positions, layout = (inputs[k] for k in ("input_ids", "position_ids", "layout"))
+    ids, positions, layout = inputs.input_ids, inputs.position_ids, inputs.layout
     with pytest.raises(ValueError, match="goes with fastpo_hidden"):
         model(input_ids=ids, position_ids=positions, fastpo_layout=layout)
     with pytest.raises(ValueError, match="takes no attention_mask"):
@@ -392,5 +396,5 @@ def test_a_layer_that_bypasses_the_function_is_caught() -> None:
     model = attach(family("llama"))
     model.model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
     with pytest.raises(ValueError, match="1 attention calls in a forward of 2 layers"):
-        label_hidden(model, batch(shared=True))
+        target_hidden(model, batch(shared=True))
     assert model.config._attn_implementation == "sdpa"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fastpo.model.masks as module
 from fastpo.data.packing import collate
 from fastpo.loss.preference_loss import PreferenceLoss
-from fastpo.model.hidden import attach, label_hidden
+from fastpo.model.hidden import attach, target_hidden
 from fastpo.model.load import add_lora
 from fastpo.model.masks import LearnedMask, TokenMasks, activation_mask, layer_states, layers_of
 from tests.model import tiny as families
@@ -57,7 +57,7 @@ def test_a_new_mask_is_alive() -> None:
 
 
 def test_masks_stay_float32_under_autocast() -> None:
-    segments = collate(tiny.pairs(2), pad_token_id=0)["segments"]
+    segments = collate(tiny.pairs(2), pad_token_id=0).tokens.segments
     seen = [h.bfloat16() for h in states(2, len(segments.response))]
     masks = TokenMasks("common", 2, 5).eval()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -79,7 +79,7 @@ def test_gradients_through_the_loss(kind: str) -> None:
     """gradcheck of every mask parameter and of the policy's states through SparsePO."""
     groups = tiny.pairs(2)
     batch = collate(groups, pad_token_id=0)
-    n = len(batch["targets"])
+    n = len(batch.tokens.targets)
     rng = torch.Generator().manual_seed(1)
     hidden, ref_hidden = (torch.randn(n, 4, generator=rng).double() for _ in range(2))
     head = nn.Linear(4, tiny.VOCAB, bias=False).double().requires_grad_(False)
@@ -91,10 +91,10 @@ def test_gradients_through_the_loss(kind: str) -> None:
 
     def of(hidden: Tensor, *parameters: Tensor) -> Tensor:
         given = dict(zip(names, parameters, strict=True))
-        weights = torch.func.functional_call(masks, given, (seen, batch["segments"]))
+        weights = torch.func.functional_call(masks, given, (seen, batch.tokens.segments))
         assert ("kl_weights" in weights) == (kind == "independent")
         options = {"backend": "torch", "ref_hidden": ref_hidden, **weights}
-        return loss(hidden, batch["targets"], batch["segments"], **options).loss
+        return loss(hidden, batch.tokens.targets, batch.tokens.segments, **options).loss
 
     assert torch.autograd.gradcheck(of, (hidden.requires_grad_(), *values))
 
@@ -102,16 +102,16 @@ def test_gradients_through_the_loss(kind: str) -> None:
 def test_independent_masks_weigh_each_their_own() -> None:
     """Log-ratios by one mask, divergences by the other: TDPO1 on sums made by hand."""
     batch = collate(tiny.pairs(3), pad_token_id=0)
-    segments, n = batch["segments"], len(batch["targets"])
+    segments, n = batch.tokens.segments, len(batch.tokens.targets)
     rng = torch.Generator().manual_seed(1)
     hidden, ref_hidden = (torch.randn(n, 4, generator=rng).double() for _ in range(2))
     head = nn.Linear(4, tiny.VOCAB, bias=False).double()
     a, d = (torch.rand(n, generator=rng).double() for _ in range(2))
     loss = PreferenceLoss("sparse_po", head, l1_weight=0.1, kl_l1_weight=0.2)
     options = {"ref_hidden": ref_hidden, "ref_weight": head.weight}
-    found = loss(hidden, batch["targets"], segments, token_weights=a, kl_weights=d, **options)
+    found = loss(hidden, batch.tokens.targets, segments, token_weights=a, kl_weights=d, **options)
     logp, ref = (F.linear(h, head.weight).log_softmax(-1) for h in (hidden, ref_hidden))
-    at = batch["targets"][:, None]
+    at = batch.tokens.targets[:, None]
     ratio = a * (logp - ref).gather(1, at)[:, 0]
     kl = d * (ref.exp() * (ref - logp)).sum(-1)
 
@@ -127,7 +127,7 @@ def test_independent_masks_weigh_each_their_own() -> None:
 
 def test_activation_mask_is_rescaled_in_each_response() -> None:
     batch = collate(tiny.pairs(3), pad_token_id=0)
-    segments, seen = batch["segments"], states(2, len(batch["targets"]))
+    segments, seen = batch.tokens.segments, states(2, len(batch.tokens.targets))
     found = activation_mask(seen, segments)
     plain = torch.zeros_like(found)
     for r in range(6):
@@ -138,15 +138,15 @@ def test_activation_mask_is_rescaled_in_each_response() -> None:
             plain[here] += (z - z.min()) / (z.max() - z.min()) / 2
     assert_three_way(found, plain, plain, "mask")
     single = [h[:1] for h in seen]
-    alone = collate(tiny.pairs(1), pad_token_id=0)["segments"]
+    alone = collate(tiny.pairs(1), pad_token_id=0).tokens.segments
     one = type(alone)(alone.response[:1], alone.grid, alone.label, 2)
     assert activation_mask(single, one).tolist() == [1.0]
 
 
 def test_given_weights_multiply() -> None:
     batch = collate(tiny.pairs(2), pad_token_id=0)
-    seen, segments = states(2, len(batch["targets"])), batch["segments"]
-    weights = torch.arange(len(batch["targets"])).double()
+    seen, segments = states(2, len(batch.tokens.targets)), batch.tokens.segments
+    weights = torch.arange(len(batch.tokens.targets)).double()
     masks = TokenMasks("independent", 2, 5).double().eval()
     plain, weighted = masks(seen, segments), masks(seen, segments, weights)
     for name in ("token_weights", "kl_weights"):
@@ -167,18 +167,18 @@ def test_states_of_every_layer_at_the_label_tokens(wrapped: bool, share_prompt: 
 
     @torch.no_grad()
     def plain(dtype: torch.dtype) -> list[Tensor]:
-        inputs = {k: padded[k] for k in ("input_ids", "attention_mask", "position_ids")}
+        inputs = {k: getattr(padded, k) for k in ("input_ids", "attention_mask", "position_ids")}
         every = model_of(dtype)(**inputs, output_hidden_states=True).hidden_states
-        return [state.flatten(0, 1)[padded["token_index"]] for state in every]
+        return [state.flatten(0, 1)[padded.head_positions] for state in every]
 
     model = model_of(torch.float32)
-    with layer_states(model, batch["token_index"]) as seen:
-        label_hidden(model, batch)
+    with layer_states(model, batch.head_positions) as seen:
+        target_hidden(model, batch)
     assert len(seen) == 3
     theirs, truth = plain(torch.float32), plain(torch.float64)
     for i in range(2):  # the third one transformers shows behind the final norm alone
         assert_three_way(seen[i], theirs[i + 1], truth[i + 1], f"layer {i}")
-    label_hidden(model, batch)
+    target_hidden(model, batch)
     assert len(seen) == 3  # nothing is collected outside
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastpo.data.packing import collate
 from fastpo.model import offload as module
-from fastpo.model.hidden import attach, label_hidden
+from fastpo.model.hidden import attach, target_hidden
 from fastpo.model.load import add_lora
 from fastpo.model.offload import LayerInputOffload
 from tests.model.tiny import LAYERS, PAD, WIDTH, family, group, groups
@@ -20,7 +20,7 @@ from tests.model.tiny import LAYERS, PAD, WIDTH, family, group, groups
 def gradients(model: Any, batch: dict, around: Any) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     with around:
-        hidden = label_hidden(model, batch)
+        hidden = target_hidden(model, batch)
     hidden.cumsum(-1).tanh().sum().backward()
     return hidden, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -51,7 +51,7 @@ def test_the_host_holds_layer_inputs_and_nothing_twice() -> None:
     """Exact bytes: one [T, D] a layer; the final norm's x, x again, x normed, and two [T, 1]."""
     model = checkpointed("llama")
     batch = collate(groups(), share_prompt=True, pad_token_id=PAD)
-    tokens = batch["input_ids"].numel()
+    tokens = batch.input_ids.numel()
     arena = LayerInputOffload()
     _, first = gradients(model, batch, arena)
     row = tokens * WIDTH * 4
@@ -62,9 +62,9 @@ def test_the_host_holds_layer_inputs_and_nothing_twice() -> None:
     assert all(torch.equal(first[n], g) for n, g in again.items())
     longer = collate([group(40, [30, 20])], share_prompt=True, pad_token_id=PAD)
     gradients(model, longer, arena)
-    assert arena.host_bytes * tokens == held * longer["input_ids"].numel()
+    assert arena.host_bytes * tokens == held * longer.input_ids.numel()
     gradients(model, batch, arena)
-    assert arena.host_bytes * tokens == held * longer["input_ids"].numel()
+    assert arena.host_bytes * tokens == held * longer.input_ids.numel()
 
 
 def test_two_forwards_before_a_backward() -> None:
@@ -74,7 +74,7 @@ def test_two_forwards_before_a_backward() -> None:
     arena = LayerInputOffload()
     for around in (arena, arena, nullcontext(), nullcontext()):
         with around:
-            losses.append(label_hidden(model, batches[len(losses) % 2]).cumsum(-1).tanh().sum())
+            losses.append(target_hidden(model, batches[len(losses) % 2]).cumsum(-1).tanh().sum())
     weights = list(model.model.parameters())
     ours = torch.autograd.grad(losses[0] + losses[1], weights)
     plain = torch.autograd.grad(losses[2] + losses[3], weights)
@@ -85,7 +85,7 @@ def test_a_graph_may_be_walked_twice() -> None:
     model = checkpointed("llama")
     batch = collate(groups(), share_prompt=True, pad_token_id=PAD)
     with LayerInputOffload():
-        loss = label_hidden(model, batch).cumsum(-1).tanh().sum()
+        loss = target_hidden(model, batch).cumsum(-1).tanh().sum()
     weights = [p for p in model.parameters() if p.requires_grad and p is not model.lm_head.weight]
     first = torch.autograd.grad(loss, weights, retain_graph=True)
     second = torch.autograd.grad(loss, weights)

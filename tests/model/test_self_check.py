@@ -18,7 +18,7 @@ from fastpo.model import hidden
 from fastpo.model.attention.dispatch import NAME, shared_prompt_attention
 from fastpo.model.attention.shared_row import SharedRow
 from fastpo.model.head_facts import read_head
-from fastpo.model.hidden import attach, label_hidden
+from fastpo.model.hidden import attach, target_hidden
 from fastpo.model.load import add_lora, load_model
 from fastpo.model.self_check import SelfCheckError, can_share_prompt, self_check
 from tests.model.tiny import FAMILIES, PAD, UNSHARED, family, group, groups, tiny
@@ -229,7 +229,7 @@ def norm(model: nn.Module) -> float:
     """Of all gradients of one batch, in training mode."""
     model.train().zero_grad()
     batch = collate(groups(), share_prompt=False, pad_token_id=PAD)
-    read_head(model).logps(label_hidden(model, batch), batch["targets"]).mean().backward()
+    read_head(model).logps(target_hidden(model, batch), batch.tokens.targets).mean().backward()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     return torch.stack([g.norm() for g in grads]).norm().item()
 

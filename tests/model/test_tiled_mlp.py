@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpo.data.packing import collate
-from fastpo.model.hidden import attach, label_hidden
+from fastpo.model.hidden import attach, target_hidden
 from fastpo.model.load import add_lora
 from fastpo.model.offload import LayerInputOffload
 from fastpo.model.tiled_mlp import tile_mlps
@@ -23,7 +23,7 @@ BATCH = collate(groups(), share_prompt=True, pad_token_id=PAD)
 
 def gradients(model: Any, batch: dict = BATCH) -> dict[str, Tensor]:
     model.zero_grad()
-    hidden = label_hidden(model, batch)
+    hidden = target_hidden(model, batch)
     hidden.cumsum(-1).tanh().sum().backward()  # a norm's sum of squares would be constant
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {"hidden": hidden.detach(), **grads}
@@ -79,7 +79,7 @@ def test_a_checkpointed_layer_runs_its_mlp_no_more_often(name: str, runs: int) -
         layer.mlp.down_proj.register_forward_hook(lambda m, a, out: seen.append(out.shape[1]))
     tile_mlps(model, 6)
     gradients(model)
-    assert sum(seen) == runs * LAYERS * BATCH["input_ids"].numel()
+    assert sum(seen) == runs * LAYERS * BATCH.input_ids.numel()
     assert max(seen) == 6
 
 
@@ -91,7 +91,7 @@ def test_autocast_reaches_the_second_run() -> None:
     )
     tile_mlps(model, 20)
     with torch.autocast("cpu", torch.bfloat16):
-        hidden = label_hidden(model, BATCH)
+        hidden = target_hidden(model, BATCH)
     hidden.float().sum().backward()
     assert seen == [torch.bfloat16] * 6
 

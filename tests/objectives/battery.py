@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastpo.data.formats import CONTEXTS
+from fastpo.data.columns import CONTEXT_ROLES
 from fastpo.objectives import OBJECTIVES
 from fastpo.objectives.base import Objective, Outcome
 
@@ -90,7 +90,7 @@ TOKENS = {
     "token_kl_weights": 1,
     "token_rewards": 0,
 }
-ROLES = ("mismatched", "gold", "ref_response", *CONTEXTS)
+ROLES = ("mismatched", "gold", "ref_response", *CONTEXT_ROLES)
 BARE = {f"{role}_{name}": sign for role in ROLES for name, sign in SIGNS.items()}
 RECIPES = {**SIGNS, **TOKENS, **BARE}
 """Scores that carry gradient in training, or could."""
@@ -142,7 +142,7 @@ def make_scores(
         values = magnitudes(g, k, NUM_TOKENS) * (sign or signs(g, k, NUM_TOKENS))
         scores[name] = values.where(scores["token_mask"], 0)
     scores["margin"] = magnitudes(g) * signs(g)
-    scores["cohort"] = torch.randint(0, 3, (g,), generator=rng)
+    scores["population"] = torch.randint(0, 3, (g,), generator=rng)
     scores["score"] = torch.rand((g, k), generator=rng).double()
     scores["rank"] = torch.rand((g, k), generator=rng).argsort(-1)
     scores["tie_key"] = torch.randint(0, 2**62, (g, k), generator=rng)

@@ -37,7 +37,7 @@ def batch(dtype: torch.dtype = torch.float64, n: int = N, seed: int = 0) -> Scor
     return {
         **{name: value.to(dtype) for name, value in floats.items()},
         "tie_key": tie_keys(torch.arange(n), 2),
-        "cohort": torch.tensor([4, 9, 4, 4, 9, 2, 9] * n)[:n],
+        "population": torch.tensor([4, 9, 4, 4, 9, 2, 9] * n)[:n],
         "mask": torch.ones(n, 2).bool(),
     }
 
@@ -87,9 +87,9 @@ def dpo_losses(s: Scores) -> Tensor:
     return -logsigmoid(0.1 * gap(s["ratio"]))
 
 
-def cohort_means(s: Scores) -> Tensor:
+def population_means(s: Scores) -> Tensor:
     losses = dpo_losses(s)
-    return torch.stack([losses[s["cohort"] == c].mean() for c in (2, 4, 9)])
+    return torch.stack([losses[s["population"] == c].mean() for c in (2, 4, 9)])
 
 
 @pytest.mark.parametrize("ranks", [1, 2, N])
@@ -114,12 +114,12 @@ def cohort_means(s: Scores) -> Tensor:
             "ratio",
             lambda s: -0.5 * (-dpo_losses(s) / 0.5).exp().mean().log(),
         ),
-        ("maxmin", {}, "ratio", lambda s: cohort_means(s).max()),
+        ("maxmin", {}, "ratio", lambda s: population_means(s).max()),
         (
             "maxmin",
             {"reduction": "softmax", "temperature": 0.5},
             "ratio",
-            lambda s: 0.5 * (cohort_means(s) / 0.5).exp().mean().log(),
+            lambda s: 0.5 * (population_means(s) / 0.5).exp().mean().log(),
         ),
     ],
 )
@@ -260,7 +260,7 @@ def test_dr_dpo_tends_to_dpo() -> None:
 
 
 def test_maxmin_of_one_population_is_dpo() -> None:
-    scores = {**batch(), "cohort": torch.full((N,), 3)}
+    scores = {**batch(), "population": torch.full((N,), 3)}
     shared = statistics("maxmin", scores)
     losses = dpo(scores["ratio"], scores["mask"]).terms[0].values
     for reduction in ("max", "softmax"):
@@ -271,11 +271,11 @@ def test_maxmin_of_one_population_is_dpo() -> None:
 def test_maxmin_trains_the_worst_population_only() -> None:
     scores = batch()
     shared = statistics("maxmin", scores)
-    worst = shared["cohorts"][shared["cohorts"][:, 1].argmax(), 0]
+    worst = shared["populations"][shared["populations"][:, 1].argmax(), 0]
     ratio = scores["ratio"].requires_grad_()
     values = evaluate("maxmin", scores, shared).terms[0].values
     (grad,) = torch.autograd.grad(values.sum(), ratio)
-    assert torch.equal(grad[:, 0] != 0, scores["cohort"] == worst)
+    assert torch.equal(grad[:, 0] != 0, scores["population"] == worst)
     with pytest.raises(ValueError, match="'mean' of maxmin; use 'max' or 'softmax'"):
         evaluate("maxmin", scores, shared, reduction="mean")
 
@@ -283,12 +283,12 @@ def test_maxmin_trains_the_worst_population_only() -> None:
 def test_maxmin_tells_hashed_names_apart() -> None:
     """Numbers of 50 bits that differ in the last: single precision would merge them."""
     scores = batch(torch.float32)
-    small = scores["cohort"]
+    small = scores["population"]
     shared = statistics("maxmin", scores)
     expected = evaluate("maxmin", scores, shared).terms[0].values
-    scores["cohort"] = 2**50 + small
+    scores["population"] = 2**50 + small
     large = statistics("maxmin", scores)
-    assert large["cohorts"].dtype == torch.float64
+    assert large["populations"].dtype == torch.float64
     assert torch.equal(evaluate("maxmin", scores, large).terms[0].values, expected)
 
 
@@ -325,11 +325,11 @@ def test_engine_remembers_and_logs_scalars() -> None:
 def test_engine_needs_populations() -> None:
     head = nn.Linear(8, 16, bias=False)
     hidden, labels = torch.randn(4, 3, 8), torch.randint(0, 16, (4, 3))
-    with pytest.raises(ValueError, match="maxmin needs 'cohort': name each row's population"):
+    with pytest.raises(ValueError, match="maxmin needs 'population': name each row's population"):
         PreferenceLoss("maxmin", head)(hidden, labels, ref_logps=torch.zeros(4, 3))
     table = Segments.pairs(2, 3)
-    cohort = torch.tensor([1, 2])
-    table = Segments(table.response, table.grid, table.label, 4, cohort=cohort)
+    population = torch.tensor([1, 2])
+    table = Segments(table.response, table.grid, table.label, 4, population=population)
     out = PreferenceLoss("maxmin", head)(
         hidden.flatten(0, 1), labels.flatten(), table, ref_logps=torch.zeros(12)
     )
@@ -348,7 +348,7 @@ def test_engine_joins_micro_batches(name: str) -> None:
     hidden, weight = torch.randn(6, 10, 8, generator=rng), torch.randn(16, 8, generator=rng)
     labels = torch.randint(0, 16, (6, 10), generator=rng)
     ref = -3 * torch.rand(6, 10, generator=rng)
-    cohort = torch.tensor([3, 5, 3, 3, 5, 5])
+    population = torch.tensor([3, 5, 3, 3, 5, 5])
 
     def step(parts: list[list[int]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         loss, leaf = PreferenceLoss(name), hidden.to(dtype).requires_grad_()
@@ -360,7 +360,7 @@ def test_engine_joins_micro_batches(name: str) -> None:
                 torch.arange(2 * len(rows)).view(-1, 2),
                 torch.tensor([[True, False]] * len(rows)),
                 2 * len(rows),
-                cohort=cohort[rows],
+                population=population[rows],
                 index=torch.tensor(rows),
             )
             return loss(

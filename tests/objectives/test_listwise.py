@@ -21,7 +21,7 @@ from fastpo.objectives.lipo import (
     point_sigmoid,
     tie_keys,
 )
-from fastpo.objectives.listwise import dpo_rw, exo_pref, exo_rw, infonca, nca, pro, rrhf
+from fastpo.objectives.listwise import dpo_rw, exo_pref, exo_rw, infonca, logo, nca, pro, rrhf
 from fastpo.objectives.pairwise import bco_pair, dpo, exo_pair, hinge, nca_pair
 from fastpo.objectives.reference_free import simpo
 from fastpo.objectives.regression import rebel
@@ -378,3 +378,17 @@ def test_lists_from_hidden_states() -> None:
         assert loss.rewards[1, 2] == 0
         assert grad.isfinite().all(), name
         assert (grad != 0).any(), name
+
+
+@pytest.mark.parametrize("rejected", [1, 2, 3])
+def test_logo_divides_by_the_responses_beside_the_chosen_one(rejected: int) -> None:
+    """In Python's numbers, with K - 1 live slots of three."""
+    beta, ratio = 2.0, 0.3
+    mask = torch.arange(K) <= rejected
+    preference = value(
+        logo(LISTS, LISTS, BEST, mask.expand(B, K), beta=beta, gamma_beta_ratio=ratio)
+    )
+    for loss, (chosen, *others) in zip(preference.tolist(), LISTS.tolist(), strict=True):
+        mean = math.fsum(others[:rejected]) / rejected
+        expected = math.log1p(math.exp(-beta * (chosen - mean - ratio)))
+        assert loss == pytest.approx(expected, rel=64 * EPS, abs=0)

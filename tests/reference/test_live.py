@@ -25,10 +25,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fastpo.cli.models import open_model
-from fastpo.data.build import GroupStream
 from fastpo.model.adapters import adapter_off, altered_base
 from fastpo.model.load import load_model
-from fastpo.reference.live import AdapterReference, ModelReference, NoReference, StoredReference
+from fastpo.reference.live import ModelReference
 from tests.numerics import assert_three_way
 from tests.train import tiny
 
@@ -47,51 +46,6 @@ def first_loss(made: Any) -> float:
     return next(r["loss"] for r in made.state.log_history if "loss" in r)
 
 
-def test_auto(trainer: Any) -> None:
-    assert isinstance(trainer(objective="simpo").reference, NoReference)
-    assert isinstance(trainer(model=lora()).reference, AdapterReference)
-    assert trainer(model=lora(), ref_model=tiny.model()).reference_kind == "copy"
-    assert isinstance(trainer().reference, StoredReference)
-    assert trainer(ref_model=tiny.model()).reference_kind == "copy"
-    stream = GroupStream(tiny.rows(4), tiny.tokenizer(), tiny.config("unused").data_options())
-    for options in (
-        {"objective": "tdpo1"},
-        {"reference_update": {"every": 2, "mixup": 0.6}},
-        {"objective": "sparse_po", "token_masks": "common"},
-        {"train_dataset": stream},
-        {"eval_dataset": {"held out": stream}},
-    ):
-        assert trainer(**options).reference_kind == "copy", options
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"bf16": True}, {"max_tokens_per_row": 60}, {"num_train_epochs": 1.5, "max_steps": -1}],
-    ids=str,
-)
-def test_a_full_fine_tune_is_its_own_reference(trainer: Any, options: dict) -> None:
-    """By log-probs from the batches of the steps: the first loss is ln 2 to the bit."""
-    made = trainer(**{"max_steps": 2, **options}, eval_dataset=tiny.pairs(4, seed=5))
-    assert made.reference_kind == "store"
-    held_out = made.evaluate()
-    assert (held_out["eval_loss"], held_out["eval_drift/chosen"]) == (LN2, 0)
-    assert first_loss(made) == LN2
-
-
-def test_a_short_run_scores_what_it_comes_to(trainer: Any) -> None:
-    """Not the whole data; a longer run goes on, and other weights have a folder of their own."""
-    options = {"train_dataset": tiny.pairs(64), "max_steps": 2}
-    made = trainer(**options)
-    made.train()
-    assert len(made.reference.store) == 3 * 4  # a batch more, which the loader fetches ahead
-    longer = trainer(**{**options, "max_steps": 5})
-    assert longer.reference.store.path == made.reference.store.path
-    assert len(longer.reference.store) == 6 * 4
-    other = trainer(**options, model=tiny.model(seed=1))
-    assert other.reference.store.path != made.reference.store.path
-    assert len(other.reference.store) == 3 * 4
-
-
 @pytest.mark.parametrize("saved", [None, ["lm_head"]], ids=["lora", "lora and head"])
 @pytest.mark.parametrize("kind", ["adapter", "copy"])
 def test_adapter_and_copy_are_the_same_reference(trainer: Any, saved: Any, kind: str) -> None:
@@ -100,16 +54,16 @@ def test_adapter_and_copy_are_the_same_reference(trainer: Any, saved: Any, kind:
     made = trainer(model=model, reference=kind, max_steps=3)
     assert first_loss(made) == LN2
     batch = made._prepare_inputs(made.data_collator(tiny.pairs(4)))
-    reference = made.reference(made.model, batch)
-    logps = (reference["ref_hidden"] @ reference["ref_weight"].T).log_softmax(-1)
-    base = ModelReference.frozen(tiny.model())(made.model, batch)
-    expected = (base["ref_hidden"] @ base["ref_weight"].T).log_softmax(-1)
+    reference = made.reference(made.model, batch).states
+    logps = (reference.hidden @ reference.head.weight.T).log_softmax(-1)
+    base = ModelReference.frozen(tiny.model()).states(made.model, batch)
+    expected = (base.hidden @ base.head.weight.T).log_softmax(-1)
     assert torch.equal(logps, expected)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert trained
     if saved:
         original = model.base_model.model.lm_head.original_module.weight
-        assert torch.equal(reference["ref_weight"], original)
+        assert torch.equal(reference.head.weight, original)
         assert not torch.equal(original, made.loss.head.weight)
 
 
@@ -298,13 +252,6 @@ def test_adapters_of_tokens_are_refused(trainer: Any, adapter: Any, kind: str) -
     name = f"^{adapter.peft_type.value} puts tokens in front .* use LoRA"
     with pytest.raises(ValueError, match=name):
         trainer(model=get_peft_model(tiny.model(), adapter), reference=kind)
-
-
-def test_sharded_run_refuses_a_copy(trainer: Any) -> None:
-    made = trainer()
-    made.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match=r"reference='copy'.*reference='store'"):
-        made._refuse_unsupported("copy")
 
 
 def logits(model: Any) -> Tensor:

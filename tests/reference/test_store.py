@@ -13,13 +13,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file, save_file
 
-from fastpo.reference import live as reference
-from fastpo.reference.live import adapter_parameters, label_tokens
+from fastpo.reference.live import adapter_parameters, num_targets
 from fastpo.reference.store import META, ReferenceStore, fingerprint
-from fastpo.train.trainer import PreferenceTrainer
 from tests.train import tiny
 from tests.train.test_checkpoint import run_child
-from tests.train.test_records import failing
+from tests.train.test_preflight import failing
 
 KEY = {
     "model": "m",
@@ -32,7 +30,7 @@ KEY = {
 
 
 def logps_of(groups: list) -> list[np.ndarray]:
-    return [np.arange(label_tokens(g), dtype=np.float32) - 10 * g.row for g in groups]
+    return [np.arange(num_targets(g), dtype=np.float32) - 10 * g.row for g in groups]
 
 
 def test_reads_back_in_any_order(tmp_path: Path) -> None:
@@ -163,7 +161,7 @@ def test_store_is_used_again_and_shared_with_an_adapter(
     trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = stored(trainer, tmp_path / "store")
-    monkeypatch.setattr("fastpo.reference.live.label_hidden", None)  # nothing may be computed
+    monkeypatch.setattr("fastpo.reference.live.target_hidden", None)  # nothing may be computed
     again = stored(trainer, tmp_path / "store", train_dataset=tiny.pairs(16)[::-1])
     lora = get_peft_model(tiny.model(), LoraConfig(target_modules=["q_proj"]))
     adapted = stored(trainer, tmp_path / "store", model=lora)
@@ -193,7 +191,7 @@ def test_check_comes_before_the_first_number(
 ) -> None:
     """A model that cannot share is run padded from the start; wrong numbers never reach a disk."""
     plain = stored(trainer, tmp_path / "plain", share_prompt=False)
-    monkeypatch.setattr("fastpo.train.trainer.self_check", failing("they differ by 1"))
+    monkeypatch.setattr("fastpo.train.preflight.self_check", failing("they differ by 1"))
     made = stored(trainer, tmp_path / "store", self_check=True)
     assert made.sharing_reason == "they differ by 1"
     for group in tiny.pairs(16):
@@ -204,33 +202,9 @@ def test_check_comes_before_the_first_number(
         stored(trainer, tmp_path / "none", self_check=True, share_prompt=True)
     assert not (tmp_path / "none").exists()
     calls: list[Any] = []
-    monkeypatch.setattr("fastpo.train.trainer.self_check", lambda *a, **k: calls.append(a))
+    monkeypatch.setattr("fastpo.train.preflight.self_check", lambda *a, **k: calls.append(a))
     made.train()
     assert not calls  # once is enough
-
-
-def test_given_reference_model_comes_and_goes(
-    trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On the run's device while it computes, where the caller had it afterwards."""
-    given = tiny.model(seed=1)
-    where = ["elsewhere"]
-    monkeypatch.setattr(type(given), "device", property(lambda self: where[-1]))
-    monkeypatch.setattr(
-        PreferenceTrainer,
-        "_move_model_to_device",
-        lambda self, model, device: where.append("here") if model is given else None,
-    )
-    monkeypatch.setattr(given, "to", where.append)
-    fill = reference.fill_store
-
-    def filling(*arguments: Any, **options: Any) -> int:
-        assert where[-1] == "here"
-        return fill(*arguments, **options)
-
-    monkeypatch.setattr("fastpo.train.trainer.fill_store", filling)
-    stored(trainer, tmp_path / "store", ref_model=given)
-    assert where[-1] == "elsewhere"
 
 
 def test_killed_computation_goes_on(

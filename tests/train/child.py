@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from fastpo.data.groups import Group
 from fastpo.reference import live as reference
 from fastpo.reference import store
-from fastpo.train import trainer
+from fastpo.train import checkpointing, trainer
 from tests.train import tiny
 
 
@@ -94,12 +94,12 @@ def killed(mode: str, folder: str, recipe: str = "bco") -> None:
         made._save_rng_state = save_once
         made.train()
     elif mode == "rename":  # everything of the second checkpoint is written but its name
-        publish = trainer.publish
+        publish = checkpointing.publish
 
         def publish_once(staging: Any, final: Any) -> None:
             (publish if final.name == "checkpoint-3" else die)(staging, final)
 
-        trainer.publish = publish_once
+        checkpointing.publish = publish_once
         make(folder, recipe=recipe).train()
     elif mode == "store":
         add = store.ReferenceStore.add

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastpo.data.packing import collate, counts_of
 from fastpo.loss.preference_loss import PreferenceLoss
 from fastpo.model.head_facts import read_head
-from fastpo.model.hidden import attach, label_hidden_and_balance
+from fastpo.model.hidden import attach, target_hidden_and_balance
 from fastpo.train.trainer import PreferenceTrainer
 from tests.model.tiny import family, group
 from tests.numerics import assert_three_way
@@ -31,9 +31,9 @@ def by_hand(dtype: torch.dtype, shared: bool) -> Tensor:
     tokens = "tokens" if shared else "unshared_tokens"
     for part in CUTS:
         batch = collate(part, share_prompt=shared, pad_token_id=0)
-        hidden, balance = label_hidden_and_balance(model, batch)
-        share = counts_of(part)[tokens] / totals[tokens]
-        whole = loss(hidden, batch["targets"], batch["segments"], totals=totals).loss
+        hidden, balance = target_hidden_and_balance(model, batch)
+        share = getattr(counts_of(part), tokens) / getattr(totals, tokens)
+        whole = loss(hidden, batch.tokens.targets, batch.tokens.segments, totals=totals).loss
         (whole + COEFFICIENT * share * balance).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
@@ -56,5 +56,5 @@ def test_rows_of_a_step_count_by_their_tokens(tmp_path: Path, shared: bool) -> N
     found = torch.cat([p.grad.flatten() for p in model.parameters()])
     plain, truth = (by_hand(dtype, shared) for dtype in (torch.float32, torch.float64))
     assert_three_way(found, plain, truth, what="gradient")
-    means = trainer._window.means()
+    means = trainer._meter.window.means()
     assert 1 < means["aux_loss"] < 4  # k experts of E are chosen: k where all are used alike

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from fastpo.data.build import DataOptions
+from fastpo.data.options import DataOptions
 from fastpo.train.config import PreferenceConfig
 
 

@@ -114,7 +114,7 @@ def test_second_reference_is_its_own_model(trainer: Any) -> None:
     second = tiny.model(seed=2)
     made = trainer(objective="d2o", train_dataset=tiny.groups(4, 3), ref_model2=second)
     batch = made._prepare_inputs(made.data_collator(tiny.groups(4, 3)))
-    found = made.reference(made.model, batch)["ref2_logps"]
+    found = made.reference(made.model, batch).tokens.ref2_logps
 
     def plain(dtype: torch.dtype) -> Tensor:
         model = tiny.model(seed=2).to(dtype)

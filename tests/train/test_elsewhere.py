@@ -401,7 +401,7 @@ def test_the_beginning_of_a_stream_is_judged(
         {"prompt": f"w4 w{i}", "responses": ["w5 w6", "w7"], "scores": [1.0, 1.0]}
         for i in range(4, 104)
     ]
-    with caplog.at_level(logging.WARNING, "fastpo.train.trainer"):
+    with caplog.at_level(logging.WARNING, "fastpo.train.preflight"):
         trainer(train_dataset=load_rows(rows, streaming=True), objective="listnet", max_steps=1)
     assert "64 of the first 64 rows grade all their responses alike" in caplog.text
 
@@ -413,7 +413,7 @@ def test_doubts_and_idle_dropout_are_said_once(
     model = get_peft_model(
         tiny.model(), LoraConfig(r=2, lora_dropout=0.1, target_modules=["q_proj"])
     )
-    with caplog.at_level(logging.WARNING, "fastpo.train.trainer"):
+    with caplog.at_level(logging.WARNING, "fastpo.train.preflight"):
         trainer(model=model, objective="aot", per_device_train_batch_size=1)
     texts = [r.getMessage() for r in caplog.records]
     assert sum("aot takes sorted_margin" in t for t in texts) == 1

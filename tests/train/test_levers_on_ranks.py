@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from fastpo.data.packing import collate
-from fastpo.model.hidden import attach, label_hidden
+from fastpo.model.hidden import attach, target_hidden
 from fastpo.model.offload import LayerInputOffload
 from fastpo.model.tiled_mlp import tile_mlps
 from fastpo.train.trainer import PreferenceTrainer
@@ -53,7 +53,7 @@ def gradients(dtype: torch.dtype = torch.float32, sharded: bool = False) -> dict
     arena = LayerInputOffload()
     for group in mine:
         with arena if sharded else torch.enable_grad():
-            hidden = label_hidden(model, collate([group], share_prompt=True, pad_token_id=0))
+            hidden = target_hidden(model, collate([group], share_prompt=True, pad_token_id=0))
         (hidden.cumsum(-1).tanh().sum() / 2 * (2 if sharded else 1)).backward()
     assert bool(arena.host_bytes) == sharded
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -77,7 +77,7 @@ def states(name: str, dtype: torch.dtype, sharded: bool = False) -> Tensor:
     else:
         model = model.to(dtype)
     batch = collate([GROUPS[rank]], share_prompt=True, pad_token_id=0)
-    hidden = label_hidden(model, batch)
+    hidden = target_hidden(model, batch)
     assert hidden.dtype == dtype
     hidden.float().sum().backward()
     return hidden.detach()

@@ -69,7 +69,7 @@ def test_one_prompt_copy_a_triple(trainer: Any) -> None:
     groups = tiny.logo_groups(4)
     made = trainer(objective="logo", train_dataset=groups, max_steps=1, self_check=True)
     batch = made.data_collator(groups)
-    assert batch["input_ids"].shape == (1, sum(len(g) for g in groups))
+    assert batch.input_ids.shape == (1, sum(len(g) for g in groups))
     made.train()  # with a self-check at synthetic positions
     assert made.data_collator.share_prompt
 
@@ -101,7 +101,7 @@ def test_settings_reach_the_rows(config: Any) -> None:
 
 def test_the_report_tells_real_from_synthetic(tmp_path: Path) -> None:
     from fastpo.cli.train import data_facts
-    from fastpo.data.build import GroupDataset
+    from fastpo.data.dataset import GroupDataset
     from fastpo.train.report import write_model_card, write_report
 
     groups = tiny.logo_groups(4)

@@ -10,8 +10,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fastpo.data.build import DataOptions, build_groups
-from tests.data.test_longpo import longpo
+from fastpo.data.dataset import build_groups
+from fastpo.data.options import DataOptions
+from tests.data.test_tokenised import longpo
 from tests.numerics import assert_three_way
 from tests.train import tiny
 

@@ -74,7 +74,7 @@ def test_trajectory(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ours = made(tmp_path / "ours", **options)
     before = torch.cat([p.detach().flatten().clone() for p in ours._masking.masks.parameters()])
     ours = outcome(ours)
-    monkeypatch.setattr(preference_loss, "linear_stats", dense_stats)
+    monkeypatch.setattr(preference_loss, "token_statistics", dense_stats)
     plain = outcome(made(tmp_path / "plain", **options))
     truth = outcome(made(tmp_path / "truth", torch.float64, **options))
     assert_same(ours, plain, truth)
@@ -84,8 +84,8 @@ def test_trajectory(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def by_hand(dtype: torch.dtype, masks: TokenMasks) -> dict[str, Tensor]:
     """The gradients of the masks in the first step over all eight pairs, padded, whole logits."""
     batch = collate(tiny.pairs(8), share_prompt=False, pad_token_id=0)
-    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids")}
-    index, response = batch["token_index"], batch["segments"].response
+    inputs = {k: getattr(batch, k) for k in ("input_ids", "attention_mask", "position_ids")}
+    index, response = batch.head_positions, batch.tokens.segments.response
     layers: list[Tensor] = []
     policy, reference = (tiny.model(seed=s).to(dtype).eval() for s in (0, 1))
     for layer in reference.model.layers:
@@ -95,7 +95,7 @@ def by_hand(dtype: torch.dtype, masks: TokenMasks) -> dict[str, Tensor]:
     logp, ref = (z.log_softmax(-1) for z in logits)
     states = [h.flatten(0, 1)[index] for h in layers]
     a, d = (masks.learned[name](states) for name in ("token_weights", "kl_weights"))
-    at = batch["targets"][:, None]
+    at = batch.tokens.targets[:, None]
     score = a * (logp - ref).gather(1, at)[:, 0] + d * (ref.exp() * (ref - logp)).sum(-1)
     sums = torch.zeros(16, dtype=dtype).index_add(0, response, score).view(8, 2)
     price = PRICES["l1_weight"] * a.sum() + PRICES["kl_l1_weight"] * d.sum()

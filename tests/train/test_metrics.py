@@ -1,4 +1,4 @@
-"""How far a policy is from its reference: what is logged of it, and the budget that ends a run."""
+"""Means over a logging window; the distance to the reference, and the budget that ends a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from fastpo.head.functional import linear_logps
 from fastpo.loss.preference_loss import PreferenceLoss
 from fastpo.segments import Segments
-from fastpo.train.metrics import read_metrics
+from fastpo.train.metrics import MetricWindow, read_metrics
 from tests.numerics import assert_three_way
 from tests.train import tiny
 
@@ -91,3 +91,40 @@ def test_the_budget_ends_the_run_and_says_so(
 def test_budgets_that_cannot_be_kept(options: dict[str, Any], message: str, tmp_path: Any) -> None:
     with pytest.raises(ValueError, match=message):
         tiny.config(tmp_path, **options)
+
+
+def test_a_window_weighs_means_by_their_counts() -> None:
+    window = MetricWindow()
+    window.add({"a": 1.0, "b": torch.tensor(7.0), "never": 5.0}, {"a": 1, "b": 2, "never": 0})
+    window.add({"a": torch.tensor(4.0), "b": 9.0}, {"a": torch.tensor(3), "b": 0})
+    assert window.means() == {"a": (1 * 1 + 3 * 4) / 4, "b": 7.0}
+
+
+def test_window_is_weighted_by_observations(trainer: Any) -> None:
+    """Two steps of 4 and 1 groups in one record: the mean over five groups, not of two means."""
+    options: dict[str, Any] = {
+        "train_dataset": tiny.pairs(5),
+        "ref_model": tiny.model(seed=1),
+        "num_train_epochs": 1,
+        "max_steps": -1,
+        "learning_rate": 0.0,
+    }
+    every = trainer(**options)
+    every.train()
+    each = [r for r in read_metrics(every.args.output_dir) if "loss" in r]
+    whole = trainer(logging_steps=2, **options)
+    whole.train()
+    record = read_metrics(whole.args.output_dir)[0]
+    for name in ("rewards/margins", "rewards/accuracies", "logps/chosen"):
+        expected = (4 * each[0][name] + each[1][name]) / 5
+        assert record[name] == pytest.approx(expected, rel=1e-6)  # float32 sums in another order
+
+
+def test_window_keeps_nan_but_not_absence() -> None:
+    window = MetricWindow()
+    window.add({"a": torch.tensor(float("nan")), "b": 1.0}, {"a": 0, "b": 1})
+    window.add({"a": torch.tensor(3.0), "b": float("nan")}, {"a": torch.tensor(2), "b": 1})
+    means = window.means()
+    assert means["a"] == 3.0
+    assert means["b"] != means["b"]
+    assert window.means() == {}

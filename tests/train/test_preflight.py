@@ -1,13 +1,16 @@
-"""Groups that an objective cannot take are named by source and row."""
+"""What is judged before the first step: groups, the run, shared prompts."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from fastpo.loss.preference_loss import PreferenceLoss
-from fastpo.train.preflight import check_fit, doubts
+from fastpo.model.self_check import SelfCheck
+from fastpo.train.preflight import check_fit, doubts, refuse_unsupported
 from tests.train import tiny
 
 EXTRAS = ("mismatched", "gold", "ref_response", "context_chosen")
@@ -20,7 +23,7 @@ EXTRAS = ("mismatched", "gold", "ref_response", "context_chosen")
         ("lipo", 1, {}, "row 0: lipo compares lists, but the row has a single response"),
         ("odpo", 2, {"score": None}, "row 2: odpo needs a grade of every response"),
         ("modpo", 2, {"margin": None}, "row 2: modpo needs a `margin` column"),
-        ("maxmin", 2, {"cohort": None}, "row 2: maxmin needs a `group` column"),
+        ("maxmin", 2, {"population": None}, "row 2: maxmin needs a `group` column"),
         ("kto", 1, {"extras": {}}, "row 2: kto needs a 'mismatched' response"),
         ("mdpo", 2, {"extras": {}}, "row 2: mdpo needs .* row, from a `context_prompt` column"),
         ({"dpo": 1.0, "lipo": 1.0}, 2, {"score": None}, r"row 2: dpo \+ lipo needs a grade"),
@@ -117,6 +120,79 @@ def test_statistics_of_one_group(objective: str) -> None:
 
 
 def test_one_population() -> None:
-    groups = [replace(group, cohort=7) for group in tiny.groups(4, 2)]
+    groups = [replace(group, population=7) for group in tiny.groups(4, 2)]
     (doubt,) = said("maxmin", groups)
     assert doubt.startswith("all of 4 rows are of one population")
+
+
+def test_sharded_run_refuses_a_copy(trainer: Any) -> None:
+    made = trainer()
+    made.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match=r"reference='copy'.*reference='store'"):
+        refuse_unsupported(made, keeps_model=True)
+
+
+def failing(reason: str) -> Any:
+    return lambda *_, **__: SelfCheck(False, reason, 1.0, 0.1, 0.0, 0.1)
+
+
+def test_self_check_falls_back_to_padded_rows(
+    trainer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "fastpo.train.preflight"):
+        made = trainer(self_check=True, max_steps=1)
+        made.train()
+    assert made.data_collator.share_prompt
+    assert "self-check: shared and padded log-probs differ by" in caplog.text
+    monkeypatch.setattr("fastpo.train.preflight.self_check", failing("they differ by 1"))
+    made = trainer(self_check=True, max_steps=1)
+    made.train()
+    assert not made.data_collator.share_prompt
+    with pytest.raises(ValueError, match=r"share_prompt=true.*they differ by 1"):
+        trainer(self_check=True, share_prompt=True).train()
+
+
+def test_sharing_says_how_batches_were_packed(
+    trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def logged(**options: Any) -> tuple[set[float], str]:
+        made = trainer(**options)
+        made.train()
+        found = {r["sharing"] for r in made.state.log_history if "sharing" in r}
+        return found, made.sharing_reason
+
+    assert min(logged()[0]) > 1.1
+    assert logged(share_prompt=False) == ({1.0}, "share_prompt is false")
+    monkeypatch.setattr("fastpo.train.preflight.self_check", failing("they differ by 1"))
+    assert logged(self_check=True) == ({1.0}, "they differ by 1")
+
+
+def test_check_is_once_and_can_be_asked_for_early(
+    trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trainer(self_check=True, max_steps=1)
+    made.check()
+    monkeypatch.setattr("fastpo.train.preflight.self_check", None)
+    made.train()
+
+
+def test_self_check_stops_at_another_head(trainer: Any) -> None:
+    """A head that rescales its input behind our back."""
+    made = trainer(self_check=True, reference="copy")
+    made.model.lm_head.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
+    with pytest.raises(RuntimeError, match="fused head differs from the model's own logits"):
+        made.train()
+
+
+def test_model_that_cannot_share(
+    trainer: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(
+        "fastpo.train.preflight.can_share_prompt", lambda model: (False, "has recurrent state")
+    )
+    made = trainer(max_steps=1)
+    assert not made.data_collator.share_prompt
+    assert "has recurrent state" in caplog.text
+    made.train()
+    with pytest.raises(ValueError, match=r"share_prompt=true.*recurrent state.*share_prompt=auto"):
+        trainer(share_prompt="true")

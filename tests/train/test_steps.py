@@ -75,7 +75,7 @@ def test_cut_into_micro_batches(
 ) -> None:
     """1x8 = 2x4 = 8x1 = 3x3 with a short last batch: loss, gradients and logged norm."""
     ours = first_step(tmp_path / "ours", batch, accumulation, objective=objective)
-    monkeypatch.setattr(preference_loss, "linear_stats", dense_stats)
+    monkeypatch.setattr(preference_loss, "token_statistics", dense_stats)
     plain = first_step(tmp_path / "plain", 8, 1, objective=objective)
     truth = first_step(tmp_path / "truth", 8, 1, torch.float64, objective=objective)
     for what, a, b, c in zip(("loss", "gradients", "norm"), ours, plain, truth, strict=True):
@@ -152,12 +152,12 @@ def test_batch_has_no_labels_key_and_counts_what_the_loss_counts() -> None:
     groups[0].responses[1].label = True  # two desirable candidates
     groups[4].responses[0].label = False  # none
     batch = Collator(pad_token_id=0)(groups)
-    assert "labels" not in batch
-    logps = torch.zeros(len(batch["targets"]))
-    scores = score_responses({"logps": logps}, batch["segments"])
+    assert not hasattr(batch, "labels")
+    logps = torch.zeros(len(batch.tokens.targets))
+    scores = score_responses({"logps": logps}, batch.tokens.segments)
     expected = {k: int(v) for k, v in batch_counts(scores).items()}
-    assert {k: batch["counts"][k] for k in expected} == expected
-    assert counts_of(groups) == batch["counts"]
+    assert {k: getattr(batch.counts, k) for k in expected} == expected
+    assert counts_of(groups) == batch.counts
 
 
 def test_first_loss_is_ln_2(trainer: Any) -> None:
@@ -200,6 +200,24 @@ def test_grouping_by_length(trainer: Any) -> None:
         return sum(4 * max(b) - sum(b) for b in batches)
 
     assert padding(order) < padding(list(range(64))) / 4
+
+
+def test_gradients_undo_the_mean_over_ranks(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDP averages gradients over ranks, while counts are of the whole step already."""
+    made = trainer(ref_model=tiny.model(seed=1))
+    groups = iter([made.data_collator(tiny.pairs(4))])
+    (batch,), totals = made.get_batch_samples(groups, 1, made.args.device)
+    made.create_optimizer()
+
+    def gradients(ranks: int) -> Tensor:
+        monkeypatch.setattr(type(made.accelerator), "num_processes", ranks)
+        made.model.zero_grad()
+        made.training_step(made.model, batch, totals)
+        return torch.cat([p.grad.flatten() for p in made.model.parameters()])
+
+    alone = gradients(1)
+    assert alone.abs().max() > 0
+    assert torch.equal(gradients(4), 4 * alone)  # a power of two: exact
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastpo.data.build import DataOptions, GroupStream
+from fastpo.data.options import DataOptions
 from fastpo.data.rows import load_rows
+from fastpo.data.stream import GroupStream
 from fastpo.train.batches import Passes
 from tests.train import tiny
 

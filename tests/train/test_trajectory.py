@@ -59,7 +59,7 @@ def assert_same_trajectory(
     folder: Path, objective: Any, steps: int, monkeypatch: pytest.MonkeyPatch, **options: Any
 ) -> None:
     ours = run(folder / "ours", objective, steps, **options)
-    monkeypatch.setattr(preference_loss, "linear_stats", dense_stats)
+    monkeypatch.setattr(preference_loss, "token_statistics", dense_stats)
     # Packed and padded rows round differently: one of them alone may be lucky over 20 steps.
     packed = run(folder / "packed", objective, steps, **options)
     padded = run(folder / "padded", objective, steps, **{**options, "share_prompt": "false"})

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fastpo.data.formats import CONTEXTS
+from fastpo.data.columns import CONTEXT_ROLES
 from fastpo.data.groups import Group, Response
 from fastpo.data.positions import synthetic_positions
 from fastpo.train.config import PreferenceConfig
@@ -88,12 +88,12 @@ def groups(
         roles = {
             role: _response(rng, int(rng.integers(2, 13)), label=False)
             for role in extras
-            if role not in CONTEXTS
+            if role not in CONTEXT_ROLES
         }
         others: dict[str, np.ndarray] = {}
         for role in extras:
-            if role in CONTEXTS:
-                column, slot = CONTEXTS[role]
+            if role in CONTEXT_ROLES:
+                column, slot = CONTEXT_ROLES[role]
                 other = others.setdefault(column, prompt_ids())
                 roles[role] = replace(responses[slot], prompt_ids=other)
         made.append(
@@ -102,7 +102,7 @@ def groups(
                 responses,
                 row=row,
                 margin=0.5 - row % 3,
-                cohort=row % 2,
+                population=row % 2,
                 extras=roles,
                 source="tiny.jsonl",
                 short_prompt_ids=prompt_ids() if short_prompt else None,

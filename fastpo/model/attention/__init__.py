@@ -1,4 +1,4 @@
-"""Attention over packed rows, one prompt copy per group; see `dispatch`."""
+"""Compute attention over packed rows with one prompt copy per group; see `dispatch`."""
 
 from fastpo.model.attention.dispatch import (
     BACKENDS,

@@ -1,15 +1,15 @@
-r"""One prompt copy per group: attention over a packed row by its segment table.
+r"""Compute attention over a packed row by its segment table, with one prompt copy per group.
 
 With prompt span p and response span r of one group, every query attends to
 
 $$ q_{p,i}: \; p_{\le i} \qquad\qquad q_{r,i}: \; p \cup r_{\le i} $$
 
-and to nothing else in the row. Distance, for sliding windows, is counted within prompt + own
-response.
+and to nothing else in the row. A sliding window counts distances within the prompt and the query's
+own response.
 
-The function is registered with transformers' `AttentionInterface` under `NAME`, which is absent
-from its mask registry: models then build no mask and leave the whole rule to this function. Which
-back end computes it is a property of the call: see `choose_attention`.
+The function is registered with transformers' `AttentionInterface` under `NAME`. Its mask registry
+does not hold that name, so models build no mask and leave masking to this function. The backend is
+chosen for each call: see `choose_attention`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from fastpo.batch import Layout
-from fastpo.model.attention.flex import flex_rule_attention
+from fastpo.model.attention.flex import flex_shared_attention
 from fastpo.model.attention.merge import merged_attention
 from fastpo.model.attention.segments import segment_attention
-from fastpo.model.attention.shared_row import Rule, SharedRow, SharingError
+from fastpo.model.attention.shared_row import AttentionOptions, SharedRow, SharingError
 from fastpo.model.attention.varlen import flash_source, varlen_attention
 
 logger = logging.getLogger(__name__)
@@ -36,10 +36,10 @@ BACKENDS = {
     "segments": segment_attention,
     "varlen": varlen_attention,
     "merge": merged_attention,
-    "flex": flex_rule_attention,
+    "flex": flex_shared_attention,
 }
 
-# Copies of prompt keys and values that one layer may hold: two of an 8B model's at 64K.
+# Limit of copied prompt keys and values in one layer: two copies at 64K in an 8B model.
 COPIES_MIB = 512
 
 # Arguments that models pass down to every attention function and that do not change the maths.
@@ -73,17 +73,20 @@ def choose_attention(
     windowed: bool = False,
     copied_bytes: int = 0,
 ) -> tuple[str, str]:
-    """The back end of one attention call, and why: a pure function of the call's shape and place.
+    """Choose the backend of one attention call from its shape and device, and say why.
 
     Args:
         wanted: a name of `BACKENDS`, or "auto".
-        device, dtype: of the queries.
-        width, value_width: of a head's keys and of its values.
-        softcap, sinks, windowed: whether the layer has them; a sliding window.
-        copied_bytes: prompt keys and values that "varlen" and "segments" would copy.
+        device, dtype: device and dtype of the queries.
+        width, value_width: width of a head's keys and of its values.
+        softcap, sinks, windowed: whether the layer has a soft-cap, sinks, a sliding window.
+        copied_bytes: size of the prompt keys and values that "varlen" and "segments" would copy.
+
+    Returns:
+        (name of the backend, reason).
 
     Raises:
-        ValueError: an unknown name, or a back end that cannot do this; says why.
+        ValueError: an unknown name, or a backend that cannot compute this call; says why.
 
     >>> choose_attention(device=torch.device("cpu"), dtype=torch.float32, width=64)
     ('segments', 'cpu has no flash attention of packed rows')
@@ -91,7 +94,7 @@ def choose_attention(
     if wanted not in ("auto", *BACKENDS):
         raise ValueError(f"attention_backend={wanted!r}: choose one of auto, {', '.join(BACKENDS)}")
     value_width = value_width or width
-    odd = "soft-capped scores" if softcap else "sinks" if sinks else None
+    unusual = "soft-capped scores" if softcap else "sinks" if sinks else None
     source = flash_source()
     no_flash = no_merge = no_flex = None
     if device.type != "cuda":
@@ -101,16 +104,16 @@ def choose_attention(
         no_flash = "neither torch.nn.attention.varlen nor flash-attn is installed"
     elif dtype not in (torch.float16, torch.bfloat16):
         no_flash = f"flash attention takes no {dtype}"
-    elif odd is not None:
-        no_flash = f"flash attention of packed rows has no {odd}"
+    elif unusual is not None:
+        no_flash = f"flash attention of packed rows has no {unusual}"
     elif width % 8 or not width == value_width <= 256:
         no_flash = f"flash attention takes no heads of width {width} and {value_width}"
     if device.type != "cpu":
-        by_torch = source == "torch"
-        no_merge = None if by_torch else "the log-sum-exp merge needs torch.nn.attention.varlen"
+        has_kernel = source == "torch"
+        no_merge = None if has_kernel else "the log-sum-exp merge needs torch.nn.attention.varlen"
         no_merge = no_flash or no_merge
-    elif odd is not None or windowed:
-        no_merge = f"the log-sum-exp merge has no {odd or 'sliding window'} on a CPU"
+    elif unusual is not None or windowed:
+        no_merge = f"the log-sum-exp merge has no {unusual or 'sliding window'} on a CPU"
     elif width != value_width:
         no_merge = f"the log-sum-exp merge takes no heads of width {width} and {value_width}"
     refusals = {"varlen": no_flash, "merge": no_merge, "flex": no_flex}
@@ -118,8 +121,8 @@ def choose_attention(
         if refusal := refusals.get(wanted):
             raise ValueError(f"attention_backend={wanted!r}: {refusal}; use 'auto'")
         return wanted, "asked for by name"
-    if odd is not None and no_flex is None:
-        return "flex", f"{odd} without a matrix of scores"
+    if unusual is not None and no_flex is None:
+        return "flex", f"{unusual} without a matrix of scores"
     if device.type == "cpu" and copied_bytes and no_merge is None:
         return "merge", "prompt keys and values would be copied"
     if no_flash is not None:
@@ -148,18 +151,18 @@ def shared_prompt_attention(
     fastpo_layout: SharedRow | Layout | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """Attention of one packed row, [1, T, H, Dv], by the rule in the module's docstring.
+    """Compute attention of one packed row, [1, T, H, Dv], as the module's docstring says.
 
     Args:
-        scaling: factor on the scores, 1/sqrt(D) by default.
-        sliding_window: a query sees this many positions, itself included.
+        scaling: factor on the scores; 1/sqrt(D) by default.
+        sliding_window: number of positions that a query sees, itself included.
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
-        s_aux: [H] sinks, a further logit of each head that takes weight, gives nothing (GPT-OSS).
-        fastpo_layout: the segment table; travels as a keyword argument of the model's forward.
+        s_aux: [H] sinks, a further logit of each head that takes weight, adds no value (GPT-OSS).
+        fastpo_layout: the segment table; it travels as a keyword argument of the model's forward.
 
     Raises:
-        SharingError: no layout, a mask, a bidirectional module, or an argument, named, that would
-            change the result and is not modelled here.
+        SharingError: no layout, a mask, a bidirectional module, or a further argument that would
+            change the result and is not modelled here; the message names it.
         ValueError: a batch, a cache, dropout, or output_attentions.
     """
     if fastpo_layout is None:
@@ -187,8 +190,8 @@ def shared_prompt_attention(
         )
     if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:
         raise SharingError(f"{type(module).__name__} is bidirectional: prompts cannot be shared")
-    for name, given in kwargs.items():
-        if given is not None and given is not False and name not in _NEUTRAL:
+    for name, argument in kwargs.items():
+        if argument is not None and argument is not False and name not in _NEUTRAL:
             raise SharingError(
                 f"{type(module).__name__} passes {name!r} to its attention, which shared prompts "
                 "do not model: use share_prompt=False"
@@ -196,24 +199,28 @@ def shared_prompt_attention(
     if kwargs.get("output_attentions"):
         raise ValueError("output_attentions=True: shared prompts return no attention weights")
 
-    query, key, value = (_autocast(t) for t in (query, key, value))
+    query, key, value = (_cast_for_autocast(t) for t in (query, key, value))
     row.calls += 1
     row.windowed += bool(sliding_window)
-    rule = Rule(scaling, sliding_window or None, softcap, s_aux)
-    return BACKENDS[_chosen(row, query, key, value, rule)](row, query, key, value, rule), None
+    options = AttentionOptions(scaling, sliding_window or None, softcap, s_aux)
+    backend = BACKENDS[_backend_name(row, query, key, value, options)]
+    return backend(row, query, key, value, options), None
 
 
-def _autocast(tensor: Tensor) -> Tensor:
-    """As autocast hands tensors to SDPA: rotary embeddings leave float32 queries and keys."""
+def _cast_for_autocast(tensor: Tensor) -> Tensor:
+    """Cast as autocast does for SDPA: rotary embeddings leave float32 queries and keys."""
     kind = tensor.device.type
     if torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64:
         return tensor.to(torch.get_autocast_dtype(kind))
     return tensor
 
 
-def _chosen(row: SharedRow, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> str:
+def _backend_name(
+    row: SharedRow, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
+) -> str:
+    """Choose the backend once for all layers of the same shape."""
     width, value_width = key.shape[3], value.shape[3]
-    odd = {"softcap": rule.softcap is not None, "sinks": rule.sinks is not None}
+    unusual = {"softcap": options.softcap is not None, "sinks": options.sinks is not None}
 
     def choose() -> str:
         per_token = key.shape[1] * (width + value_width) * key.element_size()
@@ -223,15 +230,15 @@ def _chosen(row: SharedRow, query: Tensor, key: Tensor, value: Tensor, rule: Rul
             dtype=query.dtype,
             width=width,
             value_width=value_width,
-            windowed=rule.window is not None,
-            copied_bytes=row.copied_tokens(rule.window) * per_token,
-            **odd,
+            windowed=options.window is not None,
+            copied_bytes=row.copied_tokens(options.window) * per_token,
+            **unusual,
         )
         _announce(name, reason)
         return name
 
     shape = (query.device, query.dtype, key.shape[1], width, value_width)
-    return row.once(("backend", rule.window, *odd.values(), *shape), choose)
+    return row.once(("backend", options.window, *unusual.values(), *shape), choose)
 
 
 AttentionInterface.register(NAME, shared_prompt_attention)

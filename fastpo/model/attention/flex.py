@@ -1,9 +1,9 @@
-"""Shared prompts by FlexAttention: soft-capped scores and sinks without a matrix of scores.
+"""Share prompts by FlexAttention: soft-capped scores and sinks without a matrix of scores.
 
-The block mask comes from the segment table, block by block: a mask of [T, T] is never made. Each
-token carries the start of its context, the number of its response and its distance from the start
-of prompt + own response, and sees what the first two allow at a distance from 0 to the window.
-PyTorch has the forward on every device, the backward on CUDA only.
+The block mask comes from the segment table, block by block: no mask of [T, T] is ever made. Three
+numbers of a token decide which keys it sees: the start of its prompt, the number of its response,
+and its position in prompt and response. PyTorch has the forward on every device, the backward on
+CUDA only.
 """
 
 from __future__ import annotations
@@ -16,36 +16,37 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from fastpo.model.attention.shared_row import Rule, SharedRow
+from fastpo.model.attention.shared_row import AttentionOptions, SharedRow
 
-_BLOCK = 128  # rows and columns of a block that is skipped or computed as one: Flex's own
+_BLOCK = 128  # FlexAttention's own: it skips or computes blocks of so many queries and keys
 
 
-def flex_rule_attention(
+def flex_shared_attention(
     row: SharedRow,
     query: Tensor,  # [1, H, T, D]
     key: Tensor,  # [1, Hk, T, D]
     value: Tensor,  # [1, Hk, T, Dv]
-    rule: Rule,
+    options: AttentionOptions,
 ) -> Tensor:
-    """[1, T, H, Dv]."""
+    """Compute [1, T, H, Dv] by FlexAttention, compiled on CUDA."""
     device = query.device
-    mask = row.once(("flex", rule.window, device), lambda: block_mask(row, rule.window, device))
+    window = options.window
+    mask = row.once(("flex", window, device), lambda: block_mask(row, window, device))
     attend: Any = _compiled() if query.is_cuda else flex_attention
     out, aux = attend(
         query,
         key,
         value,
-        score_mod=None if rule.softcap is None else _softcap(rule.softcap),
+        score_mod=None if options.softcap is None else _softcap(options.softcap),
         block_mask=mask,
-        scale=rule.scaling,
+        scale=options.scaling,
         enable_gqa=query.shape[1] != key.shape[1],
         return_aux=AuxRequest(lse=True),
     )
-    if rule.sinks is not None:
+    if options.sinks is not None:
         # A sink takes the share exp(sink) / (exp(lse) + exp(sink)) of every weight.
-        kept = torch.sigmoid(aux.lse - rule.sinks.to(aux.lse.dtype)[None, :, None])
-        out = (out * kept[..., None]).to(value.dtype)
+        kept_share = torch.sigmoid(aux.lse - options.sinks.to(aux.lse.dtype)[None, :, None])
+        out = (out * kept_share[..., None]).to(value.dtype)
     return out.transpose(1, 2)
 
 
@@ -63,36 +64,38 @@ def _softcap(cap: float) -> Callable[..., Tensor]:
 
 
 def block_mask(row: SharedRow, window: int | None, device: torch.device) -> BlockMask:
-    """The rule as a BlockMask: which blocks hold a pair that attends, and the rule within them."""
+    """Build a BlockMask: which blocks are computed, and which keys a query sees in them."""
     length = row.layout.length
-    context, response, place = (torch.empty(length, dtype=torch.int32) for _ in range(3))
-    for start, spans in ((g.prompt[0], (g.prompt, *g.responses)) for g in row.layout.groups):
-        prompt = spans[0][1] - start
-        for number, (a, b) in enumerate(spans):
-            context[a:b], response[a:b] = start, number
-            place[a:b] = torch.arange(b - a) + (prompt if number else 0)
-    context, response, place = (t.to(device) for t in (context, response, place))
+    prompt, response, position = (torch.empty(length, dtype=torch.int32) for _ in range(3))
+    for group in row.layout.groups:
+        start, prompt_end = group.prompt
+        for number, (a, b) in enumerate((group.prompt, *group.responses)):
+            prompt[a:b], response[a:b] = start, number
+            position[a:b] = torch.arange(b - a) + (prompt_end - start if number else 0)
+    prompt, response, position = (t.to(device) for t in (prompt, response, position))
 
     def attends(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        distance = place[q] - place[k]
-        own = (response[k] == 0) | (response[k] == response[q])
-        seen = (context[q] == context[k]) & own & (distance >= 0)
-        return seen if window is None else seen & (distance < window)
+        distance = position[q] - position[k]
+        same_response = (response[k] == 0) | (response[k] == response[q])
+        visible = (prompt[q] == prompt[k]) & same_response & (distance >= 0)
+        return visible if window is None else visible & (distance < window)
 
     num = -(-length // _BLOCK)
-    touched = torch.zeros(num, num, dtype=torch.bool)
-    low = torch.arange(num) * _BLOCK
-    for (a, b), (c, d), gap in row.parts(window):
+    needed = torch.zeros(num, num, dtype=torch.bool)
+    block_start = torch.arange(num) * _BLOCK
+    for (a, b), (c, d), gap in row.span_pairs(window):
         rows = slice(a // _BLOCK, -(-b // _BLOCK))
         columns = slice(c // _BLOCK, -(-d // _BLOCK))
-        first, last = low[rows].clamp(min=a), (low[rows] + _BLOCK - 1).clamp(max=b - 1)
-        left, right = low[columns].clamp(min=c), (low[columns] + _BLOCK - 1).clamp(max=d - 1)
-        seen = last[:, None] - left - gap >= 0
+        first_query = block_start[rows].clamp(min=a)
+        last_query = (block_start[rows] + _BLOCK - 1).clamp(max=b - 1)
+        first_key = block_start[columns].clamp(min=c)
+        last_key = (block_start[columns] + _BLOCK - 1).clamp(max=d - 1)
+        visible = last_query[:, None] - first_key - gap >= 0
         if window is not None:
-            seen &= first[:, None] - right - gap < window
-        touched[rows, columns] |= seen
-    counts = touched.sum(-1, dtype=torch.int32)
-    order = touched.int().argsort(dim=-1, descending=True, stable=True).int()
+            visible &= first_query[:, None] - last_key - gap < window
+        needed[rows, columns] |= visible
+    counts = needed.sum(-1, dtype=torch.int32)
+    order = needed.int().argsort(dim=-1, descending=True, stable=True).int()
     return BlockMask.from_kv_blocks(
         counts[None, None].to(device),
         order[None, None].to(device),

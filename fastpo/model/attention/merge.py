@@ -1,14 +1,14 @@
-r"""Shared prompts without copies: attention part by part, merged by the log-sum-exp.
+r"""Share prompts without copies: compute attention part by part, merge by the log-sum-exp.
 
 Let part i of a query's keys give the output $o_i$ and the log-sum-exp $\ell_i$ of its scores. Then
 
 $$ \ell = \log \sum_i e^{\ell_i}, \qquad o = \sum_i e^{\ell_i - \ell} \, o_i $$
 
-is attention over all of them. Its backward is not the sum of the parts' own: a flash backward forms
-$p = e^{s - \ell}$ and $ds = p \, (dp - do \cdot o)$ from the log-sum-exp and the output that it is
-given, so each part's backward must be called with the merged $\ell$ and $o$, as ring attention does
-(Liu et al., 2023, arXiv 2310.01889); then it is exact. Differentiating the merge through the parts'
-returned log-sum-exp is silently wrong with kernels whose backward drops the gradient of it, as
+is attention over all of them. A flash backward forms $p = e^{s - \ell}$ and
+$ds = p \, (dp - do \cdot o)$ from the log-sum-exp and the output that it receives. Each part's
+backward is therefore called with the merged $\ell$ and $o$, as in ring attention (Liu et al., 2023,
+arXiv 2310.01889); then the sum over the parts is exact. Differentiating the merge through the
+parts' own log-sum-exp is silently wrong with kernels whose backward drops its gradient, as
 `torch.nn.attention.varlen` does.
 
 dQ, dK and dV are summed over the parts in fp32 (fp64 for fp64) and rounded once. No prompt is ever
@@ -24,12 +24,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastpo.model.attention.shared_row import Part, Rule, SharedRow
+from fastpo.model.attention.shared_row import AttentionOptions, SharedRow, SpanPair
 
 
 class Band(NamedTuple):
-    """Which keys a query sees: up to its own place, queries being the last of the keys, where
-    `causal`; and at most `left` before that place, where `left` >= 0.
+    """The keys that a query sees; the queries stand at the last positions of the keys.
+
+    Args:
+        causal: only keys up to the query's own position.
+        left: at most so many keys before that position; any number where negative.
     """
 
     causal: bool
@@ -37,13 +40,13 @@ class Band(NamedTuple):
 
 
 class Kernel(Protocol):
-    """Attention of n queries and m keys with its log-sum-exp, and its backward given both."""
+    """Attention of n queries and m keys: a forward, and a backward that takes its results."""
 
     @staticmethod
     def forward(
         query: Tensor, key: Tensor, value: Tensor, scaling: float, band: Band
     ) -> tuple[Tensor, Tensor]:
-        """[n, H, D], [m, Hk, D], [m, Hk, Dv]: out [n, H, Dv] and its log-sum-exp [H, n]."""
+        """Map [n, H, D], [m, Hk, D] and [m, Hk, Dv] to out [n, H, Dv] and log-sum-exp [H, n]."""
         ...
 
     @staticmethod
@@ -57,32 +60,31 @@ class Kernel(Protocol):
         scaling: float,
         band: Band,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(dQ, dK, dV), probabilities taken from `lse` and row sums from `out`, whatever they are
-        of."""
+        """Return (dQ, dK, dV), with probabilities from `lse` and row sums from `out` as passed."""
         ...
 
 
 class Plain:
-    """The kernel in plain PyTorch, scores and all: any device and dtype, and the oracle."""
+    """The kernel in plain PyTorch, with a matrix of scores: any device, dtype, width and window."""
 
     @staticmethod
     def _scores(query: Tensor, key: Tensor, scaling: float, band: Band) -> Tensor:
-        """[Hk, G, n, m], G query heads for each key head."""
+        """Return masked scores [Hk, G, n, m], G query heads for each key head."""
         n, m = len(query), len(key)
-        place = torch.arange(m - n, m, device=query.device)[:, None]
+        position = torch.arange(m - n, m, device=query.device)[:, None]
         keys = torch.arange(m, device=query.device)
-        seen = keys <= place if band.causal else torch.ones_like(keys, dtype=torch.bool)
+        visible = keys <= position if band.causal else torch.ones_like(keys, dtype=torch.bool)
         if band.left >= 0:
-            seen = seen & (keys >= place - band.left)
+            visible = visible & (keys >= position - band.left)
         grouped = query.unflatten(1, (key.shape[1], -1))
         scores = torch.einsum("nhgd,mhd->hgnm", grouped, key) * scaling
-        return scores.masked_fill(~seen, -math.inf)
+        return scores.masked_fill(~visible, -math.inf)
 
     @staticmethod
     def forward(
         query: Tensor, key: Tensor, value: Tensor, scaling: float, band: Band
     ) -> tuple[Tensor, Tensor]:
-        """See Kernel."""
+        """See `Kernel`."""
         scores = Plain._scores(query, key, scaling, band)
         out = torch.einsum("hgnm,mhd->nhgd", scores.softmax(-1), value)
         return out.flatten(1, 2), scores.logsumexp(-1).flatten(0, 1)
@@ -98,7 +100,7 @@ class Plain:
         scaling: float,
         band: Band,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See Kernel."""
+        """See `Kernel`."""
         shape = (key.shape[1], -1)
         p = (Plain._scores(query, key, scaling, band) - lse.unflatten(0, shape)[..., None]).exp()
         do, q = grad.unflatten(1, shape), query.unflatten(1, shape)
@@ -113,7 +115,7 @@ class Flash:
     """The kernel by PyTorch's flash attention: CUDA, half precision."""
 
     @staticmethod
-    def _limits(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, int, int]:
+    def _lengths(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, int, int]:
         n, m = len(query), len(key)
         q, k = (torch.tensor([0, x], dtype=torch.int32, device=query.device) for x in (n, m))
         return q, k, n, m
@@ -126,12 +128,12 @@ class Flash:
     def forward(
         query: Tensor, key: Tensor, value: Tensor, scaling: float, band: Band
     ) -> tuple[Tensor, Tensor]:
-        """See Kernel."""
+        """See `Kernel`."""
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             query,
             key,
             value,
-            *Flash._limits(query, key),
+            *Flash._lengths(query, key),
             0.0,
             band.causal and band.left < 0,
             False,
@@ -151,7 +153,7 @@ class Flash:
         scaling: float,
         band: Band,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See Kernel."""
+        """See `Kernel`."""
         no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
         return torch.ops.aten._flash_attention_backward(
             grad,
@@ -160,7 +162,7 @@ class Flash:
             value,
             out,
             lse.contiguous(),
-            *Flash._limits(query, key),
+            *Flash._lengths(query, key),
             0.0,
             band.causal and band.left < 0,
             no_dropout,
@@ -173,14 +175,14 @@ class Flash:
 class HostFlash:
     """The kernel by PyTorch's flash attention for CPUs: any dtype, equal head widths, no window.
 
-    A causal part must have as many queries as keys, which ours have.
+    A causal part must have as many queries as keys, as every causal part here has.
     """
 
     @staticmethod
     def forward(
         query: Tensor, key: Tensor, value: Tensor, scaling: float, band: Band
     ) -> tuple[Tensor, Tensor]:
-        """See Kernel."""
+        """See `Kernel`."""
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *(t.transpose(0, 1)[None] for t in (query, key, value)), 0.0, band.causal, scale=scaling
         )
@@ -197,7 +199,7 @@ class HostFlash:
         scaling: float,
         band: Band,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See Kernel."""
+        """See `Kernel`."""
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *(t.transpose(0, 1)[None] for t in (grad, query, key, value, out)),
             lse[None],
@@ -209,16 +211,16 @@ class HostFlash:
         return dq, dk, dv
 
 
-def _band(part: Part, window: int | None) -> Band:
-    if not part.gap:
+def _band(pair: SpanPair, window: int | None) -> Band:
+    if not pair.gap:
         return Band(True, -1 if window is None else window - 1)
-    # The last query stands at the prompt's last token here and len(queries) behind it in truth.
-    queries = part.queries[1] - part.queries[0]
+    # A kernel takes the last query to stand at the prompt's last token, `queries` too early.
+    queries = pair.queries[1] - pair.queries[0]
     return Band(False, -1 if window is None else window - 1 - queries)
 
 
 class MergedAttention(torch.autograd.Function):
-    """Attention over a row by parts, whose results are merged: see the module's docstring."""
+    """Attention over a row by parts whose results are merged: see the module's docstring."""
 
     @staticmethod
     def forward(
@@ -226,22 +228,22 @@ class MergedAttention(torch.autograd.Function):
         query: Tensor,  # [T, H, D]
         key: Tensor,  # [T, Hk, D]
         value: Tensor,  # [T, Hk, Dv]
-        parts: list[tuple[Part, Band]],
+        parts: list[tuple[SpanPair, Band]],
         scaling: float,
         kernel: type[Kernel],
     ) -> Tensor:
-        """[T, H, Dv]."""
+        """Return [T, H, Dv]."""
         exact = torch.promote_types(query.dtype, torch.float32)
         shape = (*query.shape[:2], value.shape[2])
         out = torch.zeros(shape, dtype=exact, device=query.device)
         lse = torch.full(shape[1::-1], -math.inf, dtype=exact, device=query.device)
-        for part, band in parts:
-            q, k = slice(*part.queries), slice(*part.keys)
-            more, more_lse = kernel.forward(query[q], key[k], value[k], scaling, band)
-            total = torch.logaddexp(lse[:, q], more_lse)
-            old, new = ((each - total).exp().T[..., None] for each in (lse[:, q], more_lse))
-            out[q] = old * out[q] + new * more
-            lse[:, q] = total
+        for pair, band in parts:
+            q, k = slice(*pair.queries), slice(*pair.keys)
+            part, part_lse = kernel.forward(query[q], key[k], value[k], scaling, band)
+            merged = torch.logaddexp(lse[:, q], part_lse)
+            old, new = ((x - merged).exp().T[..., None] for x in (lse[:, q], part_lse))
+            out[q] = old * out[q] + new * part
+            lse[:, q] = merged
         # PyTorch 2.11 compiles wrong gradients where what is saved is a cast that casts nothing.
         if out.dtype != query.dtype:
             out = out.to(query.dtype)
@@ -255,12 +257,12 @@ class MergedAttention(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         grad = grad.contiguous()
         sums = [torch.zeros_like(t, dtype=lse.dtype) for t in (query, key, value)]
-        for part, band in ctx.parts:
-            q, k = slice(*part.queries), slice(*part.keys)
-            given = (grad[q], query[q], key[k], value[k], out[q], lse[:, q])
-            grads = ctx.kernel.backward(*given, ctx.scaling, band)
-            for total, where, each in zip(sums, (q, k, k), grads, strict=True):
-                total[where] += each
+        for pair, band in ctx.parts:
+            q, k = slice(*pair.queries), slice(*pair.keys)
+            inputs = (grad[q], query[q], key[k], value[k], out[q], lse[:, q])
+            grads = ctx.kernel.backward(*inputs, ctx.scaling, band)
+            for total, span, part in zip(sums, (q, k, k), grads, strict=True):
+                total[span] += part
         dq, dk, dv = (s.to(t.dtype) for s, t in zip(sums, (query, key, value), strict=True))
         return dq, dk, dv, None, None, None
 
@@ -270,12 +272,13 @@ def merged_attention(
     query: Tensor,  # [1, H, T, D]
     key: Tensor,  # [1, Hk, T, D]
     value: Tensor,  # [1, Hk, T, Dv]
-    rule: Rule,
+    options: AttentionOptions,
 ) -> Tensor:
-    """[1, T, H, Dv]; neither soft-cap nor sinks."""
-    parts = [(part, _band(part, rule.window)) for part in row.parts(rule.window)]
-    scaling = query.shape[-1] ** -0.5 if rule.scaling is None else rule.scaling
+    """Compute [1, T, H, Dv] part by part; neither soft-cap nor sinks."""
+    window = options.window
+    parts = [(pair, _band(pair, window)) for pair in row.span_pairs(window)]
+    scaling = query.shape[-1] ** -0.5 if options.scaling is None else options.scaling
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    flash = query.device.type == "cpu" and rule.window is None and q.shape[2] == v.shape[2]
+    flash = query.device.type == "cpu" and window is None and q.shape[2] == v.shape[2]
     kernel = Flash if query.is_cuda else HostFlash if flash else Plain
     return MergedAttention.apply(q, k, v, parts, scaling, kernel)[None]  # pyright: ignore

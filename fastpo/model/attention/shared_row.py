@@ -1,4 +1,4 @@
-"""One packed row on its way through a model: its segment table, and what the layers share."""
+"""Carry a packed row's segment table through a model, with what its layers share."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ class SharingError(ValueError):
     """A model whose attention cannot, or does not, go through the shared-prompt function."""
 
 
-class Part(NamedTuple):
-    """Queries and keys of the row, half-open: a query q sees the keys k with q - k - gap >= 0.
+class SpanPair(NamedTuple):
+    """A span of queries and a span of keys: query q sees the keys k with q - k - gap >= 0.
 
-    That difference is their distance in prompt + own response, which a sliding window is about;
-    `gap` counts the other responses that lie between a response and its prompt.
+    That difference is the distance within the prompt and the own response, which a sliding window
+    limits.
+
+    Args:
+        queries, keys: half-open intervals of positions in the row.
+        gap: number of tokens of other responses between a response and its prompt.
     """
 
     queries: tuple[int, int]
@@ -28,14 +32,14 @@ class Part(NamedTuple):
     gap: int
 
 
-class Rule(NamedTuple):
-    """What one layer does with its scores.
+class AttentionOptions(NamedTuple):
+    """Scaling, window, soft-cap and sinks of one layer's attention.
 
     Args:
-        scaling: factor on the scores; None: 1/sqrt(D).
-        window: a query sees this many positions, itself included; None: all.
+        scaling: factor on the scores, or None for 1/sqrt(D).
+        window: number of positions that a query sees, itself included, or None for all.
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
-        sinks: [H], a further logit of each head that takes weight, gives nothing (GPT-OSS).
+        sinks: [H], a further logit of each head that takes weight and adds no value (GPT-OSS).
     """
 
     scaling: float | None = None
@@ -47,17 +51,17 @@ class Rule(NamedTuple):
 class SharedRow:
     """A layout on its way through one forward, with what the layers have in common.
 
-    No dataclass: FSDP2 rebuilds those as it casts a layer's inputs, and layers would count on
-    copies.
+    This is no dataclass: FSDP2 rebuilds those when it casts a layer's inputs, and each layer would
+    count its calls on a copy.
 
     Args:
         layout: the segment table; its spans must follow each other and fill the row.
-        backend: the attention back end, or "auto".
+        backend: name of the attention backend, or "auto".
 
     Attributes:
         calls, windowed: attention calls of the forward so far, and those with a sliding window.
-        made: masks, index tables and the like, by what they depend on.
-        outer: implementations to return to as attention modules are left, innermost last.
+        cache: masks and index tables that the layers share, keyed by what they depend on.
+        outer_implementations: what to return to when an attention module ends, innermost last.
 
     Raises:
         ValueError: a layout with gaps, overlaps or an empty prompt.
@@ -66,8 +70,8 @@ class SharedRow:
     def __init__(self, layout: Layout, backend: str = "auto") -> None:
         self.layout, self.backend = layout, backend
         self.calls = self.windowed = 0
-        self.made: dict[tuple, Any] = {}
-        self.outer: list[str | None] = []
+        self.cache: dict[tuple, Any] = {}
+        self.outer_implementations: list[str | None] = []
         end = 0
         for number, group in enumerate(self.layout.groups):
             for start, stop in (group.prompt, *group.responses):
@@ -83,10 +87,13 @@ class SharedRow:
             raise ValueError(f"the layout's spans end at {end}, its length is {self.layout.length}")
 
     def verify(self, config: PretrainedConfig) -> None:
-        """SharingError unless each layer called the function once, with its window if it has one.
+        """Check that each layer called the function once, with its window if it has one.
 
         Some families apply their window only through the mask that transformers builds (Qwen2-MoE,
         PhiMoE): their calls arrive without it.
+
+        Raises:
+            SharingError: calls are missing, or come without their window.
         """
         layers = config.num_hidden_layers
         windowed = _num_windowed_layers(config)
@@ -102,13 +109,13 @@ class SharedRow:
             )
 
     def once(self, key: tuple, make: Callable[[], Any]) -> Any:
-        """What `make` gives, made by the first layer that asks; no layer may change it."""
-        if key not in self.made:
-            self.made[key] = make()
-        return self.made[key]
+        """Return what `make` returned to the first layer that asked; no layer may change it."""
+        if key not in self.cache:
+            self.cache[key] = make()
+        return self.cache[key]
 
     def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-        """[queries, keys] bool, True = attend; the queries are the last of the keys."""
+        """Return [queries, keys] bool, True = attend; the queries are the last of the keys."""
 
         def make() -> Tensor:
             offset = keys - queries
@@ -117,29 +124,31 @@ class SharedRow:
 
         return self.once(("mask", queries, keys, window, device), make)
 
-    def parts(self, window: int | None) -> list[Part]:
-        """The whole rule as parts: each prompt with its first response, then for each further
-        response what it sees of the prompt and of itself. A window of w hides all but the prompt's
-        last w - 1 tokens, and those from all but a response's first w - 1.
+    def span_pairs(self, window: int | None) -> list[SpanPair]:
+        """Cut the mask into pairs of spans.
+
+        Each prompt and its first response are one pair. Each further response has a pair with the
+        prompt and a pair with itself. A window of w hides all but the prompt's last w - 1 tokens,
+        and hides those from all but a response's first w - 1.
         """
-        parts = []
+        pairs = []
         for group in self.layout.groups:
             start, prompt_end = group.prompt
             whole = (start, group.responses[0][1] if group.responses else prompt_end)
-            parts.append(Part(whole, whole, 0))
+            pairs.append(SpanPair(whole, whole, 0))
             for a, b in group.responses[1:]:
                 first, last = start, b
                 if window is not None:
                     first, last = max(start, prompt_end - window + 1), min(b, a + window - 1)
                 if first < prompt_end and a < last:
-                    parts.append(Part((a, last), (first, prompt_end), a - prompt_end))
+                    pairs.append(SpanPair((a, last), (first, prompt_end), a - prompt_end))
                 if a < b:
-                    parts.append(Part((a, b), (a, b), 0))
-        return parts
+                    pairs.append(SpanPair((a, b), (a, b), 0))
+        return pairs
 
     def copied_tokens(self, window: int | None) -> int:
-        """Prompt tokens that a back end copies which gives every response its own [prompt; own]."""
-        return sum(part.keys[1] - part.keys[0] for part in self.parts(window) if part.gap)
+        """Count the prompt tokens that are copied where every response gets its own prompt."""
+        return sum(p.keys[1] - p.keys[0] for p in self.span_pairs(window) if p.gap)
 
 
 def _num_windowed_layers(config: PretrainedConfig) -> int:

@@ -1,8 +1,8 @@
-"""Shared prompts by one variable-length flash call: every response has its own [prompt; own].
+"""Share prompts by one variable-length flash call: every response gets its own prompt copy.
 
-The prompt's keys and values are copied for each response but the first (8B at 64K: 256 MiB a copy
-and layer), and queries are the last positions of their keys, which is the flash kernel's causal
-rule. Autograd sums the copies' dK and dV.
+The prompt's keys and values are copied for each response but the first: 256 MiB for each copy and
+layer of an 8B model at 64K. Queries stand at the last positions of their keys, which the flash
+kernel's causal mask expects. Autograd sums the copies' dK and dV.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpo.model.attention.shared_row import Rule, SharedRow
+from fastpo.model.attention.shared_row import AttentionOptions, SharedRow
 
 
 def flash_source() -> str | None:
-    """Where variable-length flash attention comes from here: "torch", "flash-attn" or None."""
+    """Name the package with variable-length flash attention: "torch", "flash-attn" or None."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
         return "torch"
     return "flash-attn" if importlib.util.find_spec("flash_attn") is not None else None
@@ -31,16 +31,17 @@ def varlen_attention(
     query: Tensor,  # [1, H, T, D]
     key: Tensor,  # [1, Hk, T, D]
     value: Tensor,  # [1, Hk, T, D]
-    rule: Rule,
+    options: AttentionOptions,
 ) -> Tensor:
-    """[1, T, H, D]."""
+    """Compute [1, T, H, D] in one flash call."""
+    window = options.window
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    sequences = row.once(("sequences", rule.window), lambda: _sequences(row, rule.window))
-    if row.copied_tokens(rule.window):
+    sequences = row.once(("sequences", window), lambda: _sequences(row, window))
+    if row.copied_tokens(window):
         cuts = row.once(("cuts",), lambda: _cuts(row))
         k, v = (_with_copies(t, cuts, sequences) for t in (k, v))
     first_query, first_key, longest_query, longest_key = row.once(
-        ("tables", rule.window, q.device), lambda: _tables(sequences, q.device)
+        ("tables", window, q.device), lambda: _tables(sequences, q.device)
     )
     return flash_varlen(
         q,
@@ -50,8 +51,8 @@ def varlen_attention(
         first_key,
         longest_query,
         longest_key,
-        rule.scaling,
-        rule.window,
+        options.scaling,
+        window,
     )[None]
 
 
@@ -59,20 +60,21 @@ Span = tuple[int, int]
 
 
 def _sequences(row: SharedRow, window: int | None) -> list[tuple[Span, list[Span]]]:
-    """(queries, spans of the row that are their keys, in order) of each sequence."""
-    prompts = {p.queries[0]: p.keys for p in row.parts(window) if p.gap}
-    own = [part.queries for part in row.parts(window) if not part.gap]
-    return [(span, [*([prompts[span[0]]] if span[0] in prompts else []), span]) for span in own]
+    """List each sequence as (span of queries, spans of its keys in order)."""
+    prompts = {pair.queries[0]: pair.keys for pair in row.span_pairs(window) if pair.gap}
+    spans = [pair.queries for pair in row.span_pairs(window) if not pair.gap]
+    return [(span, [*([prompts[span[0]]] if span[0] in prompts else []), span]) for span in spans]
 
 
 def _cuts(row: SharedRow) -> list[Span]:
-    """The row's prompts and responses in order."""
+    """List the row's prompts and responses in order."""
     return [span for group in row.layout.groups for span in (group.prompt, *group.responses)]
 
 
 def _with_copies(
     tensor: Tensor, cuts: list[Span], sequences: list[tuple[Span, list[Span]]]
 ) -> Tensor:
+    """Join the keys or values of all sequences, prompts copied."""
     # Split once, join once: the gradient of many slices would be as many tensors of the whole row.
     pieces = dict(zip(cuts, tensor.split([b - a for a, b in cuts]), strict=True))
     starts = {a: (a, b) for a, b in cuts if a < b}
@@ -93,7 +95,7 @@ def _with_copies(
 def _tables(
     sequences: list[tuple[Span, list[Span]]], device: torch.device
 ) -> tuple[Tensor, Tensor, int, int]:
-    """(first query of each sequence and the end, the same of keys, longest of both)."""
+    """Return [S + 1] first queries, [S + 1] first keys, the most queries and the most keys."""
     queries = [b - a for (a, b), _ in sequences]
     keys = [sum(b - a for a, b in spans) for _, spans in sequences]
     first_query, first_key = (
@@ -113,19 +115,20 @@ def flash_varlen(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """[Tq, H, D]: causal attention of S sequences whose queries are the last of their keys."""
-    given = query, key, value, first_query, first_key, longest_query, longest_key
+    """Compute [Tq, H, D] for S causal sequences whose queries are the last of their keys."""
+    inputs = query, key, value, first_query, first_key, longest_query, longest_key
     if flash_source() == "torch":
         from torch.nn.attention.varlen import varlen_attn
 
         # PyTorch 2.11 takes fewer key heads than query heads without being told.
-        grouped: dict[str, Any] = {"enable_gqa": True} if _takes(varlen_attn, "enable_gqa") else {}
+        has_flag = _accepts(varlen_attn, "enable_gqa")
+        grouped: dict[str, Any] = {"enable_gqa": True} if has_flag else {}
         return varlen_attn(
-            *given, scale=scaling, window_size=(-1 if window is None else window - 1, 0), **grouped
+            *inputs, scale=scaling, window_size=(-1 if window is None else window - 1, 0), **grouped
         )  # pyright: ignore[reportReturnType]
     flash: Any = importlib.import_module("flash_attn")
     return flash.flash_attn_varlen_func(
-        *given,
+        *inputs,
         softmax_scale=scaling,
         causal=True,
         window_size=(-1 if window is None else window - 1, -1 if window is None else 0),
@@ -133,5 +136,5 @@ def flash_varlen(
 
 
 @functools.cache
-def _takes(function: Callable[..., Any], name: str) -> bool:
+def _accepts(function: Callable[..., Any], name: str) -> bool:
     return name in inspect.signature(function).parameters

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from fastpo import linear_stats
+from fastpo.head.schedule import Workload
 from fastpo.head.select import plan_head
+from fastpo.head.spec import HeadOptions
 from fastpo.kernels.linear_stats import linear_stats_reference
 from fastpo.kernels.logits_epilogue import DIFFERENTIABLE
 from fastpo.kernels.tile import acc_dtype
 from tests.kernels.cases import DTYPES, FACTS, Inputs, Results, exact, linear_logits, make, orders
-from tests.loss import test_by_groups as losses
+from tests.loss import test_group_chunks as losses
 from tests.numerics import assert_three_way
 
 N, D, V = 63, 31, 507
@@ -70,18 +72,8 @@ def assert_head(x: Inputs, leaves: tuple[str, ...], names: tuple[str, ...], mib:
 
 def schedule(dtype: torch.dtype, mib: float, names: tuple[str, ...], **needs: bool) -> str:
     """What runs, so that a test named for a schedule is one of it."""
-    _, chosen, _ = plan_head(
-        N,
-        V,
-        D,
-        device="cpu",
-        dtype=dtype,
-        stats=names,
-        num_grad_stats=len(names),
-        backend="triton",
-        workspace_mib=mib,
-        **needs,
-    )
+    work = Workload(N, V, D, dtype, want=names, num_grad_stats=len(names), **needs)
+    _, chosen, _ = plan_head(work, HeadOptions("triton", mib), device="cpu")
     return chosen.name
 
 
@@ -133,12 +125,10 @@ def test_a_graph_may_be_walked_again(dtype, mib):
 def test_late_slabs_are_cut_by_rows_too(dtype, leaves):
     """Three blocks of 128 rows; a slice of dW is summed over them and rounded once."""
     n, mib = 300, 0.09 if dtype == torch.float32 else 0.05
-    chosen = plan_head(
-        n, V, D, device="cpu", dtype=dtype, needs_head=True, needs_weight=True,
-        needs_hidden="hidden" in leaves, backend="triton", workspace_mib=mib,
-    )[1]  # fmt: skip
-    assert (chosen.name, chosen.late_rows) == ("recompute", 128)
-    assert chosen.vocab_block < V
+    work = Workload(n, V, D, dtype, needs_head=True, needs_hidden="hidden" in leaves)
+    chosen = plan_head(work, HeadOptions("triton", mib), device="cpu")[1]
+    assert (chosen.name, chosen.late_tokens) == ("recompute", 128)
+    assert chosen.chunk_columns < V
     assert_head(make(n, D, V, dtype, bias=True), leaves, ("logps",), mib)
 
 

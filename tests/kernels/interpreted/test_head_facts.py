@@ -1,4 +1,4 @@
-"""The facts of `tests.head.test_head_facts` by the kernels, every schedule that they have."""
+"""The facts of `tests.head.test_statistics` by the kernels, every schedule that they have."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastpo.head.types import DIFFERENTIABLE
-from tests.head.test_head_facts import LEAVES, OWN, assert_facts
+from tests.head.test_statistics import LEAVES, OWN, assert_facts
 
 EVERY = (*DIFFERENTIABLE, "ref_logps")
 

@@ -1,4 +1,4 @@
-"""A packed row, the rule token by token, and stand-ins that run GPU back ends' tables on a CPU."""
+"""A packed row, its mask token by token, and stand-ins that run GPU back ends' tables on a CPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastpo.batch import GroupSpan, Layout
 from fastpo.model.attention.segments import _eager
-from fastpo.model.attention.shared_row import Rule
+from fastpo.model.attention.shared_row import AttentionOptions
 
 # Two groups: three responses, one of them empty; and a prompt of one token with one response.
 LAYOUT = Layout(
@@ -20,7 +20,7 @@ WINDOWS = [None, 1, 3, 9, 12, 100]
 def dense(
     query: Tensor, key: Tensor, value: Tensor, *, window=None, softcap=None, s_aux=None, scaling=0.3
 ) -> Tensor:
-    """The rule token by token: [1, T, H, Dv]."""
+    """Compute [1, T, H, Dv] with a mask that is written token by token."""
     distance = torch.full((LAYOUT.length, LAYOUT.length), -1)
     for group in LAYOUT.groups:
         prompt = list(range(*group.prompt))
@@ -67,7 +67,7 @@ def plain_varlen(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """What `attention_varlen.flash_varlen` computes, sequence by sequence in plain PyTorch."""
+    """Compute what `varlen.flash_varlen` does, sequence by sequence in plain PyTorch."""
     out = []
     for a, b, c, d in zip(first_query, first_query[1:], first_key, first_key[1:], strict=False):
         n, m = int(b - a), int(d - c)
@@ -79,7 +79,7 @@ def plain_varlen(
         q, k, v = (
             t.transpose(0, 1)[None] for t in (query[int(a) : b], key[int(c) : d], value[int(c) : d])
         )
-        out.append(_eager(q, k, v, seen, Rule(scaling))[0].transpose(0, 1))
+        out.append(_eager(q, k, v, seen, AttentionOptions(scaling))[0].transpose(0, 1))
     assert int(first_query[-1]) == len(query)
     assert int(first_key[-1]) == len(key) == len(value)
     return torch.cat(out)

@@ -1,4 +1,4 @@
-"""Every back end against the rule token by token, on a CPU: kernels stand in, tables are ours."""
+"""Every back end against a dense mask, on a CPU: kernels stand in, tables are ours."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from fastpo.batch import GroupSpan, Layout
 from fastpo.model.attention import dispatch as attention
 from fastpo.model.attention import varlen as attention_varlen
 from fastpo.model.attention.dispatch import choose_attention
-from fastpo.model.attention.flex import block_mask, flex_rule_attention
+from fastpo.model.attention.flex import block_mask, flex_shared_attention
 from fastpo.model.attention.merge import Band, HostFlash, MergedAttention, Plain, merged_attention
-from fastpo.model.attention.segments import segment_attention
-from fastpo.model.attention.shared_row import Part, Rule, SharedRow
+from fastpo.model.attention.shared_row import AttentionOptions, SharedRow, SpanPair
 from fastpo.model.attention.varlen import flash_varlen, varlen_attention
 from fastpo.model.head_facts import read_head
 from fastpo.model.hidden import attach
@@ -49,7 +48,7 @@ def results(
     if attend is dense:
         out = dense(q, k, v, window=window)
     else:
-        out = attend(SharedRow(LAYOUT), q, k, v, Rule(0.3, window))
+        out = attend(SharedRow(LAYOUT), q, k, v, AttentionOptions(0.3, window))
     out.square().sum().backward()
     return [out, *(t.grad for t in (q, k, v))]  # pyright: ignore[reportReturnType]
 
@@ -61,7 +60,7 @@ def results(
         (merged_attention, None, WIDTH),  # the CPU's flash kernel
     ],
 )
-def test_equals_the_dense_rule(attend: Any, window: int | None, value_width: int) -> None:
+def test_equals_the_dense_mask(attend: Any, window: int | None, value_width: int) -> None:
     truth = results(dense, torch.float64, window, value_width)
     plain = results(dense, torch.float32, window, value_width)
     # ds = p (do.v - do.o): two terms that are one where a query sees a single key.
@@ -79,7 +78,7 @@ def test_equals_the_dense_rule(attend: Any, window: int | None, value_width: int
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("extra", ["plain", "softcap", "sinks"])
-def test_flex_equals_the_dense_rule(window: int | None, extra: str) -> None:
+def test_flex_equals_the_dense_mask(window: int | None, extra: str) -> None:
     """Its backward is PyTorch's, on CUDA only."""
 
     def out(dtype: torch.dtype, ours: bool) -> Tensor:
@@ -87,8 +86,8 @@ def test_flex_equals_the_dense_rule(window: int | None, extra: str) -> None:
         softcap, sinks = 1.5 if extra == "softcap" else None, sinks if extra == "sinks" else None
         if not ours:
             return dense(q, k, v, window=window, softcap=softcap, s_aux=sinks)
-        rule = Rule(0.3, window, softcap, sinks)
-        return flex_rule_attention(SharedRow(LAYOUT), q, k, v, rule)
+        options = AttentionOptions(0.3, window, softcap, sinks)
+        return flex_shared_attention(SharedRow(LAYOUT), q, k, v, options)
 
     truth = out(torch.float64, False)
     assert_three_way(out(torch.float32, True), out(torch.float32, False), truth)
@@ -119,9 +118,11 @@ def test_merge_passes_gradcheck() -> None:
     row = SharedRow(LAYOUT)
     for window, value_width in ((None, VALUE_WIDTH), (5, VALUE_WIDTH), (None, WIDTH)):
         q, k, v, _ = inputs(torch.float64, value_width=value_width)
-        rule = Rule(0.3, window)
+        options = AttentionOptions(0.3, window)
         assert torch.autograd.gradcheck(
-            lambda *qkv, rule=rule: merged_attention(row, *qkv, rule), (q, k, v), fast_mode=True
+            lambda *qkv, options=options: merged_attention(row, *qkv, options),
+            (q, k, v),
+            fast_mode=True,
         )
 
 
@@ -162,8 +163,8 @@ def test_the_naive_merge_is_wrong_and_ours_exact() -> None:
     total = torch.logaddexp(lse_a, lse_b)
     naive = a * (lse_a - total).exp().T[..., None] + b * (lse_b - total).exp().T[..., None]
     parts = [
-        (Part((0, own), (0, prompt), 0), over_prompt),
-        (Part((0, own), (prompt, prompt + own), 0), causal),
+        (SpanPair((0, own), (0, prompt), 0), over_prompt),
+        (SpanPair((0, own), (prompt, prompt + own), 0), causal),
     ]
     merged = MergedAttention.apply(q, k, v, parts, 0.3, Plain)
     torch.testing.assert_close(naive, merged, rtol=1e-14, atol=1e-14)  # forward: both are right
@@ -303,21 +304,13 @@ def test_a_named_back_end_never_falls_back() -> None:
     assert self_check(model, read_head(model), groups(), PAD).share_prompt
 
 
-BACKENDS = {
-    "segments": segment_attention,
-    "varlen": varlen_attention,
-    "merge": merged_attention,
-    "flex": flex_rule_attention,
-}
-
-
 @pytest.mark.parametrize("wrong", [False, True])
 @pytest.mark.parametrize("name", ["llama", "mistral-window"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", attention.BACKENDS)
 def test_the_self_check_judges_every_back_end(
     backend: str, name: str, wrong: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The right rule passes; a group's responses as one do not."""
+    """The right mask passes; a group's responses as one do not."""
     monkeypatch.setattr(attention, "choose_attention", lambda *_, **__: (backend, "test"))
     if wrong:
         monkeypatch.setitem(attention.AttentionInterface._global_mapping, attention.NAME, leak)

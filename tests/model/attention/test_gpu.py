@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpo.model.attention.dispatch import BACKENDS
-from fastpo.model.attention.shared_row import Rule, SharedRow
+from fastpo.model.attention.shared_row import AttentionOptions, SharedRow
 from tests.model.attention.cases import LAYOUT, dense, inputs
 from tests.numerics import assert_three_way
 
@@ -21,14 +21,14 @@ pytestmark = pytest.mark.gpu
     ("backend", "extra"),
     [*((name, "plain") for name in BACKENDS), ("flex", "softcap"), ("flex", "sinks")],
 )
-def test_equals_the_dense_rule(backend: str, window: int | None, extra: str) -> None:
+def test_equals_the_dense_mask(backend: str, window: int | None, extra: str) -> None:
     def results(ours: bool, dtype: torch.dtype) -> list[Tensor]:
         q, k, v, sinks = inputs(dtype, width=64, value_width=64, device="cuda")
         softcap = 1.5 if extra == "softcap" else None
         s_aux = sinks if extra == "sinks" else None
         if ours:
-            rule = Rule(0.3, window, softcap, s_aux)
-            out = BACKENDS[backend](SharedRow(LAYOUT), q, k, v, rule)
+            options = AttentionOptions(0.3, window, softcap, s_aux)
+            out = BACKENDS[backend](SharedRow(LAYOUT), q, k, v, options)
         else:
             out = dense(q, k, v, window=window, softcap=softcap, s_aux=s_aux)
         out.float().square().sum().backward()

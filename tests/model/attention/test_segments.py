@@ -1,4 +1,4 @@
-"""The attention function by itself, against a dense mask written down from the rule."""
+"""The attention function by itself, against a dense mask written down token by token."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MODULE: Any = SimpleNamespace(is_causal=True)
     ("extra", "block"),  # blocks are for materialised scores
     [("plain", 512), ("softcap", 512), ("softcap", 2), ("sinks", 512), ("sinks", 2), ("both", 2)],
 )
-def test_equals_the_dense_rule(
+def test_equals_the_dense_mask(
     window: int | None, extra: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention_segments, "_EAGER_BLOCK", block)
@@ -54,7 +54,7 @@ def test_equals_the_dense_rule(
 
 
 def masks(row: SharedRow) -> list[Tensor]:
-    return [made for key, made in row.made.items() if key[0] == "mask"]
+    return [mask for key, mask in row.cache.items() if key[0] == "mask"]
 
 
 def test_no_mask_is_quadratic_in_the_row() -> None:

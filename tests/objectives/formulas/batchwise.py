@@ -68,7 +68,7 @@ def dr_dpo(g, h):
 
 def maxmin(g, h):
     loss = smoothed(h.beta * (g.u[0] - g.u[1]), h.label_smoothing)
-    levels = [level for _, level, _ in g.cohorts]
+    levels = [level for _, level, _ in g.populations]
     if h.reduction == "max":
         total = max(levels)
         weights = [mpf(level == total) / levels.count(total) for level in levels]
@@ -76,8 +76,8 @@ def maxmin(g, h):
         powers = [exp(level / h.temperature) for level in levels]
         total = h.temperature * log(mean(powers))
         weights = [p / mpmath.fsum(powers) for p in powers]
-    for (cohort, level, share), weight in zip(g.cohorts, weights, strict=True):
-        if cohort == g.cohort:
+    for (population, level, share), weight in zip(g.populations, weights, strict=True):
+        if population == g.population:
             total += weight / share * (loss - level)
     return {"groups": total}, times(h.beta, g.u)
 

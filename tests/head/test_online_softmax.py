@@ -1,14 +1,21 @@
-"""Slices of the vocabulary that are left out of gradients: fewer products, within the bound."""
+"""One pass over chunks of the vocabulary: its running sums, and chunks that gradients leave out."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from fastpo import linear_logps, linear_stats
-from fastpo.head.torch_backend import TorchTiles
+from fastpo.head.schedule import Workload
+from fastpo.head.select import plan_head
+from fastpo.head.spec import HeadOptions
+from fastpo.head.torch_backend import TorchBackend
+from tests.head.test_functional import gradients, inputs, plain, plain_in_order
 from tests.head.test_schedule import CountingMode
+from tests.numerics import assert_three_way
 
 N, D, V = 60, 64, 4090
 FACTS = [{}, {"softcap": 20.0, "logit_scale": 0.9, "temperature": 0.7}]
@@ -19,9 +26,9 @@ SCHEDULES = pytest.mark.parametrize(
 
 
 @pytest.fixture(autouse=True)
-def several_slices(monkeypatch):
-    """Of 1024 columns: a row stays in the slice that has its label."""
-    monkeypatch.setattr(TorchTiles, "largest_slab", 1 << 16)
+def several_chunks(monkeypatch):
+    """1024 columns each: a token stays in the chunk that has its target."""
+    monkeypatch.setattr(TorchBackend, "largest_chunk", 1 << 16)
 
 
 def peaked(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,17 +53,54 @@ def run(skip_below: float, trained: bool, facts: dict, workspace: float, dtype=t
     return out["logps"].detach(), hidden.grad, weight.grad, out.get("skipped")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("facts", FACTS, ids=["plain", "softcap"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_sums_move_with_a_rising_maximum(monkeypatch, dtype, facts, trained):
+    """Every chunk of 50 columns raises the maximum, so that all sums before it are rescaled."""
+    monkeypatch.setattr("fastpo.head.schedule._LEAST_COLUMNS", 50)
+    monkeypatch.setattr(TorchBackend, "largest_chunk", 50 * 63)
+    x = inputs(dtype)
+    del x["ref_hidden"]
+    x["bias"] = torch.linspace(-9, 9, 507).to(dtype)
+    names, every = ("logps", "entropy"), ("logps", "entropy", "log_p2", "top1", "mean_logit")
+    best = (x["hidden"].double() @ x["weight"].double().T + x["bias"].double()).argmax(1)
+    x["labels"][::3] = best[::3]  # top1 is 1 somewhere
+    leaves = ("hidden", "weight") if trained else ()
+    work = Workload(63, 507, 31, dtype, want=every, needs_hidden=trained, needs_head=trained)
+    assert plan_head(work, HeadOptions(workspace_mib=0.1), device="cpu")[1].chunk_columns == 50
+
+    def of(fn, x, **options):
+        if trained:
+            return gradients(fn, x, leaves, names, **facts, **options)
+        return fn(x["hidden"], x["weight"], x["labels"], bias=x["bias"], **facts, **options), {}
+
+    wide = {k: t if k == "labels" else t.double() for k, t in x.items()}
+    ours, our_grads = of(linear_stats, x, stats=every, grad=names, workspace_mib=0.1)
+    truth, true_grads = of(plain, wide)
+    orders = [partial(plain_in_order, seed) for seed in range(8)]
+    same = [of(fn, x) for fn in (orders if dtype == torch.float64 else [plain])]
+    for name in every[:-1]:
+        if name != "top1":
+            others = [stats[name].to(ours[name].dtype) for stats, _ in same]
+            assert_three_way(ours[name], others, truth[name], name)
+        elif dtype != torch.bfloat16:  # whose logits tie where the true ones do not
+            assert torch.equal(ours[name].double(), truth[name])
+    for leaf in leaves:
+        assert_three_way(our_grads[leaf], [g[leaf] for _, g in same], true_grads[leaf], leaf)
+
+
 @pytest.mark.parametrize("facts", FACTS, ids=["plain", "softcap"])
 @SCHEDULES
 def test_error_is_within_what_was_skipped(trained, workspace, facts):
     logps, dh, dw, skipped = run(2**-12, trained, facts, workspace)
     same, full_h, full_w, _ = run(0.0, trained, facts, workspace)
     assert torch.equal(logps, same)
-    # Of 60 rows those that are nearly certain leave something out, the first ones nothing.
+    # Of 60 tokens those that are nearly certain leave something out, the first ones nothing.
     assert skipped[0] == 0
     assert 5 < (skipped > 0).sum() < N
-    slices = 4 if workspace > 1 else 32
-    assert skipped.max() <= slices * 2**-12, "a slice was likelier than allowed"
+    chunks = 4 if workspace > 1 else 32
+    assert skipped.max() <= chunks * 2**-12, "a chunk was likelier than allowed"
     slope = facts.get("logit_scale", 1.0) / facts.get("temperature", 1.0)
     hidden, weight, _ = peaked()
     rounding = 1e-6 * full_h.abs().max()
@@ -70,14 +114,14 @@ def test_error_is_within_what_was_skipped(trained, workspace, facts):
 
 
 @SCHEDULES
-def test_products_are_saved(trained, workspace):
+def test_matmuls_are_saved(trained, workspace):
     def products(skip_below: float) -> float:
         with CountingMode(N * D * V) as count:
             run(skip_below, trained, {}, workspace)
         return count.products
 
     full, fewer = products(1e-12), products(2**-12)
-    # The forward's product stays; of the others at least a quarter goes.
+    # The forward's matmul stays; of the others at least a quarter goes.
     assert fewer - 1 < 0.75 * (full - 1)
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastpo.data.build import BadRow, DataOptions, build_groups
+from fastpo.data.bad_rows import BadRow
+from fastpo.data.dataset import build_groups
+from fastpo.data.options import DataOptions
 from fastpo.data.packing import collate, counts_of, group_key
 from fastpo.data.rows import load_rows
 
@@ -79,8 +81,8 @@ def test_turns(tokenizers: Any) -> None:
         ours, its = (
             collate([g], pad_token_id=0, share_prompt=share) for g in (group, group.for_reference)
         )
-        assert ours["targets"].tolist() == its["targets"].tolist()
-    assert counts_of([group])["label_tokens"] == 17
+        assert ours.tokens.targets.tolist() == its.tokens.targets.tolist()
+    assert counts_of([group]).target_tokens == 17
     assert len(group) == 15 + len(chosen.input_ids) + len(rejected.input_ids)
 
 

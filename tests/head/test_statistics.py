@@ -1,4 +1,4 @@
-"""Facts of a head beyond its weight: low-rank deltas, padded vocabularies, rows' temperatures."""
+"""Facts of a head beyond its weight: low-rank deltas, padding, tokens' temperatures, promises."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpo import linear_cross_entropy, linear_logps, linear_stats
 from fastpo.head.lora import Lora
+from fastpo.head.spec import HeadOptions, HeadSpec
+from fastpo.head.statistics import token_statistics
+from fastpo.head.tensors import HeadTensors, ReferenceStates
 from fastpo.head.types import DIFFERENTIABLE, OF_REFERENCE
 from tests.numerics import assert_three_way
 
@@ -93,7 +98,7 @@ def assert_facts(
     softcap: float | None = None,
     **options: Any,
 ) -> None:
-    """Statistics and gradients of a padded head with a delta, a temperature a row, by the rule."""
+    """Statistics and gradients of a padded head with a delta, a temperature a token."""
     x = inputs(dtype)
     beta = 0.3
 
@@ -175,6 +180,56 @@ def test_cross_entropy_takes_the_same_facts():
         x["hidden"], x["weight"], x["labels"], lora=Lora(x["a"], x["b"], 2.0), **facts
     )
     assert_three_way(loss, -z["logps"].mean(), -z["logps"].mean())
+
+
+class Copies(TorchDispatchMode):
+    """Names the operators that look for tokens, or copy them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("nonzero", "index", "index_copy", "clone", "_to_copy", "cat"):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_promise_that_all_are_scored_spares_waits_and_copies(trained):
+    """Tensors without values: what reads one on the host fails."""
+    with FakeTensorMode(), Copies() as copies:
+        hidden = torch.empty(N, D, requires_grad=True)
+        head = HeadTensors(torch.empty(V, D, requires_grad=trained))
+        targets = torch.empty(N, dtype=torch.long)
+        options = HeadOptions(workspace_mib=64)
+
+        def run(**promise: bool) -> Tensor:
+            return token_statistics(
+                hidden, head, targets, want=("logps",), options=options, **promise
+            )["logps"]
+
+        with pytest.raises(DataDependentOutputException):
+            run()
+        logps = run(all_scored=True)
+        assert copies.names == []
+        logps.sum().backward()
+    assert hidden.grad is not None
+    assert (head.weight.grad is not None) == trained
+
+
+def test_a_promise_beside_a_reference_a_delta_and_temperatures():
+    x = inputs(torch.float32)
+    names = (*DIFFERENTIABLE, "ref_logps")
+    same = ours(x, names, jsd_beta=0.3)
+    stats = token_statistics(
+        x["hidden"], HeadTensors(x["weight"], x["bias"], Lora(x["a"], x["b"], 2.0)), x["labels"],
+        want=names, reference=ReferenceStates(x["ref_hidden"]), spec=HeadSpec(vocab_size=V),
+        options=HeadOptions(jsd_beta=0.3), temperatures=x["temperature"], all_scored=True,
+    )  # fmt: skip
+    for name in names:
+        assert torch.equal(stats[name], same[name])
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from fastpo import linear_cross_entropy, linear_logps, linear_stats, logps_from_logits
+from fastpo.head.schedule import Workload
 from fastpo.head.select import plan_head
-from fastpo.head.torch_backend import TorchTiles
+from fastpo.head.spec import HeadOptions
+from fastpo.head.torch_backend import TorchBackend
 from fastpo.head.types import DIFFERENTIABLE
 from tests.numerics import assert_three_way
 
@@ -159,10 +161,11 @@ def test_three_way(dtype, leaves, workspace, facts, names):
 def test_kept_slices_under_a_rising_maximum(dtype, names, workspace_columns, monkeypatch):
     """Every slice has a shift of its own; the first two have no finite logit at all."""
     monkeypatch.setattr("fastpo.head.schedule._LEAST_COLUMNS", 50)
-    monkeypatch.setattr(TorchTiles, "largest_slab", 50 * N)
+    monkeypatch.setattr(TorchBackend, "largest_chunk", 50 * N)
     workspace = workspace_columns * N * 4 / 2**20
-    schedule = plan_head(N, V, D, device="cpu", needs_head=True, workspace_mib=workspace)[1]
-    assert (schedule.vocab_block, schedule.kept) == (50, V if workspace_columns > V else 200)
+    work, options = Workload(N, V, D, needs_head=True), HeadOptions(workspace_mib=workspace)
+    schedule = plan_head(work, options, device="cpu")[1]
+    assert (schedule.chunk_columns, schedule.kept) == (50, V if workspace_columns > V else 200)
     x = inputs(dtype)
     del x["ref_hidden"]
     # Below -88, where exp(0 - lse) is infinite in float32.

@@ -1,4 +1,4 @@
-"""Nothing of a row is lost, added or doubled on its way through a template or a tokenizer."""
+"""Rows of messages, and texts rendered beforehand, through templates of every kind."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from fastpo.data.build import BadRow, DataOptions, build_groups
-from fastpo.data.formats import BadField, read_row
-from fastpo.data.kept import left_out
+from fastpo.data.bad_rows import BadField, BadRow
+from fastpo.data.dataset import build_groups
+from fastpo.data.formats import read_row
+from fastpo.data.options import DataOptions
 from fastpo.data.template_facts import TemplateFacts
 from fastpo.data.templates import Encoder
 from tests.data.conftest import CHATML, TEMPLATES
@@ -162,75 +163,6 @@ def test_a_lone_surrogate_is_a_bad_row(tokenizers, field):
         one(row, tokenizers("chatml"))
 
 
-# What a template leaves out
-
-
-def test_an_answer_that_also_stands_in_the_prompt(tokenizers):
-    source = CHATML.replace("{{ m['content'] }}", "{{ m['content'] if m.role == 'user' }}")
-    row = {"prompt": [user("hi or green")], "chosen": [assistant("hi")]}
-    refused(tokenizers, source, "'chosen': .*leaves out content of message 0", **row)
-
-
-def test_reasoning_that_is_also_the_answer(tokenizers):
-    answer = [assistant("blue", reasoning="blue")]
-    refused(tokenizers, "chatml", "'chosen': the chat template leaves out reasoning", chosen=answer)
-
-
-@pytest.mark.parametrize("key", ["function_call", "refusal", "audio", "thoughts"])
-def test_further_keys_with_text(tokenizers, key):
-    for value in ("No.", {"name": "rain", "arguments": "{}"}, [{"text": "No."}]):
-        message = f"'chosen': the chat template leaves out {key}"
-        refused(tokenizers, "chatml", message, chosen=[assistant("blue", **{key: value})])
-
-
-@pytest.mark.parametrize(
-    "keys", [{"name": "Ann", "id": "a1"}, {"prefix": True}, {"audio": ""}, {"weight": 0.5}]
-)
-def test_keys_that_say_nothing(tokenizers, keys):
-    assert scored(tokenizers, "chatml", [assistant("blue", **keys)]) == "blue<|im_end|>"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "key"),
-    [
-        ({"city": "Oslo", "days": 3}, r"arguments, key 'city'"),
-        ({"at": {"lat": 59.9, "lon": [10.75]}}, r"arguments\.at\.lon\[0\]"),
-    ],
-)
-def test_arguments_that_are_left_out(tokenizers, arguments, key):
-    source = CALLS.replace("ARGUMENTS", "")
-    call = {"type": "function", "function": {"name": "rain", "arguments": arguments}}
-    refused(tokenizers, source, key, chosen=[assistant("", tool_calls=[call])])
-
-
-def test_every_piece_needs_a_place_of_its_own():
-    message = assistant(
-        "ab", reasoning="ab", tool_calls=[{"name": "ab", "arguments": '{"a": "ab"}'}]
-    )
-    assert left_out(message, 'ab ab ab {"a":"ab"}') is None
-    assert left_out(message, 'ab ab {"a":"ab"}') is not None
-    assert left_out(assistant("a\nb"), " a b ") is None
-
-
-def test_system_and_tools_of_the_prompt(tokenizers):
-    source = CHATML.replace(
-        "{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"
-    )
-    refused(
-        tokenizers,
-        source,
-        "'prompt': .*leaves out content of message 0 .system",
-        prompt=[SYSTEM, user("hi")],
-    )
-    tool = {"type": "function", "function": {"name": "rain", "parameters": {}}}
-    refused(
-        tokenizers, "chatml", "'tools': the chat template leaves out the tool 'rain'", tools=[tool]
-    )
-    assert scored(
-        tokenizers, "{{ tools | tojson if tools }}" + CHATML, [assistant("a")], tools=[tool]
-    )
-
-
 # Ends
 
 
@@ -273,36 +205,6 @@ def test_a_content_that_ends_with_the_end_of_turn(tokenizers):
 def test_an_answer_that_ends_with_a_special_token_ends_all_the_same(tokenizers):
     for template, end in (("plain", "</s>"), ("chatml", "<|im_end|>")):
         assert scored(tokenizers, template, [assistant("a <pad>")]).strip() == f"a <pad>{end}"
-
-
-# What is said twice
-
-
-def test_headers_that_the_prompt_has_already(tokenizers):
-    tokenizer = tokenizers("chatml")
-    row = {"prompt": HEAD, "chosen": "<|im_start|>assistant\nblue", "rejected": "green"}
-    with pytest.raises(
-        BadRow, match=r"'chosen': begins with '<\|im_start\|>assistant', with which"
-    ):
-        one(row, tokenizer)
-    row = {"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": " a", "rejected": "\n\nAssistant: b"}
-    with pytest.raises(BadRow, match="'rejected': begins with 'Assistant:'"):
-        one(row, tokenizer)
-    refused(
-        tokenizers,
-        "plain",
-        "'chosen': content begins with 'assistant:'",
-        chosen=[assistant("assistant: blue")],
-    )
-
-
-def test_responses_that_repeat_the_prompt(tokenizers):
-    row = {"prompt": "The sky", "chosen": "The sky is blue", "rejected": "The sky is green"}
-    with pytest.raises(
-        BadRow, match="repeats the prompt: keep only the answer, or drop the prompt"
-    ):
-        one(row, tokenizers())
-    assert one({**row, "rejected": " is green"}, tokenizers())
 
 
 # Where a response begins and ends
@@ -448,39 +350,3 @@ def test_spans_count_the_row_s_characters(tokenizers, source):
     step = {**STEP, "chosen_spans": [[6, 7, 0.0]], "continue_final_message": True}
     response = one(step, tokenizer).responses[0]
     assert "4" in tokenizer.decode(response.input_ids[response.token_weights == 0])
-
-
-def test_facts(tokenizers):
-    facts = TemplateFacts(with_template(tokenizers, AS_DICT), {})
-    assert facts.describe() == {
-        "content": "text",
-        "system": "written",
-        "tools": "none",
-        "tool calls": 'as {"function": ...}, arguments as dicts',
-        "reasoning": "none",
-        "header": r"'<|im_start|>assistant'",
-        "thought": "none",
-        "end of turn": "'<|im_end|>'",
-        "past turns": "alike whatever follows",
-        "generation": "none",
-    }
-    assert not TemplateFacts(tokenizers("rewriting"), {}).stable
-    assert TemplateFacts(tokenizers("generation"), {}).generation
-    assert TemplateFacts(tokenizers("thinking"), {}).thought == "<think>"
-
-
-@pytest.mark.parametrize(
-    ("source", "reason"),
-    [("{% for", "the chat template refuses it: "), ("hello", "it leaves out the question or")],
-)
-def test_facts_of_a_template_that_reads_no_conversation(tokenizers, source, reason):
-    facts = TemplateFacts(with_template(tokenizers, source), {})
-    assert facts.describe()["template"].startswith(f"no conversation can be read with it: {reason}")
-
-
-def test_several_templates_of_which_none_is_meant(tokenizers):
-    tokenizer = tokenizers()
-    tokenizer.chat_template = {"one": CHATML, "two": AS_DICT}
-    with pytest.raises(ValueError, match=r"chat templates one, two.*\{chat_template: one\}"):
-        one(CHAT, tokenizer)
-    assert one(CHAT, tokenizer, chat_template_kwargs={"chat_template": "one"})

@@ -1,0 +1,21 @@
+"""Options of data are checked."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastpo.data.options import DataOptions
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"truncation": "keep"}, "truncation='keep'"),
+        ({"on_bad_row": "ignore"}, "on_bad_row='ignore'"),
+        ({"list_to_pairs": "all"}, "list_to_pairs='all'"),
+        ({"max_length": 0}, "max_length=0"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        DataOptions(**options)
