@@ -24,10 +24,12 @@ _MADE_FOR_A_LENGTH = re.compile(r"rotary|rope|embed_positions")
 
 
 def embedding_rows(model: nn.Module) -> int:
-    """Count the token ids that a model takes."""
-    weight: Any = next(causal_lm(model).get_input_embeddings().parameters())
+    """Count the token ids that a model takes, and whose logits its head forms."""
+    inner = causal_lm(model)
+    weight: Any = next(inner.get_input_embeddings().parameters())
     # ZeRO-3 leaves an empty tensor and keeps its shape beside it.
-    return getattr(weight, "ds_shape", weight.shape)[0]
+    rows = getattr(weight, "ds_shape", weight.shape)[0]
+    return min(rows, getattr(inner.get_output_embeddings(), "out_features", rows))
 
 
 def vocabulary_size(tokenizer: Any) -> int:

@@ -153,6 +153,12 @@ def test_whose_embedding_is_too_small() -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_a_head_with_fewer_rows_than_the_embedding_counts() -> None:
+    model = tiny.model()
+    model.lm_head = torch.nn.Linear(32, 100, bias=False)
+    assert Vocabulary.of(tiny.tokenizer(), model).rows == 100
+
+
 def test_ids_with_gaps_need_rows_up_to_the_last() -> None:
     class Gaps(dict):
         def get_vocab(self) -> dict[str, int]:
