@@ -26,10 +26,15 @@ _MADE_FOR_A_LENGTH = re.compile(r"rotary|rope|embed_positions")
 def embedding_rows(model: nn.Module) -> int:
     """Count the token ids that a model takes, and whose logits its head forms."""
     inner = causal_lm(model)
-    weight: Any = next(inner.get_input_embeddings().parameters())
+    rows = _rows(next(inner.get_input_embeddings().parameters()))
+    head: Any = getattr(inner.get_output_embeddings(), "weight", None)
+    # A quantised weight has another shape.
+    return rows if head is None or not head.is_floating_point() else min(rows, _rows(head))
+
+
+def _rows(weight: Any) -> int:
     # ZeRO-3 leaves an empty tensor and keeps its shape beside it.
-    rows = getattr(weight, "ds_shape", weight.shape)[0]
-    return min(rows, getattr(inner.get_output_embeddings(), "out_features", rows))
+    return getattr(weight, "ds_shape", weight.shape)[0]
 
 
 def vocabulary_size(tokenizer: Any) -> int:
