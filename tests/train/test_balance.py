@@ -33,7 +33,9 @@ def by_hand(dtype: torch.dtype, shared: bool) -> Tensor:
         batch = collate(part, share_prompt=shared, pad_token_id=0)
         hidden, balance = target_hidden_and_balance(model, batch)
         share = getattr(counts_of(part), tokens) / getattr(totals, tokens)
-        whole = loss(hidden, batch.tokens.targets, batch.tokens.segments, totals=totals).loss
+        whole = loss(
+            hidden, batch.tokens.targets, batch.tokens.segments, totals=totals._asdict()
+        ).loss
         (whole + COEFFICIENT * share * balance).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
