@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch.utils.data
+from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from fastpo.batch import Batch
@@ -20,10 +21,14 @@ from fastpo.data.groups import Group
 from fastpo.data.packing import collate, row_order
 from fastpo.data.rows import load_rows
 from fastpo.data.stream import GroupStream
+from fastpo.data.token_budget import token_rows
 from fastpo.model.limits import Positions, Vocabulary
 from fastpo.reference.store import ReferenceStore
 from fastpo.train.config import PreferenceConfig
 from fastpo.train.preflight import Grades, check_grades
+
+# Groups that a stream's next one is drawn from: a second of tokenising, and a few MB.
+STREAM_BUFFER = 1000
 
 
 @contextmanager
@@ -37,10 +42,10 @@ def of_workers() -> Iterator[None]:
         yield
     except (ValueError, RuntimeError) as error:
         last = r"(?sm).*^(?:fastpo\.data\.bad_rows\.BadRow|ValueError): (.+)\Z"
-        found = re.match(last, str(error))
-        if "in DataLoader worker process" not in str(error) or found is None:
+        reason = re.match(last, str(error))
+        if "in DataLoader worker process" not in str(error) or reason is None:
             raise
-        raise ValueError(found[1].strip()) from error
+        raise ValueError(reason[1].strip()) from error
 
 
 class Filler:
@@ -78,17 +83,17 @@ class Passes(torch.utils.data.IterableDataset):
                 return
 
     def _drawn(self, rng: np.random.Generator) -> Iterator[Group]:
-        held: list[Group] = []
+        waiting: list[Group] = []
         for group in self.stream:
-            if len(held) < self.buffer:
-                held.append(group)
+            if len(waiting) < self.buffer:
+                waiting.append(group)
                 continue
-            if held:
-                slot = int(rng.integers(len(held)))
-                held[slot], group = group, held[slot]
+            if waiting:
+                slot = int(rng.integers(len(waiting)))
+                waiting[slot], group = group, waiting[slot]
             yield group
-        for slot in rng.permutation(len(held)):
-            yield held[slot]
+        for slot in rng.permutation(len(waiting)):
+            yield waiting[slot]
 
 
 class PaddedGroups(torch.utils.data.Dataset):
@@ -178,6 +183,41 @@ class EpochSampler(torch.utils.data.Sampler[int]):
                 [sorted(c, key=lambda i: len(self.dataset[int(i)]), reverse=True) for c in chunks]
             )
         yield from map(int, order)
+
+
+def data_seed(args: PreferenceConfig) -> int:
+    """Return the seed of the order in which data is visited."""
+    return args.seed if args.data_seed is None else args.data_seed
+
+
+def endless(stream: GroupStream, args: PreferenceConfig) -> Passes:
+    """Return the passes over a stream that a run is configured to train on."""
+    in_order = args.train_sampling_strategy == "sequential"
+    return Passes(stream, data_seed(args), 0 if in_order else STREAM_BUFFER)
+
+
+def packed_rows(
+    batch: Any, collator: Collator, most: int | None, accelerator: Accelerator
+) -> list[Batch]:
+    """Return a batch of a loader as packed rows: one, or as many as a token budget asks for.
+
+    Args:
+        batch: packed already without a budget, else groups.
+        collator: packs the groups of a row.
+        most: tokens that a row may have, or None.
+        accelerator: of the ranks, which all get as many rows.
+    """
+    if most is None:
+        return [batch]
+    shared = collator.share_prompt
+    groups = [item if isinstance(item, Group) else item.group for item in batch]
+    rows = token_rows(groups, most, share_prompt=shared)
+    if accelerator.num_processes > 1:
+        # Statistics over ranks and sharded weights meet in every forward.
+        num = torch.tensor([len(rows)], device=accelerator.device)
+        at_least = int(accelerator.gather(num).max())  # pyright: ignore
+        rows = token_rows(groups, most, share_prompt=shared, at_least=at_least)
+    return [collator([batch[i] for i in row]) for row in rows]
 
 
 def as_groups(

@@ -132,14 +132,14 @@ def incomplete(checkpoint: str | Path) -> str | None:
             return f"{TRAINER_STATE} is missing"
         return _unreadable(path for path in folder.iterdir() if path.is_file())
     try:
-        held = json.loads(manifest.read_bytes())
+        listed = json.loads(manifest.read_bytes())
         # A release before the hashes listed sizes alone.
         files = {
             folder / name: each if isinstance(each, dict) else {"bytes": each}
-            for name, each in held["files"].items()
+            for name, each in listed["files"].items()
         }
         hashed = {path: each["sha256"] for path, each in files.items() if "sha256" in each}
-        if not files or (hashed and held.get("sha256") != _of_list(held["files"])):
+        if not files or (hashed and listed.get("sha256") != _of_list(listed["files"])):
             return f"{MANIFEST} is damaged: the files that it lists are not those that were saved"
         for path, each in files.items():
             if not path.is_file():
@@ -179,8 +179,8 @@ def latest_complete(run_dir: str | Path) -> str | None:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         return None
-    found = [(int(m[1]), p) for p in run_dir.iterdir() if (m := _NAME.match(p.name))]
-    for _, path in sorted(found, reverse=True):
+    by_step = [(int(m[1]), p) for p in run_dir.iterdir() if (m := _NAME.match(p.name))]
+    for _, path in sorted(by_step, reverse=True):
         reason = incomplete(path)
         if reason is None:
             return str(path)

@@ -25,7 +25,8 @@ from fastpo.train.checkpoint import (
     publish,
     staging_dir,
 )
-from fastpo.train.folder import is_own_checkpoint, rotate
+from fastpo.train.config import batch_words
+from fastpo.train.folder import RunFolder, is_own_checkpoint, rotate
 
 log = logging.getLogger(__name__)
 
@@ -159,3 +160,21 @@ def checkpoint_to_resume(run_dir: str | Path, wanted: str | bool | None) -> str 
     if reason is not None:
         raise ValueError(f"cannot resume from {wanted}: {reason}")
     return str(wanted)
+
+
+def note_batch(folder: RunFolder, batch: dict[str, int], *, resumes: bool) -> None:
+    """Write down what a step consists of, and warn where a run goes on with other steps.
+
+    Args:
+        folder: the run's.
+        batch: what a step consists of.
+        resumes: whether the run goes on from a checkpoint.
+    """
+    before = folder.facts.get("batch")
+    if resumes and before is not None and before != batch:
+        log.warning(
+            "goes on with %s, where its checkpoint was trained with %s",
+            batch_words(batch),
+            batch_words(before),
+        )
+    folder.save(batch=batch)

@@ -1,15 +1,57 @@
-"""What is counted and averaged between two records of a run."""
+"""What a step is divided by, and what is counted and averaged between two records of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from torch import Tensor
 
 from fastpo.batch import Batch, Counts
+from fastpo.loss.metrics import LossOutput
 from fastpo.train.metrics import MetricWindow, Stopwatch, peak_memory_gib
+
+
+def over_ranks(counts: Counts, accelerator: Accelerator, copies: int) -> Counts:
+    """Return the counts of all ranks.
+
+    Args:
+        counts: of this rank.
+        accelerator: of the ranks.
+        copies: ranks that share their data, as those of a tensor-parallel model do.
+    """
+    if accelerator.num_processes == 1:
+        return counts
+    local = torch.tensor(counts, dtype=torch.float64, device=accelerator.device)
+    total: Any = accelerator.reduce(local)
+    return Counts(*(total / copies).tolist())
+
+
+def with_balance(
+    output: LossOutput, balance: Tensor, weight: float, batch: Batch, totals: Counts | None
+) -> LossOutput:
+    """Return the output of a row with the load-balance loss of its routers added.
+
+    Args:
+        output: of the preference loss.
+        balance: [] the load-balance loss, a mean over the row's tokens.
+        weight: what it is multiplied by.
+        batch: the row.
+        totals: counts of the whole optimiser step; None: the row is all of it.
+    """
+    # Tokens are counted as the rows have them.
+    tokens_of = attrgetter("tokens" if batch.shares_prompts else "unshared_tokens")
+    count = tokens_of(batch.counts)
+    share = count / tokens_of(totals) if totals is not None else 1.0
+    return output._replace(
+        loss=output.loss + weight * share * balance,
+        metrics={**output.metrics, "aux_loss": balance.detach()},
+        counts={**output.counts, "aux_loss": balance.new_full((), count)},
+    )
 
 
 class TrainingMeter:

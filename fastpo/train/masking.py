@@ -20,8 +20,10 @@ from fastpo.distributed import gather_rows
 from fastpo.model.hidden import decoder_of
 from fastpo.model.masks import MaskKind, TokenMasks, layer_states
 from fastpo.reference.live import Compared, Reference
+from fastpo.train.config import PreferenceConfig
 
 FILE = "token_masks.safetensors"
+DROPOUT = 0.01  # SparsePO's
 
 
 class MaskTraining(TrainerCallback):
@@ -46,6 +48,18 @@ class MaskTraining(TrainerCallback):
             masks = TokenMasks(kind, config.num_hidden_layers, config.hidden_size, dropout)
         self.masks = masks.to(decoder.device, torch.promote_types(decoder.dtype, torch.float32))
 
+    @classmethod
+    def of(cls, args: PreferenceConfig, source: nn.Module) -> MaskTraining:
+        """Return the masks that a run is configured to train."""
+        assert args.token_masks != "none"
+        return cls(
+            args.token_masks,
+            source,
+            seed=args.seed,
+            dropout=0.0 if args.disable_dropout else DROPOUT,
+            max_grad_norm=args.max_grad_norm,
+        )
+
     def __call__(self, reference: Reference, model: nn.Module, batch: Batch) -> Compared:
         """Return what the reference does, with the weights that the masks make of its layers."""
         self.masks.train(model.training)
@@ -56,8 +70,8 @@ class MaskTraining(TrainerCallback):
 
     def add_to(self, optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
         """One more group of parameters, unless the optimiser has it."""
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        new = [p for p in self.masks.parameters() if id(p) not in held]
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        new = [p for p in self.masks.parameters() if id(p) not in known]
         if new:
             optimizer.add_param_group({"params": new, "weight_decay": weight_decay})
 

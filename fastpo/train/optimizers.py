@@ -8,7 +8,8 @@ amount on average; Kahan sums (torch-optimi) add small steps up until one shows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, NamedTuple
@@ -104,8 +105,8 @@ def optimizer_options(args: TrainingArguments) -> dict[str, Any]:
         return {}
     if not isinstance(text, str):
         raise ValueError(f"optim_args={text!r}: write text, such as 'eps=1e-8,momentum=0.9'")
-    known = next((options for part, options in _OPTIONS.items() if part in optim), {})
-    found: dict[str, Any] = {}
+    known = next((taken for part, taken in _OPTIONS.items() if part in optim), {})
+    options: dict[str, Any] = {}
     for pair in text.replace(" ", "").split(","):
         name, equals, value = pair.partition("=")
         if not name or not equals or "=" in value:
@@ -117,10 +118,38 @@ def optimizer_options(args: TrainingArguments) -> dict[str, Any]:
                 f"optim_args: optim={optim} takes no {name!r}: {_instead(name, optim, known)}"
             )
         try:
-            found[name] = fitted(_read(value, known[name]), known[name])
+            options[name] = fitted(_read(value, known[name]), known[name])
         except Misfit as misfit:
             raise ValueError(f"optim_args: {name}={value} {misfit}") from None
-    return found
+    return options
+
+
+def as_told(args: TrainingArguments, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an optimiser's keywords with the types of `optim_args`, where they are no text.
+
+    Args:
+        args: the configuration.
+        keywords: the Trainer's, which hands some numbers and truths on as text.
+    """
+    options = {k: v for k, v in optimizer_options(args).items() if not isinstance(v, str)}
+    return {name: options.get(name, value) for name, value in keywords.items()}
+
+
+@contextmanager
+def schedule_told(args: TrainingArguments) -> Iterator[None]:
+    """Say which keywords a schedule, created inside, does not take.
+
+    Raises:
+        ValueError: `lr_scheduler_kwargs` that this schedule does not take, or lacks.
+    """
+    kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    try:
+        yield
+    except TypeError as error:
+        raise ValueError(
+            f"lr_scheduler_kwargs={args.lr_scheduler_kwargs!r} do not fit "
+            f"lr_scheduler_type={kind!r}: {error}"
+        ) from error
 
 
 def _instead(name: str, optim: str, known: Mapping[str, Any]) -> str:
@@ -238,9 +267,9 @@ def refuse_lost_steps(model: nn.Module, args: TrainingArguments) -> None:
     frozen = any(not parameter.requires_grad for parameter in model.parameters())
     if frozen or optimizer_name(args) in _BY_GRADIENT:
         return
-    found = lost_steps(model, args)
-    if found is not None and found.dtype is torch.bfloat16:
-        raise ValueError(found.reason)
+    lost = lost_steps(model, args)
+    if lost is not None and lost.dtype is torch.bfloat16:
+        raise ValueError(lost.reason)
 
 
 def _kept(args: TrainingArguments, optimizer: torch.optim.Optimizer | None) -> set[torch.dtype]:

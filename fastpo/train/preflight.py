@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import Trainer
@@ -24,6 +24,9 @@ from fastpo.model.self_check import can_share_prompt, self_check
 from fastpo.objectives.domain import Domain
 from fastpo.train.config import PreferenceConfig
 from fastpo.train.optimizers import lost_steps
+
+if TYPE_CHECKING:
+    from fastpo.train.trainer import PreferenceTrainer
 
 log = logging.getLogger(__name__)
 
@@ -370,3 +373,37 @@ def check_numbers(
         result.head_bound,
     )
     return result.share_prompt, result.reason
+
+
+def run_self_check(trainer: PreferenceTrainer, data: Any) -> bool:
+    """Check a run's numbers on the first groups of its data, and settle how batches are packed.
+
+    Afterwards the trainer's `collator.share_prompt` says how, and its `sharing_reason` why.
+
+    Args:
+        trainer: the run.
+        data: groups, or None.
+
+    Returns:
+        whether there was anything to check, with weights at hand.
+
+    Raises:
+        RuntimeError, ValueError: as `check_numbers`.
+    """
+    args, collator = trainer.args, trainer.collator
+    if not args.self_check or data is None:
+        return False
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        log.info("no self-check: the weights are sharded")
+        return False
+    shares, reason = check_numbers(
+        trainer.model,  # pyright: ignore[reportArgumentType]
+        trainer.loss.head,  # pyright: ignore[reportArgumentType]
+        first_groups(data, CHECKED),
+        collator.pad_token_id,
+        share_prompt=collator.share_prompt,
+        asked=str(args.share_prompt),
+    )
+    if collator.share_prompt and not shares:
+        collator.share_prompt, trainer.sharing_reason = False, reason
+    return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -14,6 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from fastpo.data.groups import Group
 from fastpo.model.hidden import generation
 from fastpo.redact import redact
+from fastpo.train.preflight import first_groups
+
+if TYPE_CHECKING:
+    from fastpo.train.trainer import PreferenceTrainer
 
 SAMPLES_FILE = "samples.jsonl"
 
@@ -62,3 +66,27 @@ def write_samples(folder: Path, records: Iterable[dict[str, Any]], *, when: str,
         for record in records:
             line = {"when": when, "step": step, **record}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def sample(trainer: PreferenceTrainer, folder: Path, when: str) -> None:
+    """Write greedy responses to the first prompts of a run, if it is to have any.
+
+    Args:
+        trainer: the run.
+        folder: the run's.
+        when: `before` training, or `after`.
+    """
+    args = trainer.args
+    if not args.num_samples:
+        return
+    data = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
+    records = greedy_responses(
+        trainer.model,  # pyright: ignore[reportArgumentType]
+        trainer.processing_class,  # pyright: ignore[reportArgumentType]
+        first_groups(data, args.num_samples),
+        max_new_tokens=args.sample_tokens,
+        pad_token_id=trainer.collator.pad_token_id,
+        device=args.device,
+    )
+    if trainer.is_world_process_zero():
+        write_samples(folder, records, when=when, step=trainer.state.global_step)

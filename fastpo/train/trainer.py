@@ -16,24 +16,24 @@ What is overridden, and what goes wrong without it:
 - Files of others in `output_dir` stay: the Trainer writes over them and rotates their checkpoints.
 
 What surrounds the step has files of its own: `setup` and `preflight` come before it, then
-`fastpo.reference.build` and `precompute`; `samples` and `checkpointing` write what a run leaves.
+`fastpo.reference.build` and `precompute`. `batches` gives packed rows, `counting` what a step is
+divided by, `evaluation` the means of a whole set. `samples`, `saving` and `checkpointing` write
+what a run leaves.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import nullcontext
 from itertools import islice
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.utils.data
 import yaml
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
@@ -45,13 +45,9 @@ from transformers import ProgressCallback as HFProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from fastpo.batch import Batch, Counts
-from fastpo.data.groups import Group
-from fastpo.data.packing import counts_of
 from fastpo.data.stream import GroupStream
-from fastpo.data.token_budget import token_rows
 from fastpo.head.spec import HeadOptions
 from fastpo.loss.metrics import LossOutput
-from fastpo.model.adapters import copied
 from fastpo.model.head_facts import read_head
 from fastpo.model.hidden import (
     attach,
@@ -60,7 +56,6 @@ from fastpo.model.hidden import (
     target_hidden_and_balance,
 )
 from fastpo.model.limits import Positions, Vocabulary
-from fastpo.model.merge import write_merged
 from fastpo.model.offload import LayerInputOffload
 from fastpo.reading import reading
 from fastpo.reference.build import ReferenceBuilder, effect_at_start
@@ -69,51 +64,44 @@ from fastpo.reference.moving import ReferenceUpdate
 from fastpo.train.batches import (
     Collator,
     EpochSampler,
-    PaddedGroups,
-    Passes,
+    data_seed,
+    endless,
     of_workers,
+    packed_rows,
 )
 from fastpo.train.checkpoint import TRAINER_STATE
-from fastpo.train.checkpointing import CheckpointWriter, LossState, checkpoint_to_resume
-from fastpo.train.config import (
-    PreferenceConfig,
-    batch_words,
-    published,
-    unknown_argument,
+from fastpo.train.checkpointing import (
+    CheckpointWriter,
+    LossState,
+    checkpoint_to_resume,
+    note_batch,
 )
-from fastpo.train.counting import TrainingMeter
+from fastpo.train.config import PreferenceConfig, published, unknown_argument
+from fastpo.train.counting import TrainingMeter, over_ranks, with_balance
 from fastpo.train.elsewhere import refuse_keywords
+from fastpo.train.evaluation import Evaluation, filled_up, is_one_of
 from fastpo.train.finite import FiniteLosses
-from fastpo.train.folder import CONFIG, STAGING, RunFolder, claim, whole
+from fastpo.train.folder import CONFIG, RunFolder, claim, whole
 from fastpo.train.masking import MaskTraining
-from fastpo.train.metrics import (
-    JsonlCallback,
-    KLBudget,
-    MetricWindow,
-    ProgressCallback,
-)
-from fastpo.train.optimizers import optimizer_options
+from fastpo.train.metrics import JsonlCallback, KLBudget, ProgressCallback
+from fastpo.train.optimizers import as_told, schedule_told
 from fastpo.train.precompute import stored_reference
 from fastpo.train.preflight import (
     CHECKED,
     DataCheck,
-    check_numbers,
     first_groups,
     refuse_no_step,
     refuse_stream,
     refuse_unsupported,
+    run_self_check,
     shares_prompts,
     warn_of_doubts,
 )
 from fastpo.train.report import write_model_card
-from fastpo.train.samples import greedy_responses, write_samples
+from fastpo.train.samples import sample
+from fastpo.train.saving import save_merged, save_model
 from fastpo.train.setup import GroupMaker, has_stream, prepare_layers, refuse_early
 
-log = logging.getLogger(__name__)
-
-MASK_DROPOUT = 0.01  # SparsePO's
-# Groups that a stream's next one is drawn from: a second of tokenising, and a few MB.
-STREAM_BUFFER = 1000
 _ANOTHER = "it is no checkpoint of this run: name another"
 
 TRAINER_PRIVATES = (
@@ -256,8 +244,7 @@ class PreferenceTrainer(Trainer):
         self._offload = LayerInputOffload() if args.offload_activations else nullcontext()
         self._meter = TrainingMeter()
         self._finite = FiniteLosses()
-        self._eval_window = MetricWindow()
-        self._eval_totals: Counts | None = None
+        self._evaluation = Evaluation()
         self._add_callbacks()
 
     # ---- Setting up ----
@@ -278,13 +265,7 @@ class PreferenceTrainer(Trainer):
         self._masking: MaskTraining | None = None
         if args.token_masks != "none":
             assert live is not None
-            self._masking = MaskTraining(
-                args.token_masks,
-                live.model,
-                seed=args.seed,
-                dropout=0.0 if args.disable_dropout else MASK_DROPOUT,
-                max_grad_norm=args.max_grad_norm,
-            )
+            self._masking = MaskTraining.of(args, live.model)
             self.add_callback(self._masking)
         carried = [LossState(self.loss), self._update, self._masking]
         self._checkpoints = CheckpointWriter([each for each in carried if each is not None])
@@ -316,10 +297,6 @@ class PreferenceTrainer(Trainer):
             self._claim()
         self.check()  # before a number is written: its outcome decides how batches are packed
         return stored_reference(self, ref_model, ref_model2)
-
-    @property
-    def _sharded(self) -> bool:
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     @property
     def _data_at_hand(self) -> Any:
@@ -380,9 +357,8 @@ class PreferenceTrainer(Trainer):
             tokens, of_reference = self.reference(model, batch)
         else:
             tokens, of_reference = self._masking(self.reference, model, batch)
-        balanced = model.training and self._balance > 0
         with self._offload:
-            if balanced:
+            if model.training and self._balance > 0:
                 hidden, balance = target_hidden_and_balance(model, batch)
             else:
                 hidden, balance = target_hidden(model, batch), None
@@ -395,15 +371,7 @@ class PreferenceTrainer(Trainer):
         )
         if balance is None:
             return output
-        # A row's share of the step: the loss is a mean over tokens, as those rows count them.
-        tokens_of = attrgetter("tokens" if batch.shares_prompts else "unshared_tokens")
-        count = tokens_of(batch.counts)
-        share = count / tokens_of(totals) if totals is not None else 1.0
-        return output._replace(
-            loss=output.loss + self._balance * share * balance,
-            metrics={**output.metrics, "aux_loss": balance.detach()},
-            counts={**output.counts, "aux_loss": balance.new_full((), count)},
-        )
+        return with_balance(output, balance, self._balance, batch, totals)
 
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
@@ -448,14 +416,8 @@ class PreferenceTrainer(Trainer):
         Raises:
             ValueError: `lr_scheduler_kwargs` that this schedule does not take, or lacks.
         """
-        kind = getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)
-        try:
+        with schedule_told(self.args):
             return super().create_scheduler(num_training_steps, optimizer)
-        except TypeError as error:
-            raise ValueError(
-                f"lr_scheduler_kwargs={self.args.lr_scheduler_kwargs!r} do not fit "
-                f"lr_scheduler_type={kind!r}: {error}"
-            ) from error
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the Trainer's optimiser, with the token masks as one more group."""
@@ -466,10 +428,9 @@ class PreferenceTrainer(Trainer):
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
-        """Return the Trainer's, which hands some numbers and truths of `optim_args` on as text."""
+        """Return the Trainer's, with the numbers and truths of `optim_args` as such."""
         made, keywords = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        told = {k: v for k, v in optimizer_options(args).items() if not isinstance(v, str)}
-        return made, {name: told.get(name, value) for name, value in keywords.items()}
+        return made, as_told(args, keywords)
 
     # ---- Counting ----
 
@@ -495,42 +456,22 @@ class PreferenceTrainer(Trainer):
         return data_collator if self.args.max_tokens_per_row is None else list
 
     def _rows(self, batch: Any) -> list[Batch]:
-        """A batch of a loader as packed rows: one, or as many as the token budget asks for."""
-        most = self.args.max_tokens_per_row
-        if most is None:
-            return [batch]
-        shared = self.collator.share_prompt
-        groups = [item if isinstance(item, Group) else item.group for item in batch]
-        rows = token_rows(groups, most, share_prompt=shared)
-        if self.accelerator.num_processes > 1:
-            # Statistics over ranks and sharded weights meet in every forward.
-            num = torch.tensor([len(rows)], device=self.args.device)
-            at_least = int(self.accelerator.gather(num).max())  # pyright: ignore
-            rows = token_rows(groups, most, share_prompt=shared, at_least=at_least)
-        return [self.collator([batch[i] for i in row]) for row in rows]
+        return packed_rows(batch, self.collator, self.args.max_tokens_per_row, self.accelerator)
 
     def _over_ranks(self, counts: Counts) -> Counts:
-        if self.accelerator.num_processes == 1:
-            return counts
-        local = torch.tensor(counts, dtype=torch.float64, device=self.args.device)
-        total: Any = self.accelerator.reduce(local)
-        return Counts(*(total / self.get_tp_size()).tolist())
+        return over_ranks(counts, self.accelerator, self.get_tp_size())
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """Nothing: `get_batch_samples` counts distinct tokens once and over all ranks."""
 
-    @property
-    def _data_seed(self) -> int:
-        return self.args.seed if self.args.data_seed is None else self.args.data_seed
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if not isinstance(dataset, Sized) or self.args.train_sampling_strategy == "sequential":
             return super()._get_train_sampler(train_dataset)
         by_length = self.args.train_sampling_strategy == "group_by_length"
         return EpochSampler(
             dataset,
-            self._data_seed,
+            data_seed(self.args),
             lambda: int(self.state.epoch or 0),
             by_length=self._train_batch_size if by_length else None,
         )
@@ -547,15 +488,11 @@ class PreferenceTrainer(Trainer):
         self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any
     ) -> Any:
         if description != "Training":
-            held = self.eval_dataset
-            known = [held, self.train_dataset, *(held.values() if isinstance(held, dict) else ())]
-            if all(dataset is not each for each in known):  # those were judged at the start
+            if not is_one_of(dataset, self.eval_dataset, self.train_dataset):  # judged at the start
                 dataset = self._groups_of(dataset, f"{description} data".lower())
-            if self.args.world_size > 1 and isinstance(dataset, Sized):
-                dataset = PaddedGroups(dataset, batch_size * self.args.world_size)
+            dataset = filled_up(dataset, batch_size, self.args.world_size)
         elif isinstance(dataset, GroupStream):
-            random = self.args.train_sampling_strategy != "sequential"
-            dataset = Passes(dataset, self._data_seed, STREAM_BUFFER if random else 0)
+            dataset = endless(dataset, self.args)
         return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
 
     def evaluation_loop(
@@ -567,22 +504,12 @@ class PreferenceTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Means over the groups of the whole set, as if it were one batch."""
-        dataset = getattr(dataloader, "dataset", None)
-        if isinstance(dataset, PaddedGroups):
-            dataset = dataset.dataset
-        self._eval_totals = None  # a stream: batch means, weighted by groups
-        if isinstance(dataset, Sized):
-            groups: Any = dataset
-            self._eval_totals = counts_of(groups[i] for i in range(len(dataset)))
-        self._eval_window = MetricWindow()
+        self._evaluation = Evaluation(getattr(dataloader, "dataset", None))
         with self._meter.paused(), of_workers():
             output = super().evaluation_loop(
                 dataloader, description, True, ignore_keys, metric_key_prefix
             )
-            means = self._eval_window.means()
-        assert output.metrics is not None
-        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in means.items()})
-        return output
+            return self._evaluation.completed(output, metric_key_prefix, self._over_ranks)
 
     def prediction_step(
         self,
@@ -596,14 +523,9 @@ class PreferenceTrainer(Trainer):
         for row in map(self._prepare_inputs, self._rows(inputs)):
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss, output = self.compute_loss(
-                    model, row, return_outputs=True, num_items_in_batch=self._eval_totals
+                    model, row, return_outputs=True, num_items_in_batch=self._evaluation.totals
                 )
-            if row.counted:
-                groups = row.counts.groups
-                # A sum over rows, written as a mean: every row's share is already divided.
-                share = 1.0 if self._eval_totals is None else self._eval_totals.groups / groups
-                self._eval_window.add({"loss": loss * share}, {"loss": groups})
-                self._eval_window.add(output.metrics, output.counts)
+            self._evaluation.add(row, loss, output)
             total = total + loss
         return total, None, None
 
@@ -636,17 +558,17 @@ class PreferenceTrainer(Trainer):
         self._claim()
         resume = checkpoint_to_resume(self._folder.path, resume_from_checkpoint)
         if self.is_world_process_zero():
-            self._note_batch(resume)
+            note_batch(self._folder, self.args.batch_facts(), resumes=resume is not None)
             self._folder.write(CONFIG, yaml.safe_dump(self.args.to_dict(), sort_keys=False))
         self.check()
         if resume is None:
-            self._sample("before")
+            sample(self, self._folder.path, "before")
         self._meter = TrainingMeter()
         output = super().train(resume, trial, ignore_keys_for_eval)
         if self.state.global_step == 0:
             raise ValueError("the training data gave no batch, so no step was taken")
         self.save_state()
-        self._sample("after")
+        sample(self, self._folder.path, "after")
         return output
 
     def _claim(self) -> None:
@@ -661,17 +583,6 @@ class PreferenceTrainer(Trainer):
             ValueError: no data, or no batch; gives the numbers.
         """
         refuse_no_step(self.args, self.train_dataset)
-
-    def _note_batch(self, resume: str | None) -> None:
-        """Write down what a step consists of, and warn where a run goes on with other steps."""
-        batch, before = self.args.batch_facts(), self._folder.facts.get("batch")
-        if resume is not None and before is not None and before != batch:
-            log.warning(
-                "goes on with %s, where its checkpoint was trained with %s",
-                batch_words(batch),
-                batch_words(before),
-            )
-        self._folder.save(batch=batch)
 
     def _run_epoch(self, **how: Any) -> None:
         """Pass over the data, unless the run that is resumed has done all its steps."""
@@ -689,39 +600,7 @@ class PreferenceTrainer(Trainer):
             RuntimeError: the fused head does not reproduce the model's own logits.
             ValueError: share_prompt=true, but shared prompts change the numbers.
         """
-        data = self._data_at_hand
-        if self._checked or not self.args.self_check or data is None:
-            return
-        if self._sharded:
-            log.info("no self-check: the weights are sharded")
-            return
-        shares, reason = check_numbers(
-            self.model,  # pyright: ignore[reportArgumentType]
-            self.loss.head,  # pyright: ignore[reportArgumentType]
-            first_groups(data, CHECKED),
-            self.collator.pad_token_id,
-            share_prompt=self.collator.share_prompt,
-            asked=str(self.args.share_prompt),
-        )
-        if self.collator.share_prompt and not shares:
-            self.collator.share_prompt, self.sharing_reason = False, reason
-        self._checked = True
-
-    def _sample(self, when: str) -> None:
-        """Write greedy responses to the first prompts."""
-        if not self.args.num_samples:
-            return
-        data = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
-        records = greedy_responses(
-            self.model,  # pyright: ignore[reportArgumentType]
-            self.processing_class,  # pyright: ignore[reportArgumentType]
-            first_groups(data, self.args.num_samples),
-            max_new_tokens=self.args.sample_tokens,
-            pad_token_id=self.collator.pad_token_id,
-            device=self.args.device,
-        )
-        if self.is_world_process_zero():
-            write_samples(self._folder.path, records, when=when, step=self.state.global_step)
+        self._checked = self._checked or run_self_check(self, self._data_at_hand)
 
     # ---- Checkpoints ----
 
@@ -758,20 +637,11 @@ class PreferenceTrainer(Trainer):
         Raises:
             ValueError: a file there that this tool did not write; names it.
         """
-        folder = self._folder if output_dir is None else RunFolder.at(output_dir)
-        sharded = self._sharded
         if output_dir is not None and _internal_call:  # a checkpoint, published as a whole later
             super().save_model(output_dir, _internal_call=True)
-        elif self.is_world_process_zero():
-            with folder.placing() as staging:
-                super().save_model(str(staging), _internal_call=True)
-                if sharded:
-                    self.accelerator.wait_for_everyone()
-        else:  # every rank of a sharded run writes its part
-            apart = sharded and not self.args.should_save
-            super().save_model(str(folder.path / STAGING) if apart else output_dir, True)
-            if sharded:
-                self.accelerator.wait_for_everyone()
+        else:
+            folder = self._folder.path if output_dir is None else Path(output_dir)
+            save_model(self, super().save_model, folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -819,13 +689,4 @@ class PreferenceTrainer(Trainer):
             ValueError: a file there that this tool did not write; names it. Or the merged model is
                 another than was trained.
         """
-        if not self.args.should_save:
-            return
-        model: Any = self.accelerator.unwrap_model(self.model)
-        with RunFolder.at(path).placing() as staging:
-            if isinstance(model, PeftModel):
-                write_merged(lambda: copied(model), staging)
-            else:
-                model.save_pretrained(str(staging))
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(str(staging))
+        save_merged(self, path)

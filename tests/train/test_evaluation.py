@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpo.train.batches import Filler, PaddedGroups
+from fastpo.train.batches import Filler
+from fastpo.train.evaluation import Evaluation, filled_up
 from fastpo.train.metrics import read_metrics
 from tests.numerics import assert_three_way
 from tests.train import child, tiny
@@ -57,6 +58,21 @@ def test_stream_is_weighted_by_groups(trainer: Any) -> None:
         assert stream[f"eval_{name}"] == pytest.approx(whole[f"eval_{name}"], rel=1e-6)
 
 
+@pytest.mark.parametrize("most", [None, 60])
+def test_groups_of_a_stream_are_counted(trainer: Any, most: int | None) -> None:
+    """The Trainer, which knows no batch of groups, would see none."""
+    from fastpo.data.rows import load_rows
+
+    made = trainer(
+        objective="simpo", max_tokens_per_row=most, per_device_eval_batch_size=3, max_steps=1
+    )
+    assert made.predict(load_rows(tiny.rows(7), streaming=True)).metrics["test_samples_per_second"]
+    output = made.evaluation_loop(made.get_test_dataloader(tiny.pairs(5)), "Test")
+    assert output.num_samples == 5
+    loader = made.get_test_dataloader(load_rows(tiny.rows(7), streaming=True))
+    assert made.evaluation_loop(loader, "Test").num_samples == 7
+
+
 def test_training_state_is_untouched(trainer: Any) -> None:
     """BCO's shift moves in training only."""
     made = trainer(objective="bco", eval_dataset=tiny.pairs(5), max_steps=1)
@@ -67,8 +83,11 @@ def test_training_state_is_untouched(trainer: Any) -> None:
 
 
 def test_a_set_is_filled_up_for_several_ranks() -> None:
-    padded = PaddedGroups(tiny.pairs(5), 4)
+    groups = tiny.pairs(5)
+    assert filled_up(groups, 2, 1) is groups
+    padded = filled_up(groups, 2, 2)
     assert len(padded) == 8
+    assert Evaluation(padded).totals == Evaluation(groups).totals
     assert [isinstance(padded[i], Filler) for i in range(8)] == [False] * 5 + [True] * 3
 
 
