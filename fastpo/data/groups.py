@@ -14,8 +14,8 @@ class Response:
 
     `input_ids` holds the tokens that follow the prompt, end-of-sequence included. `loss_mask` is
     False on tokens that are context and not scored: user turns inside a response, a template's
-    tokens after its end. `token_weights` and the signed `token_rewards` have one number a token or
-    are None. `prompt_ids` is the prompt that it follows where that is not the group's.
+    tokens after the last turn. `token_weights` and the signed `token_rewards` have one number a
+    token or are None. `prompt_ids` is the prompt that it follows where that is not the group's.
     """
 
     input_ids: np.ndarray  # [R] int32
