@@ -3,7 +3,7 @@
     python -m bench.account                        # the table for an H100, a minute the first time
     python -m bench.account --page docs/head.md    # also rewrite its section
 
-First of single kernels, then of whole calls (`bench.predict`). The binaries are real, compiled
+Single kernels come first, then whole calls (`bench.predict`). The binaries are real, compiled
 ahead of time by `fastpo.kernels.aot`; registers, shared memory and instructions are read from them.
 Times are predictions, never measurements: of a perfect memory system, and of matrix units and
 schedulers that never wait.
@@ -50,9 +50,9 @@ BLOCKS = 32
 
 
 class Work(NamedTuple):
-    """What one call over `SHAPE` asks of a kernel."""
+    """Say what one call over `SHAPE` asks of a kernel."""
 
-    flop: float  # of matrix products
+    flop: float  # of matmuls
     bytes: float  # through device memory, everything read or written once
     programs: int
     sweeps: int  # runs of the outermost loop's body, over all programs
@@ -74,7 +74,7 @@ def work(report: Report, shape: tuple[int, int, int]) -> Work | None:
         return Work(0, (4 + 2) * slab, rows, tiles)
     if kernel == "divergence_coefficients_kernel":
         return Work(0, (4 + 4 + 2) * slab, tiles, tiles)
-    # A second sweep over both heads' products where the mixture is asked for.
+    # A second sweep over both heads' raw logits where the mixture is asked for.
     sizes = {"epilogue_kernel": 4 + 4 + 2, "divergence_kernel": 16 if report.rich else 8}
     return Work(0, sizes[kernel] * slab, rows, tiles)
 
@@ -92,13 +92,13 @@ def resident_blocks(report: Report, peaks: Peaks) -> int:
 def predict(
     asked: Work, issued: tuple[int, int], warps: int, blocks: int, peaks: Peaks
 ) -> dict[str, float]:
-    """Seconds of the products, of the memory traffic, of all other instructions, and of the call.
+    """Return seconds of matmuls, of memory traffic, of all other instructions, and of the call.
 
-    One resident block alternates between its products and the rest; with two or more, one block's
-    rest hides behind another's products. Work is spread over the multiprocessors without a tail.
+    One resident block alternates between its matmuls and the rest; with two or more, one block's
+    rest hides behind another's matmuls. Work is spread over the multiprocessors without a tail.
 
     Args:
-        issued: a warp's instructions outside loops and in one sweep, matrix products left out.
+        issued: a warp's instructions outside loops and in one sweep, matmuls left out.
         warps: of a program; `blocks`: programs that a multiprocessor holds.
     """
     products = asked.flop / peaks.flop_per_second
@@ -110,7 +110,7 @@ def predict(
 
 
 def _names(report: Report) -> str:
-    """The cells that tell a kernel, its block and how its operands come."""
+    """Return the cells that tell a kernel, its block and how its operands come."""
     c = report.config
     block = " x ".join(str(b) for b in (c.BN, c.BV, c.BD) if b)
     loads = "TMA" if c.tma else "pointers" if report.has_dot else "-"
@@ -118,7 +118,7 @@ def _names(report: Report) -> str:
 
 
 def row(report: Report, shape: tuple[int, int, int], peaks: Peaks) -> str:
-    """A line of the table, '' for what `work` leaves out."""
+    """Return a line of the table, '' for what `work` leaves out."""
     asked = work(report, shape)
     if asked is None:
         return ""
@@ -142,7 +142,7 @@ def row(report: Report, shape: tuple[int, int, int], peaks: Peaks) -> str:
 
 
 def page(shape: tuple[int, int, int], targets: dict[str, list[Report]]) -> str:
-    """The section of docs/head.md."""
+    """Return the section of docs/head.md."""
     n, d, v = shape
     head = (
         "| kernel | block | operands | warps | registers | spill | KiB | resident | TFLOP | GB "

@@ -30,7 +30,7 @@ SECONDS = 15.0
 
 
 def kernel_modules() -> list[ModuleType]:
-    """The modules of `fastpo.kernels`, in alphabetical order."""
+    """Return the modules of `fastpo.kernels`, in alphabetical order."""
     names = sorted(found.name for found in pkgutil.iter_modules(fastpo.kernels.__path__))
     return [importlib.import_module(f"fastpo.kernels.{name}") for name in names]
 
@@ -48,7 +48,7 @@ def hash_in_order() -> None:
 
 
 class _Chip:
-    """A driver that names the chip and runs nothing."""
+    """Name the chip as a driver does, and run nothing."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -77,7 +77,7 @@ def pretend(target: GPUTarget) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """An exception's kind and the first line of what it says."""
+    """Return an exception's kind and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 

@@ -102,10 +102,10 @@ def write_inputs(folder: Path) -> None:
     pairs, lists = [], []
     for i in range(24):
         prompt = text(i, 3 + i % 7)
-        answers = [text(100 + 5 * i + k, 2 + (i + 3 * k) % 9) for k in range(2 + i % 3)]
-        pairs.append({"prompt": prompt, "chosen": answers[0], "rejected": answers[1]})
-        scores = [float((i + 2 * k) % 5) + 0.1 * k for k in range(len(answers))]
-        lists.append({"prompt": prompt, "responses": answers, "scores": scores})
+        responses = [text(100 + 5 * i + k, 2 + (i + 3 * k) % 9) for k in range(2 + i % 3)]
+        pairs.append({"prompt": prompt, "chosen": responses[0], "rejected": responses[1]})
+        scores = [float((i + 2 * k) % 5) + 0.1 * k for k in range(len(responses))]
+        lists.append({"prompt": prompt, "responses": responses, "scores": scores})
     for name, rows in (("pairs", pairs), ("lists", lists)):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")

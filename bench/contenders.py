@@ -24,7 +24,7 @@ Step = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 
 class Unavailable(Exception):
-    """A contender cannot run here; the message says why and is kept in the record."""
+    """Say that a contender cannot run here; the message has the reason, and the record keeps it."""
 
 
 def _require(module: str, package: str) -> None:
@@ -33,7 +33,7 @@ def _require(module: str, package: str) -> None:
 
 
 def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """What everyone writes first: three [N, V] matrices."""
+    """Compute what everyone writes first: three [N, V] matrices."""
     logits = F.linear(hidden, weight).float()
     return torch.log_softmax(logits, dim=-1).gather(1, labels[:, None]).squeeze(1)
 
@@ -75,7 +75,7 @@ def cce(device: torch.device) -> TokenOp:
 
 
 def _on_token_op(build: Callable[[torch.device], TokenOp]) -> Callable[[torch.device], Step]:
-    """A step from a token op, for libraries that leave the loss to plain PyTorch."""
+    """Make a step from a token op, for libraries that leave the loss to plain PyTorch."""
 
     def builder(device: torch.device) -> Step:
         op = build(device)

@@ -1,4 +1,4 @@
-"""What every benchmark shares: the gate, interleaved timing, memory, counted products, the record.
+"""Share among benchmarks the gate, interleaved timing, memory, counted matmuls and the record.
 
 A benchmark builds callables that return named tensors; nothing here knows what they compute.
 """
@@ -53,7 +53,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 def check(
     outputs: Outputs, truth: Outputs, plain: Outputs, terms: Mapping[str, float] | None = None
 ) -> tuple[dict[str, dict], str | None]:
-    """(error of every output against float64, why the contender is rejected or None).
+    """Return every output's error against float64, and why the contender is rejected or None.
 
     Bound: `GATE` * (error of `plain` + eps * largest magnitude of the truth). `terms`, by output,
     is the magnitude of what cancels in it, where that is larger.
@@ -108,7 +108,7 @@ def summary(values: list[float]) -> dict[str, float]:
 
 
 def count_flop(run: Callable[[], Outputs]) -> tuple[Outputs, int]:
-    """(what a call returns, FLOP of the matrix products that it sends to the BLAS)."""
+    """Return what a call returns, and the FLOP of the matmuls that it sends to the BLAS."""
     # The legacy profiler sees what the new one sees and does not write to stderr.
     with profiler_legacy.profile(record_shapes=True) as profile:
         outputs = run()
@@ -178,7 +178,7 @@ def write_opening(path: Path, text: str) -> None:
 
 
 class Record:
-    """The JSON of one benchmark on one device, written after every case so that a run resumes."""
+    """Keep the JSON of one benchmark on one device, written after every case: a run resumes."""
 
     def __init__(self, path: Path, device: torch.device, method: dict, fresh: bool = False) -> None:
         self.path = path

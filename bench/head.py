@@ -106,7 +106,7 @@ def make_inputs(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.d
 
 
 def dpo(logps: Tensor, ref_logps: Tensor, num_pairs: int = NUM_PAIRS) -> Tensor:
-    """The loss of `contenders.STEPS`, for the truth."""
+    """Return the loss of `contenders.STEPS`, for the truth."""
     chosen, rejected = (logps - ref_logps).view(2, num_pairs, -1).sum(-1)
     return -F.logsigmoid(BETA * (chosen - rejected)).mean()
 
@@ -165,7 +165,7 @@ def by_hand(inputs: Inputs, task: str, mode: str, dtype: torch.dtype) -> tuple[O
 
 
 def bind(name: str, task: str, mode: str, inputs: Inputs) -> Callable[[], Outputs]:
-    """The timed call of one contender: fresh leaves in, value and gradients out.
+    """Return the timed call of one contender: fresh leaves in, value and gradients out.
 
     Raises:
         Unavailable: the contender cannot run here.
@@ -201,9 +201,9 @@ def _grad(leaf: Tensor) -> Tensor:
 
 
 def matmul_limit(inputs: Inputs, task: str, mode: str) -> tuple[int, Callable[[], None]]:
-    """(count, the products no method can do without, as bare `torch.mm` into their place)."""
+    """Return the matmuls that no method can do without: their count, and bare `torch.mm`s."""
     hidden, weight = inputs.hidden, inputs.weight
-    # One slab at a time where all logits would not fit: products over V columns do not get slower.
+    # One chunk at a time where all logits would not fit: matmuls over V columns do not get slower.
     rows = min(len(hidden), max(1, (2 << 30) // (weight.shape[0] * hidden.element_size())))
     logits = hidden.new_empty(rows, weight.shape[0]).normal_()
     grad_hidden, grad_weight = torch.empty_like(hidden[:rows]), torch.empty_like(weight)
@@ -212,19 +212,19 @@ def matmul_limit(inputs: Inputs, task: str, mode: str) -> tuple[int, Callable[[]
     def run() -> None:
         for lo in range(0, len(hidden), rows):
             part = hidden[lo : lo + rows]
-            slab = logits[: len(part)]
+            chunk = logits[: len(part)]
             for _ in range(forwards):
-                torch.mm(part, weight.T, out=slab)
+                torch.mm(part, weight.T, out=chunk)
             if mode != "forward":
-                torch.mm(slab, weight, out=grad_hidden[: len(part)])
+                torch.mm(chunk, weight, out=grad_hidden[: len(part)])
             if mode == "trained":
-                torch.mm(slab.T, part, out=grad_weight)
+                torch.mm(chunk.T, part, out=grad_weight)
 
     return forwards + ("forward", "frozen", "trained").index(mode), run
 
 
 def planned_products(inputs: Inputs, task: str, mode: str) -> float:
-    """What fastpo's plan says; its GPU kernels do products that no BLAS call shows."""
+    """Count the matmuls of fastpo's plan; its GPU kernels do some that no BLAS call shows."""
     work = Workload(
         len(inputs.labels),
         *inputs.weight.shape,
@@ -311,7 +311,7 @@ def measure(
 
 
 def strongest_peer(contenders: dict[str, dict]) -> str | None:
-    """The fastest contender that is not ours and is right."""
+    """Return the fastest contender that is not ours and is right."""
     peers = {n: c["seconds"]["median"] for n, c in contenders.items() if "seconds" in c}
     peers.pop(OURS, None)
     return min(peers, key=peers.__getitem__) if peers else None
@@ -350,7 +350,7 @@ def table(cases: Sequence[dict]) -> str:
 
 
 def page(data: dict, cases: Sequence[dict]) -> str:
-    """A Markdown page with the method and the table of a record."""
+    """Return a Markdown page with the method and the table of a record."""
     stamp, method = data["environment"], data["method"]
     versions = ", ".join(f"{name} {stamp[name] or 'absent'}" for name in PACKAGES)
     return f"""# Benchmarks of the head

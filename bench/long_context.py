@@ -75,7 +75,7 @@ _SLOW = "seconds on a shared machine; memory is exact"
 
 
 def cases(device: torch.device) -> list[dict[str, Any]]:
-    """The grid of a device: plain values, so that they are keys of the record."""
+    """Return the grid of a device: plain values, so that they are keys of the record."""
     if device.type == "cpu":
         planned = [
             {"model": _WIDE, "context": 8192, "method": method, **_PAIR, **_CPU, **lever}
@@ -178,7 +178,7 @@ class Step:
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """What is there before a step and after it, gradients included."""
+        """Return what is there before a step and after it, gradients included."""
         kept = [*self.model.parameters(), *self.model.buffers()]
         kept += [p.grad for p in self.model.parameters() if p.grad is not None]
         if isinstance(self.offload, LayerInputOffload):
@@ -199,7 +199,7 @@ class Step:
 
 
 def _name(model: str | dict[str, Any], folder: str) -> str:
-    """A preset's name, or a file with the configuration."""
+    """Return a preset's name, or that of a file with the configuration."""
     if isinstance(model, str):
         return model
     path = Path(folder) / "config.json"
@@ -233,7 +233,7 @@ def _shape(case: dict[str, Any]) -> Shape:
 
 
 def predicted_extra(case: dict[str, Any], device: torch.device) -> int:
-    """Bytes of a second step: weights, gradients, host buffers are there from the first."""
+    """Return the bytes of a second step: the first one left weights, gradients, host buffers."""
     shape, said = _shape(case), planned(case)
     absent = ["weights", "adapter", "gradients"]
     if device.type == "cpu" and not shape.scored_heads and not any(shape.windows):
@@ -268,7 +268,7 @@ def measure(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """The record's cases as the table of the docs."""
+    """Return the record's cases as the table of the docs."""
     rows = [
         "| context | K | trained | levers | s | peak MiB of a step | predicted | process MiB |",
         "|---|---|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""How exact is the head when the model is sure of its answer?
+"""How exact is the head when the model is sure of the next token?
 
     python -m bench.numerics                         # fp32 and bf16, every contender
     python -m bench.numerics --page docs/head.md     # measure what is missing, rewrite the section
@@ -86,7 +86,7 @@ def measure(key: dict[str, Any], device: torch.device, without: Sequence[str]) -
 
 
 def tables(cases: Sequence[dict]) -> str:
-    """A Markdown table for each task and dtype: who by p_y, `value / dH / dW`."""
+    """Return a Markdown table for each task and dtype: who by p_y, `value / dH / dW`."""
     lines = []
     for task, dtype in dict.fromkeys((c["key"]["task"], c["key"]["dtype"]) for c in cases):
         mine = [c for c in cases if (c["key"]["task"], c["key"]["dtype"]) == (task, dtype)]
@@ -105,7 +105,7 @@ def tables(cases: Sequence[dict]) -> str:
 
 
 def section(data: dict, cases: Sequence[dict]) -> str:
-    """The section of docs/head.md."""
+    """Return the section of docs/head.md."""
     stamp = data["environment"]
     versions = ", ".join(f"{name} {stamp[name] or 'absent'}" for name in PACKAGES)
     n, d, v = cases[0]["key"]["shape"]

@@ -1,4 +1,4 @@
-"""The figure of a record: `python -m bench.plot [bench/results/cpu-2-cores/head.json]`.
+"""Draw the figure of a record: `python -m bench.plot [bench/results/cpu-2-cores/head.json]`.
 
 Bars of one shape of `head.json`; lines over the number of groups of `losses.json`; measured and
 planned memory of the cases of `long_context.json`; tokens a second of those of `step.json`.
@@ -60,7 +60,7 @@ def _panel(axes: plt.Axes, case: dict, title: str) -> None:
 
 
 def draw(data: dict, shape: list[int] | None = None) -> plt.Figure:
-    """The figure of `shape`, by default the first one of the record."""
+    """Draw the figure of `shape`, by default the first one of the record."""
     shape = shape or data["cases"][0]["key"]["shape"]
     found = {
         (c["key"]["task"], c["key"]["mode"]): c

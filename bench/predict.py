@@ -1,6 +1,6 @@
 """How long should a call of the head take on an H200, before one has run it?
 
-Arithmetic on the schedules that `fastpo.head.plan_head` chooses: matrix products at the rate of
+Arithmetic on the schedules that `fastpo.head.plan_head` chooses: matmuls at the rate of
 whole tiles in whole waves, everything else at the rate of a copy. What follows from these two rates
 is a prediction, to be checked by `python -m bench.gpu`.
 """
@@ -18,12 +18,12 @@ from fastpo.head.select import most_kept_tokens, plan_head
 from fastpo.head.spec import HeadOptions
 from fastpo.head.types import chunks
 
-# Seen on one H200 under PyTorch 2.11, of which no record is kept here: a bf16 product of 8192^3 on
+# Seen on one H200 under PyTorch 2.11, of which no record is kept here: a bf16 matmul of 8192^3 on
 # random data, and a copy, bytes read and written. `python -m bench.gpu --only env` makes a record.
 FLOP_PER_SECOND, BYTES_PER_SECOND = 790e12, 4.3e12
 MULTIPROCESSORS = 132
 TILES = ((128, 256), (256, 128), (128, 128), (64, 256))
-"""Of a product's output."""
+"""Tiles of a matmul's output."""
 # 8192 x 8192 are 2048 tiles of 128 x 256, 15.5 waves: the measured rate is of 16.
 MEASURED_WAVES = 2048 / (16 * MULTIPROCESSORS)
 # What cuBLAS keeps of its rate where it splits K to fill the chip; a guess.
@@ -45,17 +45,17 @@ GOAL_SHAPE = (8192, 4096, 131072)
 GOALS = {"forward": 12.5, "frozen": 25.0, "late": 48.0, "groups": 38.0}
 """Case -> ms at `GOAL_SHAPE`; `groups` with a workspace of 1 GiB."""
 COUNTS = {"forward": 1, "frozen": 2, "late": 3, "groups": 3}
-"""Matrix products that no method can do without."""
+"""Matmuls that no method can do without."""
 
 
 class Case(NamedTuple):
-    """A call and its prediction."""
+    """Hold a call and its prediction."""
 
     name: str
     workspace_mib: int
     seconds: float
-    fraction: float  # of the time of its bare products at the measured rate
-    block: str  # rows of a slab, rows x columns of a late one, tokens of a part
+    fraction: float  # of the time of its bare matmuls at the measured rate
+    block: str  # rows of a chunk, rows x columns of a late one, tokens of a part
 
 
 def holds_for(device: torch.device) -> bool:
@@ -64,7 +64,7 @@ def holds_for(device: torch.device) -> bool:
 
 
 def filled(m: int, n: int) -> float:
-    """Return the share of a product's time on the chip that goes into [m, n], not into padding."""
+    """Return the share of a matmul's time on the chip that goes into [m, n], not into padding."""
     found = 0.0
     for rows, columns in TILES:
         tiles = math.ceil(m / rows) * math.ceil(n / columns)
@@ -97,7 +97,7 @@ def _schedule(n: int, d: int, v: int, mib: int, **needs: Any) -> Schedule:
 
 
 def _forward(n: int, d: int, v: int, chunk_tokens: int) -> float:
-    """Products, and one sweep over them."""
+    """Return the seconds of the matmuls, and of one sweep over their results."""
     rows = (hi - lo for lo, hi in chunks(n, chunk_tokens))
     return sum(product(r, v, d) + sweep(r * v, 4) for r in rows)
 

@@ -423,7 +423,7 @@ def table(cases: Sequence[dict]) -> str:
 
 
 def section(data: dict, cases: Sequence[dict]) -> str:
-    """The part of a Markdown page with the method and the table of a record."""
+    """Return the part of a Markdown page with the method and the table of a record."""
     stamp, method = data["environment"], data["method"]
     versions = ", ".join(f"{name} {stamp[name] or 'absent'}" for name in PACKAGES[:4])
     shape = ", ".join(f"{name} {size}" for name, size in cases[0]["key"]["model"].items())

@@ -61,10 +61,10 @@ MARGIN = 0.02
 FINALISTS = 4
 MATRIX_KERNELS = ("split_kernel", "coefficients_kernel")
 SHAPE, ROW_SHAPE = (8192, 4096, 32016), (512, 64, 128256)
-"""(N, D, V) of matrix kernels and of the row kernels, which read products and see no D.
+"""(N, D, V) of matrix kernels and of the row kernels, which read raw logits and see no D.
 
 32016 and 128256 are multiples of 16, which triton compiles for, and of no block that is tried. A
-row kernel's slab of 263 MB is beyond any cache, as that of a real vocabulary is.
+row kernel's chunk of 263 MB is beyond any cache, as that of a real vocabulary is.
 """
 GATE_ROWS = 208
 """The gate's N: a multiple of 16 and of no block. All else being as it is timed, both run the same
@@ -76,7 +76,7 @@ Timer = Callable[[Mapping[Any, Callable[[], object]], int], Mapping[Any, list[fl
 
 
 class Regime(NamedTuple):
-    """A row of the table to be."""
+    """Name a row of the table to be."""
 
     kernel: str
     bits: int
@@ -84,7 +84,7 @@ class Regime(NamedTuple):
 
     @property
     def key(self) -> str:
-        """As the table spells it."""
+        """Return the key as the table spells it."""
         return " ".join((str(self.bits), *self.words))
 
 
@@ -94,11 +94,11 @@ def has_tma(chip: str) -> bool:
 
 
 FIRST = ("epilogue_kernel 32", "coefficients_kernel 16", "split_kernel 16")
-"""What every bf16 head runs: its rows, those of a trained head, those of few rows a slab."""
+"""What every bf16 head runs: its rows, those of a trained head, those of few rows a chunk."""
 
 
 def regimes(tma: bool) -> list[Regime]:
-    """Every row worth having, by its worth. Row kernels read the fp32 products of a slab."""
+    """Return every row worth having, by its worth; row kernels read a chunk's fp32 logits."""
     found = [Regime(kernel, 32) for kernel in TABLE if kernel not in MATRIX_KERNELS]
     for kernel, rich in itertools.product(MATRIX_KERNELS, ((), ("rich",))):
         found.append(Regime(kernel, 32, rich))
@@ -152,7 +152,7 @@ def likeliest(regime: Regime, tma: bool) -> list[Config]:
     """Those of `candidates` to try where time is short, best guess first."""
     if regime.kernel not in MATRIX_KERNELS:
         first = [Config(1, columns, warps=warps) for columns, warps in ROW_BLOCKS]
-        of_two = (Config(1, 1024, warps=8), Config(1, 1024, warps=4))  # slabs, so fewer columns
+        of_two = (Config(1, 1024, warps=8), Config(1, 1024, warps=4))  # chunks, so fewer columns
         return [*first, *of_two] if regime.kernel != "epilogue_kernel" else first
     tiles = RICH_TILES if "rich" in regime.words else TILES
     tiles = WIDE_TILES if regime.bits == 32 else tiles
@@ -163,7 +163,7 @@ def likeliest(regime: Regime, tma: bool) -> list[Config]:
 
 
 class Found(NamedTuple):
-    """What a search gave."""
+    """Hold what a search gave."""
 
     chosen: Config
     seconds: dict[Config, float]  # of the finalists
@@ -232,7 +232,7 @@ def updated(
 
 
 def render(table: Mapping[str, Mapping], measured: Iterable[str]) -> str:
-    """The text between the table's marks: rows in order, so that equal tables give equal bytes."""
+    """Return the text between the table's marks; equal tables give equal bytes."""
     chips = "".join(f'"{chip}", ' for chip in sorted(set(measured)))
     lines = [f"MEASURED: tuple[str, ...] = ({chips.strip()})", "TABLE: dict[str, Table] = {"]
     for kernel, rows in table.items():
@@ -261,7 +261,7 @@ def rewrite(path: Path, text: str) -> None:
 
 
 def changes(old: Mapping[str, Mapping], new: Mapping[str, Mapping]) -> list[str]:
-    """A line for every row that differs."""
+    """Return a line for every row that differs."""
     return [
         f"{kernel} {' '.join(key)}: {old[kernel].get(key, 'no row')} -> {config}"
         for kernel, rows in new.items()
@@ -287,7 +287,7 @@ def bind(
     programs: int,
     rows: int | None = None,
 ) -> tuple[Run, Plain]:
-    """(a call of the kernel, `plain(dtype)`: its reference in plain PyTorch).
+    """Return a call of the kernel, and `plain(dtype)`: its reference in plain PyTorch.
 
     Args:
         programs: how many `split_kernel` is cut for, at least.
@@ -343,16 +343,16 @@ def bind(
         return whole.get(regime.kernel, (coefficients, plain_coefficients))
 
     products, ref_products = (h.float() @ weight.T.float() for h in (hidden, x.ref_hidden))
-    slabs, labels = (products, ref_products), x.labels
+    raw_logits, labels = (products, ref_products), x.labels
     want = ("logps", "kl_ref_policy", "kl_policy_ref")
     one = torch.ones(len(labels), device=device)
 
     def epilogue(config: Config) -> Outputs:
-        # As a bf16 head launches it: over its products, which the gate needs again and a timer not.
-        slab = products if rows is None else products.clone()
+        # As a bf16 head launches it, over its raw logits: the gate needs them again, a timer not.
+        chunk = products if rows is None else products.clone()
         found, c = logits_epilogue(
-            slab, labels, want=("logps",), coefficient_of="logps", config=config,
-            out=over(slab, torch.bfloat16),
+            chunk, labels, want=("logps",), coefficient_of="logps", config=config,
+            out=over(chunk, torch.bfloat16),
         )  # fmt: skip
         assert c is not None
         return {"logps": found["logps"], "c": c}
@@ -365,7 +365,7 @@ def bind(
         return {"logps": found["logps"], "c": c}
 
     def both(config: Config) -> Outputs:
-        return divergence(*slabs, labels, want=want, config=config)
+        return divergence(*raw_logits, labels, want=want, config=config)
 
     def plain_both(dtype: torch.dtype) -> Outputs:
         return divergence_reference(products.to(dtype), ref_products.to(dtype), labels, want=want)
@@ -373,11 +373,11 @@ def bind(
     of_both: Outputs = {}
     if regime.kernel == "divergence_coefficients_kernel":
         needed = ("lse", "lse_rest", "logps", "ref_lse", "ref_lse_rest", "ref_logps")
-        of_both = divergence_reference(*slabs, labels, want=(*needed, "kl_policy_ref"))
+        of_both = divergence_reference(*raw_logits, labels, want=(*needed, "kl_policy_ref"))
 
     def both_coefficients(config: Config) -> Outputs:
         c = divergence_coefficients(
-            *slabs, labels, stats=of_both, cotangents={"kl_policy_ref": one}, config=config
+            *raw_logits, labels, stats=of_both, cotangents={"kl_policy_ref": one}, config=config
         )
         return {"c": c}
 
@@ -394,7 +394,7 @@ def bind(
 
 
 def shape_of(regime: Regime) -> tuple[int, int, int]:
-    """(N, D, V) that a regime is timed at."""
+    """Return (N, D, V) that a regime is timed at."""
     return SHAPE if regime.kernel in MATRIX_KERNELS else ROW_SHAPE
 
 

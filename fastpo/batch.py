@@ -1,4 +1,4 @@
-"""A packed batch, from the collator to the loss."""
+"""Hold a packed batch, from the collator to the loss."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fastpo.segments import Segments, changed_tensors
 
 
 class GroupSpan(NamedTuple):
-    """Where a prompt and its responses lie in the packed row: half-open intervals of positions."""
+    """Say where a prompt and its responses lie in the packed row: half-open intervals."""
 
     prompt: tuple[int, int]
     responses: tuple[tuple[int, int], ...]
 
 
 class Layout(NamedTuple):
-    """The segment table of a packed row, plain Python integers so that attention never syncs.
+    """Lay out a packed row in plain Python integers, so that attention never syncs.
 
     Each token of a response attends to the prompt before it and to its own response, causally.
     """
@@ -30,7 +30,7 @@ class Layout(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """What sums are divided by (`fastpo.objectives.base.Per`), then what is only reported.
+    """Count what sums are divided by (`fastpo.objectives.base.Per`), and what is only reported.
 
     `responses` are candidates. `response_tokens` are scored tokens of the candidates less those of
     weight zero; `chosen_tokens` are those of desirable ones, `gold_tokens` of the extra `gold`.
@@ -55,7 +55,7 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class TargetTokens:
-    """What the head predicts, and what is known of each target token beside it.
+    """Hold what the head predicts, and what is known of each target token beside it.
 
     The head reads M positions, scores read the N target tokens of responses. They are the same
     tokens in the same order where `index` is None; responses that share tokens share positions.
@@ -82,7 +82,7 @@ class TargetTokens:
     old_logps: Tensor | None = None
 
     def read(self, values: Tensor) -> Tensor:
-        """[M, ...] of positions -> [N, ...] of target tokens."""
+        """Return [N, ...] of target tokens from [M, ...] of positions."""
         return values if self.index is None else values[self.index]
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> TargetTokens:
@@ -92,7 +92,7 @@ class TargetTokens:
 
 @dataclass(frozen=True)
 class Batch:
-    """Groups as a model and a loss take them; made by `fastpo.data.packing.collate`.
+    """Hold groups as a model and a loss take them; `fastpo.data.packing.collate` makes it.
 
     Never pass it into a wrapped model: FSDP2 rebuilds dataclasses as it casts inputs.
 
@@ -123,12 +123,12 @@ class Batch:
 
     @property
     def for_reference(self) -> Batch:
-        """What the reference reads; its target tokens are numbered as the policy's."""
+        """Return what the reference reads; its target tokens are numbered as the policy's."""
         return self if self.reference is None else self.reference
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether a group has one copy of its prompt."""
+        """Return whether a group has one copy of its prompt."""
         return self.layout is not None
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def process_group(name: str | None) -> dist.ProcessGroup | None:
-    """By its name, which unlike the group itself can be an operator's argument."""
+    """Return the group by its name, which unlike the group can be an operator's argument."""
     if name is None:
         return None
     from torch.distributed.distributed_c10d import _resolve_process_group
@@ -19,7 +19,7 @@ def process_group(name: str | None) -> dist.ProcessGroup | None:
 def gather_rows(
     rows: Tensor, group: str | None = None, sizes: tuple[int, ...] | None = None
 ) -> Tensor:
-    """[n, ...] -> the rows of all ranks, in the order of ranks; ranks may have different n.
+    """Return the rows [n, ...] of all ranks, in the order of ranks; n may differ between them.
 
     Args:
         group: name of the process group; None for the default one, and `rows` where there is none.
@@ -32,16 +32,16 @@ def gather_rows(
         sizes = all_sizes(len(rows), rows.device, pg)
     padded = rows.new_zeros(max(sizes), *rows.shape[1:])
     padded[: len(rows)] = rows
-    every = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(every, padded, group=pg)
-    return torch.cat([each[:size] for each, size in zip(every, sizes, strict=True)])
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded, group=pg)
+    return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
 
 
 def all_sizes(
     size: int, device: torch.device, group: dist.ProcessGroup | None = None
 ) -> tuple[int, ...]:
-    """One integer of each rank, in the order of ranks."""
-    mine = torch.tensor([size], device=device)
-    every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(every, mine, group=group)
-    return tuple(torch.cat(every).tolist())
+    """Return one integer of each rank, in the order of ranks."""
+    local = torch.tensor([size], device=device)
+    gathered = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, local, group=group)
+    return tuple(torch.cat(gathered).tolist())

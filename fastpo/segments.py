@@ -16,7 +16,7 @@ one in every slot, candidates [G, K], desirable candidates."""
 
 
 class Bounds(NamedTuple):
-    """Where groups lie among tokens and responses: integers of the host, so that nobody waits.
+    """Say where groups lie among tokens and responses, in integers of the host: nobody waits.
 
     Groups follow each other: group g has the responses numbered responses[g] to responses[g + 1].
     """
@@ -26,7 +26,7 @@ class Bounds(NamedTuple):
 
     @property
     def tokens(self) -> list[int]:
-        """[G + 1]: group g has the target tokens from tokens[g] up to tokens[g + 1]."""
+        """Return [G + 1]: group g has the target tokens from tokens[g] up to tokens[g + 1]."""
         ends = [0, *itertools.accumulate(self.lengths)]
         return [ends[n] for n in self.responses]
 
@@ -40,7 +40,7 @@ class Bounds(NamedTuple):
 
 @dataclass(frozen=True)
 class Segments:
-    """Which response every target token belongs to, and which group every response belongs to.
+    """Say which response a target token belongs to, and which group a response belongs to.
 
     Args:
         response: [N] int64, the response in [0, R) that each target token belongs to; never
@@ -98,8 +98,8 @@ class Segments:
         """Return [R + 1] int64: response r has the target tokens starts[r] up to starts[r + 1]."""
         if self.response.is_cuda:
             torch._assert_async((self.response.diff() >= 0).all(), "segments.response decreases")
-        every = torch.arange(self.num_responses + 1, device=self.response.device)
-        return torch.searchsorted(self.response, every)
+        numbers = torch.arange(self.num_responses + 1, device=self.response.device)
+        return torch.searchsorted(self.response, numbers)
 
     @property
     def mask(self) -> Tensor:
@@ -108,14 +108,14 @@ class Segments:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest response; costs a device sync without `bounds`."""
+        """Count the tokens of the longest response; costs a device sync without `bounds`."""
         if self.bounds is not None:
             return max(self.bounds.lengths, default=0)
         lengths = self.starts.diff()
         return int(lengths.max()) if len(lengths) else 0
 
     def tokens_of_groups(self) -> list[int]:
-        """[G] target tokens of each group, extras included; a device sync without `bounds`."""
+        """Count each group's target tokens, extras included; a device sync without `bounds`."""
         if self.bounds is not None:
             return [hi - lo for lo, hi in itertools.pairwise(self.bounds.tokens)]
         lengths = self.starts.diff()
@@ -125,20 +125,20 @@ class Segments:
         return tokens.tolist()
 
     def at(self, where: Where) -> Tensor:
-        """[n] int64, the flat places that `where` names; a device sync without `places`."""
+        """Return [n] int64, the flat places that `where` names; a device sync without `places`."""
         return self.places[where] if where in self.places else places_of(where, self)
 
     def select(self, lo: int, hi: int) -> tuple[Segments, Tensor | slice]:
-        """(the segments of groups lo:hi alone, the indices [M] or the slice of their tokens)."""
+        """Return the segments of groups lo:hi alone, and the indices or slice of their tokens."""
         grid = self.grid[lo:hi]
         extras = {role: index[lo:hi] for role, index in self.extras.items()}
         names = ("score", "rank", "weight", "margin", "population")
-        own: dict[str, Any] = {
+        of_groups: dict[str, Any] = {
             n: None if (v := getattr(self, n)) is None else v[lo:hi] for n in names
         }
         number = torch.arange(lo, hi, device=grid.device)
         number = number if self.index is None else self.index[lo:hi]
-        own |= {"label": self.label[lo:hi], "index": number}
+        of_groups |= {"label": self.label[lo:hi], "index": number}
         if self.bounds is not None:
             tokens, first = self.bounds.tokens, self.bounds.responses[lo]
             taken = slice(tokens[lo], tokens[hi])
@@ -148,7 +148,7 @@ class Segments:
                 num_responses=self.bounds.responses[hi] - first,
                 extras={role: index - first for role, index in extras.items()},
                 bounds=self.bounds.select(lo, hi),
-                **own,
+                **of_groups,
             )
             return part, taken
         taken = torch.zeros(self.num_responses, dtype=torch.bool, device=grid.device)
@@ -160,8 +160,8 @@ class Segments:
             response=new[self.response[index]],
             grid=torch.where(grid >= 0, new[grid.clamp(min=0)], -1),
             num_responses=int(taken.sum()),
-            extras={role: new[each] for role, each in extras.items()},
-            **own,
+            extras={role: new[index] for role, index in extras.items()},
+            **of_groups,
         )
         return part, index
 
@@ -200,7 +200,7 @@ def changed_tensors(record: Any, change: Callable[[Tensor], Tensor]) -> dict[str
 
 
 def places_of(where: Where, table: Segments) -> Tensor:
-    """[n] int64 from the table's own masks.
+    """Return [n] int64 from the table's own masks.
 
     Raises:
         ValueError: a `where` that is none of `Where`.

@@ -1,4 +1,4 @@
-"""Groups: one prompt and its K >= 1 responses, as token ids. Everything after rows sees these."""
+"""Define groups: a prompt and its K >= 1 responses, as token ids, which all that follows sees."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import numpy as np
 
 @dataclass
 class Response:
-    """One response of a group.
+    """Hold one response of a group.
 
-    `input_ids` holds the tokens that follow the prompt, end-of-sequence included; `loss_mask` is
-    False on tokens that are context and not scored (user turns inside a response, a template's
-    tokens after the end of the answer); `token_weights` and the signed `token_rewards` have one
-    number a token or are None.
-    `prompt_ids` is the prompt that it follows where that is not the group's.
+    `input_ids` holds the tokens that follow the prompt, end-of-sequence included. `loss_mask` is
+    False on tokens that are context and not scored: user turns inside a response, a template's
+    tokens after the last turn. `token_weights` and the signed `token_rewards` have one number a
+    token or are None. `prompt_ids` is the prompt that it follows where that is not the group's.
     """
 
     input_ids: np.ndarray  # [R] int32
@@ -30,7 +29,7 @@ class Response:
 
 
 class Context(NamedTuple):
-    """A prompt, and the responses that share one copy of it."""
+    """Hold a prompt, and the responses that share one copy of it."""
 
     prompt_ids: np.ndarray  # [P] int32
     responses: list[Response]
@@ -38,13 +37,13 @@ class Context(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The position of each response's first token."""
+        """Return the position of each response's first token."""
         return len(self.prompt_ids) if self.positions is None else int(self.positions[-1]) + 1
 
 
 @dataclass
 class Group:
-    """One prompt with its candidates, best first, and extra responses by role."""
+    """Hold one prompt with its candidates, best first, and extra responses by role."""
 
     prompt_ids: np.ndarray  # [P] int32, P >= 1
     responses: list[Response]
@@ -59,7 +58,7 @@ class Group:
     prompt_positions: np.ndarray | None = None  # [P] int32, increasing; None: 0, 1, ...
 
     def __len__(self) -> int:
-        """Tokens of the group with one copy of each prompt."""
+        """Count the tokens of the group with one copy of each prompt."""
         return sum(
             len(context.prompt_ids) + sum(len(r.input_ids) for r in context.responses)
             for context in self.contexts
@@ -67,7 +66,7 @@ class Group:
 
     @property
     def unshared_tokens(self) -> int:
-        """Tokens of the group with one prompt copy per response."""
+        """Count the tokens of the group with one prompt copy per response."""
         return sum(
             len(context.prompt_ids) + len(response.input_ids)
             for context in self.contexts
@@ -76,50 +75,50 @@ class Group:
 
     @property
     def longest(self) -> int:
-        """R, tokens of the longest candidate."""
+        """Return R, the tokens of the longest candidate."""
         return max(len(r.input_ids) for r in self.responses)
 
     @property
     def span(self) -> int:
-        """Positions that the prompt and the longest candidate reach over: P + R, or more."""
+        """Return how many positions prompt and longest candidate reach over: P + R, or more."""
         return self.contexts[0].end + self.longest
 
     @property
     def roles(self) -> list[str]:
-        """Roles of the extras in their order: by name, those that follow another prompt last."""
+        """Return the roles of extras, sorted by name; those that follow another prompt are last."""
         return sorted(self.extras, key=lambda r: (self.extras[r].prompt_ids is not None, r))
 
     @property
     def every(self) -> list[Response]:
-        """Candidates in order, then extras by role: the numbering used everywhere."""
+        """Return candidates in order, then extras by role, as they are numbered everywhere."""
         return [*self.responses, *(self.extras[role] for role in self.roles)]
 
     @property
     def contexts(self) -> list[Context]:
-        """The group's prompt and any others, with the responses of `every` that follow each."""
-        found = [Context(self.prompt_ids, [], self.prompt_positions)]
+        """Return the group's prompt and any others, with the responses of `every` after them."""
+        contexts = [Context(self.prompt_ids, [], self.prompt_positions)]
         for response in self.every:
             prompt, positions = response.prompt_ids, None
             if prompt is None:
                 prompt, positions = self.prompt_ids, self.prompt_positions
-            last = found[-1].prompt_ids
+            last = contexts[-1].prompt_ids
             if prompt is not last and not np.array_equal(prompt, last):
-                found.append(Context(prompt, [], positions))
-            found[-1].responses.append(response)
-        return found
+                contexts.append(Context(prompt, [], positions))
+            contexts[-1].responses.append(response)
+        return contexts
 
     @property
     def token_ids(self) -> np.ndarray:
-        """[n] int32, those of all prompts and responses."""
+        """Return [n] int32, the ids of all prompts and responses."""
         contexts = [*self.contexts, *self.for_reference.contexts]
         ids = [
-            each for c in contexts for each in (c.prompt_ids, *(r.input_ids for r in c.responses))
+            part for c in contexts for part in (c.prompt_ids, *(r.input_ids for r in c.responses))
         ]
         return np.concatenate(ids)
 
     @property
     def for_reference(self) -> Group:
-        """The same responses after the prompt that the reference sees; label tokens stay alike.
+        """Return the same responses after the reference's prompt; target tokens stay alike.
 
         With `short_turns` those are its candidates, the turns of the first one in front.
         """

@@ -1,11 +1,11 @@
-"""Groups to one packed batch: one row, one copy of each prompt, and the tables that go with it.
+"""Pack groups into one batch: one row, one copy of each prompt, and the tables that go with it.
 
-The padded form, one row per response with its own prompt copy, comes from the same tables: label
-tokens, responses and groups are numbered alike, so the two can be compared value by value. In both
+The padded form, one row per response with its own prompt copy, comes from the same tables. Target
+tokens, responses and groups are numbered alike, so both can be compared value by value. In both
 a response's first token is predicted by the hidden state of the prompt's last token. A response
 that follows another prompt than its group's is packed behind that prompt, as if in a further group.
 
-Shapes: G groups, K candidates, R responses (candidates and extras), N label tokens, T positions.
+Shapes: G groups, K candidates, R responses (candidates and extras), N target tokens, T positions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastpo.segments import Bounds, Segments, Where
 
 
 class ModelInputs(NamedTuple):
-    """The fields of `Batch` that a model reads."""
+    """Hold the fields of `Batch` that a model reads."""
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
@@ -32,18 +32,18 @@ class ModelInputs(NamedTuple):
 
 
 def _labels(group: Group) -> list[bool]:
-    """Candidates' labels; where a group built by hand has none, the best is the desirable one."""
+    """Return candidates' labels; where a group built by hand has none, only the best is True."""
     return [slot == 0 if r.label is None else r.label for slot, r in enumerate(group.responses)]
 
 
 def _ramp(lengths: np.ndarray) -> np.ndarray:
-    """[2, 3] -> [0, 1, 0, 1, 2]."""
+    """Return [0, 1, 0, 1, 2] for [2, 3]."""
     starts = np.cumsum(lengths) - lengths
     return np.arange(lengths.sum()) - np.repeat(starts, lengths)
 
 
 def group_key(group: Group) -> str:
-    """A hash of what reference log-probs depend on: tokens, positions and loss masks, in order."""
+    """Return a hash of what reference log-probs depend on: tokens, positions and loss masks."""
     digest = hashlib.sha256()
     parts, sizes = [], []
     for prompt, responses, positions in group.for_reference.contexts:
@@ -61,12 +61,12 @@ def group_key(group: Group) -> str:
 
 
 def row_order(num_groups: int, *, seed: int, epoch: int) -> np.ndarray:
-    """[G] int64: the order in which an epoch visits the groups, a function of seed and epoch."""
+    """Return [G] int64, the order in which an epoch of this seed visits the groups."""
     return np.random.default_rng([seed, epoch]).permutation(num_groups)
 
 
 def _num_weighted(response: Response) -> int:
-    """Scored tokens of a response, less those of weight zero."""
+    """Count the scored tokens of a response, less those of weight zero."""
     if response.token_weights is None:
         return int(response.loss_mask.sum())
     return int((response.loss_mask & (response.token_weights != 0)).sum())
@@ -103,9 +103,9 @@ def collate(
 ) -> Batch:
     """Pack groups into a batch.
 
-    Segments have the row's slots where there are no ranks, NaN where only some responses have a
-    grade, and no weights where all are 1. Responses without token weights have ones, without
-    rewards zeros.
+    Segments have the row's slots where there are no ranks. They have NaN for a response without a
+    grade where others have one, and no weights where all are 1. Responses without token weights
+    have ones, without rewards zeros.
 
     Args:
         groups: G >= 1 groups with the same extra roles.
@@ -183,7 +183,7 @@ def _check(groups: Sequence[Group]) -> None:
 def _packed(
     contexts: list[Context], length: np.ndarray
 ) -> tuple[ModelInputs, np.ndarray, np.ndarray]:
-    """The packed row, and [R] positions: of each response's first token, of its prompt's last."""
+    """Return the packed row, and [R] positions: of responses' first tokens, their prompts' last."""
     blocks = [
         block
         for context in contexts
@@ -222,7 +222,7 @@ def _packed(
 def _padded(
     contexts: list[Context], length: np.ndarray, pad_token_id: int
 ) -> tuple[ModelInputs, np.ndarray, np.ndarray]:
-    """The padded rows, and [R] flat positions as in `_packed`."""
+    """Return the padded rows, and [R] flat positions as `_packed` does."""
     pairs = [(context, r.input_ids) for context in contexts for r in context.responses]
     prompt_length = np.array([len(context.prompt_ids) for context, _ in pairs])  # [R]
     width = int((prompt_length + length).max())
@@ -243,7 +243,7 @@ def _padded(
 
 
 def _segments(groups: list[Group], response: np.ndarray) -> Segments:
-    """Segments of the label tokens, `response` [N] being the response each belongs to."""
+    """Return the segments of the target tokens, of which `response` [N] has the responses."""
     num = np.array([len(group.every) for group in groups])  # [G]
     base = np.cumsum(num) - num  # [G], the number of each group's first response
     candidates = np.array([len(group.responses) for group in groups])
@@ -252,7 +252,7 @@ def _segments(groups: list[Group], response: np.ndarray) -> Segments:
     filled = slot < candidates[:, None]  # [G, K]
 
     def table(values: list[list], empty: Any, dtype: type) -> torch.Tensor:
-        """[G, K]: ragged rows, filled up with `empty`."""
+        """Return [G, K]: ragged rows, filled up with `empty`."""
         result = np.broadcast_to(np.asarray(empty, dtype=dtype), filled.shape).copy()
         result[filled] = np.concatenate([np.asarray(row, dtype=dtype) for row in values])
         return torch.from_numpy(result)
@@ -288,7 +288,7 @@ def _segments(groups: list[Group], response: np.ndarray) -> Segments:
 
 
 def _column(values: list, name: str, groups: list[Group]) -> torch.Tensor | None:
-    """[G], or None where no group has the value."""
+    """Return [G], or None where no group has the value."""
     if all(value is None for value in values):
         return None
     for value, group in zip(values, groups, strict=True):
@@ -302,7 +302,7 @@ def _column(values: list, name: str, groups: list[Group]) -> torch.Tensor | None
 def _per_token(
     values: list[np.ndarray | None], scored: np.ndarray, length: np.ndarray, absent: float
 ) -> torch.Tensor | None:
-    """[N], or None where no response has any."""
+    """Return [N], or None where no response has any."""
     if all(value is None for value in values):
         return None
     filled = [
@@ -324,6 +324,6 @@ def _ref_logps(
         if np.shape(values) != (expected,):
             raise ValueError(
                 f"{group.source or 'rows'}, row {group.row}: {name} of shape "
-                f"{np.shape(values)} for {expected} label tokens"
+                f"{np.shape(values)} for {expected} target tokens"
             )
     return torch.from_numpy(np.concatenate(logps).astype(np.float32))

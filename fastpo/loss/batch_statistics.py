@@ -1,4 +1,4 @@
-"""Statistics that objectives take from the whole batch, and what is remembered of earlier steps."""
+"""Take statistics of the whole batch for objectives, and remember those of earlier steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastpo.segments import Segments
 
 
 class BatchStatistics(nn.Module):
-    """Numbers of the whole batch for each component of a mixture, over all ranks.
+    """Take numbers of the whole batch, over all ranks, for the components of a mixture.
 
     Memory is kept in buffers called OBJECTIVE_STATISTIC, which are saved with checkpoints: the
     value, then how many observations ("mean") or steps ("ema") are behind it.
@@ -73,10 +73,10 @@ class BatchStatistics(nn.Module):
 
     @contextmanager
     def observing(self) -> Iterator[None]:
-        """Calls inside supply the observations that every training call afterwards uses as a whole.
+        """Collect observations from calls inside; every training call afterwards uses all of them.
 
-        For statistics over all micro-batches of a step: call the module on each of them without
-        gradient inside, then train on each. They cost one more forward pass of the model.
+        Use it for statistics over all micro-batches of a step: call the module on each of them
+        without gradient inside, then train on each. They cost one more forward pass of the model.
         """
         self._observing = {}
         try:

@@ -1,4 +1,4 @@
-r"""Which objectives have a kernel, and with which constants: one launch for loss and gradient.
+r"""Run an objective's own kernel where it has one: one launch gives loss and gradient.
 
 An entry turns an objective's hyper-parameters into a kernel call, or None where no kernel has them.
 The pure function stays the specification: it says which terms an outcome has, checks the
@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace as Hyper
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.autograd import Function
@@ -31,30 +31,30 @@ from fastpo.objectives.regularisers import nll
 
 @dataclass(frozen=True)
 class Fused:
-    """A kernel call.
+    """Hold the constants and the names of a kernel call.
 
     Args:
         form: the kernel's constants.
         score: name of the scores that carry the gradient.
-        given: name of what is read beside them: grades, ranks, labels, lengths, margins.
+        beside: name of what is read beside them: grades, ranks, labels, lengths, margins.
         reward_of: name of the scores that rewards are of, where those are others.
         nll_by_pairs: whether the likelihood term of a list is multiplied by (K - 1)^2.
     """
 
     form: PairForm | ListForm
     score: str = "ratio"
-    given: str | None = None
+    beside: str | None = None
     reward_of: str | None = None
     nll_by_pairs: bool = False
 
 
 def _margin(beta: float, **form: Any) -> PairForm:
-    """z = beta (c_w - c_l), and rewards of the same beta."""
+    """Return the form z = beta (c_w - c_l), with rewards of the same beta."""
     return PairForm(**{"chosen": beta, "rejected": beta, "reward": beta, **form})
 
 
 def _divergence(h: Hyper) -> dict[str, Any]:
-    """The transform that `pairwise.divergence_margin` applies."""
+    """Return the transform that `pairwise.divergence_margin` applies."""
     power = {"forward_kl": -1.0, "alpha": h.alpha_divergence - 1}.get(h.f_divergence, 0.0)
     if power:
         return {"transform": "power", "power": power, "clamp": h.divergence_clamp}
@@ -98,22 +98,22 @@ def _dpo_shift(h: Hyper) -> Fused:
 
 
 def _rdpo(h: Hyper) -> Fused:
-    return Fused(_margin(h.beta, given="difference", given_scale=h.alpha), given="length")
+    return Fused(_margin(h.beta, given="difference", given_scale=h.alpha), beside="length")
 
 
 def _odpo(h: Hyper) -> Fused:
-    given = "log difference" if h.offset == "difference" else "log ratio"
-    return Fused(_margin(h.beta, given=given, given_scale=-h.alpha), given="score")
+    offset = "log difference" if h.offset == "difference" else "log ratio"
+    return Fused(_margin(h.beta, given=offset, given_scale=-h.alpha), beside="score")
 
 
 def _modpo(h: Hyper) -> Fused:
     shift = {"given": "margin", "given_scale": -h.margin_weight / h.w0}
     form = _margin(h.beta / h.w0, **_hinge_or_logistic(h), **shift, reward=h.beta)
-    return Fused(form, given="margin")
+    return Fused(form, beside="margin")
 
 
 def _hinge_or_logistic(h: Hyper) -> dict[str, Any]:
-    """The link that `links.sigmoid_or_hinge` chooses."""
+    """Return the link that `links.sigmoid_or_hinge` chooses."""
     if h.loss_type == "hinge":
         return {"link": "hinge"}
     return {"rate": getattr(h, "label_smoothing", 0.0)}
@@ -143,7 +143,7 @@ def _alpha_po(h: Hyper) -> Fused:
 
 
 def _sppo_soft(h: Hyper) -> Fused:
-    return Fused(_squares(h, given="chosen wins" if h.single else "wins"), given="score")
+    return Fused(_squares(h, given="chosen wins" if h.single else "wins"), beside="score")
 
 
 def _cal_dpo(h: Hyper) -> Fused:
@@ -152,34 +152,34 @@ def _cal_dpo(h: Hyper) -> Fused:
 
 def _rebel(h: Hyper) -> Fused:
     target = {"given": "difference", "given_scale": -h.eta, "target": 0.0}
-    return Fused(PairForm(link="squared", **target, reward=1 / h.eta), given="score")
+    return Fused(PairForm(link="squared", **target, reward=1 / h.eta), beside="score")
 
 
 def _reward_aware(h: Hyper) -> Fused | None:
     if h.distance != "sq":
         return None
     target = {"given": "difference", "given_scale": -h.eta, "target": 0.0}
-    return Fused(_margin(h.beta, link="squared", **target), given="score")
+    return Fused(_margin(h.beta, link="squared", **target), beside="score")
 
 
 def _lipo(h: Hyper) -> Fused:
     options = {"log2": h.discount == "log2", "normalise": h.normalise}
     size_power = 1 if h.scale_by_size else 0
     form = ListForm("logistic", h.beta, lambda_weights=True, size_power=size_power, **options)
-    return Fused(form, given="score")
+    return Fused(form, beside="score")
 
 
 def _graded(form: str, **options: Any) -> Callable[[Hyper], Fused]:
-    """A form of the log-ratios times beta and of the grades."""
-    return lambda h: Fused(ListForm(form, h.beta, **options), given="score")
+    """Make the call of a form that reads the log-ratios times beta, and the grades."""
+    return lambda h: Fused(ListForm(form, h.beta, **options), beside="score")
 
 
 def _softmax(form: str, temperature: str) -> Callable[[Hyper], Fused]:
-    """The same with a softmax of the grades, whose temperature has that name."""
+    """Make the same call with a softmax of the grades, whose temperature has that name."""
 
     def build(h: Hyper) -> Fused:
         options = {"temperature": getattr(h, temperature), "targets": "softmax"}
-        return Fused(ListForm(form, h.beta, **options), given="score")
+        return Fused(ListForm(form, h.beta, **options), beside="score")
 
     return build
 
@@ -187,13 +187,13 @@ def _softmax(form: str, temperature: str) -> Callable[[Hyper], Fused]:
 def _exo_pref(h: Hyper) -> Fused:
     rate = h.label_smoothing
     return Fused(
-        ListForm("exo", h.beta, temperature=1 / math.log((1 - rate) / rate)), given="label"
+        ListForm("exo", h.beta, temperature=1 / math.log((1 - rate) / rate)), beside="label"
     )
 
 
 def _approx_ndcg(h: Hyper) -> Fused:
     options = {"temperature": h.temperature, "log2": True, "normalise": True}
-    return Fused(ListForm("smooth rank", h.beta, **options), given="score")
+    return Fused(ListForm("smooth rank", h.beta, **options), beside="score")
 
 
 FUSED: dict[Callable[..., Outcome], Callable[[Hyper], Fused | None]] = {
@@ -230,7 +230,7 @@ FUSED: dict[Callable[..., Outcome], Callable[[Hyper], Fused | None]] = {
     regression.reward_aware: _reward_aware,
     regression.copg: _graded("squared", size_power=-1),
     lipo.lipo: _lipo,
-    lipo.plackett_luce: lambda h: Fused(ListForm("below", h.beta, ascending=True), given="rank"),
+    lipo.plackett_luce: lambda h: Fused(ListForm("below", h.beta, ascending=True), beside="rank"),
     lipo.list_mle: _graded("below"),
     lipo.point_mse: _graded("point squared"),
     lipo.point_sigmoid: _graded("point logistic"),
@@ -250,23 +250,24 @@ FUSED: dict[Callable[..., Outcome], Callable[[Hyper], Fused | None]] = {
     listwise.pro: lambda h: Fused(ListForm("contrast"), "mean_logps", "score", nll_by_pairs=True),
     listwise.rrhf: lambda h: Fused(ListForm("hinge"), "mean_logps", "score"),
 }
-"""An objective's function -> its kernel call at given hyper-parameters."""
+"""An objective's function -> its kernel call, of its hyper-parameters."""
 
 
 class _Losses(Function):
-    """Kernel call -> losses [G], with gradient to the scores, and rewards, without."""
+    """Return losses [G] with gradient to the scores, and rewards [G, K] without."""
 
     @staticmethod
     def forward(ctx: Any, score: Tensor, fused: Fused, named: Mapping[str, Tensor]) -> Any:
-        given = None if fused.given is None else named[fused.given]
+        beside = None if fused.beside is None else named[fused.beside]
         if isinstance(fused.form, PairForm):
             reward_of = None if fused.reward_of is None else named[fused.reward_of]
-            found = pair_losses(fused.form, score, named["mask"], reward_of=reward_of, given=given)
-        else:
-            found = list_losses(
-                fused.form, score, named["mask"], grade=given, tie_key=named.get("tie_key")
+            losses, grads, rewards = pair_losses(
+                fused.form, score, named["mask"], reward_of=reward_of, given=beside
             )
-        losses, grads, rewards = found
+        else:
+            losses, grads, rewards = list_losses(
+                fused.form, score, named["mask"], grade=beside, tie_key=named.get("tie_key")
+            )
         ctx.save_for_backward(grads)
         ctx.mark_non_differentiable(rewards)
         return losses, rewards
@@ -278,24 +279,32 @@ class _Losses(Function):
         return cotangents[0][:, None] * grads, None, None
 
 
-Plan = tuple[Fused | None, tuple[Term, ...]]
-_plans: dict[tuple, Plan] = {}
+class _Prepared(NamedTuple):
+    """Hold what an objective's kernel needs, prepared once for its hyper-parameters."""
+
+    call: Fused | None  # None: no kernel has them
+    terms: tuple[Term, ...]  # as the pure function returns them of no groups
 
 
-def _plan(objective: Objective, hyper: Mapping[str, Any], named: Mapping[str, Tensor]) -> Plan:
-    """The kernel call, and the terms of an outcome as the pure function has them of no groups."""
+_PREPARED: dict[tuple, _Prepared] = {}
+
+
+def _prepare(
+    objective: Objective, hyper: Mapping[str, Any], named: Mapping[str, Tensor]
+) -> _Prepared:
+    """Return the kernel call, and the terms of the pure function's outcome."""
     build = FUSED.get(objective.fn)
     if build is None:
-        return None, ()
-    none = {name: named[name][:0] for name in objective.needs}
-    terms = objective.fn(**none, **hyper).terms  # raises what it raises
-    return build(Hyper(**{**objective.hyper, **hyper})), terms
+        return _Prepared(None, ())
+    no_groups = {name: named[name][:0] for name in objective.needs}
+    terms = objective.fn(**no_groups, **hyper).terms  # raises what it raises
+    return _Prepared(build(Hyper(**{**objective.hyper, **hyper})), terms)
 
 
 def evaluate(
     objective: Objective, hyper: Mapping[str, Any], named: Mapping[str, Tensor]
 ) -> Outcome | None:
-    """What `objective.fn` returns of these scores, by its kernel; None where it has none.
+    """Return what `objective.fn` does, by its kernel; None where it has none.
 
     Args:
         objective: of the catalogue or a user's own.
@@ -306,20 +315,20 @@ def evaluate(
         ValueError: what the objective itself says about its hyper-parameters.
     """
     key = (objective.fn, *sorted(hyper.items()))
-    if key not in _plans:
-        _plans[key] = _plan(objective, hyper, named)
-    fused, terms = _plans[key]
+    if key not in _PREPARED:
+        _PREPARED[key] = _prepare(objective, hyper, named)
+    fused, terms = _PREPARED[key]
     mask = named["mask"]
     if fused is None or mask.shape[-1] > MAX_CANDIDATES:
         return None
     losses, rewards = _Losses.apply(named[fused.score], fused, named)
     preference, *likelihood = terms
-    found = [preference._replace(values=losses)]
+    outcome_terms = [preference._replace(values=losses)]
     if likelihood:
         reduction = {**objective.hyper, **hyper}["nll_reduction"]
         scores = (named[name] for name in ("logps", "mean_logps", "label", "mask"))
         values = nll(*scores, reduction=reduction).values
         if fused.nll_by_pairs:
             values = values * (mask.sum(-1) - 1).square()
-        found += [term._replace(values=values) for term in likelihood]
-    return Outcome(tuple(found), rewards)
+        outcome_terms += [term._replace(values=values) for term in likelihood]
+    return Outcome(tuple(outcome_terms), rewards)

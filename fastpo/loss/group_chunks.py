@@ -1,8 +1,8 @@
-r"""A trained head's loss a few groups at a time, so that no product runs twice.
+r"""Compute a trained head's loss a few groups at a time, so that no matmul runs twice.
 
-While the logits of some groups are alive, their scores, losses and coefficients are known too,
-unless the objective takes statistics of the whole batch. So dH and dW are formed before the next
-groups' logits take their place: 3 products instead of the 4 of a pass that has to come back
+While the logits of a few groups are alive, their scores, losses and coefficients are known too.
+Only statistics of the whole batch forbid that. So dH and dW are formed before the next
+groups' logits take their place: 3 matmuls instead of the 4 of a pass that has to come back
 (`fastpo.head.schedule`). dW is summed in the accumulator's dtype, [V, D] of it, and rounded once.
 """
 
@@ -24,7 +24,7 @@ from fastpo.segments import Segments
 
 
 class LossInputs(NamedTuple):
-    """What a loss is computed of."""
+    """Hold what a loss is computed from."""
 
     hidden: Tensor  # [M, D]
     head: HeadTensors
@@ -32,7 +32,7 @@ class LossInputs(NamedTuple):
     reference: ReferenceStates | None = None
 
     def learned_tokens(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors a token that require a gradient: states, and perhaps weights."""
+        """Yield the per-token tensors that require a gradient: states, and perhaps weights."""
         named = {f.name: getattr(self.tokens, f.name) for f in fields(self.tokens)}
         for name, value in {"hidden": self.hidden, **named}.items():
             if isinstance(value, Tensor) and value.requires_grad:
@@ -85,44 +85,46 @@ def by_groups(
         cuts: of `cut_groups`.
     """
     weight = inputs.head.weight
-    acc, kind = accumulator(weight.dtype), weight.device.type
+    wide, kind = accumulator(weight.dtype), weight.device.type
     # Cast here, once: the head would for every interval, 3 GB at V 128256, D 4096.
-    computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    into = torch.zeros_like(weight, dtype=acc) if weight.requires_grad else None
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    weight_grad = torch.zeros_like(weight, dtype=wide) if weight.requires_grad else None
     # Small ones are summed over the intervals in the accumulator too.
-    of_head = inputs.head.leaves()
-    shared = {
-        name: t.detach().to(computed if name == "weight" else acc).requires_grad_(t.requires_grad)
-        for name, t in of_head.items()
+    head_leaves = inputs.head.leaves()
+    copies = {
+        name: t.detach().to(dtype if name == "weight" else wide).requires_grad_(t.requires_grad)
+        for name, t in head_leaves.items()
     }
-    of_tokens = dict(inputs.learned_tokens())
-    sums = {n: torch.zeros_like(t) for n, t in shared.items() if t.requires_grad and n != "weight"}
-    whole = {name: torch.zeros_like(t) for name, t in of_tokens.items()}
+    trained_copies = {name: t for name, t in copies.items() if t.requires_grad}
+    token_leaves = dict(inputs.learned_tokens())
+    head_grads = {n: torch.zeros_like(t) for n, t in trained_copies.items() if n != "weight"}
+    token_grads = {name: torch.zeros_like(t) for name, t in token_leaves.items()}
     outputs = []
     for lo, hi in cuts:
         part, index = inputs.select(lo, hi)
-        part = part._replace(head=inputs.head.with_leaves(shared))
+        part = part._replace(head=inputs.head.with_leaves(copies))
         with torch.enable_grad():
-            out = loss_of(part, into)
-            leaves = {n: t for n, t in shared.items() if t.requires_grad}
-            leaves |= dict(part.learned_tokens())
+            out = loss_of(part, weight_grad)
+            leaves = trained_copies | dict(part.learned_tokens())
             grads = torch.autograd.grad(out.loss, list(leaves.values()), allow_unused=True)
         for name, grad in zip(leaves, grads, strict=True):
-            if grad is not None and name in sums:
-                sums[name] += grad
-            elif grad is not None and name in whole:
-                whole[name][index] = grad
+            if grad is not None and name in head_grads:
+                head_grads[name] += grad
+            elif grad is not None and name in token_grads:
+                token_grads[name][index] = grad
         outputs.append(out._replace(loss=out.loss.detach()))
-    gradients = {**sums, **whole} | ({} if into is None else {"weight": into})
-    sources = {**of_head, **of_tokens}
-    pairs = [(sources[name], grad.to(sources[name].dtype)) for name, grad in gradients.items()]
+    gradients = {**head_grads, **token_grads}
+    if weight_grad is not None:
+        gradients["weight"] = weight_grad
+    leaves = {**head_leaves, **token_leaves}
+    pairs = [(leaves[name], grad.to(leaves[name].dtype)) for name, grad in gradients.items()]
     total = torch.stack([out.loss for out in outputs]).sum()
-    loss = _Known.apply(total, [grad for _, grad in pairs], *(t for t, _ in pairs))
+    loss = _KnownGradients.apply(total, [grad for _, grad in pairs], *(leaf for leaf, _ in pairs))
     return [outputs[0]._replace(loss=loss), *outputs[1:]]
 
 
-class _Known(torch.autograd.Function):
-    """A number whose gradients are known already."""
+class _KnownGradients(torch.autograd.Function):
+    """Return a number whose gradients are known already."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, grads: list[Tensor], *leaves: Tensor) -> Tensor:

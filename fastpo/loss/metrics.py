@@ -1,4 +1,4 @@
-"""Counts and metrics of a batch."""
+"""Count what a batch has, and average its metrics."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 
 
 class LossOutput(NamedTuple):
-    """What a preference loss returns for G groups of at most K candidates."""
+    """Hold what a preference loss returns for G groups of at most K candidates."""
 
     loss: Tensor  # scalar, to call backward on
-    losses: Tensor  # [G], detached; their mean is `loss` unless global totals were given
+    losses: Tensor  # [G], detached; their mean is `loss` unless totals were passed
     rewards: Tensor  # [G, K], detached implicit rewards
     metrics: dict[str, Tensor]  # name -> mean, NaN where there was nothing to average
     counts: dict[str, Tensor]  # name -> number of observations behind that mean
 
 
 def batch_counts(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the terms of a loss are divided by, counted over one batch."""
+    """Return what the terms of a loss are divided by, counted over one batch."""
     mask, label = scores["mask"], scores["label"]
     gold_length = scores.get("gold_length", scores["length"].new_zeros(()))
     return {
@@ -39,7 +39,7 @@ def at_least_one(count: Tensor | float) -> Tensor | float:
 
 
 def weight_metrics(name: str, weights: Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:
-    """The share of weights [N] that is 0 and the mean |weight|, as (sum, count); of None none."""
+    """Return (sum, count) of the share of zeros and of |weight| in weights [N]; {} of None."""
     if weights is None:
         return {}
     weights = weights.detach().float()
@@ -51,7 +51,7 @@ def weight_metrics(name: str, weights: Tensor | None) -> dict[str, tuple[Tensor,
 def reward_metrics(
     rewards: Tensor, scores: Mapping[str, Tensor]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """TRL's metric names -> (sum, count). Lists: desirable against undesirable candidates."""
+    """Return (sum, count) by TRL's metric names; lists compare desirable with undesirable."""
     mask, good = scores["mask"], scores["label"]
     bad = mask & ~good
     better = good[:, :, None] & bad[:, None, :]  # [G, K, K]

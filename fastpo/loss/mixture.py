@@ -1,4 +1,4 @@
-"""Objectives by name and weight, with their hyper-parameters."""
+"""Resolve names and weights of objectives, and their hyper-parameters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastpo.objectives.links import check_smoothing
 
 
 class Component(NamedTuple):
-    """One objective of a mixture."""
+    """Hold one objective of a mixture."""
 
     objective: Objective
     weight: float
@@ -22,7 +22,7 @@ class Component(NamedTuple):
 
 
 def resolve(objective: str | Mapping[str, float], hyper: Mapping[str, Any]) -> list[Component]:
-    """Name or mixture, and its hyper-parameters, as components.
+    """Return the components of a name or mixture, with their hyper-parameters.
 
     A hyper-parameter goes to every component that has one of that name; `"dpo.beta"` goes to one.
     A number may be two, [first, last], between which it moves linearly as training goes on.
@@ -71,8 +71,8 @@ def resolve(objective: str | Mapping[str, float], hyper: Mapping[str, Any]) -> l
 
 
 def _hint(key: str, value: Any, components: list[Component], owners: Iterable[str]) -> str:
-    """What an unknown hyper-parameter is called here, or the nearest name, or all names."""
+    """Say what an unknown hyper-parameter is called here, or the nearest name, or all names."""
     known = sorted(owners)
-    said = answer(key, value, [c.objective.name for c in components], known)
+    hint = answer(key, value, [c.objective.name for c in components], known)
     close = difflib.get_close_matches(key, known, n=1)
-    return said or (f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}")
+    return hint or (f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}")

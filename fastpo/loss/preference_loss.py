@@ -1,4 +1,4 @@
-"""Head, scores and objective as one `nn.Module`: hidden states in, preference loss out."""
+"""Join head, scores and objective in one `nn.Module` from hidden states to a preference loss."""
 
 from __future__ import annotations
 
@@ -36,28 +36,28 @@ from fastpo.objectives.vocabulary import STATISTIC_OF, Score
 from fastpo.segments import Segments
 
 
-def _head_of(given: Head | nn.Module) -> Head:
-    if isinstance(given, Head):
-        return given
-    name, weight = type(given).__name__, getattr(given, "weight", None)
-    if not isinstance(given, nn.Module) or (isinstance(weight, Tensor) and weight.dim() != 2):
+def _head_of(model: Head | nn.Module) -> Head:
+    if isinstance(model, Head):
+        return model
+    name, weight = type(model).__name__, getattr(model, "weight", None)
+    if not isinstance(model, nn.Module) or (isinstance(weight, Tensor) and weight.dim() != 2):
         raise ValueError(f"head={name}: give the causal language model, its head, or a fastpo.Head")
     if not isinstance(weight, Tensor):
         from fastpo import read_head  # only models need transformers
 
         try:
-            return read_head(given)
+            return read_head(model)
         except TypeError as error:
             raise ValueError(f"head={name} is neither a linear layer nor a causal LM") from error
-    if type(given).__module__.startswith("peft.") or not weight.is_floating_point():
+    if type(model).__module__.startswith("peft.") or not weight.is_floating_point():
         raise ValueError(
             f"head={name} is more than its weight (an adapter, or quantised): give the model itself"
         )
-    return Head(given)
+    return Head(model)
 
 
 class PreferenceLoss(BatchStatistics):
-    r"""Preference loss on hidden states; the logits are never built.
+    r"""Compute a preference loss from hidden states; the logits are never built.
 
     Args:
         objective: a name of `fastpo.OBJECTIVES`, or a mixture `{"dpo": 0.8, "sft": 1.0}`.
@@ -79,7 +79,7 @@ class PreferenceLoss(BatchStatistics):
         ValueError: an unknown objective or hyper-parameter, with the nearest name; a `head` that is
             neither a head nor a model with one.
 
-    The padded layout, two pairs (rows 0-1 chosen, 2-3 rejected), as TRL and Liger users have it:
+    TRL and Liger users have the padded layout, here of two pairs: rows 0-1 chosen, 2-3 rejected.
 
     >>> head = nn.Linear(8, 16, bias=False)
     >>> loss = PreferenceLoss("simpo", head, beta=2.0)
@@ -107,22 +107,22 @@ class PreferenceLoss(BatchStatistics):
 
     @property
     def head(self) -> Head | None:
-        """The head given at construction."""
+        """Return the head of the constructor."""
         return self._head[0]
 
     @property
     def scores(self) -> dict[str, Score]:
-        """The scores that the components take, by name; statistics are none."""
+        """Return the scores that the components take, by name; statistics are none."""
         return {n: score for c in self.components for n, score in c.objective.scores.items()}
 
     @property
     def needs(self) -> frozenset[str]:
-        """Names of the scores that the components take, statistics excluded."""
+        """Return the names of the scores that the components take, without statistics."""
         return frozenset(self.scores)
 
     @property
     def grade_domains(self) -> list[tuple[str, Domain]]:
-        """The name of every component that takes grades, and what they must be."""
+        """Return the name of every component that takes grades, and what they must be."""
         return [
             (c.objective.name, c.objective.grades(c.hyper))
             for c in self.components
@@ -131,28 +131,28 @@ class PreferenceLoss(BatchStatistics):
 
     @property
     def needs_kl(self) -> bool:
-        """Whether the reference's whole distribution is needed."""
+        """Return whether the reference's whole distribution is needed."""
         return any(c.objective.needs_kl for c in self.components)
 
     @property
     def needs_reference(self) -> bool:
-        """Whether a reference model, or its log-probs, are needed."""
+        """Return whether a reference model, or its log-probs, are needed."""
         return any(c.objective.needs_reference for c in self.components)
 
     @property
     def needs_second_reference(self) -> bool:
-        """Whether log-probs of a second reference are needed too."""
+        """Return whether log-probs of a second reference are needed too."""
         return any(c.objective.needs_second_reference for c in self.components)
 
     @property
     def extras(self) -> tuple[str, ...]:
-        """Roles of the extra responses that are needed, such as `mismatched` for KTO."""
+        """Return the roles of the extra responses that are needed, such as `mismatched` for KTO."""
         roles = {role for c in self.components for role in c.objective.extras}
         return tuple(sorted(roles))
 
     @property
     def has_statistics(self) -> bool:
-        """Whether a component takes numbers of the whole batch."""
+        """Return whether a component takes numbers of the whole batch."""
         return any(c.objective.statistics for c in self.components)
 
     def forward(
@@ -177,10 +177,10 @@ class PreferenceLoss(BatchStatistics):
         backend: BackendName = "auto",
         workspace_mib: Workspace = "auto",
     ) -> LossOutput:
-        """Loss, per-group losses, implicit rewards and metrics of one batch.
+        """Return loss, per-group losses, implicit rewards and metrics of one batch.
 
         Args:
-            hidden: [N, D] states of the label tokens, or [2B, T, D], B chosen rows then the B
+            hidden: [N, D] states of the target tokens, or [2B, T, D], B chosen rows then the B
                 rejected ones. `hidden[i]` predicts `labels[i]`: labels are already shifted.
             labels: [N] or [2B, T]; `ignore_index` marks prompt and padding.
             segments: token -> response -> group table of the [N] form; None for the padded form.
@@ -223,8 +223,8 @@ class PreferenceLoss(BatchStatistics):
                 raise ValueError(
                     "the policy's head is trained, so it is not the reference's: pass ref_weight"
                 )
-            own = None if ref_weight is None else HeadTensors(ref_weight, ref_bias)
-            reference = ReferenceStates(ref_hidden.flatten(0, -2)[scored], own)
+            ref_head = None if ref_weight is None else HeadTensors(ref_weight, ref_bias)
+            reference = ReferenceStates(ref_hidden.flatten(0, -2)[scored], ref_head)
         return self.of_tokens(
             hidden.flatten(0, -2)[scored],
             TargetTokens(
@@ -258,7 +258,7 @@ class PreferenceLoss(BatchStatistics):
         Args:
             hidden: [M, D] states of the head's positions.
             tokens: what they predict, and what is known beside it.
-            head: the policy's, by default the one given at construction.
+            head: the policy's, by default that of the constructor.
             reference: states of the reference's positions, numbered as the policy's, and its head.
             totals: see `forward`.
             options: who computes, in how much memory.
@@ -269,14 +269,13 @@ class PreferenceLoss(BatchStatistics):
         """
         inputs = LossInputs(hidden, head or self.head_tensors, tokens, reference)
         cuts = self._cuts(inputs, options)
-        own = _counts_of(tokens) if len(cuts) > 1 else None
+        batch_totals = _counts_of(tokens) if len(cuts) > 1 else None
 
         def loss_of(part: LossInputs, into: Tensor | None = None) -> LossOutput:
             stats = self._token_statistics(part, into, options, in_vocabulary)
             scores = self._score(stats, part.tokens, options.backend)
-            return self._reduce(
-                scores, part.tokens.segments, own or batch_counts(scores), totals, options.backend
-            )
+            counts = batch_totals or batch_counts(scores)
+            return self._reduce(scores, part.tokens.segments, counts, totals, options.backend)
 
         output = loss_of(inputs) if len(cuts) == 1 else merged(by_groups(loss_of, inputs, cuts))
         for name, weights in (
@@ -289,10 +288,10 @@ class PreferenceLoss(BatchStatistics):
 
     @property
     def head_tensors(self) -> HeadTensors:
-        """The tensors of the head as they are now.
+        """Return the tensors of the head as they are now.
 
         Raises:
-            ValueError: no head was given.
+            ValueError: there is no head.
         """
         if self.head is None:
             raise ValueError("no head: pass weight=, or head= to PreferenceLoss")
@@ -330,7 +329,7 @@ class PreferenceLoss(BatchStatistics):
     def _token_statistics(
         self, inputs: LossInputs, into: Tensor | None, options: HeadOptions, in_vocabulary: bool
     ) -> TokenStats:
-        """Return [M] statistics; `ref_logps` too where the reference's states are given."""
+        """Return [M] statistics; `ref_logps` too where there are states of the reference."""
         spec = HeadSpec() if self.head is None else self.head.spec
         reference, targets = inputs.reference, inputs.tokens.targets
         both = self.needs_kl and reference is not None
@@ -345,10 +344,12 @@ class PreferenceLoss(BatchStatistics):
             **common,
         )
         if reference is not None and not both:
-            own = reference.head or inputs.head._replace(lora=None)
+            ref_head = reference.head or inputs.head._replace(lora=None)
             with torch.no_grad():
-                alone = token_statistics(reference.hidden, own, targets, want=("logps",), **common)
-            stats["ref_logps"] = alone["logps"]
+                ref_stats = token_statistics(
+                    reference.hidden, ref_head, targets, want=("logps",), **common
+                )
+            stats["ref_logps"] = ref_stats["logps"]
         return stats
 
     def _score(
@@ -414,34 +415,35 @@ class PreferenceLoss(BatchStatistics):
         self,
         scores: dict[str, Tensor],
         segments: Segments,
-        own: Mapping[str, Tensor],
+        batch_totals: Mapping[str, Tensor],
         totals: Mapping[str, float] | None,
         backend: BackendName,
     ) -> LossOutput:
-        """Objectives on scores, summed and divided; the only place where either happens.
+        """Evaluate objectives, sum and divide them; nowhere else does either happen.
 
         Args:
-            own: counts of the batch, of which these groups may be a part.
+            batch_totals: counts of the batch, of which these groups may be a part.
         """
-        divisors: Mapping[str, Any] = own if totals is None else totals
+        divisors: Mapping[str, Any] = batch_totals if totals is None else totals
         losses = scores["logps"].new_zeros(segments.grid.shape[0])
         loss = losses.sum()
         rewards: dict[str, Tensor] = {}
         metrics, counts = {}, {}
-        for given in self.components:
-            component = self._now(given)
+        for configured in self.components:
+            component = self._now(configured)
             name = component.objective.name
             self._check_scores(component.objective, scores)
             statistics = self.statistics(component, scores, segments)
             # A kernel is compiled for its constants: one that moves would do so at every step.
-            by = backend if component is given else "torch"
+            by = backend if component is configured else "torch"
             outcome = self._evaluate(component, {**scores, **statistics}, by)
             rewards[name] = outcome.rewards
             for term in outcome.terms:
                 scale = component.weight * term.weight
                 values = term.values if segments.weight is None else term.values * segments.weight
                 loss = loss + scale * values.sum() / at_least_one(divisors[term.per])
-                losses += scale * values.detach() * (len(losses) / at_least_one(own[term.per]))
+                share = len(losses) / at_least_one(batch_totals[term.per])
+                losses += scale * values.detach() * share
             for statistic, value in statistics.items():
                 if value.numel() == 1:
                     metrics[f"{name}/{statistic}"] = value.reshape(())
@@ -459,7 +461,7 @@ class PreferenceLoss(BatchStatistics):
                 raise ValueError(f"{objective.name} needs {name!r}: {score.remedy}")
 
     def _now(self, component: Component) -> Component:
-        """The component with the hyper-parameters of this step."""
+        """Return the component with the hyper-parameters of this step."""
         moved = {
             name: value[0] + (value[1] - value[0]) * self.progress
             for name, value in component.hyper.items()
@@ -471,7 +473,7 @@ class PreferenceLoss(BatchStatistics):
     def _evaluate(
         component: Component, named: Mapping[str, Tensor], backend: BackendName
     ) -> Outcome:
-        """By the objective's kernel where kernels run and it has one, else by its function."""
+        """Run the objective's kernel where kernels run and it has one, else its function."""
         objective = component.objective
         if runs_kernels(backend, named["logps"].device):
             from fastpo.loss import fused
@@ -512,7 +514,7 @@ def _check_shapes(
     ref_hidden: Tensor | None,
     per_token: Mapping[str, Tensor | None],
 ) -> None:
-    """ValueError for tensors that do not line up: flattened, they would be misread in silence."""
+    """Raise ValueError for tensors that do not line up: flattened, they would be misread."""
     shape = tuple(labels.shape)
     for name, states in (("hidden", hidden), ("ref_hidden", ref_hidden)):
         if states is not None and tuple(states.shape[:-1]) != shape:

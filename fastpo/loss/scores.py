@@ -1,6 +1,6 @@
-"""Token statistics to sequence scores: the only place where tokens are summed or weighted.
+"""Sum token statistics to the scores of responses: nowhere else are tokens summed or weighted.
 
-Shapes: N label tokens, R responses, G groups (one prompt each), K candidates per group.
+Shapes: N target tokens, R responses, G groups (one prompt each), K candidates per group.
 Candidates are numbered best first: slot 0 is the chosen response, the last slot the worst.
 """
 
@@ -19,7 +19,7 @@ from fastpo.segments import Segments
 
 
 def sum_by_response(values: Tensor, segments: Segments) -> Tensor:
-    """[N, ...] -> [R, ...]: sums over the tokens of each response, zero for an empty one."""
+    """Return [R, ...] sums of [N, ...] over the tokens of each response, 0 for an empty one."""
     # One after the other in float32 they would lose a digit or two of a long response.
     wide = torch.float64 if values.is_cpu else values.dtype
     sums = values.new_zeros(segments.num_responses, *values.shape[1:], dtype=wide)
@@ -27,9 +27,10 @@ def sum_by_response(values: Tensor, segments: Segments) -> Tensor:
 
 
 def _sums_of(segments: Segments, backend: BackendName) -> Callable[..., Tensor]:
-    """(values [N], weights [N] or None) -> [R] weighted sums: by the kernel where kernels run.
+    """Return a function of values [N] and weights [N] that returns their weighted sums [R].
 
-    Adding by index races on a GPU: equal inputs would not give equal bits.
+    A kernel sums where kernels run: adding by index races on a GPU, and equal inputs would not
+    give equal bits.
     """
     if not runs_kernels(backend, segments.response.device):
 
@@ -87,46 +88,47 @@ def score_responses(
         backend: who sums; as for `fastpo.head.linear_stats`.
 
     Returns:
-        name -> tensor; `ratio` and its relatives only when `ref_logps` is given, and so on.
+        name -> tensor; `ratio` and its relatives only with `ref_logps`, and so on.
 
     Raises:
         ValueError: a per-token tensor does not have the N of `segments.response`.
     """
     n = segments.response.numel()
-    given = {name: stats[stat] for name, stat in STATISTIC_OF.items() if stat in stats}
+    summed = {name: stats[stat] for name, stat in STATISTIC_OF.items() if stat in stats}
     for name, value in (
         ("ref_logps", ref_logps),
         ("ref2_logps", ref2_logps),
         ("old_logps", old_logps),
     ):
         if value is not None:
-            given[name] = value
+            summed[name] = value
     beside = {
         "token_weights": token_weights,
         "token_rewards": token_rewards,
         "token_kl_weights": token_weights if kl_weights is None else kl_weights,
     }
-    for name, value in {**given, **beside}.items():
+    for name, value in {**summed, **beside}.items():
         if value is not None and value.shape != (n,):
             raise ValueError(
-                f"{name} has shape {tuple(value.shape)}, but the segments describe {n} label tokens"
+                f"{name} has shape {tuple(value.shape)}, but the segments describe {n} target "
+                "tokens"
             )
 
-    counted = torch.ones_like(given["logps"])
+    counted = torch.ones_like(summed["logps"])
     if token_weights is not None:
-        counted = (token_weights != 0).to(given["logps"].dtype)
-    weights = dict.fromkeys(given, token_weights)
-    weights |= dict.fromkeys({"kl", "kl_reverse"} & given.keys(), beside["token_kl_weights"])
+        counted = (token_weights != 0).to(summed["logps"].dtype)
+    weights = dict.fromkeys(summed, token_weights)
+    weights |= dict.fromkeys({"kl", "kl_reverse"} & summed.keys(), beside["token_kl_weights"])
     sums = _sums_of(segments, backend)
-    per_response = {name: sums(value, weights[name]) for name, value in given.items()}
+    per_response = {name: sums(value, weights[name]) for name, value in summed.items()}
     per_response["length"] = sums(counted)
     if ref_logps is not None:
-        # Of differences: that of the sums, hundreds of nats each, would keep their rounding.
-        difference = given["logps"] - ref_logps
+        # Subtracted token by token: sums of hundreds of nats each would keep their rounding.
+        difference = summed["logps"] - ref_logps
         per_response["ratio"] = sums(difference, token_weights)
         per_response["kl_estimate"] = sums(difference.detach().square() / 2, counted)
     if ref2_logps is not None:
-        per_response["ratio2"] = sums(given["logps"] - ref2_logps, token_weights)
+        per_response["ratio2"] = sums(summed["logps"] - ref2_logps, token_weights)
     # An empty response has score 0 and length 0: dividing by 1 keeps its mean and gradient at 0.
     divisor = per_response["length"].clamp(min=1)
     for name in MEANS:
@@ -149,7 +151,7 @@ def score_responses(
         if value is not None:
             scores[name] = value
     if per_token:
-        tokens = {f"token_{name}": value for name, value in given.items()}
+        tokens = {f"token_{name}": value for name, value in summed.items()}
         tokens |= {name: value for name, value in beside.items() if value is not None}
         tokens.setdefault("token_weights", counted)
         tokens.setdefault("token_kl_weights", counted)
@@ -159,7 +161,7 @@ def score_responses(
 
 
 def _pad_tokens(tokens: Mapping[str, Tensor], segments: Segments) -> dict[str, Tensor]:
-    """[N] -> [G, K, T], zero (False) where there is no token."""
+    """Return [N] tensors as [G, K, T], zero (False) where there is no token."""
     n, slots, starts = segments.response.numel(), segments.grid.clamp(min=0), segments.starts
     lengths = starts.diff()  # [R]
     column = torch.arange(max(1, segments.longest), device=starts.device)

@@ -1,4 +1,4 @@
-"""What an objective is: a pure function of named scores, and what it returns.
+"""Define an objective: a pure function of named scores, and what it returns.
 
 The names of a function's positional parameters are the scores it needs (`ratio`, `mean_logps`,
 `kl`, `score`, ...: the table in `vocabulary`); its keyword-only parameters are its
@@ -43,7 +43,7 @@ count of zero leaves a sum of zero: divide by max(count, 1).
 
 
 class Term(NamedTuple):
-    """One summand of a loss: weight * sum(values) / (global count of `per`)."""
+    """Hold one summand of a loss: weight * sum(values) / (global count of `per`)."""
 
     values: Tensor  # [G], summed over the group's responses
     per: Per = "groups"
@@ -51,14 +51,14 @@ class Term(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What an objective returns for G groups of K candidates."""
+    """Hold what an objective returns for G groups of K candidates."""
 
     terms: tuple[Term, ...]
     rewards: Tensor  # [G, K], detached: the implicit rewards that are logged
 
 
 def mean(observations: Tensor, hyper: Mapping[str, Any]) -> Tensor:
-    """[n] -> []: their mean, 0 where there is none."""
+    """Return the mean [] of [n] observations, 0 where there is none."""
     return observations.sum() / max(len(observations), 1)
 
 
@@ -69,9 +69,9 @@ far, or an exponential moving average of its values, one a step; the current ste
 
 @dataclass(frozen=True)
 class Statistic:
-    """Numbers that an objective takes from the whole batch and not from one group.
+    """Define numbers that an objective takes from the whole batch and not from one group.
 
-    Handed to the objective under the statistic's name, float64 rounded to the scores' dtype,
+    The objective gets them under the statistic's name, float64 rounded to the scores' dtype,
     without gradient. What is remembered is saved with the checkpoint.
 
     Args:
@@ -96,7 +96,7 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Objective:
-    """A named objective of the catalogue.
+    """Describe a named objective of the catalogue.
 
     Args:
         name: its key in the table.
@@ -106,7 +106,7 @@ class Objective:
         formula: one line of plain text for tables.
         statistics: batch statistics that `fn` takes by name.
         extras: roles of the extra responses that every group must bring.
-        labels: the labels of which the data need some, or there is nothing to learn.
+        labels: the labels that the data must have, or there is nothing to learn.
         grades_if: other domains of `score`, by a hyper-parameter and its value.
     """
 
@@ -121,11 +121,11 @@ class Objective:
     grades_if: Mapping[tuple[str, Any], Domain] = field(default_factory=dict)
 
     def takes(self, count: Any) -> Any:
-        """Whether groups of so many candidates can be compared; a number or a tensor of them."""
+        """Return whether groups of `count` candidates, a number or a tensor, can be compared."""
         return count == 2 if self.family == "pair" else count >= (2 if self.family == "list" else 0)
 
     def size_error(self, count: int, who: str) -> str:
-        """What to tell somebody whose group, called `who`, it does not take."""
+        """Say to somebody that their group, called `who`, cannot be taken."""
         if self.family == "pair":
             return (
                 f"{self.name} compares pairs, but {who} has {count} responses: use a list "
@@ -138,7 +138,7 @@ class Objective:
 
     @cached_property
     def needs(self) -> tuple[str, ...]:
-        """Names of the scores and statistics that `fn` takes."""
+        """Return the names of the scores and statistics that `fn` takes."""
         return tuple(
             p.name
             for p in inspect.signature(self.fn).parameters.values()
@@ -147,28 +147,28 @@ class Objective:
 
     @cached_property
     def scores(self) -> dict[str, Score]:
-        """The scores among `needs`, by name; one that no table has is `UNKNOWN`."""
+        """Return the scores among `needs`, by name; one that no table has is `UNKNOWN`."""
         table = scores_with(self.extras)
         return {n: table.get(n, UNKNOWN) for n in self.needs if n not in self.statistics}
 
     @property
     def needs_kl(self) -> bool:
-        """Whether the reference's whole distribution is needed."""
+        """Return whether the reference's whole distribution is needed."""
         return any(score.distribution for score in self.scores.values())
 
     @property
     def needs_reference(self) -> bool:
-        """Whether a reference model, or its log-probs, are needed."""
+        """Return whether a reference model, or its log-probs, are needed."""
         return any(score.reference == 1 for score in self.scores.values())
 
     @property
     def needs_second_reference(self) -> bool:
-        """Whether log-probs of a second reference are needed too."""
+        """Return whether log-probs of a second reference are needed too."""
         return any(score.reference == 2 for score in self.scores.values())
 
     @cached_property
     def hyper(self) -> dict[str, Any]:
-        """Hyper-parameter -> published default."""
+        """Return the published defaults by hyper-parameter."""
         return {
             p.name: p.default
             for p in inspect.signature(self.fn).parameters.values()
@@ -177,11 +177,11 @@ class Objective:
 
     @cached_property
     def annotations(self) -> dict[str, Any]:
-        """Parameter -> annotation, domains included."""
+        """Return the annotations by parameter, domains included."""
         return get_type_hints(self.fn, include_extras=True)
 
     def fitted(self, name: str, value: Any) -> Any:
-        """`value` as the hyper-parameter `name` takes it; see `domain.moved`.
+        """Return `value` as the hyper-parameter `name` takes it; see `domain.moved`.
 
         Raises:
             Misfit: it does not.
@@ -197,7 +197,7 @@ class Objective:
             ) from None
 
     def grades(self, hyper: Mapping[str, Any]) -> Domain:
-        """What `score` must be under these hyper-parameters."""
+        """Return what `score` must be under these hyper-parameters."""
         for (name, value), domain in self.grades_if.items():
             if hyper.get(name, self.hyper[name]) == value:
                 return domain

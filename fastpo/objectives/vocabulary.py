@@ -1,4 +1,4 @@
-r"""The scores that objectives are written in: one table of names.
+r"""Name the scores that objectives are written in: one table.
 
 `fastpo.loss.scores` computes them, with token weights $a_t$ (default 1), mask $m_t$ and
 $L = \sum_t m_t [a_t \ne 0]$. A name with `mean_` in front is divided by L, one with `token_` in
@@ -14,7 +14,7 @@ from typing import Literal
 
 Shape = Literal["[G, K]", "[G]", "[G, K, T]"]
 
-_LOGPS = "pass ref_logps (per label token) or ref_hidden"
+_LOGPS = "pass ref_logps (per target token) or ref_hidden"
 _DISTRIBUTION = "pass ref_hidden: the divergence needs the reference's whole distribution"
 _IMAGES = "denoising errors are no scores of a language model: call the objective's function"
 _SAMPLED = "log-probs of the sampling policy"
@@ -22,7 +22,7 @@ _SAMPLED = "log-probs of the sampling policy"
 
 @dataclass(frozen=True)
 class Score:
-    """What a name stands for, and what it takes to have it.
+    """Say what a name stands for, and what it takes to have it.
 
     Args:
         definition: the formula, for documentation.
@@ -32,7 +32,7 @@ class Score:
         distribution: whether it needs the reference's whole distribution.
         own_loop: whether only a loop of one's own can supply it.
         remedy: how a caller of `PreferenceLoss` obtains it where it is missing.
-        column: what to tell somebody whose row lacks it.
+        column: what a row needs that lacks it, to end "kto needs ..."; None: no row brings it.
         words: what the catalogue says is needed; empty for what comes with every batch.
     """
 
@@ -69,19 +69,19 @@ _SUMS: dict[str, Score] = {
     "ref2_logps": Score(
         r"$\sum_t a_t \log\pi_{ref2}(y_t)$",
         reference=2,
-        remedy="pass ref2_logps (per label token), of the second reference",
+        remedy="pass ref2_logps (per target token), of the second reference",
     ),
     "old_logps": Score(
         r"$\sum_t a_t \log\pi_{old}(y_t)$, of the policy that drew the responses",
         own_loop=True,
-        remedy="pass old_logps (per label token), of the policy that drew the responses",
+        remedy="pass old_logps (per target token), of the policy that drew the responses",
         words=_SAMPLED,
     ),
     "ratio": Score("`logps - ref_logps`", reference=1, remedy=_LOGPS),
     "ratio2": Score(
         "`logps - ref2_logps`",
         reference=2,
-        remedy="pass ref2_logps (per label token), of the second reference",
+        remedy="pass ref2_logps (per target token), of the second reference",
     ),
 }
 _OTHERS: dict[str, Score] = {
@@ -133,7 +133,7 @@ _OTHERS: dict[str, Score] = {
     "token_rewards": Score(
         "the token's own reward",
         shape="[G, K, T]",
-        remedy="pass token_rewards (per label token): a `token_rewards` column",
+        remedy="pass token_rewards (per target token): a `token_rewards` column",
         column="a `token_rewards` column, a signed number for every token: "
         "`fastpo weigh --rule treg` writes one",
         words="token rewards",

@@ -1,1 +1,1 @@
-"""Where a reference's numbers come from: a live model, a store on disk, or a moving copy."""
+"""Supply a reference's numbers from a live model, a store on disk, or a moving copy."""

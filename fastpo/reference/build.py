@@ -1,7 +1,7 @@
-"""From what a run is told and its models to its reference: which kind, live or stored, and where.
+"""Choose a run's reference and build it: which kind, live or stored, and where.
 
 A live reference is chosen before the policy is touched and settled once the policy is on its
-device. A store is filled by the policy, or by a model that is given, before the first step.
+device. A store is filled by the policy, or by a `ref_model`, before the first step.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def resolve_kind(
     moves: bool = False,
     storable: bool = False,
 ) -> str:
-    """Return what `auto` means: none, store, copy or adapter, in the order of what was given.
+    """Return what `auto` means: none, store, copy or adapter, in the order of what there is.
 
     A policy without an adapter is its own reference: `storable`, it takes its log-probs before the
     first step, in the arithmetic of the steps, and needs no memory for a copy.
@@ -77,12 +77,12 @@ def resolve_kind(
 
 
 class ReferenceBuilder:
-    """Builds a run's live reference in the order of its setup; of a stored one it knows the kind.
+    """Build a run's live reference in the order of its setup; of a stored one know the kind.
 
     Args:
         model, head: the policy before `attach`, which binds a forward that a copy must not have.
         loss: the objectives, which say whether they compare with a reference, or with two.
-        ref_model, ref_model2: the references that were given.
+        ref_model, ref_model2: models of references, or None.
         objective: as messages name it.
         asked: the kind that is asked for.
         has_store, moves, storable: as `resolve_kind` takes them.
@@ -139,7 +139,7 @@ class ReferenceBuilder:
 
     @property
     def keeps_model(self) -> bool:
-        """Whether a whole model stays beside the policy: a copy, or a second one not stored."""
+        """Return whether a whole model stays beside the policy: a copy, or an unstored second."""
         return self.kind == "copy" or (self.ref_model2 is not None and self.kind != "store")
 
     def running(self, options: HeadOptions, place: Callable[[Any], None]) -> Reference:
@@ -157,8 +157,8 @@ class ReferenceBuilder:
             second = ModelReference.frozen(self.ref_model2)
             reference = SecondReference(self.live, second, options)
             frozen.append(second.model)
-        for each in frozen:
-            place(each)
+        for model in frozen:
+            place(model)
         return reference
 
 
@@ -194,7 +194,7 @@ def effect_at_start(
 
 @dataclass(frozen=True, kw_only=True)
 class StoreBuilder:
-    """Opens reference stores, and fills them with the log-probs of a run's data.
+    """Open reference stores, and fill them with the log-probs of a run's data.
 
     Args:
         accelerator: of the run.
@@ -243,7 +243,7 @@ class StoreBuilder:
         return self._filled(folder, ModelReference(policy, head), **skip)
 
     def of_model(self, folder: str, model: Model) -> ReferenceStore:
-        """Return the store of a model that was given, which is on the device while it computes.
+        """Return the store of another model, which is on the device while it computes.
 
         Raises:
             ValueError: the store is of another key, or is to be filled in a sharded run.

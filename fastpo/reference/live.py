@@ -1,4 +1,4 @@
-"""Where the reference comes from: the model with its adapter off, a frozen copy, disk, or nowhere.
+"""Read the reference from the model with its adapter off, a frozen copy, disk, or nowhere.
 
 A reference is called with the (possibly wrapped) policy and a batch, and returns what
 `PreferenceLoss.of_tokens` takes: target tokens with log-probs beside them, and states of the
@@ -34,20 +34,20 @@ log = logging.getLogger(__name__)
 
 
 class Compared(NamedTuple):
-    """A batch's target tokens beside what references say of them."""
+    """Hold a batch's target tokens beside what references say of them."""
 
     tokens: TargetTokens  # with the log-probs that are known
     states: ReferenceStates | None = None  # of a reference that was run
 
 
 class Reference(Protocol):
-    """What a policy is compared with, or nothing."""
+    """Say what a policy is compared with, or nothing."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> Compared: ...
 
 
 class LiveReference(Protocol):
-    """A reference that runs a model."""
+    """Run a model as the reference."""
 
     model: Any
     head: Head
@@ -56,7 +56,7 @@ class LiveReference(Protocol):
 
 
 def adapter_parameters(model: nn.Module) -> Callable[[str], bool]:
-    """A test of parameter names: is it one that `disable_adapter` takes out of the model?"""
+    """Return a test of names: does `disable_adapter` take that parameter out of the model?"""
     layers = {n for m in model.modules() if isinstance(m, BaseTunerLayer) for n in _names_of(m)}
     layers |= {"modules_to_save", "token_adapter"}
     return lambda name: not layers.isdisjoint(name.split("."))
@@ -96,14 +96,14 @@ def logps_of(source: LiveReference, model: nn.Module, batch: Batch, options: Hea
 
 
 class NoReference:
-    """For objectives that need no reference."""
+    """Leave the batch as it is, for objectives that need no reference."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> Compared:
         return Compared(batch.tokens)
 
 
 class AdapterReference:
-    """The policy's base model: adapters off, saved modules switched back to their originals.
+    """Run the policy's base model: adapters off, saved modules switched back to the originals.
 
     Raises:
         ValueError: a parameter outside the adapter is trained, so that the base is no reference.
@@ -135,21 +135,21 @@ class AdapterReference:
 
 
 class ModelReference:
-    """A whole model: a frozen one beside the policy, or the policy before its first step."""
+    """Run a whole model: a frozen one beside the policy, or the policy before its first step."""
 
     def __init__(self, reference: PreTrainedModel | PeftModel, head: Head) -> None:
         self.model, self.head = reference, head
 
     @classmethod
     def frozen(cls, reference: PreTrainedModel | PeftModel) -> ModelReference:
-        """This model, never trained and in evaluation mode."""
+        """Make a reference of this model, never trained and in evaluation mode."""
         reference.requires_grad_(False).eval()
         attach(reference)
         return cls(reference, read_head(reference))
 
     @classmethod
     def copy_of(cls, policy: PreTrainedModel | PeftModel) -> ModelReference:
-        """The policy as it is now; weights that are not trained are shared with it."""
+        """Copy the policy as it is now; weights that are not trained are shared with it."""
         return cls.frozen(copied(policy, (p for p in policy.parameters() if not p.requires_grad)))
 
     @torch.no_grad()
@@ -162,7 +162,7 @@ class ModelReference:
 
 
 class SecondReference:
-    """A reference, and the log-probs of a second one: any frozen model with the same tokens."""
+    """Add the log-probs of a second reference: any frozen model with the same tokens."""
 
     def __init__(self, first: Reference, second: ModelReference, options: HeadOptions) -> None:
         self.first, self.second, self.options = first, second, options
@@ -174,7 +174,7 @@ class SecondReference:
 
 
 class StoredReference:
-    """Log-probs that the collator read from a `ReferenceStore`, or from two."""
+    """Use log-probs that the collator read from a `ReferenceStore`, or from two."""
 
     def __init__(self, store: ReferenceStore) -> None:
         self.store = store
@@ -189,7 +189,7 @@ def live_reference(
     head: Head,
     ref_model: PreTrainedModel | PeftModel | None = None,
 ) -> AdapterReference | ModelReference:
-    """The reference of kind `adapter` or `copy`; a given `ref_model` is the frozen one.
+    """Return the reference of kind `adapter` or `copy`, which is of `ref_model` if there is one.
 
     Raises:
         ValueError: the reference's head has other facts (soft-cap, scale) than the policy's.
@@ -210,7 +210,7 @@ def live_reference(
 def starting_reference(
     asked: str, live: AdapterReference, effect: float
 ) -> AdapterReference | ModelReference:
-    """The model at the start: its adapter off where it does nothing yet, else a copy.
+    """Return the model at the start: its adapter off where it does nothing yet, else a copy.
 
     Args:
         asked: what the configuration says; `adapter` means the base model whatever the adapter is.
@@ -222,21 +222,21 @@ def starting_reference(
     """
     if not effect:
         return live
-    told = f"log-probs change by up to {effect:.2g} with the adapter switched off"
+    change = f"log-probs change by up to {effect:.2g} with the adapter switched off"
     if asked != "adapter":
-        log.info("the reference is a copy of the model at the start: %s", told)
+        log.info("the reference is a copy of the model at the start: %s", change)
         return ModelReference.copy_of(live.model)
     if (altered := altered_base(live.model)) is not None:
         raise ValueError(
-            f"reference='adapter', but {altered} changed the weights under the adapter ({told}): "
+            f"reference='adapter', but {altered} changed the weights under the adapter ({change}): "
             "use reference='auto' or 'copy', which take the model as it is at the start"
         )
-    log.info("the reference is the base model, not the model at the start: %s", told)
+    log.info("the reference is the base model, not the model at the start: %s", change)
     return live
 
 
 def num_targets(group: Group) -> int:
-    """How many log-probs a group has: scored tokens of its candidates and extras."""
+    """Count the log-probs of a group: scored tokens of its candidates and extras."""
     return sum(int(r.loss_mask.sum()) for r in group.every)
 
 

@@ -1,11 +1,11 @@
-r"""References that follow the policy: TR-DPO's mixing and BEMA's corrected average.
+r"""Move references after the policy: TR-DPO's mixing and BEMA's corrected average.
 
 After every `every` steps, with t the optimiser step:
 
 - `mix` (TR-DPO, arXiv 2404.09656): $\theta_{ref} \leftarrow a\,\theta_t + (1-a)\,\theta_{ref}$;
   a = 1 copies the policy.
 - `bema` (arXiv 2508.00180): $E \leftarrow (1-b_t) E + b_t \theta_t$, then $\theta_{ref} \leftarrow
-  \alpha_t(\theta_t - \theta_0) + E$, with $b_t = (\rho + \gamma t)^{-\kappa}$ and
+  \alpha_t(\theta_t - \theta_0) + E$; there $b_t = (\rho + \gamma t)^{-\kappa}$ and
   $\alpha_t = (\rho + \gamma t)^{-\eta}$.
 
 Only parameters that the policy trains move, so a LoRA run pays for the adapter alone. What a rule
@@ -30,7 +30,7 @@ FILE = "reference.safetensors"
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """How the reference moves.
+    """Say how the reference moves.
 
     Args:
         every: optimiser steps between updates.
@@ -60,7 +60,7 @@ class UpdateRule:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> UpdateRule:
-        """The rule with these fields; an unknown one raises ValueError."""
+        """Make the rule with these fields; an unknown one raises ValueError."""
         known = [f.name for f in fields(cls)]
         for name in values:
             if name not in known:
@@ -69,7 +69,7 @@ class UpdateRule:
 
 
 class ReferenceUpdate(TrainerCallback):
-    """Moves a frozen reference model towards the policy as it trains.
+    """Move a frozen reference model towards the policy as it trains.
 
     Args:
         rule: when and how.
@@ -82,17 +82,18 @@ class ReferenceUpdate(TrainerCallback):
 
     def __init__(self, rule: UpdateRule, policy: nn.Module, reference: nn.Module) -> None:
         self.rule = rule
-        theirs = dict(reference.named_parameters())
+        ref_parameters = dict(reference.named_parameters())
         self.pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
         for name, parameter in policy.named_parameters():
             if not parameter.requires_grad:
                 continue
-            if name not in theirs or theirs[name].shape != parameter.shape:
+            target = ref_parameters.get(name)
+            if target is None or target.shape != parameter.shape:
                 raise ValueError(
                     f"reference_update moves the reference to the policy, but the reference has no "
                     f"{name} of shape {tuple(parameter.shape)}: use the policy's own architecture"
                 )
-            self.pairs[name] = parameter, theirs[name]
+            self.pairs[name] = parameter, target
         self.start: dict[str, Tensor] = {}
         self.average: dict[str, Tensor] = {}
         if rule.rule == "bema":
@@ -118,8 +119,8 @@ class ReferenceUpdate(TrainerCallback):
     def save(self, folder: Path) -> None:
         """Write the reference's moving part, and what the rule remembers, into a checkpoint."""
         tensors = {f"reference.{n}": r.detach().contiguous() for n, (_, r) in self.pairs.items()}
-        for kind, held in (("start", self.start), ("average", self.average)):
-            tensors |= {f"{kind}.{name}": value.contiguous() for name, value in held.items()}
+        for kind, values in (("start", self.start), ("average", self.average)):
+            tensors |= {f"{kind}.{name}": value.contiguous() for name, value in values.items()}
         save_file(tensors, folder / FILE)
 
     @torch.no_grad()
@@ -137,6 +138,6 @@ class ReferenceUpdate(TrainerCallback):
         tensors = load_file(folder / FILE)
         for name, (_, reference) in self.pairs.items():
             reference.copy_(tensors[f"reference.{name}"])
-        for kind, held in (("start", self.start), ("average", self.average)):
-            for name, value in held.items():
+        for kind, values in (("start", self.start), ("average", self.average)):
+            for name, value in values.items():
                 value.copy_(tensors[f"{kind}.{name}"])

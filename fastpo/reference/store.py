@@ -1,9 +1,9 @@
-"""Reference log-probabilities on disk: computed once, resumable, refused when they are stale.
+"""Store reference log-probabilities on disk: computed once, resumable, refused when stale.
 
 A store is a folder: `store.json` says what it was computed with, `shard-*.safetensors` hold the
-numbers. Every group is found by a hash of its tokens, so the order of the data is free, rows may be
-added later, and a group whose tokens changed is computed again instead of being misread. What no
-token shows (the model, its dtype) is in the key; a store with another key is refused.
+numbers. A hash of its tokens finds every group, so the order of the data is free and rows may be
+added later. A group whose tokens changed is computed again instead of being misread. What no token
+shows (the model, its dtype) is in the key; a store with another key is refused.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _hash(value: Any) -> str:
 
 
 def fingerprint(model: nn.Module, skip: Callable[[str], bool] = lambda name: False) -> str:
-    """Hash of a model's configuration and weights.
+    """Return a hash of a model's configuration and weights.
 
     Every byte of every parameter and buffer enters through an integer sum, taken on its device in
     one pass over memory; 4096 strided elements enter in order as well, so permuted weights differ.
@@ -80,7 +80,7 @@ def store_key(
     share_prompt: bool,
     skip: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, str]:
-    """What a store depends on, part by part, so that a refusal can name the part that changed."""
+    """Return what a store depends on, by parts, so that a refusal can name what changed."""
     vocabulary = sorted(tokenizer.get_vocab().items()) if tokenizer is not None else []
     special = getattr(tokenizer, "special_tokens_map", {})
     return {
@@ -96,7 +96,7 @@ def store_key(
 
 
 def key_digest(key: Mapping[str, str]) -> str:
-    """A short name of what a store depends on."""
+    """Return a short name of what a store depends on."""
     return _hash(dict(key))[:12]
 
 
@@ -108,7 +108,7 @@ def _digest(shard: Mapping[str, np.ndarray]) -> str:
 
 
 def _index_of(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Keys [G, 16] uint8 of a shard's groups, and where their log-probs end, [G] int64.
+    """Return the keys [G, 16] uint8 of a shard's groups, and the ends [G] of their log-probs.
 
     Raises:
         ValueError: its bytes are not those that were written, or its arrays do not fit together.
@@ -131,7 +131,7 @@ def _index_of(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 class ReferenceStore:
-    """Per-token reference log-probs of groups, one float32 for each label token of the batch.
+    """Keep per-token reference log-probs of groups, one float32 a target token.
 
     Args:
         path: the folder; created when missing.
@@ -169,8 +169,8 @@ class ReferenceStore:
             self._write(meta, lambda partial: partial.write_text(text, encoding="utf-8"))
         # Read back also where it was just written: another run may have been faster.
         with reading(meta, "delete the folder, or give another reference_store"):
-            held = dict(json.loads(meta.read_bytes())["key"])
-        changed = [part for part in key if held.get(part) != key[part]]
+            stored = dict(json.loads(meta.read_bytes())["key"])
+        changed = [part for part in key if stored.get(part) != key[part]]
         if changed:
             raise ValueError(
                 f"the reference store {self.path} is stale: {', '.join(changed)} changed since it "
@@ -199,7 +199,7 @@ class ReferenceStore:
         return group_key(group) in self._index
 
     def __getitem__(self, group: Group) -> np.ndarray:
-        """[n] float32, in the order of the group's label tokens."""
+        """Return [n] float32, in the order of the group's target tokens."""
         key = group_key(group)
         if key not in self._index:
             raise ValueError(
@@ -216,15 +216,15 @@ class ReferenceStore:
         return {**self.__dict__, "_open": {}}  # mapped files do not cross to loader processes
 
     def missing(self, groups: Iterable[Group]) -> list[int]:
-        """Indices of the groups that are not stored, each distinct group once."""
+        """Return the indices of groups that are not stored, one of each distinct group."""
         seen = set(self._index)
-        found = []
+        missing = []
         for index, group in enumerate(groups):
             key = group_key(group)
             if key not in seen:
                 seen.add(key)
-                found.append(index)
-        return found
+                missing.append(index)
+        return missing
 
     def add(self, groups: Sequence[Group], logps: Sequence[np.ndarray]) -> None:
         """Write one shard; it is complete on disk before its name exists."""
@@ -250,7 +250,7 @@ class ReferenceStore:
 
 
 class ShardWriter:
-    """Collects results and writes a shard every `groups` groups or `seconds`."""
+    """Collect results and write a shard every `groups` groups or `seconds`."""
 
     def __init__(self, store: ReferenceStore, groups: int = 512, seconds: float = 30.0) -> None:
         self.store, self.groups, self.seconds = store, groups, seconds
@@ -266,7 +266,7 @@ class ShardWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is held."""
+        """Write what was added since the last shard."""
         if self._groups:
             self.store.add(self._groups, self._logps)
         self._groups, self._logps, self._since = [], [], time.monotonic()

@@ -22,6 +22,7 @@ from fastpo.loss.preference_loss import PreferenceLoss
 from fastpo.model.limits import Positions, Vocabulary
 from fastpo.model.self_check import can_share_prompt, self_check
 from fastpo.objectives.domain import Domain
+from fastpo.objectives.vocabulary import SCORES
 from fastpo.train.config import PreferenceConfig
 from fastpo.train.optimizers import lost_steps
 
@@ -128,22 +129,20 @@ def _misfit(loss: PreferenceLoss, needs: frozenset[str], group: Group) -> str | 
         if not component.objective.takes(count):
             return component.objective.size_error(count, "the row")
     names = " + ".join(c.objective.name for c in loss.components)
-    if "score" in needs and any(r.score is None for r in group.responses):
-        return f"{names} needs a grade of every response: a `scores` column (higher is better)"
-    if "margin" in needs and group.margin is None:
-        return f"{names} needs a `margin` column: how much better the chosen response is"
-    if "population" in needs and group.population is None:
-        return f"{names} needs a `group` column: the population that the row comes from"
-    if "token_rewards" in needs and any(r.token_rewards is None for r in group.responses):
-        return (
-            f"{names} needs a `token_rewards` column, a signed number for every token: "
-            "`fastpo weigh --rule treg` writes one"
-        )
+    for name, score in SCORES.items():  # in the table's order, whatever the components' is
+        if name in needs and score.column is not None and _lacks(group, name):
+            return f"{names} needs {score.column}"
     for role in loss.extras:
         if role not in group.extras:
             column = f", from a `{CONTEXT_ROLES[role][0]}` column" if role in CONTEXT_ROLES else ""
             return f"{names} needs a {role!r} response of every row{column}"
     return None
+
+
+def _lacks(group: Group, name: str) -> bool:
+    """Return whether a group, or a response of it, has no value of a score that rows bring."""
+    owners = [group] if SCORES[name].shape == "[G]" else group.responses
+    return any(getattr(owner, name) is None for owner in owners)
 
 
 # ---- Data ----

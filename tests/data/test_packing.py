@@ -1,4 +1,4 @@
-"""The packed and the padded batch hold the same tokens, and every label token its predecessor."""
+"""The packed and the padded batch hold the same tokens, and every target token its predecessor."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def test_turns(tokenizers: Any) -> None:
         assert response.input_ids.tolist() == a + QUESTIONS[1] + b + QUESTIONS[2] + c
         assert response.input_ids[response.loss_mask].tolist() == a + b + c
     assert [r.label for r in group.responses] == [True, False]
-    # What the reference reads: its label tokens are those of the group, one by one.
+    # What the reference reads: its target tokens are those of the group, one by one.
     seen = [
         (context.prompt_ids.tolist(), response.input_ids.tolist())
         for context in group.for_reference.contexts

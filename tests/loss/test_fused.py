@@ -30,5 +30,5 @@ def test_a_kernel_reads_only_what_the_objective_needs():
         if objective.fn in FUSED:
             call = FUSED[objective.fn](SimpleNamespace(**objective.hyper))
             if call is not None:
-                read = {call.score, call.given, call.reward_of} - {None}
+                read = {call.score, call.beside, call.reward_of} - {None}
                 assert read <= set(objective.needs), objective.name

@@ -46,7 +46,7 @@ def by_hand(padded, head, name):
 
 
 def packed(padded):
-    """The same batch as label tokens with a segment table, responses in another order."""
+    """The same batch as target tokens with a segment table, responses in another order."""
     order = torch.tensor([4, 1, 0, 3, 5, 2])  # response r of the table is padded row order[r]
     rows = [padded["labels"][i] != -100 for i in order]
     response = torch.cat([torch.full((int(m.sum()),), r) for r, m in enumerate(rows)])
