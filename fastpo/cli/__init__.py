@@ -337,7 +337,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     doctor.add_argument(
         "--trust-remote-code", action="store_true", help="run code of the checkpoint"
     )
-    doctor.add_argument("--tokens", type=int, default=4096, help="label tokens a batch (4096)")
+    doctor.add_argument("--tokens", type=int, default=4096, help="target tokens a batch (4096)")
     doctor.add_argument("--workspace-mib", default="auto", help="as in recipes (auto)")
 
     planned = command(

@@ -183,7 +183,7 @@ def _extras() -> None:
 def _head_costs(head: Head, device: torch.device, tokens: int, workspace_mib: Workspace) -> None:
     vocabulary, width = head.weight.shape
     product, mib = 2 * tokens * vocabulary * width / 1e12, workspace_in_mib(workspace_mib, device)
-    print(f"\nhead, {tokens} label tokens x {width} x {vocabulary}; 2NDV is {product:.3g} TFLOP")
+    print(f"\nhead, {tokens} target tokens x {width} x {vocabulary}; 2NDV is {product:.3g} TFLOP")
     dtype = head.weight.dtype if native_bf16(device) else torch.float32
     cases: dict[str, dict[str, Any]] = {
         "scoring": {"needs_hidden": False},

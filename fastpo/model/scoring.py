@@ -37,16 +37,16 @@ class Scorer:
 
     @torch.no_grad()
     def hidden(self, batch: Batch) -> Tensor:
-        """[N, D] states that predict the batch's label tokens."""
+        """[N, D] states that predict the batch's target tokens."""
         return target_hidden(self.model, batch).to(self.head.weight.dtype)
 
     @torch.no_grad()
     def logps(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """[N] log-probabilities of the batch's label tokens."""
+        """[N] log-probabilities of the batch's target tokens."""
         return self.head.logps(hidden, batch.tokens.targets)
 
     def __call__(self, batch: Batch) -> Tensor:
-        """[N] log-probabilities of the batch's label tokens."""
+        """[N] log-probabilities of the batch's target tokens."""
         return self.logps(self.hidden(batch), batch)
 
 
