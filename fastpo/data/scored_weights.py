@@ -1,6 +1,6 @@
 r"""Numbers of single tokens from two scorers: how much likelier the better one finds a token.
 
-With $d_t = \ell^+_t - \ell^-_t$ the difference of the target token's log-probs under the two scorers
+With $d_t = \ell^+_t - \ell^-_t$ the difference of a target token's log-probs under both scorers
 (two models, an adapter and its base, or one model after two prompts):
 
 | rule | column | numbers | paper |
