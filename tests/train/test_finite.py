@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from tests.train import tiny
+from fastpo.train.trainer import PreferenceTrainer
+from tests.train import child, tiny
 
 
 class Weights(TrainerCallback):
@@ -64,3 +66,40 @@ def test_a_run_that_was_stopped_within_a_step_begins_anew(trainer: Any) -> None:
     made.train_dataset = tiny.pairs(4)
     made.args.max_steps = 1
     made.train()
+
+
+def one_of_two(rank: int, port: int, folder: str) -> None:
+    """Train on pairs of which rank 1 meets a bad one in the second step; write what it was told."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    weights = Weights()
+    made = PreferenceTrainer(
+        tiny.model(),
+        tiny.config(
+            folder,
+            train_sampling_strategy="sequential",
+            per_device_train_batch_size=1,
+            max_steps=4,
+        ),
+        train_dataset=poisoned(8, 3),
+        processing_class=tiny.tokenizer(),
+        callbacks=[weights],
+    )
+    try:
+        made.train()
+    except FloatingPointError as error:
+        model = made.accelerator.unwrap_model(made.model)
+        kept = all(torch.equal(p, weights.last[n]) for n, p in model.named_parameters())
+        Path(folder, f"told-{rank}").write_text(f"{kept} {error}")
+    os._exit(0)  # the ranks stopped within a step, and do not meet again
+
+
+def test_no_rank_steps_on_a_loss_of_another(tmp_path: Path) -> None:
+    port = child.free_port()
+    ranks = [child.start(one_of_two, rank, port, str(tmp_path)) for rank in (0, 1)]
+    for process in ranks:
+        process.join(120)
+    told = [(tmp_path / f"told-{rank}").read_text() for rank in (0, 1)]
+    assert "True the loss is not finite in step 2, from rows of another rank" in told[0]
+    assert "True the loss is nan in step 2, from tiny.jsonl row 3" in told[1]
