@@ -124,6 +124,10 @@ class Segments:
             tokens = tokens + lengths[index]
         return tokens.tolist()
 
+    def with_places(self) -> Segments:
+        """Return the same segments with all places at hand; made on the host, nobody waits."""
+        return replace(self, places={where: places_of(where, self) for where in get_args(Where)})
+
     def at(self, where: Where) -> Tensor:
         """Return [n] int64, the flat places that `where` names; a device sync without `places`."""
         return self.places[where] if where in self.places else places_of(where, self)
@@ -192,10 +196,8 @@ def changed_tensors(record: Any, change: Callable[[Tensor], Tensor]) -> dict[str
         value = getattr(record, f.name)
         if isinstance(value, Tensor):
             changed[f.name] = change(value)
-        elif isinstance(value, Mapping) and value:
-            changed[f.name] = {
-                k: change(v) if isinstance(v, Tensor) else v for k, v in value.items()
-            }
+        elif isinstance(value, Mapping):
+            changed[f.name] = {name: change(tensor) for name, tensor in value.items()}
     return changed
 
 

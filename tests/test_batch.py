@@ -78,8 +78,18 @@ def test_places_known_on_the_host_are_those_of_the_masks(share_prompt: bool) -> 
     groups = [*tiny.groups(2, 3), *tiny.groups(2, 2, seed=1), *tiny.groups(2, 1, seed=2)]
     groups[3].responses[1].label = True
     segments = collate(groups, share_prompt=share_prompt, pad_token_id=0).tokens.segments
+    slots = [(g, k, k < len(group.responses)) for g, group in enumerate(groups) for k in range(3)]
+    good = [[bool(r.label) for r in group.responses] + [False] * 3 for group in groups]
+    expected = {
+        "groups": [0, 1, 2, 3, 4, 5],
+        "full groups": [0, 1],
+        "candidates": [3 * g + k for g, k, there in slots if there],
+        "desirable": [3 * g + k for g, k, there in slots if there and good[g][k]],
+    }
+    asked = replace(segments, places={})
     for where in get_args(Where):
-        assert torch.equal(segments.at(where), places_of(where, segments)), where
+        assert segments.places[where].tolist() == expected[where], where
+        assert asked.at(where).tolist() == expected[where], where
         assert 0 < len(segments.at(where)) < segments.grid.numel() or where == "groups"
     with pytest.raises(ValueError, match="where='all': choose one of"):
         places_of("all", segments)  # pyright: ignore[reportArgumentType]

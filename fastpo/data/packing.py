@@ -19,7 +19,7 @@ import torch
 
 from fastpo.batch import Batch, Counts, GroupSpan, Layout, TargetTokens
 from fastpo.data.groups import Context, Group, Response
-from fastpo.segments import Bounds, Segments, Where
+from fastpo.segments import Bounds, Segments
 
 
 class ModelInputs(NamedTuple):
@@ -264,18 +264,11 @@ def _segments(groups: list[Group], response: np.ndarray) -> Segments:
     label = table([_labels(group) for group in groups], False, bool)
     lengths = np.bincount(response, minlength=int(num.sum()))  # [R]
     ends = [0, *np.cumsum(num).tolist()]
-    masks: dict[Where, Any] = {
-        "groups": filled.any(1),
-        "full groups": filled.all(1),
-        "candidates": filled,
-        "desirable": label.numpy() & filled,
-    }
-    return Segments(
+    segments = Segments(
         response=torch.from_numpy(response),
         grid=torch.from_numpy(np.where(filled, base[:, None] + slot, -1)),
         label=label,
         bounds=Bounds(responses=tuple(ends), lengths=tuple(lengths.tolist())),
-        places={w: torch.from_numpy(m.ravel().nonzero()[0]) for w, m in masks.items()},
         num_responses=int(num.sum()),
         score=None if np.isnan(np.concatenate(scores)).all() else table(scores, 0, np.float32),
         rank=table(ranks, slot, np.int64),
@@ -285,6 +278,7 @@ def _segments(groups: list[Group], response: np.ndarray) -> Segments:
         index=torch.tensor([group.row for group in groups]),
         extras={role: torch.from_numpy(base + candidates + i) for i, role in enumerate(roles)},
     )
+    return segments.with_places()
 
 
 def _column(values: list, name: str, groups: list[Group]) -> torch.Tensor | None:

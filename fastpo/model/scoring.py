@@ -16,9 +16,7 @@ from fastpo.head.head import Head
 from fastpo.model.head_facts import read_head
 from fastpo.model.hidden import target_hidden
 from fastpo.model.limits import Positions, Vocabulary
-from fastpo.model.self_check import self_check
-
-_CHECKED = 8  # number of groups that a model is checked on before its first batch
+from fastpo.model.self_check import CHECKED, self_check
 
 
 class HasHead(Protocol):
@@ -75,7 +73,7 @@ class Packer:
         self.pad_token_id = self.vocabulary.padding
         self.device = scorers[0].head.weight.device
         self.share_prompt = all(
-            self_check(s.model, s.head, groups[:_CHECKED], self.pad_token_id).share_prompt
+            self_check(s.model, s.head, groups[:CHECKED], self.pad_token_id).share_prompt
             for s in scorers
         )
 

@@ -23,6 +23,8 @@ from fastpo.model.hidden import attach, causal_lm, decoder_of, mode, target_hidd
 
 logger = logging.getLogger(__name__)
 
+CHECKED = 8
+"""Number of groups that are looked at before a model's first batch."""
 # So many tokens of a group are enough to see a wrong mask and cost next to nothing.
 _PROMPT_TOKENS, _RESPONSE_TOKENS = 24, 8
 # Gradients keep what every layer saw, 10 MB a token in a 7B model: 24 tokens of one pair.

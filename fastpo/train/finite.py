@@ -16,7 +16,15 @@ from fastpo.loss.metrics import LossOutput
 class _Seen(NamedTuple):
     loss: Tensor  # []
     losses: Tensor  # [G]
-    rows: list[str]  # [G], as messages name them
+    sources: tuple[str, ...]  # [G]
+    row_numbers: tuple[int, ...]  # [G]
+
+    def rows(self) -> list[str]:
+        """Name the rows that a loss that is not finite comes from, or all where none stands out."""
+        names = zip(self.sources, self.row_numbers, strict=True)
+        every = [f"{source or 'rows'} row {number}" for source, number in names]
+        bad = (~self.losses.isfinite()).tolist()
+        return [name for name, wrong in zip(every, bad, strict=True) if wrong] or every
 
 
 class FiniteLosses(TrainerCallback):
@@ -30,9 +38,8 @@ class FiniteLosses(TrainerCallback):
 
     def add(self, output: LossOutput, batch: Batch) -> None:
         """Keep the losses of a micro-batch."""
-        names = zip(batch.sources, batch.row_numbers, strict=True)
-        rows = [f"{source or 'rows'} row {number}" for source, number in names]
-        self._seen.append(_Seen(output.loss.detach(), output.losses, rows))
+        loss, losses = output.loss.detach(), output.losses
+        self._seen.append(_Seen(loss, losses, batch.sources, batch.row_numbers))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget the micro-batches of a run that was stopped within a step."""
@@ -56,9 +63,7 @@ class FiniteLosses(TrainerCallback):
         here = [each for each, bad in zip(seen, wrong.tolist(), strict=True) if bad]
         value, rows = "not finite", "rows of another rank"
         if here:
-            value, bad = here[0].loss.item(), (~here[0].losses.isfinite()).tolist()
-            named = [name for name, each in zip(here[0].rows, bad, strict=True) if each]
-            rows = ", ".join(named or here[0].rows)
+            value, rows = here[0].loss.item(), ", ".join(here[0].rows())
         raise FloatingPointError(
             f"the loss is {value} in step {state.global_step + 1}, from {rows}; look at these "
             f"rows, lower learning_rate={args.learning_rate}, or resume from a checkpoint before it"

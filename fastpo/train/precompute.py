@@ -11,6 +11,7 @@ from fastpo.data.groups import Group
 from fastpo.data.token_budget import token_rows
 from fastpo.reference.build import Model, StoreBuilder
 from fastpo.reference.live import StoredReference
+from fastpo.train.preflight import is_sharded
 
 if TYPE_CHECKING:
     from fastpo.train.trainer import PreferenceTrainer
@@ -74,7 +75,7 @@ def _builder(trainer: PreferenceTrainer) -> StoreBuilder:
             _within_budget, most=args.max_tokens_per_row, share_prompt=collator.share_prompt
         ),
         options=trainer._head_options,
-        sharded=trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled,
+        sharded=is_sharded(trainer),
         progress=not args.disable_tqdm,
     )
 

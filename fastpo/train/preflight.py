@@ -20,7 +20,7 @@ from fastpo.data.token_budget import check_budget
 from fastpo.head.head import Head
 from fastpo.loss.preference_loss import PreferenceLoss
 from fastpo.model.limits import Positions, Vocabulary
-from fastpo.model.self_check import can_share_prompt, self_check
+from fastpo.model.self_check import CHECKED, can_share_prompt, self_check
 from fastpo.objectives.domain import Domain
 from fastpo.objectives.vocabulary import SCORES
 from fastpo.train.config import PreferenceConfig
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CHECKED = 8
-"""Groups of a stream, or of a self-check, that are looked at before the first step."""
 _JUDGED = 64  # groups of a stream that are searched for what hardly teaches anything
 
 Grades = Sequence[tuple[str, Domain]]
@@ -42,7 +40,7 @@ Grades = Sequence[tuple[str, Domain]]
 def check_fit(
     loss: PreferenceLoss, groups: Iterable[Group], *, reference_prompt: str = "prompt"
 ) -> None:
-    """Nothing, or the first group that the objective or its reference cannot take.
+    """Refuse the first group that the objective or its reference cannot take.
 
     Raises:
         ValueError: names source and row, what is missing, and what to do about it.
@@ -58,7 +56,7 @@ def check_fit(
 
 
 def check_grades(grades: Grades, group: Group) -> None:
-    """ValueError, with source and row, for a grade outside the domain of an objective."""
+    """Refuse a grade outside the domain of an objective: ValueError with source and row."""
     for name, domain in grades:
         for response in group.responses:
             if response.score is not None and not domain.holds(response.score):
@@ -71,7 +69,7 @@ def check_grades(grades: Grades, group: Group) -> None:
 def doubts(
     loss: PreferenceLoss, groups: Sequence[Group], *, seen: int, whole: bool = True
 ) -> Iterator[str]:
-    """What the objective can take, and will hardly learn from: a sentence each, with a remedy.
+    """Yield a sentence, with a remedy, for all that the objective will hardly learn from.
 
     Args:
         loss: the objectives.
@@ -113,7 +111,7 @@ def doubts(
 
 
 def _tied(group: Group, *, by_score: bool) -> bool:
-    """Whether several candidates have one rank, or one grade where that counts."""
+    """Return whether several candidates have one rank, or one grade where that counts."""
     several = len(group.responses) > 1
     ranks, scores = ({getattr(r, of) for r in group.responses} for of in ("rank", "score"))
     return several and ((len(ranks) == 1 and None not in ranks) or (by_score and len(scores) == 1))
@@ -146,6 +144,11 @@ def _lacks(group: Group, name: str) -> bool:
 
 
 # ---- Data ----
+
+
+def is_sharded(trainer: Trainer) -> bool:
+    """Return whether a rank holds only a part of the weights."""
+    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
 
 
 def first_groups(dataset: Any, count: int) -> list[Group]:
@@ -273,7 +276,7 @@ def refuse_unsupported(trainer: Trainer, *, keeps_model: bool) -> None:
             f"max_tokens_per_row={args.max_tokens_per_row}: DeepSpeed takes a step with "
             "every backward; use per_device_train_batch_size and gradient_accumulation_steps"
         )
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    sharded = is_sharded(trainer)
     if keeps_model and sharded:
         raise ValueError(
             "reference='copy' would put a whole model on every rank of a sharded run: use "
@@ -392,7 +395,7 @@ def run_self_check(trainer: PreferenceTrainer, data: Any) -> bool:
     args, collator = trainer.args, trainer.collator
     if not args.self_check or data is None:
         return False
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    if is_sharded(trainer):
         log.info("no self-check: the weights are sharded")
         return False
     shares, reason = check_numbers(

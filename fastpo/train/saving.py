@@ -12,6 +12,7 @@ from transformers import Trainer
 from fastpo.model.adapters import copied
 from fastpo.model.merge import write_merged
 from fastpo.train.folder import STAGING, RunFolder
+from fastpo.train.preflight import is_sharded
 
 
 def save_model(trainer: Trainer, write: Callable[[str | None, bool], None], folder: Path) -> None:
@@ -25,7 +26,7 @@ def save_model(trainer: Trainer, write: Callable[[str | None, bool], None], fold
     Raises:
         ValueError: a file there that this tool did not write; names it.
     """
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    sharded = is_sharded(trainer)
     if trainer.is_world_process_zero():
         with RunFolder.at(folder).placing() as staging:
             write(str(staging), True)

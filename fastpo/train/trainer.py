@@ -57,6 +57,7 @@ from fastpo.model.hidden import (
 )
 from fastpo.model.limits import Positions, Vocabulary
 from fastpo.model.offload import LayerInputOffload
+from fastpo.model.self_check import CHECKED
 from fastpo.reading import reading
 from fastpo.reference.build import ReferenceBuilder, effect_at_start
 from fastpo.reference.live import AdapterReference, ModelReference, Reference, StoredReference
@@ -87,7 +88,6 @@ from fastpo.train.metrics import JsonlCallback, KLBudget, ProgressCallback
 from fastpo.train.optimizers import as_told, schedule_told
 from fastpo.train.precompute import stored_reference
 from fastpo.train.preflight import (
-    CHECKED,
     DataCheck,
     first_groups,
     refuse_no_step,
