@@ -41,7 +41,7 @@ from fastpo.model.offload import LayerInputOffload
 from fastpo.model.random_init import model_config
 from fastpo.model.tiled_mlp import tile_mlps
 from fastpo.optional import require_transformers
-from fastpo.plan import CONTEXT, Job, Plan, Shape, plan
+from fastpo.planner.memory import CONTEXT, Job, Plan, Shape, plan
 
 # More than 1 GiB a step, from wide MLPs on a narrow attention: two cores spend a minute on it.
 _WIDE = {

@@ -33,7 +33,7 @@ from fastpo.data.groups import Group, Response
 from fastpo.data.packing import collate
 from fastpo.head.functional import linear_stats
 from fastpo.model.hidden import attach, target_hidden
-from fastpo.train.run import Run
+from fastpo.run.record import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "examples/json_person.yaml"

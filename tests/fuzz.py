@@ -40,7 +40,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from fastpo.train.values import choices, parse
+from fastpo.recipe.values import choices
+from fastpo.yaml_text import parse
 
 FAULTS = ("traceback", "silent", "lost", "unnamed", "stopped")
 
@@ -599,7 +600,7 @@ def fuzz(
     import transformers
 
     from fastpo.objectives import OBJECTIVES
-    from fastpo.train.recipe import fields_of_recipe
+    from fastpo.recipe.recipe import fields_of_recipe
 
     torch.set_num_threads(1)
     datasets.disable_progress_bars()

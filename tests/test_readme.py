@@ -10,7 +10,7 @@ import fastpo.objectives
 from fastpo.cli.objectives import markdown, markdown_scores
 from fastpo.objectives import SECTIONS
 from fastpo.objectives.vocabulary import SCORES
-from fastpo.train.recipe import load_recipe
+from fastpo.recipe.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -9,8 +9,8 @@ import pytest
 from peft import LoraConfig
 
 from fastpo.objectives import OBJECTIVES
+from fastpo.recipe.recipe import fields_of_recipe
 from fastpo.redact import REDACTED, is_secret, redact
-from fastpo.train.recipe import fields_of_recipe
 
 
 @pytest.mark.parametrize(

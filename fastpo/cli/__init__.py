@@ -382,8 +382,8 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from fastpo.train.report import write_model_card, write_report
-    from fastpo.train.run import Run
+    from fastpo.report.page import write_model_card, write_report
+    from fastpo.run.record import Run
 
     run = Run.read(arguments.run)
     if not (run.facts or run.log or run.state or run.recipe):

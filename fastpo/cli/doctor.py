@@ -238,7 +238,7 @@ def _model(arguments: argparse.Namespace, device: torch.device) -> None:
     from fastpo.model.load import trained_adapter
     from fastpo.model.self_check import can_share_prompt
     from fastpo.reading import opening
-    from fastpo.train.chart import short
+    from fastpo.report.chart import short
 
     adapter = trained_adapter(arguments.model)
     name = adapter.base if adapter else arguments.model

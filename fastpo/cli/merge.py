@@ -9,7 +9,7 @@ from typing import Any
 from fastpo.cli.models import open_model, open_tokenizer
 from fastpo.model.load import check_place, trained_adapter
 from fastpo.model.merge import write_merged
-from fastpo.train.folder import RunFolder
+from fastpo.run.folder import RunFolder
 
 
 def merge(arguments: argparse.Namespace) -> int:

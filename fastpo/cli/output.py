@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from fastpo.train.folder import belongs
+from fastpo.run.folder import belongs
 
 
 def partial_of(path: Path) -> Path:

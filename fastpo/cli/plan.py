@@ -12,9 +12,20 @@ from fastpo.head.schedule import auto_workspace_mib
 from fastpo.loss.preference_loss import PreferenceLoss
 from fastpo.model.load import check_place, trained_adapter
 from fastpo.model.random_init import model_config
-from fastpo.plan import CARDS, EFFICIENCY, GIB, Advice, Card, Job, Plan, Shape, advise, plan
+from fastpo.planner.memory import (
+    CARDS,
+    EFFICIENCY,
+    GIB,
+    Advice,
+    Card,
+    Job,
+    Plan,
+    Shape,
+    advise,
+    plan,
+)
+from fastpo.recipe.recipe import Recipe, load_recipe
 from fastpo.reference.build import resolve_kind
-from fastpo.train.recipe import Recipe, load_recipe
 
 # Responses of a group where neither a flag nor the objective says: lists as LOGO has them.
 _CANDIDATES = {"point": 1, "pair": 2, "list": 3}

@@ -31,7 +31,7 @@ from fastpo.model.device import default_device
 from fastpo.model.hidden import generation
 from fastpo.model.limits import Positions, Vocabulary
 from fastpo.redact import redact
-from fastpo.train.folder import write_text
+from fastpo.run.folder import write_text
 
 BLOCK = 16  # documents whose questions, and whose answers, are written together
 

@@ -28,14 +28,14 @@ from fastpo.cli.output import check_outputs, json_lines
 from fastpo.cli.reading import data_options
 from fastpo.cli.token_view import SHOWN, token_rows, write_page
 from fastpo.data.dataset import build_groups
-from fastpo.data.follow_ups import followed_up, next_turns, read_follow_ups
 from fastpo.data.groups import Group, Response
 from fastpo.data.rows import load_rows
 from fastpo.loss.scores import score_responses
 from fastpo.model.device import default_device
 from fastpo.model.diagnostics import ches, entanglement
-from fastpo.model.scoring import Packer, Scorer
 from fastpo.redact import redact
+from fastpo.scoring.follow_ups import followed_up, next_turns, read_follow_ups
+from fastpo.scoring.scorer import Packer, Scorer
 
 _SCORES = ("logps", "mean_logps", "reward", "follow_up")
 
@@ -68,7 +68,7 @@ def _follow_up_rewards(
     pack: Callable[[list[Group]], Batch],
     policy: Scorer,
 ) -> list[float]:
-    """Of every response in order; see `fastpo.data.follow_ups`."""
+    """Of every response in order; see `fastpo.scoring.follow_ups`."""
     positive, negative = turns
     every = [each for group in groups for each in followed_up(group, [*positive, *negative], eos)]
     batch = pack(every)

@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fastpo.data.groups import Group
 from fastpo.redact import redact
-from fastpo.train.folder import write_text
-from fastpo.train.report import STYLE
+from fastpo.report.page import STYLE
+from fastpo.run.folder import write_text
 
 SHOWN = 50  # groups on a page: 100 responses of 300 tokens are 4 MB
 FULL = 95  # percentile of |reward| from which on the colour is full, so that outliers hide nothing

@@ -37,18 +37,18 @@ from fastpo.model.limits import vocabulary_size
 from fastpo.model.load import trained_adapter
 from fastpo.model.merge import blend
 from fastpo.objectives import OBJECTIVES
+from fastpo.recipe.recipe import Recipe, fields_of_recipe, load_recipe
+from fastpo.recipe.values import describe
 from fastpo.redact import is_secret, redact
-from fastpo.train.chart import short
-from fastpo.train.checkpoint import incomplete, latest_complete
+from fastpo.report.chart import short
+from fastpo.report.diagnosis import warnings_text
+from fastpo.report.page import write_model_card, write_report
+from fastpo.run.checkpoint import incomplete, latest_complete
+from fastpo.run.folder import RECIPE, RECORDS, RunFolder, claim
+from fastpo.run.record import Run, environment
 from fastpo.train.config import PreferenceConfig, batch_words
-from fastpo.train.diagnosis import warnings_text
-from fastpo.train.folder import RECIPE, RECORDS, RunFolder, claim
 from fastpo.train.optimizers import refuse_lost_steps, require_optimizer
-from fastpo.train.recipe import Recipe, fields_of_recipe, load_recipe
-from fastpo.train.report import write_model_card, write_report
-from fastpo.train.run import Run, environment
 from fastpo.train.trainer import PreferenceTrainer
-from fastpo.train.values import describe
 
 INTERRUPTED = 130
 
@@ -156,7 +156,7 @@ def show_keys(word: str) -> str:
     """Every key of a recipe with its type and default, or those that contain a word."""
     import dataclasses
 
-    from fastpo.train.recipe import DataSection, ModelSection, ReportSection
+    from fastpo.train.sections import DataSection, ModelSection, ReportSection
 
     defaults: dict[str, str] = {}
     for cls in (ModelSection, DataSection, ReportSection, PreferenceConfig):
@@ -358,7 +358,7 @@ def introduction(facts: dict[str, Any], resume: str | None, output_dir: str) -> 
 
 def conclusion(run: Run) -> str:
     """The table that `train` ends with, and what speaks against the run."""
-    from fastpo.train.report import metric_rows
+    from fastpo.report.page import metric_rows
 
     rows = [(key, *map(short, values)) for key, *values in metric_rows(run)]
     shown = f"{table([('', 'first fifth', 'last fifth', 'last eval'), *rows])}\n" if rows else ""

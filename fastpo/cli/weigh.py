@@ -13,10 +13,10 @@ from fastpo.cli.models import check_adapter, open_model, open_tokenizer, show_lo
 from fastpo.cli.output import check_outputs, json_lines
 from fastpo.cli.reading import data_options
 from fastpo.data.rows import load_rows
-from fastpo.data.scored_weights import get_rule
 from fastpo.model.device import default_device
 from fastpo.reference.live import AdapterReference, LiveReference, ModelReference
-from fastpo.train.weigh import weigh as weighed
+from fastpo.scoring.rules import get_rule
+from fastpo.scoring.weigh import weigh as weighed
 
 
 def _arguments_of(text: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The checkpoints of a trainer: written whole or not at all, resumed from only where whole.
 
 A writer asks the trainer for its parts, model, optimiser, random state, and adds what else goes
-from step to step. `fastpo.train.checkpoint` knows what a complete folder is.
+from step to step. `fastpo.run.checkpoint` knows what a complete folder is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
-from fastpo.train.checkpoint import (
+from fastpo.run.checkpoint import (
     LOSS_STATE,
     TRAINER_STATE,
     incomplete,
@@ -25,8 +25,8 @@ from fastpo.train.checkpoint import (
     publish,
     staging_dir,
 )
+from fastpo.run.folder import RunFolder, is_own_checkpoint, rotate
 from fastpo.train.config import batch_words
-from fastpo.train.folder import RunFolder, is_own_checkpoint, rotate
 
 log = logging.getLogger(__name__)
 

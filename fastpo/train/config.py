@@ -578,7 +578,7 @@ def unknown_argument(name: str, value: Any) -> str:
 
 def unknown_setting(objective: Any, name: str, value: Any) -> str:
     """What to tell somebody whose keyword is no field of `PreferenceConfig`."""
-    from fastpo.train.recipe import OUTSIDE
+    from fastpo.train.sections import OUTSIDE
 
     named = objective if isinstance(objective, Mapping) else [objective or "dpo"]
     chosen = {str(n): OBJECTIVES[n] for n in named if n in OBJECTIVES}

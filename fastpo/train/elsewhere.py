@@ -10,10 +10,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from fastpo.errors import nearest
 from fastpo.objectives import OBJECTIVES
 from fastpo.objectives import elsewhere as losses
 from fastpo.objectives.base import Objective
-from fastpo.train.values import nearest
 
 NAMES: dict[str, str] = {
     # TRL 1.16: DPOConfig, KTOConfig, CPOConfig, ORPOConfig, TPOConfig, RewardConfig.

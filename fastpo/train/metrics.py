@@ -22,8 +22,8 @@ from transformers import TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 
 from fastpo.optional import missing
-from fastpo.train.folder import RunFolder
-from fastpo.train.run import read_jsonl
+from fastpo.run.folder import RunFolder
+from fastpo.run.record import read_jsonl
 
 METRICS_FILE = "metrics.jsonl"
 # Of the Trainer's trackers those whose names are their packages' too.

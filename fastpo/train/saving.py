@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from fastpo.model.adapters import copied
 from fastpo.model.merge import write_merged
-from fastpo.train.folder import STAGING, RunFolder
+from fastpo.run.folder import STAGING, RunFolder
 from fastpo.train.preflight import is_sharded
 
 

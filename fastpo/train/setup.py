@@ -15,9 +15,9 @@ from fastpo.model.hidden import refuse_prompt_learning
 from fastpo.model.layer_kernels import use_layer_kernels
 from fastpo.model.load import disable_dropout
 from fastpo.model.tiled_mlp import tile_mlps
+from fastpo.run.folder import RunFolder
 from fastpo.train.batches import as_groups
 from fastpo.train.config import PreferenceConfig
-from fastpo.train.folder import RunFolder
 from fastpo.train.metrics import refuse_missing_trackers
 from fastpo.train.optimizers import require_optimizer
 from fastpo.train.preflight import DataCheck

@@ -62,6 +62,9 @@ from fastpo.reading import reading
 from fastpo.reference.build import ReferenceBuilder, effect_at_start
 from fastpo.reference.live import AdapterReference, ModelReference, Reference, StoredReference
 from fastpo.reference.moving import ReferenceUpdate
+from fastpo.report.page import write_model_card
+from fastpo.run.checkpoint import TRAINER_STATE
+from fastpo.run.folder import CONFIG, RunFolder, claim, whole
 from fastpo.train.batches import (
     Collator,
     EpochSampler,
@@ -70,7 +73,6 @@ from fastpo.train.batches import (
     of_workers,
     packed_rows,
 )
-from fastpo.train.checkpoint import TRAINER_STATE
 from fastpo.train.checkpointing import (
     CheckpointWriter,
     LossState,
@@ -82,7 +84,6 @@ from fastpo.train.counting import TrainingMeter, over_ranks, with_balance
 from fastpo.train.elsewhere import refuse_keywords
 from fastpo.train.evaluation import Evaluation, filled_up, is_one_of
 from fastpo.train.finite import FiniteLosses
-from fastpo.train.folder import CONFIG, RunFolder, claim, whole
 from fastpo.train.masking import MaskTraining
 from fastpo.train.metrics import JsonlCallback, KLBudget, ProgressCallback
 from fastpo.train.optimizers import as_told, schedule_told
@@ -97,7 +98,6 @@ from fastpo.train.preflight import (
     shares_prompts,
     warn_of_doubts,
 )
-from fastpo.train.report import write_model_card
 from fastpo.train.samples import sample
 from fastpo.train.saving import save_merged, save_model
 from fastpo.train.setup import GroupMaker, has_stream, prepare_layers, refuse_early
@@ -135,7 +135,7 @@ A release may change them without notice: a test compares names and parameters w
 class PreferenceTrainer(Trainer):
     """Trains a causal language model on preferences.
 
-    `fastpo.train.report.write_report(output_dir)` draws what a run leaves in its folder.
+    `fastpo.report.page.write_report(output_dir)` draws what a run leaves in its folder.
 
     Args:
         model: a causal language model, or a PEFT model around one.

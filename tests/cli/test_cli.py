@@ -23,7 +23,7 @@ from fastpo.cli import main
 from fastpo.cli.models import open_model
 from fastpo.model.self_check import SelfCheckError
 from fastpo.objectives import OBJECTIVES
-from fastpo.train.folder import RunFolder
+from fastpo.run.folder import RunFolder
 from tests.model.tiny import FAMILIES
 from tests.model.tiny import tiny as tiny_model
 from tests.numerics import assert_three_way, error

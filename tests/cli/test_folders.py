@@ -16,9 +16,9 @@ from fastpo.cli import main
 from fastpo.cli.output import check_outputs, json_lines, partial_of
 from fastpo.cli.prepare import Progress
 from fastpo.cli.train import introduction, refuse_mixture, step_words
-from fastpo.train.folder import claim
-from fastpo.train.recipe import load_recipe
-from fastpo.train.run import Run
+from fastpo.recipe.recipe import load_recipe
+from fastpo.run.folder import claim
+from fastpo.run.record import Run
 from fastpo.train.trainer import PreferenceTrainer
 from tests.cli.test_cli import lines, run
 from tests.train.test_folder import content

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fastpo.cli import main
-from fastpo.train.recipe import load_recipe
-from fastpo.train.run import Run
+from fastpo.recipe.recipe import load_recipe
+from fastpo.run.record import Run
 
 NOUNS = ("cat", "dog", "cow", "hen", "fox", "owl", "bee", "ant", "pig", "bat", "rat", "eel")
 VERBS = ("ran", "sat", "ate", "hid", "won", "fell")

@@ -13,8 +13,8 @@ import yaml
 from fastpo.cli import main
 from fastpo.cli.plan import job_of
 from fastpo.model.random_init import PRESETS
-from fastpo.plan import GIB, plan
-from fastpo.train.recipe import load_recipe
+from fastpo.planner.memory import GIB, plan
+from fastpo.recipe.recipe import load_recipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPES = {

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastpo.train.recipe import RecipeError, load_recipe
+from fastpo.recipe.recipe import RecipeError, load_recipe
 
 BASE = "model: m\ndataset: d.jsonl\n"
 

@@ -10,8 +10,8 @@ import smollm2
 from transformers import AutoConfig
 
 from fastpo.cli import main
+from fastpo.run.record import Run
 from fastpo.train.metrics import read_metrics
-from fastpo.train.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 

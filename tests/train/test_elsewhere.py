@@ -19,9 +19,9 @@ from transformers import TrainingArguments
 from fastpo.data.rows import load_rows
 from fastpo.objectives import OBJECTIVES
 from fastpo.objectives.elsewhere import ADDED, HYPERS, LOSS_NAMES
+from fastpo.recipe.recipe import RecipeError, fields_of_recipe, load_recipe
 from fastpo.train.config import PreferenceConfig
 from fastpo.train.elsewhere import BY_VALUE, NAMES, NOTES, TRAINER, answer
-from fastpo.train.recipe import RecipeError, fields_of_recipe, load_recipe
 from fastpo.train.trainer import PreferenceTrainer
 from tests.train import tiny
 

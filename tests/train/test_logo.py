@@ -102,7 +102,7 @@ def test_settings_reach_the_rows(config: Any) -> None:
 def test_the_report_tells_real_from_synthetic(tmp_path: Path) -> None:
     from fastpo.cli.train import data_facts
     from fastpo.data.dataset import GroupDataset
-    from fastpo.train.report import write_model_card, write_report
+    from fastpo.report.page import write_model_card, write_report
 
     groups = tiny.logo_groups(4)
     facts = data_facts("rows.jsonl", GroupDataset(groups, [], 4), None)

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from bench.long_context import LiveBytes, Step, planned, predicted_extra
 from fastpo.model.random_init import model_config
 from fastpo.optional import require
-from fastpo.plan import CARDS, GIB, Job, Lever, Shape, advise, fits, levers, plan
+from fastpo.planner.memory import CARDS, GIB, Job, Lever, Shape, advise, fits, levers, plan
 from tests.model.tiny import FAMILIES
 
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-import fastpo.data.scored_weights as module
-from fastpo.data.scored_weights import RULES, get_rule
+import fastpo.scoring.rules as module
+from fastpo.scoring.rules import RULES, get_rule
 from tests.numerics import assert_three_way
 
 rng = np.random.default_rng(0)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from fastpo.data.dataset import build_groups
-from fastpo.data.follow_ups import FOLLOW_UPS, followed_up, next_turns
 from fastpo.data.options import DataOptions
+from fastpo.scoring.follow_ups import FOLLOW_UPS, followed_up, next_turns
 
 ROW = {
     "prompt": [{"role": "user", "content": "Sky?"}],

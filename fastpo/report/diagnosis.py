@@ -9,8 +9,8 @@ import textwrap
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from fastpo.train.chart import short
-from fastpo.train.run import Curve, Run, ends, finite, number
+from fastpo.report.chart import short
+from fastpo.run.record import Curve, Run, ends, finite, number
 
 ENOUGH = 10
 """Logged steps below which nothing is said about learning: batches differ more than they teach."""

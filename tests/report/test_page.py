@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from fastpo.train.chart import Series, chart, short
-from fastpo.train.diagnosis import find_warnings, trend, warnings_text
+from fastpo.report.chart import Series, chart, short
+from fastpo.report.diagnosis import find_warnings, trend, warnings_text
+from fastpo.report.page import write_model_card, write_report
+from fastpo.run.record import Run, ends
 from fastpo.train.metrics import read_metrics
-from fastpo.train.report import write_model_card, write_report
-from fastpo.train.run import Run, ends
 
 HOSTILE = '<script>alert("x")</script></div></main><img src=x onerror=alert(1)> & "quotes"'
 VOID = {"meta", "br", "img", "hr", "input", "link"}

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fastpo.train.run import Curve, finite
+from fastpo.run.record import Curve, finite
 
 
 class Series(NamedTuple):

@@ -2,7 +2,7 @@
 
 Both scorers run packed, as references do, and their log-probs go to a `ReferenceStore`: a run that
 was killed goes on, and other arguments of a rule cost no forward pass. The rules themselves are
-pure functions in `fastpo.data.scored_weights`.
+pure functions in `fastpo.scoring.rules`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,8 @@ from fastpo.data.dataset import build_groups
 from fastpo.data.formats import read_row
 from fastpo.data.groups import Group
 from fastpo.data.options import DataOptions
-from fastpo.data.scored_weights import Rule
 from fastpo.data.source_rows import source_rows
 from fastpo.head.tensors import HeadTensors, ReferenceStates
-from fastpo.model.scoring import Packer
 from fastpo.reference.live import (
     AdapterReference,
     LiveReference,
@@ -33,6 +31,8 @@ from fastpo.reference.live import (
     fill_store,
 )
 from fastpo.reference.store import ReferenceStore, store_key
+from fastpo.scoring.rules import Rule
+from fastpo.scoring.scorer import Packer
 
 
 class Contrast:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastpo.train.checkpoint import MANIFEST, incomplete, latest_complete, publish, staging_dir
+from fastpo.run.checkpoint import MANIFEST, incomplete, latest_complete, publish, staging_dir
 from fastpo.train.metrics import read_metrics
 from tests.train import child
 
@@ -184,7 +184,7 @@ def test_damaged_checkpoint_is_skipped(
     checkpoint: Path, damage: Any, reason: str, caplog: pytest.LogCaptureFixture, trainer: Any
 ) -> None:
     damage(checkpoint)
-    with caplog.at_level(logging.WARNING, "fastpo.train.checkpoint"):
+    with caplog.at_level(logging.WARNING, "fastpo.run.checkpoint"):
         assert latest_complete(checkpoint.parent) == str(checkpoint.parent / "checkpoint-6")
     assert len(caplog.records) == 1
     caplog.records[0].getMessage().index("checkpoint-7")

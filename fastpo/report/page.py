@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastpo.train.chart import MANY, Series, chart, short
-from fastpo.train.diagnosis import find_warnings
-from fastpo.train.folder import CARD, REPORT, write_sealed
-from fastpo.train.run import Run, ends, finite, number
-from fastpo.train.values import written
+from fastpo.report.chart import MANY, Series, chart, short
+from fastpo.report.diagnosis import find_warnings
+from fastpo.run.folder import CARD, REPORT, write_sealed
+from fastpo.run.record import Run, ends, finite, number
+from fastpo.yaml_text import written
 
 
 class Panel(NamedTuple):

@@ -16,10 +16,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from fastpo.train import folder as folders
+from fastpo.report.page import write_model_card, write_report
+from fastpo.run import folder as folders
+from fastpo.run.folder import RUN, RunFolder, claim, rotate, write_sealed, write_text
 from fastpo.train.config import PreferenceConfig
-from fastpo.train.folder import RUN, RunFolder, claim, rotate, write_sealed, write_text
-from fastpo.train.report import write_model_card, write_report
 from tests.train import tiny
 from tests.train.child import start
 

@@ -28,7 +28,7 @@ from typing import Any
 
 from fastpo.reading import read_text
 from fastpo.redact import redact
-from fastpo.train.checkpoint import MANIFEST, flush
+from fastpo.run.checkpoint import MANIFEST, flush
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Say what a training step needs of memory and time, before anything is loaded."""

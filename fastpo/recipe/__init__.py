@@ -1,0 +1,1 @@
+"""Read recipes and flags, and check them before anything is loaded."""

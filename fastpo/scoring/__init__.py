@@ -1,0 +1,1 @@
+"""Score responses and tokens with a model that is not trained."""
