@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -333,22 +334,19 @@ class PreferenceLoss(BatchStatistics):
         spec = HeadSpec() if self.head is None else self.head.spec
         reference, targets = inputs.reference, inputs.tokens.targets
         both = self.needs_kl and reference is not None
-        common: dict[str, Any] = {"spec": spec, "options": options, "all_scored": in_vocabulary}
-        stats = token_statistics(
+        compute = partial(token_statistics, spec=spec, options=options, all_scored=in_vocabulary)
+        stats = compute(
             inputs.hidden,
             inputs.head,
             targets,
             want=self._statistics_wanted(both),
             reference=reference if both else None,
             accumulate_grad=False if into is None else into,
-            **common,
         )
         if reference is not None and not both:
             ref_head = reference.head or inputs.head._replace(lora=None)
             with torch.no_grad():
-                ref_stats = token_statistics(
-                    reference.hidden, ref_head, targets, want=("logps",), **common
-                )
+                ref_stats = compute(reference.hidden, ref_head, targets, want=("logps",))
             stats["ref_logps"] = ref_stats["logps"]
         return stats
 

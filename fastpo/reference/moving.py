@@ -14,6 +14,7 @@ remembers is saved with every checkpoint: a resumed run has the reference of an 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -59,7 +60,7 @@ class UpdateRule:
                 raise ValueError(f"reference_update: {name}={value!r} {misfit}") from None
 
     @classmethod
-    def of(cls, values: dict[str, Any]) -> UpdateRule:
+    def of(cls, values: Mapping[str, Any]) -> UpdateRule:
         """Make the rule with these fields; an unknown one raises ValueError."""
         known = [f.name for f in fields(cls)]
         for name in values:

@@ -162,7 +162,7 @@ class ReferenceStore:
                 "reference_store"
             ) from error
         self._index: dict[str, tuple[str, int, int]] = {}  # key -> shard, from, to
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, safe_open] = {}
         meta = self.path / META
         if not meta.is_file():
             text = json.dumps({"kind": "logps", "key": dict(key), **(info or {})}, indent=1)
@@ -212,7 +212,7 @@ class ReferenceStore:
             self._open[name] = safe_open(self.path / name, framework="np")
         return self._open[name].get_slice("logps")[start:end]
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": {}}  # mapped files do not cross to loader processes
 
     def missing(self, groups: Iterable[Group]) -> list[int]:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,20 +139,16 @@ class Collator:
             self.vocabulary.check_groups(packed)
         if self.positions is not None and not self.positions.told:
             self.positions.check_groups(packed)
-        logps: dict[str, Any] = {
-            name: [store[group] for group in packed]
-            for name, store in (("ref_logps", self.store), ("ref2_logps", self.store2))
-            if store is not None
-        }
-
-        form: dict[str, Any] = {
-            "share_prompt": self.share_prompt,
-            "pad_token_id": self.pad_token_id,
-        }
+        pack = partial(collate, share_prompt=self.share_prompt, pad_token_id=self.pad_token_id)
+        stored = self.store is not None or self.store2 is not None
         reference = None
-        if not logps and any(group.short_prompt_ids is not None for group in packed):
-            reference = collate([group.for_reference for group in packed], **form)
-        batch = collate(packed, **form, **logps)
+        if not stored and any(group.short_prompt_ids is not None for group in packed):
+            reference = pack([group.for_reference for group in packed])
+        batch = pack(
+            packed,
+            ref_logps=None if self.store is None else [self.store[group] for group in packed],
+            ref2_logps=None if self.store2 is None else [self.store2[group] for group in packed],
+        )
         return replace(batch, reference=reference, counted=bool(groups))
 
 
@@ -241,16 +238,9 @@ def as_groups(
     rows: Any = load_rows(data, origin=True)  # pyright: ignore[reportArgumentType]
     if isinstance(data, str | Path):
         source = str(data)
-    form: dict[str, Any] = {"extras": extras, "needs": needs, "source": source}
-    if isinstance(rows, torch.utils.data.IterableDataset):
-        return GroupStream(rows, tokenizer, args.data_options(), **form)
-    return build_groups(
-        rows,
-        tokenizer,
-        args.data_options(),
-        **form,
-        progress=not args.disable_tqdm,
-    )
+    streamed = isinstance(rows, torch.utils.data.IterableDataset)
+    build = GroupStream if streamed else partial(build_groups, progress=not args.disable_tqdm)
+    return build(rows, tokenizer, args.data_options(), extras=extras, needs=needs, source=source)
 
 
 def _holds_groups(data: Any) -> bool:

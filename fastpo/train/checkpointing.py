@@ -124,7 +124,7 @@ class CheckpointWriter:
 
 def _save_state(trainer: Trainer, path: Path) -> None:
     """Write the Trainer's state with that of its callbacks; several of a class make a list."""
-    states: dict[str, Any] = {}
+    states: dict[str, list[object]] = {}
     for each in [*trainer.callback_handler.callbacks, trainer.control]:
         if isinstance(each, ExportableState):
             states.setdefault(type(each).__name__, []).append(each.state())

@@ -98,7 +98,7 @@ class TrainingMeter:
             fill = [row.counts.tokens / most for row in rows]
             self.window.add({"row_fill": sum(fill) / len(fill)}, {"row_fill": len(fill)})
 
-    def record(self, device: torch.device, num_tokens: float) -> dict[str, Any]:
+    def record(self, device: torch.device, num_tokens: float) -> dict[str, float]:
         """Return what a training record says beside the loss, and begin anew."""
         if self._watch is None:
             return {}

@@ -93,7 +93,7 @@ def optimizer_name(args: TrainingArguments) -> str:
     return str(getattr(args.optim, "value", args.optim))
 
 
-def optimizer_options(args: TrainingArguments) -> dict[str, Any]:
+def optimizer_options(args: TrainingArguments) -> dict[str, object]:
     """The arguments in `optim_args`, as the optimiser of `args` has them.
 
     Raises:
@@ -106,7 +106,7 @@ def optimizer_options(args: TrainingArguments) -> dict[str, Any]:
     if not isinstance(text, str):
         raise ValueError(f"optim_args={text!r}: write text, such as 'eps=1e-8,momentum=0.9'")
     known = next((taken for part, taken in _OPTIONS.items() if part in optim), {})
-    options: dict[str, Any] = {}
+    options: dict[str, object] = {}
     for pair in text.replace(" ", "").split(","):
         name, equals, value = pair.partition("=")
         if not name or not equals or "=" in value:
@@ -124,7 +124,7 @@ def optimizer_options(args: TrainingArguments) -> dict[str, Any]:
     return options
 
 
-def as_told(args: TrainingArguments, keywords: Mapping[str, Any]) -> dict[str, Any]:
+def as_told(args: TrainingArguments, keywords: Mapping[str, object]) -> dict[str, object]:
     """Return an optimiser's keywords with the types of `optim_args`, where they are no text.
 
     Args:

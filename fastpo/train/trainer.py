@@ -461,7 +461,7 @@ class PreferenceTrainer(Trainer):
     def _over_ranks(self, counts: Counts) -> Counts:
         return over_ranks(counts, self.accelerator, self.get_tp_size())
 
-    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+    def _track_num_input_tokens(self, inputs: Batch) -> None:
         """Nothing: `get_batch_samples` counts distinct tokens once and over all ranks."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
@@ -514,7 +514,7 @@ class PreferenceTrainer(Trainer):
     def prediction_step(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: Batch,
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
