@@ -38,7 +38,6 @@ def reduce_kernel(
     out_ptr,
     inverse_ptr,
     REDUCTION: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
     BN: tl.constexpr,
 ):
     """One response: its reduced value, and 1 / divisor."""
@@ -50,7 +49,7 @@ def reduce_kernel(
         m_n = o_n < end
         x = tl.load(values_ptr + o_n, mask=m_n, other=0.0).to(tl.float64)
         a = m_n.to(tl.float64)
-        if HAS_WEIGHTS:
+        if weights_ptr is not None:
             a = tl.load(weights_ptr + o_n, mask=m_n, other=0.0).to(tl.float64)
         total += a * x
         if REDUCTION == "mean":
@@ -77,7 +76,6 @@ def spread_kernel(
     grad_values_ptr,
     grad_weights_ptr,
     REDUCTION: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
     ACC: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -92,7 +90,7 @@ def spread_kernel(
         o_n = first + tl.arange(0, BN)
         m_n = o_n < end
         a = m_n.to(ACC)
-        if HAS_WEIGHTS:
+        if weights_ptr is not None:
             a = tl.load(weights_ptr + o_n, mask=m_n, other=0.0).to(ACC)
             x = tl.load(values_ptr + o_n, mask=m_n, other=0.0).to(ACC)
             if REDUCTION == "normalised":
@@ -118,8 +116,7 @@ class _SegmentReduce(Function):
         values, starts = values.contiguous(), starts.contiguous()
         weights = None if weights is None else weights.contiguous()
         config = pick(CONFIGS, chip_of(values.device), values.dtype)
-        kinds = {"REDUCTION": reduction, "HAS_WEIGHTS": weights is not None, "BN": config.BN}
-        kinds["num_warps"] = config.warps
+        kinds = {"REDUCTION": reduction, "BN": config.BN, "num_warps": config.warps}
         R = starts.numel() - 1
         out = values.new_empty(R)
         inverse = torch.empty_like(out)
