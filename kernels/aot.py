@@ -7,8 +7,8 @@ disassembly its instructions. What is checked this way is what a wrong block siz
 registers spilled to memory, more shared memory than a block may have, a matrix product that misses
 the tensor cores. `python -m bench.account` prints what follows from it for an H100.
 
-Argument types follow from names: `x_ptr` is a pointer (to the input's dtype, to int64 for labels, to
-the accumulator for the rest), any other runtime argument is an int32. A tuple has members of its
+Argument types follow from names: `x_ptr` is a pointer (to the input's dtype, to int64 for labels,
+to the accumulator for the rest), any other runtime argument an int32. A tuple has members of its
 name's type, None for those that are absent.
 """
 
