@@ -59,7 +59,7 @@ WIDTH = 4096
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of one kernel in one configuration.
+    """Hold what the compiler made of one kernel in one configuration.
 
     spill_bytes is a thread's stack and local memory (gfx942: 4 bytes a spilled register);
     matrix_instruction is the first one's whole name, shape and types included, None where the
@@ -86,7 +86,7 @@ class Report:
 
 @dataclass(frozen=True)
 class _Case:
-    """A kernel and its arguments that are known to the compiler.
+    """Hold a kernel and its arguments that are known to the compiler.
 
     constants holds values of constexprs, None for absent pointers, and tuples in which `...` is a
     member that a launch brings.
@@ -175,7 +175,7 @@ def _cases(
 
 
 def _loss_cases(chip: str) -> Iterator[_Case]:
-    """The loss kernels in the forms that need most registers; scores are fp32."""
+    """Yield the loss kernels in the forms that need most registers; scores are fp32."""
     fp32 = torch.float32
     pair = pick(pairwise.CONFIGS, chip, fp32)
     forms = (
@@ -268,7 +268,7 @@ def _cuobjdump(cubin: bytes, what: str) -> str:
 
 
 def instructions(report: Report) -> tuple[Counter[str], Counter[str]]:
-    """(outside loops, inside) how often each opcode stands in an NVIDIA kernel: HGMMA, MUFU, ..."""
+    """Count each opcode of an NVIDIA kernel, HGMMA, MUFU and so on: (outside loops, inside)."""
     lines = [
         (int(address, 16), opcode, re.search(r"0x([0-9a-f]+)$", rest.strip()))
         for address, opcode, rest in SASS.findall(_cuobjdump(report.machine, "--dump-sass"))
@@ -280,14 +280,14 @@ def instructions(report: Report) -> tuple[Counter[str], Counter[str]]:
 
 
 def _cubin_resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, spilled bytes) of a thread, from the binary's own resource table."""
+    """Return (registers, spilled bytes) of a thread, from the binary's own resource table."""
     text = _cuobjdump(cubin, "--dump-resource-usage")
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
 def _amdgcn_resources(assembly: str) -> tuple[int, int]:
-    """(vector registers, spilled bytes) of a lane, from the assembly's metadata."""
+    """Return (vector registers, spilled bytes) of a lane, from the assembly's metadata."""
     usage = {key: int(value) for key, value in re.findall(r"\.(\w+_count):\s+(\d+)", assembly)}
     return usage["vgpr_count"], 4 * (usage["vgpr_spill_count"] + usage["sgpr_spill_count"])
 

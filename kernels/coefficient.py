@@ -23,7 +23,7 @@ from .tile import load_rows, tanh
 
 
 class Rows(NamedTuple):
-    """Pointers to saved statistics and cotangents, [N] each, None for what is absent or zero."""
+    """Hold pointers to saved statistics and cotangents [N], None for what is absent or zero."""
 
     lse: Any
     lse_rest: Any
@@ -36,7 +36,7 @@ class Rows(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """Which cotangents there are: the constexpr GRADS of a kernel."""
+    """Say which cotangents there are: the constexpr GRADS of a kernel."""
 
     logps: bool
     lse: bool

@@ -61,7 +61,10 @@ OF_REFERENCE = ("ref_lse", "ref_lse_rest", "ref_logps")
 
 
 class Both(NamedTuple):
-    """Pointers to rows [N] of both heads; `jsd` and `kl_policy_mix` are None where not wanted."""
+    """Hold pointers to rows [N] of both heads.
+
+    `jsd` and `kl_policy_mix` are None where the second sweep is not wanted.
+    """
 
     kl_ref_policy: Any
     kl_policy_ref: Any
@@ -70,7 +73,7 @@ class Both(NamedTuple):
 
 
 class RefRows(NamedTuple):
-    """Pointers to the saved rows [N] of a reference, and to cotangents of divergences or None."""
+    """Hold pointers to a reference's saved rows [N], and to cotangents of divergences or None."""
 
     lse: Any
     lse_rest: Any

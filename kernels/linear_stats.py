@@ -91,7 +91,8 @@ def split_kernel(
     cooling = inverse_temperature(temperature_ptr, o_n, m_n, LOGIT, BN, ACC)
     state = empty_state(BN, ACC)
     # BLOCKS tiles a program, so that seven numbers a row are written once a split and not once a
-    # tile. Not flattened with the loop over D: that spills 416 bytes by TMA on sm_90 (NOTES.md).
+    # tile. Not flattened with the loop over D: with TMA that spills 416 bytes on sm_90
+    # (bench/NOTES.md).
     for block in range(BLOCKS):
         # A block wholly past V (end of the last split) re-reads the last row and counts nothing.
         v_first = (i_s * BLOCKS + block) * BV

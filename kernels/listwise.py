@@ -47,18 +47,19 @@ from .tile import chip_of, on_device_of, precision
 
 @triton.jit
 def live_sum(x, m):
-    """[BG, n] -> [BG]."""
+    """Sum a row [BG, n] over the columns of `m`."""
     return tl.sum(tl.where(m, x, 0.0), axis=1)
 
 
 @triton.jit
 def log1p_sum_exp(b_x, m_b):
-    """(A, P): log(1 + sum_j e^x) over the j of `m_b`, 0 of none, and e^(x - A).
+    """Return (A, P): log(1 + sum_j e^x) over the j of `m_b`, 0 of none, and e^(x - A).
 
     P is e^(x - max) times a factor of the row: x - A itself, of two numbers that may be large,
     would carry the rounding of A into every element.
     """
     high = tl.max(tl.where(m_b, b_x, NEG_INF), axis=2)
+    # A row of none, or one at +inf: subtract 0, since inf - inf is NaN.
     high = tl.where(tl.abs(high) == -NEG_INF, 0.0, high)
     b_e = tl.where(m_b, tl.exp(b_x - high[:, :, None]), 0.0)
     mass = tl.sum(b_e, axis=2)
@@ -69,10 +70,9 @@ def log1p_sum_exp(b_x, m_b):
 
 @triton.jit
 def soft_targets(c_q, m_c, TEMPERATURE: tl.constexpr):
-    """(max, sum) [BG] of a softmax of the grades: t = e^((q - max) / TEMPERATURE) / sum.
-
-    Subtracted first, since 7.85 / 1e-4 is rounded by .004, which is as much of t.
-    """
+    """Return (max, sum) [BG] of a softmax of the grades: t = e^((q - max) / TEMPERATURE) / sum."""
+    # Grades are subtracted before the temperature divides them: 7.85 / 1e-4 is rounded by .004 in
+    # fp32, which is as much of t.
     c_s = tl.where(m_c, c_q, NEG_INF)
     top = tl.max(c_s, axis=1)
     top = tl.where(top == NEG_INF, 0.0, top)
@@ -82,7 +82,7 @@ def soft_targets(c_q, m_c, TEMPERATURE: tl.constexpr):
 
 @triton.jit
 def discount(rank, LOG2: tl.constexpr):
-    """1 / log(1 + rank)."""
+    """Return 1 / log(1 + rank), or 1 / log2(1 + rank)."""
     if LOG2:
         return 1.0 / tl.log2(1.0 + rank)
     else:
@@ -145,7 +145,7 @@ def ranks(
     BI: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """[BG, BK] rank of each column's candidate by descending x, 1 is best.
+    """Return the rank [BG, BK] of each column's candidate by descending x, 1 is best.
 
     The smaller key wins a tie, without keys the earlier candidate.
     """
@@ -277,7 +277,7 @@ def list_kernel(
                 r_own = -tl.sum(b_col, axis=2)
             elif NAME == "smooth rank":
                 b_s = tl.where(m_b & ~m_self, sigmoid(b_z * (-1.0 / TEMPERATURE)), 0.0)
-                r_rank = 2.0 + tl.sum(b_s, axis=2)
+                r_rank = 2.0 + tl.sum(b_s, axis=2)  # 1 + rank, as the discount wants it
                 r_log, r_gain = tl.log2(r_rank), expm1(r_q * LN2)
                 r_loss = -r_gain / r_log
                 r_slope = r_gain / (r_log * r_log * r_rank * (LN2 * TEMPERATURE))
@@ -317,7 +317,7 @@ def list_kernel(
 
 
 class ListForm(NamedTuple):
-    """One loss of lists: the constexpr FORM of `list_kernel`, forms in the module's docstring.
+    """Say which loss of lists: the constexpr FORM of `list_kernel`, see the module's docstring.
 
     Args:
         form: `below`, `contrast`, `softmax`, `exo`, `smooth rank`, `logistic`, `hinge`, `squared`,
@@ -356,18 +356,16 @@ TILE = 1024
 
 
 def launch_options(chip: str) -> dict[str, int]:
-    """Warps; and, named, the number of registers that a thread may have anyway.
-
-    Unnamed, ptxas spills LiPO's last 12 bytes to reach the next step of occupancy. On gfx942 the
-    masks of LiPO's tile overflow the scalar registers of 4 wavefronts.
-    """
+    """Return warps and, on NVIDIA, the number of registers that a thread may have anyway."""
     if chip.startswith("gfx"):
+        # The masks of LiPO's tile overflow the scalar registers of 4 wavefronts.
         return {"num_warps": 8}
+    # Without maxnreg, ptxas spills LiPO's last 12 bytes to reach the next step of occupancy.
     return {"num_warps": 4, "maxnreg": 255} if chip.startswith("sm_") else {"num_warps": 4}
 
 
 def blocks(num_candidates: int) -> dict[str, int]:
-    """BG lists a program, BI rows a block, BK columns for lists of K candidates."""
+    """Return BG lists a program, BI rows a block, BK columns for lists of K candidates."""
     BK = max(2, triton.next_power_of_2(num_candidates))
     BI = min(BK, TILE // BK)
     return {"BG": min(32, TILE // (BI * BK)), "BI": BI, "BK": BK}

@@ -39,7 +39,7 @@ from torch import Tensor
 
 
 class Statistics(NamedTuple):
-    """One of each statistic: values [BN], pointers to [N] or None, or the constexpr WANT."""
+    """Hold one of each statistic: values [BN], pointers to [N] or None, or the constexpr WANT."""
 
     lse: Any
     lse_rest: Any
@@ -57,7 +57,7 @@ place of `State`."""
 
 
 class State(NamedTuple):
-    """The state of rows, in the order listed above."""
+    """Hold the state of rows [BN], in the order listed above."""
 
     label: Any
     high: Any

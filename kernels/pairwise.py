@@ -84,9 +84,10 @@ def power_margin(x_w, x_l, FORM: tl.constexpr):
         a, b = at_most(a, CLAMP), at_most(b, CLAMP)
     top = tl.where(a > b, a, b)
     top = tl.where(top < 0, 0.0, top)
-    # e^-top (e^t - 1), of which neither factor overflows
+    # e^-top (e^t - 1), of which neither factor overflows.
     s_a = tl.where(a > 0, -expm1(-tl.abs(a)) * tl.exp(a - top), expm1(-tl.abs(a)) * tl.exp(-top))
     s_b = tl.where(b > 0, -expm1(-tl.abs(b)) * tl.exp(b - top), expm1(-tl.abs(b)) * tl.exp(-top))
+    # e^top in two factors of its root: the difference may be finite where e^top is not.
     half = tl.exp(at_most(0.5 * top, HALF))
     return ((CHOSEN / POWER) * s_a - (REJECTED / POWER) * s_b) * half * half
 
@@ -205,7 +206,7 @@ def pair_kernel(
 
 
 class PairForm(NamedTuple):
-    """One loss of pairs: the constexpr FORM of `pair_kernel`, formulas in the module's docstring.
+    """Say which loss of pairs: the constexpr FORM of `pair_kernel`, see the module's docstring.
 
     Args:
         transform: `none`; `power`, (e^(power x) - 1) / power with exponents up to `clamp`;
@@ -248,6 +249,7 @@ class PairForm(NamedTuple):
 
     def constants(self, dtype: torch.dtype) -> dict[str, object]:
         """Return the constexprs of `pair_kernel`, for scores of `dtype`."""
+        # TINY: the scores' dtype says how near 1 a probability can be.
         logs = 0.0, 0.0
         if self.link == "kl":
             logs = math.log(self.rate), math.log1p(-self.rate)

@@ -40,10 +40,13 @@ def reduce_kernel(
     REDUCTION: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """One response: its reduced value, and 1 / divisor."""
+    """Write one response's reduced value, and 1 / divisor."""
     i_r = tl.program_id(0).to(tl.int64)
     first, end = tl.load(starts_ptr + i_r), tl.load(starts_ptr + i_r + 1)
+    # float64, which a kernel bound by memory has for nothing. BN sums side by side, folded once at
+    # the end: one reduction a response instead of one a step.
     total, count = tl.zeros([BN], dtype=tl.float64), tl.zeros([BN], dtype=tl.float64)
+    # while: the interpreter of triton 3.6 cannot range over a runtime value with numpy >= 2.4.
     while first < end:
         o_n = first + tl.arange(0, BN)
         m_n = o_n < end
@@ -79,7 +82,7 @@ def spread_kernel(
     ACC: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """One response: g a / divisor to its values, g (x - S) / divisor to its weights.
+    """Write one response's g a / divisor to its values and g (x - S) / divisor to its weights.
 
     S, the value itself, is there only where the weights are the divisor too.
     """
@@ -156,7 +159,7 @@ def segment_reduce(
     weights: Tensor | None = None,  # [N]
     reduction: Reduction = "sum",
 ) -> Tensor:  # [R]
-    """Weighted reduction of the tokens of each response; differentiable in values and weights.
+    """Reduce the tokens of each response by weights; differentiable in values and weights.
 
     Args:
         values: [N] fp32 or fp64, such as log-probs, in packed order.
@@ -180,7 +183,7 @@ def segment_reduce_reference(
     weights: Tensor | None = None,
     reduction: Reduction = "sum",
 ) -> Tensor:
-    """`segment_reduce` in plain torch, with its gradients."""
+    """Return `segment_reduce` in plain torch, with its gradients."""
     weights = torch.ones_like(values) if weights is None else weights
     R = starts.numel() - 1
     response = torch.repeat_interleave(torch.arange(R, device=starts.device), starts.diff())

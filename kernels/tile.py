@@ -32,7 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Logit(NamedTuple):
-    """How raw logits become z: the constexpr LOGIT of a kernel.
+    """Say how raw logits become z: the constexpr LOGIT of a kernel.
 
     One compiled kernel per value. TEMPERATURES: every row has a temperature of its own.
     """
@@ -44,7 +44,7 @@ class Logit(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Sizes and dtypes of a matrix product: the constexpr TILE of a kernel.
+    """Hold sizes and dtypes of a matrix product: the constexpr TILE of a kernel.
 
     D and R are constexpr too. The trip count is then known to the compiler, and the interpreter of
     triton 3.6 cannot range over a runtime argument with numpy >= 2.4.
@@ -62,7 +62,7 @@ class Tile(NamedTuple):
 
 
 class Strides(NamedTuple):
-    """Elements between rows of h [N, D (+ R)], W [V, D] and B [V, R]; None without B."""
+    """Count the elements between rows of h [N, D (+ R)], W [V, D] and B [V, R]; None without B."""
 
     h: int
     w: int
@@ -226,7 +226,7 @@ INTERPRETED = not isinstance(tanh, triton.JITFunction)
 
 @dataclass(frozen=True)
 class Config:
-    """Block sizes and launch options of one kernel on one chip.
+    """Hold block sizes and launch options of one kernel on one chip.
 
     BN, BV, BD: rows, vocabulary and width of a block (BD is 0 where there is no matrix product).
     group: row blocks that walk the vocabulary together, see `block_order`.
@@ -312,7 +312,7 @@ def logit_arguments(
 
 
 class Operands(NamedTuple):
-    """The matrices of `raw_tile`: h [N, D (+ R)], W [V, D], and B [V, R] or None."""
+    """Hold the matrices of `raw_tile`: h [N, D (+ R)], W [V, D], and B [V, R] or None."""
 
     hidden: Tensor
     weight: Tensor
