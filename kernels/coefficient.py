@@ -108,7 +108,7 @@ def coefficient(b_z, b_slope, m_label, saved, grads, V, GRADS: tl.constexpr):
     return b_c * b_slope
 
 
-def row_arguments(**rows: Tensor | None) -> dict[str, Any]:
+def row_arguments(**rows: Tensor | None) -> dict[str, object]:
     """Return a kernel's `rows_ptr` and GRADS for the rows [N] by their names in `Rows`."""
     # Cotangents of a sum arrive expanded (stride 0); [N] copies are cheaper than a stride each.
     pointers = {name: x if x is None else x.contiguous() for name, x in rows.items()}

@@ -22,7 +22,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -300,7 +300,7 @@ def precision(dtype: torch.dtype) -> dict[str, tl.dtype]:
 
 def logit_arguments(
     softcap: float | None, logit_scale: float, temperature: float | Tensor
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return a kernel's arguments for `transform`: `temperature_ptr` and LOGIT."""
     rows, number = (
         (temperature.contiguous(), 1.0) if isinstance(temperature, Tensor) else (None, temperature)
@@ -333,7 +333,7 @@ def described(matrices: Operands) -> bool:
     )
 
 
-def matrix_arguments(config: Config, matrices: Operands) -> dict[str, Any]:
+def matrix_arguments(config: Config, matrices: Operands) -> dict[str, object]:
     """Return a matrix kernel's arguments for `raw_tile`, and its launch options."""
     hidden, weight, lora = matrices
     blocks = (config.BN, config.BV, config.BV)
