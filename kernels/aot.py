@@ -305,7 +305,7 @@ def _compile(case: _Case, target: str, dtype: str, rich: bool) -> Report:
         text = binary.asm["ptx"]
         machine = binary.asm["cubin"]
         registers, spill_bytes = _cubin_resources(machine)
-    found = MATRIX_INSTRUCTION.search(text)
+    product = MATRIX_INSTRUCTION.search(text)
     return Report(
         kernel=case.name,
         target=target,
@@ -316,7 +316,7 @@ def _compile(case: _Case, target: str, dtype: str, rich: bool) -> Report:
         registers=registers,
         spill_bytes=spill_bytes,
         shared_bytes=binary.metadata.shared,
-        matrix_instruction=found.group(1) if found else None,
+        matrix_instruction=product.group(1) if product else None,
         tensor_copies="cp.async.bulk.tensor" in text,
         width=case.constants["TILE"].D if case.has_dot else 0,
         machine=machine,

@@ -3,7 +3,7 @@ r"""Losses of ragged lists of K responses, with their gradients and rewards, in 
     u [G, K], grades q [G, K]  ->  loss [G], d loss / d u [G, K], reward [G, K]
 
 Nearly all are sums over ordered pairs (i, j) of a list, K^2 terms of which none reaches memory. A
-program owns BG whole lists and walks over blocks of BI rows of their [K, K] squares. A row is never
+program owns BG whole lists and goes over blocks of BI rows of their [K, K] squares. A row is never
 cut: what it needs of all its columns (a softmax's log-sum-exp, a rank, a smooth rank) is known
 before it is left, and the gradient is a sum over rows of
 

@@ -3,15 +3,15 @@ r"""Statistics, and the coefficients of one of them, from raw products that are 
     a = h W^T [B, V] in fp32, from cuBLAS   ->   the statistics of `linear_stats`, [B] each
                                             ->   C = d statistic / d a [B, V], rounded once
 
-The schedule of a frozen head: while a slab of logits is alive, r = C W [B, D] is formed by a second
-product. The backward of ANY objective over that statistic is then dH_n = g_n r_n, elementwise, with
-no recompute: two matrix products in all, where recomputing takes three.
+The schedule of a frozen head: while a chunk of logits is alive, r = C W [B, D] is formed by a
+second product. The backward of ANY objective over that statistic is then dH_n = g_n r_n,
+elementwise, with no recompute: two matrix products in all, where recomputing takes three.
 
 One launch, one program a row, two sweeps: online statistics, then C. Traffic 4 BV bytes for the
 statistics and (4 + size of C) BV for the coefficients; no exponential is ever stored.
 
-C may take the place of the products that it is made of (`over`), so that a slab costs 4 bytes an
-element and not 4 + size of C. The second sweep walks backwards, since what the first one read last
+C may take the place of the products that it is made of (`over`), so that a chunk costs 4 bytes an
+element and not 4 + size of C. The second sweep goes backwards, since what the first one read last
 may still be in the L2 cache: 60 MB on an H200, where the rows in flight have 200 at V = 131072.
 """
 

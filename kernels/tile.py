@@ -229,7 +229,7 @@ class Config:
     """Hold block sizes and launch options of one kernel on one chip.
 
     BN, BV, BD: rows, vocabulary and width of a block (BD is 0 where there is no matrix product).
-    group: row blocks that walk the vocabulary together, see `block_order`.
+    group: row blocks that go over the vocabulary together, see `block_order`.
     tma: matrices are read through descriptors, by the hardware's tensor memory accelerator.
     """
 
