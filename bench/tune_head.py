@@ -359,7 +359,8 @@ def _bind_coefficients(regime: Regime, x: Inputs) -> tuple[Run, Plain]:
     def plain(dtype: torch.dtype) -> Outputs:
         g = x.cotangents.to(torch.promote_types(x.cotangents.dtype, dtype))
         wide = x.hidden.to(dtype), x.weight.to(dtype), x.labels
-        c = linear_coefficients_reference(*wide, **facts, **dict.fromkeys(names, g))
+        same: dict[str, Any] = dict.fromkeys(names, g)
+        c = linear_coefficients_reference(*wide, **facts, **same)
         return {"c": c.to(dtype)}
 
     return coefficients, plain
