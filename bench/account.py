@@ -59,7 +59,10 @@ class Work(NamedTuple):
 
 
 def work(report: Report, shape: tuple[int, int, int]) -> Work | None:
-    """None for `merge_kernel`, whose work is next to nothing. 16-bit inputs and coefficients."""
+    """Return the work of a call with 16-bit inputs and coefficients.
+
+    None for `merge_kernel`, whose work is next to nothing.
+    """
     n, d, v = shape
     c, kernel = report.config, report.kernel
     if kernel == "merge_kernel":
@@ -124,7 +127,7 @@ def row(report: Report, shape: tuple[int, int, int], peaks: Peaks) -> str:
         return ""
     mixes, blocks = instructions(report), resident_blocks(report, peaks)
     once, sweep = (m.total() - sum(m[name] for name in (*MATRIX, "NOP")) for m in mixes)
-    found = predict(asked, (once, sweep), report.config.warps, blocks, peaks)
+    seconds = predict(asked, (once, sweep), report.config.warps, blocks, peaks)
     mix = mixes[0] + mixes[1]
     cells = [
         _names(report),
@@ -135,7 +138,7 @@ def row(report: Report, shape: tuple[int, int, int], peaks: Peaks) -> str:
         blocks,
         f"{asked.flop / 1e12:.2f}",
         f"{asked.bytes / 1e9:.2f}",
-        *(f"{1000 * seconds:.2f}" for seconds in found.values()),
+        *(f"{1000 * each:.2f}" for each in seconds.values()),
         ", ".join(f"{name} {mix[name]}" for name in SHOWN if mix[name]),
     ]
     return f"| {' | '.join(map(str, cells))} |"

@@ -113,7 +113,9 @@ class Ahead:
     def compile(
         self, call: Callable[[Job], object], jobs: Sequence[Job], seconds: float = math.inf
     ) -> dict[Job, str | None]:
-        """job -> None where `call(job)` compiled, else why not; no entry where time ran out.
+        """Return job -> None where `call(job)` compiled, else why not.
+
+        A job has no entry where time ran out.
 
         Args:
             call: a function of a module, and picklable as such; it launches kernels.

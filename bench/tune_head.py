@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 from tqdm import tqdm
 from triton.runtime import driver
 
@@ -89,7 +90,7 @@ class Regime(NamedTuple):
 
 
 def has_tma(chip: str) -> bool:
-    """NVIDIA's Hopper and later."""
+    """Tell whether the chip is NVIDIA's Hopper or later."""
     return chip.startswith("sm_") and int(chip[3:]) >= 90
 
 
@@ -114,7 +115,7 @@ def regimes(tma: bool) -> list[Regime]:
 
 
 def candidates(regime: Regime, tma: bool) -> list[Config]:
-    """Configurations to try; an accumulator takes at most 128 registers of a thread."""
+    """Return the configurations to try; an accumulator takes at most 128 registers a thread."""
     if regime.kernel not in MATRIX_KERNELS:
         return [
             Config(1, columns, warps=warps)
@@ -149,7 +150,7 @@ WIDE_TILES = ((64, 64, 32, 4, 3), (64, 64, 32, 8, 3), (64, 128, 32, 8, 3), (128,
 
 
 def likeliest(regime: Regime, tma: bool) -> list[Config]:
-    """Those of `candidates` to try where time is short, best guess first."""
+    """Return those of `candidates` to try where time is short, best guess first."""
     if regime.kernel not in MATRIX_KERNELS:
         first = [Config(1, columns, warps=warps) for columns, warps in ROW_BLOCKS]
         of_two = (Config(1, 1024, warps=8), Config(1, 1024, warps=4))  # chunks, so fewer columns
@@ -180,7 +181,7 @@ def search(
     rounds: int,
     spent: Callable[[], bool] = lambda: False,
 ) -> Found:
-    """The fastest right configuration.
+    """Return the fastest right configuration.
 
     Args:
         current: kept unless another is faster by more than `MARGIN`; it has to be right.
@@ -224,7 +225,7 @@ def search(
 def updated(
     table: Mapping[str, Mapping], chip: str, found: Mapping[Regime, Config]
 ) -> dict[str, dict[tuple[str, str], Config]]:
-    """The table with the rows of `chip` in `found`; rows of other chips as they are."""
+    """Return the table with the rows of `chip` in `found`; rows of other chips as they are."""
     rows = {kernel: dict(old) for kernel, old in table.items()}
     for regime, config in found.items():
         rows[regime.kernel][chip, regime.key] = config
@@ -271,7 +272,7 @@ def changes(old: Mapping[str, Mapping], new: Mapping[str, Mapping]) -> list[str]
 
 
 def _inputs(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Inputs:
-    """Peaked inputs; on `meta` their shapes alone."""
+    """Make peaked inputs; on `meta` their shapes alone."""
     if device.type != "meta":
         return make_inputs(shape, dtype, device)
     n, d, v = shape
@@ -296,101 +297,132 @@ def bind(
     hash_in_order()
     n, d, v = shape
     d = NARROW if "narrow" in regime.words else d
-    rich = "rich" in regime.words
     dtype = torch.bfloat16 if regime.bits == 16 else torch.float32
     x = _inputs((rows or n, d, v), dtype, device)
-    hidden, weight = x.hidden, x.weight
     if "pointers" in regime.words:
-        hidden = hidden.new_empty(len(hidden), d + 1)[:, :d].copy_(hidden)
-    facts: dict[str, Any] = {"softcap": 30.0} if rich else {}
-    names = ("logps", "entropy") if rich else ("logps",)
-    grads = {name: x.cotangents for name in names}
-
-    # By plain PyTorch, so that a regime compiles and trusts no kernel but its own.
-    saved: dict[str, Any] = {}
+        odd = x.hidden.new_empty(len(x.hidden), d + 1)[:, :d].copy_(x.hidden)
+        x = x._replace(hidden=odd)
+    if regime.kernel == "split_kernel":
+        return _bind_statistics(regime, x, (n, v), programs)
     if regime.kernel == "coefficients_kernel":
-        needed = ("lse", "lse_rest", *names)
-        saved = linear_stats_reference(hidden, weight, x.labels, want=needed, **facts)
+        return _bind_coefficients(regime, x)
+    # What row kernels read: raw logits of the policy and of the reference, in fp32.
+    products, ref_products = (h.float() @ x.weight.T.float() for h in (x.hidden, x.ref_hidden))
+    if regime.kernel == "epilogue_kernel":
+        return _bind_epilogue(products, x.labels, again=rows is not None)
+    if regime.kernel == "divergence_kernel":
+        return _bind_divergence(products, ref_products, x.labels)
+    return _bind_divergence_coefficients(products, ref_products, x.labels)
+
+
+def _facts(regime: Regime) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Return the statistics that a matrix kernel is asked for, and the soft-cap of a rich one."""
+    rich = "rich" in regime.words
+    return ("logps", "entropy") if rich else ("logps",), {"softcap": 30.0} if rich else {}
+
+
+def _bind_statistics(
+    regime: Regime, x: Inputs, size: tuple[int, int], programs: int
+) -> tuple[Run, Plain]:
+    """Return the calls of `split_kernel`, cut as for `size` (N, V)."""
+    names, facts = _facts(regime)
 
     def stats(config: Config) -> Outputs:
-        num_n, num_v = triton.cdiv(n, config.BN), triton.cdiv(v, config.BV)
+        num_n, num_v = triton.cdiv(size[0], config.BN), triton.cdiv(size[1], config.BV)
         blocks = blocks_per_split(num_n, num_v, programs)
         return linear_stats(
-            hidden, weight, x.labels, want=names, config=config, blocks=blocks, **facts
+            x.hidden, x.weight, x.labels, want=names, config=config, blocks=blocks, **facts
         )
 
-    def plain_stats(dtype: torch.dtype) -> Outputs:
-        wide = hidden.to(dtype), weight.to(dtype), x.labels
+    def plain(dtype: torch.dtype) -> Outputs:
+        wide = x.hidden.to(dtype), x.weight.to(dtype), x.labels
         return linear_stats_reference(*wide, want=names, **facts)
 
+    return stats, plain
+
+
+def _bind_coefficients(regime: Regime, x: Inputs) -> tuple[Run, Plain]:
+    """Return the calls of `coefficients_kernel`."""
+    names, facts = _facts(regime)
+    # By plain PyTorch, so that a regime compiles and trusts no kernel but its own.
+    needed = ("lse", "lse_rest", *names)
+    saved = linear_stats_reference(x.hidden, x.weight, x.labels, want=needed, **facts)
+    cotangents: dict[str, Any] = {f"grad_{name}": x.cotangents for name in names}
+
     def coefficients(config: Config) -> Outputs:
-        given: dict[str, Any] = {f"grad_{name}": value for name, value in grads.items()}
         c = linear_coefficients(
-            hidden, weight, x.labels, v_start=0, vocab_size=v, config=config, **saved, **given,
-            **facts,
+            x.hidden, x.weight, x.labels, v_start=0, vocab_size=len(x.weight), config=config,
+            **saved, **cotangents, **facts,
         )  # fmt: skip
         return {"c": c}
 
-    def plain_coefficients(dtype: torch.dtype) -> Outputs:
-        same: dict[str, Any] = {
-            k: g.to(torch.promote_types(g.dtype, dtype)) for k, g in grads.items()
-        }
-        wide = hidden.to(dtype), weight.to(dtype), x.labels
-        return {"c": linear_coefficients_reference(*wide, **facts, **same).to(dtype)}
+    def plain(dtype: torch.dtype) -> Outputs:
+        g = x.cotangents.to(torch.promote_types(x.cotangents.dtype, dtype))
+        wide = x.hidden.to(dtype), x.weight.to(dtype), x.labels
+        same: dict[str, Any] = dict.fromkeys(names, g)
+        c = linear_coefficients_reference(*wide, **facts, **same)
+        return {"c": c.to(dtype)}
 
-    if regime.kernel in MATRIX_KERNELS:
-        whole = {"split_kernel": (stats, plain_stats)}
-        return whole.get(regime.kernel, (coefficients, plain_coefficients))
+    return coefficients, plain
 
-    products, ref_products = (h.float() @ weight.T.float() for h in (hidden, x.ref_hidden))
-    raw_logits, labels = (products, ref_products), x.labels
-    want = ("logps", "kl_ref_policy", "kl_policy_ref")
-    one = torch.ones(len(labels), device=device)
+
+def _bind_epilogue(products: Tensor, labels: Tensor, *, again: bool) -> tuple[Run, Plain]:
+    """Return the calls of `epilogue_kernel`; `again`: raw logits are needed after a call."""
 
     def epilogue(config: Config) -> Outputs:
         # As a bf16 head launches it, over its raw logits: the gate needs them again, a timer not.
-        chunk = products if rows is None else products.clone()
-        found, c = logits_epilogue(
+        chunk = products.clone() if again else products
+        stats, c = logits_epilogue(
             chunk, labels, want=("logps",), coefficient_of="logps", config=config,
             out=over(chunk, torch.bfloat16),
         )  # fmt: skip
         assert c is not None
-        return {"logps": found["logps"], "c": c}
+        return {"logps": stats["logps"], "c": c}
 
-    def plain_epilogue(dtype: torch.dtype) -> Outputs:
-        found, c = logits_epilogue_reference(
+    def plain(dtype: torch.dtype) -> Outputs:
+        stats, c = logits_epilogue_reference(
             products.to(dtype), labels, want=("logps",), coefficient_of="logps"
         )
         assert c is not None
-        return {"logps": found["logps"], "c": c}
+        return {"logps": stats["logps"], "c": c}
+
+    return epilogue, plain
+
+
+def _bind_divergence(products: Tensor, ref_products: Tensor, labels: Tensor) -> tuple[Run, Plain]:
+    """Return the calls of `divergence_kernel`."""
+    want = ("logps", "kl_ref_policy", "kl_policy_ref")
 
     def both(config: Config) -> Outputs:
-        return divergence(*raw_logits, labels, want=want, config=config)
+        return divergence(products, ref_products, labels, want=want, config=config)
 
-    def plain_both(dtype: torch.dtype) -> Outputs:
+    def plain(dtype: torch.dtype) -> Outputs:
         return divergence_reference(products.to(dtype), ref_products.to(dtype), labels, want=want)
 
-    of_both: Outputs = {}
-    if regime.kernel == "divergence_coefficients_kernel":
-        needed = ("lse", "lse_rest", "logps", "ref_lse", "ref_lse_rest", "ref_logps")
-        of_both = divergence_reference(*raw_logits, labels, want=(*needed, "kl_policy_ref"))
+    return both, plain
 
-    def both_coefficients(config: Config) -> Outputs:
+
+def _bind_divergence_coefficients(
+    products: Tensor, ref_products: Tensor, labels: Tensor
+) -> tuple[Run, Plain]:
+    """Return the calls of `divergence_coefficients_kernel`."""
+    needed = ("lse", "lse_rest", "logps", "ref_lse", "ref_lse_rest", "ref_logps", "kl_policy_ref")
+    stats = divergence_reference(products, ref_products, labels, want=needed)
+    one = torch.ones(len(labels), device=products.device)
+
+    def coefficients(config: Config) -> Outputs:
         c = divergence_coefficients(
-            *raw_logits, labels, stats=of_both, cotangents={"kl_policy_ref": one}, config=config
-        )
+            products, ref_products, labels, stats=stats, cotangents={"kl_policy_ref": one},
+            config=config,
+        )  # fmt: skip
         return {"c": c}
 
-    def plain_both_coefficients(dtype: torch.dtype) -> Outputs:
+    def plain(dtype: torch.dtype) -> Outputs:
         leaf = products.to(dtype).requires_grad_()
         kl = divergence_reference(leaf, ref_products.to(dtype), labels, want=("kl_policy_ref",))
         return {"c": torch.autograd.grad(kl["kl_policy_ref"].sum(), leaf)[0]}
 
-    return {
-        "epilogue_kernel": (epilogue, plain_epilogue),
-        "divergence_kernel": (both, plain_both),
-        "divergence_coefficients_kernel": (both_coefficients, plain_both_coefficients),
-    }[regime.kernel]
+    return coefficients, plain
 
 
 def shape_of(regime: Regime) -> tuple[int, int, int]:
@@ -401,7 +433,7 @@ def shape_of(regime: Regime) -> tuple[int, int, int]:
 def gate(
     regime: Regime, shape: tuple[int, int, int], device: torch.device, programs: int
 ) -> Callable[[Config], str | None]:
-    """`wrong` of `search`, on the first rows of a shape, with ragged ends."""
+    """Return `wrong` of `search`, on the first rows of a shape, with ragged ends."""
     run, plain = bind(regime, shape, device, programs, GATE_ROWS)
     truth, same = plain(torch.float64), plain(torch.float32)
     if "c" in same and (regime.bits == 16 or regime.kernel == "epilogue_kernel"):
@@ -426,7 +458,7 @@ def tune(
     ahead: Ahead,
     deadline: float = math.inf,
 ) -> Found:
-    """`search` of one regime on this device, until `time.monotonic()` is `deadline`."""
+    """Run `search` of one regime on this device, until `time.monotonic()` is `deadline`."""
     dtype = torch.bfloat16 if regime.bits == 16 else torch.float32
     matrices: dict[str, Any] = {
         "rich": "rich" in regime.words,

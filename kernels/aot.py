@@ -7,8 +7,9 @@ disassembly its instructions. What is checked this way is what a wrong block siz
 registers spilled to memory, more shared memory than a block may have, a matrix product that misses
 the tensor cores. `python -m bench.account` prints what follows from it for an H100.
 
-Argument types follow from the naming rule of `tile`: `x_ptr` is a pointer (to the input's dtype, to
-int64 for labels, to the accumulator for the rest), any other runtime argument is an int32.
+Argument types follow from names: `x_ptr` is a pointer (to the input's dtype, to int64 for labels,
+to the accumulator for the rest), any other runtime argument an int32. A tuple has members of its
+name's type, None for those that are absent.
 """
 
 from __future__ import annotations
@@ -29,14 +30,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import listwise, pairwise, segment_reduce
-from .divergence import divergence_coefficients_kernel, divergence_kernel
+from .coefficient import Grads, Rows
+from .divergence import Both, RefRows, divergence_coefficients_kernel, divergence_kernel
 from .kept_coefficients import kept_kernel
 from .launch_table import NARROW, launch
 from .linear_coefficients import coefficients_kernel
 from .linear_stats import merge_kernel, split_kernel
 from .logits_epilogue import epilogue_kernel
-from .online import ACCUMULATED, STATISTICS, flags
-from .tile import INTERPRETED, Config, pick, precision, transform_arguments
+from .online import STATISTICS, accumulated, pointers
+from .tile import INTERPRETED, Config, Strides, logit_arguments, pick, precision, tile_of
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -57,7 +59,7 @@ WIDTH = 4096
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of one kernel in one configuration.
+    """Hold what the compiler made of one kernel in one configuration.
 
     spill_bytes is a thread's stack and local memory (gfx942: 4 bytes a spilled register);
     matrix_instruction is the first one's whole name, shape and types included, None where the
@@ -84,6 +86,12 @@ class Report:
 
 @dataclass(frozen=True)
 class _Case:
+    """Hold a kernel and its arguments that are known to the compiler.
+
+    constants holds values of constexprs, None for absent pointers, and tuples in which `...` is a
+    member that a launch brings.
+    """
+
     kernel: triton.JITFunction
     config: Config
     constants: dict
@@ -96,13 +104,13 @@ class _Case:
 
     @property
     def has_dot(self) -> bool:
-        return "DOT" in self.constants
+        return "TILE" in self.constants
 
 
 def _cases(
     chip: str, dtype: torch.dtype, rich: bool, described: bool = True, width: int = WIDTH
 ) -> Iterator[_Case]:
-    """Every kernel with all its regime allows switched on: the most registers it can need.
+    """Yield every kernel with all its regime allows switched on: the most registers it can need.
 
     An 8B model's shapes, so that offsets are 16-byte aligned as they are in real runs.
     """
@@ -116,61 +124,58 @@ def _cases(
         for kernel in (epilogue_kernel, divergence_kernel, divergence_coefficients_kernel)
     )
     want = STATISTICS if rich else ("lse", "lse_rest", "logps")
-    kinds = precision(dtype)
-    transform = transform_arguments(30.0 if rich else None, logit_scale=1.0, temperature=0.7)
-    del transform["temperature_ptr"]
-    transform["HAS_TEMPERATURE"] = rich
-    rank = dict(R=16) if rich else dict(R=0, lora_ptr=None)
+    statistics = dict(statistics_ptr=pointers(dict.fromkeys(want, ...)))
+    accumulate = dict(WANT=accumulated(want))
+    acc = dict(ACC=precision(dtype)["ACC"])
+    logit = logit_arguments(30.0 if rich else None, logit_scale=1.0, temperature=0.7)
+    if rich:
+        del logit["temperature_ptr"]
+        logit["LOGIT"] = logit["LOGIT"]._replace(TEMPERATURES=True)
+    also = ... if rich else None  # a pointer of rich kernels alone
+    grads = dict(rows_ptr=Rows(..., ..., ..., also, ..., also, also, also))
+    grads |= dict(GRADS=Grads(True, rich, rich, rich))
 
-    def blocks(config: Config, *names: str) -> dict[str, int]:
-        return {name: getattr(config, name) for name in names}
+    def blocks(config: Config) -> dict[str, int]:
+        return dict(BN=config.BN, BV=config.BV)
 
     def matrix(config: Config) -> dict[str, object]:
-        tile = blocks(config, "BN", "BV", "BD")
-        return transform | kinds | rank | tile | dict(D=width, GROUP=config.group, TMA=config.tma)
+        low = {} if rich else dict(lora_ptr=None)
+        tile = tile_of(config, dtype, width, 16 if rich else 0)
+        return logit | low | dict(strides=Strides(..., ..., also), TILE=tile)
 
-    yield _Case(
-        split_kernel,
-        stats,
-        dict(BLOCKS=32, HAS_BIAS=True) | flags(want, ACCUMULATED) | matrix(stats),
-        dtype,
-    )
-    merge = dict(BN=64, BS=16, ACC=kinds["ACC"])
-    yield _Case(merge_kernel, Config(BN=64, BV=0), flags(want) | merge, dtype)
-    rest = dict(HAS_BIAS=True, HAS_REST=True, HAS_LOGPS=True)
-    rest |= dict(HAS_LSE=rich, HAS_MEAN=rich, HAS_ENTROPY=rich)
-    yield _Case(coefficients_kernel, coefficients, rest | matrix(coefficients), dtype)
-    walk = transform | dict(BLOCKS=triton.cdiv(128256, epilogue.BV), IN_PLACE=True)
-    walk |= dict(ACC=kinds["ACC"]) | blocks(epilogue, "BN", "BV")
-    yield _Case(kept_kernel, epilogue, rest | walk, dtype)
-    yield _Case(
-        epilogue_kernel,
-        epilogue,
-        dict(HAS_BIAS=True, HAS_OUT=True)
-        | dict(OF_LOGPS=not rich, OF_LSE=False, OF_MEAN_LOGIT=False, OF_ENTROPY=rich)
-        | (walk | flags(want)),
-        dtype,
-    )
-    mixture = dict(HAS_BIAS=True, HAS_REF_BIAS=True, BETA=0.5, ACC=kinds["ACC"])
+    yield _Case(split_kernel, stats, dict(BLOCKS=32) | accumulate | matrix(stats), dtype)
+    merge = dict(BN=64, BS=16)
+    yield _Case(merge_kernel, Config(BN=64, BV=0), statistics | acc | merge, dtype)
+    yield _Case(coefficients_kernel, coefficients, grads | matrix(coefficients), dtype)
+    sweep = logit | acc | blocks(epilogue)
+    sweep |= dict(BLOCKS=triton.cdiv(128256, epilogue.BV), IN_PLACE=True)
+    yield _Case(kept_kernel, epilogue, grads | sweep, dtype)
+    one = dict(GRADS=Grads(logps=not rich, lse=False, mean_logit=False, entropy=rich))
+    yield _Case(epilogue_kernel, epilogue, statistics | accumulate | one | sweep, dtype)
+    pair = logit | acc | dict(BETA=0.5, strides=(..., ...))
+    pair |= {name: (..., ...) for name in ("products_ptr", "bias_ptr")}
+    ref = dict.fromkeys(("lse", "lse_rest", "logps"), ...)
     yield _Case(
         divergence_kernel,
         both,
-        dict(BLOCKS=triton.cdiv(128256, both.BV), WANT_JSD=rich)
-        | (transform | flags(want) | mixture | blocks(both, "BN", "BV")),
+        dict(ref_statistics_ptr=pointers(ref), both_ptr=Both(..., ..., also, also))
+        | dict(BLOCKS=triton.cdiv(128256, both.BV), REF_WANT=accumulated(()))
+        | (statistics | accumulate | pair | blocks(both)),
         dtype,
     )
+    grads["rows_ptr"] = grads["rows_ptr"]._replace(grad_logps=also)
+    grads["GRADS"] = grads["GRADS"]._replace(logps=rich)
     yield _Case(
         divergence_coefficients_kernel,
         both_coefficients,
-        dict(HAS_LOGPS=rich, HAS_LSE=rich, HAS_MEAN=rich, HAS_ENTROPY=rich)
-        | dict(HAS_KL_REF_POLICY=True, HAS_KL_POLICY_REF=rich, HAS_JSD=rich)
-        | (transform | mixture | blocks(both_coefficients, "BN", "BV")),
+        grads | pair | blocks(both_coefficients)
+        | dict(ref_rows_ptr=RefRows(..., ..., ..., also, also, ..., also, also)),
         dtype,
-    )
+    )  # fmt: skip
 
 
 def _loss_cases(chip: str) -> Iterator[_Case]:
-    """The loss kernels in the forms that need most registers; scores are fp32."""
+    """Yield the loss kernels in the forms that need most registers; scores are fp32."""
     fp32 = torch.float32
     pair = pick(pairwise.CONFIGS, chip, fp32)
     forms = (
@@ -180,7 +185,7 @@ def _loss_cases(chip: str) -> Iterator[_Case]:
         pairwise.PairForm("logistic", transform="log odds", given="log ratio", given_scale=1.0),
     )
     for form in forms:
-        constants = form.constants(fp32) | dict(HAS_REWARD_OF=True, BN=pair.BN)
+        constants = form.constants(fp32) | dict(BN=pair.BN)
         yield _Case(pairwise.pair_kernel, pair, constants, fp32)
     widest = ("below", 8), ("exo", 64), ("smooth rank", 64), ("logistic", 64), ("logistic", 1024)
     for name, candidates in widest:
@@ -191,22 +196,20 @@ def _loss_cases(chip: str) -> Iterator[_Case]:
         constants = form.constants() | sizes | dict(ACC=precision(fp32)["ACC"])
         yield _Case(listwise.list_kernel, config, constants, fp32, options)
     tokens = pick(segment_reduce.CONFIGS, chip, fp32)
-    constants = dict(REDUCTION="normalised", HAS_WEIGHTS=True, BN=tokens.BN)
+    constants = dict(REDUCTION="normalised", BN=tokens.BN)
     yield _Case(segment_reduce.reduce_kernel, tokens, constants, fp32)
     constants |= dict(ACC=precision(fp32)["ACC"])
     yield _Case(segment_reduce.spread_kernel, tokens, constants, fp32)
 
 
-def _signature(case: _Case) -> dict[str, str]:
-    """Argument name -> triton type."""
+def _types(case: _Case) -> dict[str, object]:
+    """Return argument name -> triton type, a tuple of types for a tuple."""
     element = {dtype: name for name, dtype in DTYPES.items()}[case.input_dtype]
     matrices = {"hidden_ptr": case.config.BN, "weight_ptr": case.config.BV}
     matrices["lora_ptr"] = case.config.BV
-    inputs = ("hidden_ptr", "weight_ptr", "lora_ptr", "bias_ptr", "ref_bias_ptr", "out_ptr")
+    inputs = ("hidden_ptr", "weight_ptr", "lora_ptr", "bias_ptr", "out_ptr")
 
     def kind(name: str) -> str:
-        if name in case.constants:
-            return "constexpr"
         if name in ("labels_ptr", "key_ptr", "starts_ptr"):
             return "*i64"
         if name == "mask_ptr":
@@ -217,15 +220,40 @@ def _signature(case: _Case) -> dict[str, str]:
             return f"*{element}"
         return "*fp32" if name.endswith("_ptr") else "i32"
 
-    return {name: kind(name) for name in case.kernel.arg_names}
+    def typed(name: str) -> object:
+        value = case.constants.get(name, ...)
+        if isinstance(value, tuple) and ... in value:
+            members = (kind(name) if member is ... else "constexpr" for member in value)
+            return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
+        return kind(name) if value is ... else "constexpr"
+
+    return {name: typed(name) for name in case.kernel.arg_names}
 
 
-def _aligned(case: _Case) -> dict[tuple[int], list[list[object]]]:
-    """Pointers, strides and sizes that a launch would find divisible by 16: all but the counts."""
+def _paths(types: dict[str, object]) -> Iterator[tuple[tuple[int, ...], str, str]]:
+    """Yield (path, argument name, type) of every argument and of every member of a tuple."""
+    for i, (name, kind) in enumerate(types.items()):
+        if isinstance(kind, tuple):
+            yield from (((i, j), name, member) for j, member in enumerate(kind))
+        else:
+            yield (i,), name, kind
+
+
+def _constants(case: _Case, types: dict[str, object]) -> dict[tuple[int, ...], object]:
+    """Return path -> value of what the compiler knows."""
+    return {
+        path: case.constants[name] if len(path) == 1 else None
+        for path, name, kind in _paths(types)
+        if kind == "constexpr"
+    }
+
+
+def _aligned(types: dict[str, object]) -> dict[tuple[int, ...], list[list[object]]]:
+    """Return what a launch would find divisible by 16: pointers, strides and sizes, not counts."""
     exact = ("N", "num_splits", "v_start")
     return {
-        (i,): [["tt.divisibility", 16]]
-        for i, (name, kind) in enumerate(_signature(case).items())
+        path: [["tt.divisibility", 16]]
+        for path, name, kind in _paths(types)
         if name not in exact and not kind.startswith(("constexpr", "tensordesc"))
     }
 
@@ -240,7 +268,7 @@ def _cuobjdump(cubin: bytes, what: str) -> str:
 
 
 def instructions(report: Report) -> tuple[Counter[str], Counter[str]]:
-    """(outside loops, inside) how often each opcode stands in an NVIDIA kernel: HGMMA, MUFU, ..."""
+    """Count each opcode of an NVIDIA kernel, HGMMA, MUFU and so on: (outside loops, inside)."""
     lines = [
         (int(address, 16), opcode, re.search(r"0x([0-9a-f]+)$", rest.strip()))
         for address, opcode, rest in SASS.findall(_cuobjdump(report.machine, "--dump-sass"))
@@ -252,20 +280,21 @@ def instructions(report: Report) -> tuple[Counter[str], Counter[str]]:
 
 
 def _cubin_resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, spilled bytes) of a thread, from the binary's own resource table."""
+    """Return (registers, spilled bytes) of a thread, from the binary's own resource table."""
     text = _cuobjdump(cubin, "--dump-resource-usage")
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
 def _amdgcn_resources(assembly: str) -> tuple[int, int]:
-    """(vector registers, spilled bytes) of a lane, from the assembly's metadata."""
+    """Return (vector registers, spilled bytes) of a lane, from the assembly's metadata."""
     usage = {key: int(value) for key, value in re.findall(r"\.(\w+_count):\s+(\d+)", assembly)}
     return usage["vgpr_count"], 4 * (usage["vgpr_spill_count"] + usage["sgpr_spill_count"])
 
 
 def _compile(case: _Case, target: str, dtype: str, rich: bool) -> Report:
-    source = ASTSource(case.kernel, _signature(case), case.constants, _aligned(case))
+    types = _types(case)
+    source = ASTSource(case.kernel, types, _constants(case, types), _aligned(types))
     options = {"num_warps": case.config.warps, "num_stages": case.config.stages, **case.options}
     binary = triton.compile(source, target=TARGETS[target], options=options)
     if target.startswith("gfx"):
@@ -276,7 +305,7 @@ def _compile(case: _Case, target: str, dtype: str, rich: bool) -> Report:
         text = binary.asm["ptx"]
         machine = binary.asm["cubin"]
         registers, spill_bytes = _cubin_resources(machine)
-    found = MATRIX_INSTRUCTION.search(text)
+    product = MATRIX_INSTRUCTION.search(text)
     return Report(
         kernel=case.name,
         target=target,
@@ -287,9 +316,9 @@ def _compile(case: _Case, target: str, dtype: str, rich: bool) -> Report:
         registers=registers,
         spill_bytes=spill_bytes,
         shared_bytes=binary.metadata.shared,
-        matrix_instruction=found.group(1) if found else None,
+        matrix_instruction=product.group(1) if product else None,
         tensor_copies="cp.async.bulk.tensor" in text,
-        width=case.constants.get("D", 0),
+        width=case.constants["TILE"].D if case.has_dot else 0,
         machine=machine,
         ttir=binary.asm["ttir"],
     )
@@ -311,9 +340,9 @@ def compile_all(target: str, dtypes: Iterable[str] = tuple(DTYPES)) -> list[Repo
     _check(target)
     cases: dict[tuple, _Case] = {}
     both = (False, True)
-    for dtype, rich, pointers, narrow in itertools.product(dtypes, both, both, both):
+    for dtype, rich, addressed, narrow in itertools.product(dtypes, both, both, both):
         width = NARROW if narrow else WIDTH
-        for case in _cases(target, DTYPES[dtype], rich, not pointers, width):
+        for case in _cases(target, DTYPES[dtype], rich, not addressed, width):
             cases.setdefault((dtype, rich, case.name, case.config), case)
     return [_compile(case, target, key[0], key[1]) for key, case in cases.items()]
 

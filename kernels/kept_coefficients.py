@@ -11,17 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .coefficient import load_grads, load_saved, row_arguments
 from .launch_table import launch
-from .linear_coefficients import row_arguments
 from .logits_epilogue import in_place, put_coefficients
 from .tile import (
     Config,
     chip_of,
     inverse_temperature,
-    load_rows,
+    logit_arguments,
     on_device_of,
     precision,
-    transform_arguments,
 )
 
 
@@ -30,14 +29,8 @@ def kept_kernel(
     products_ptr,
     bias_ptr,
     labels_ptr,
-    lse_ptr,
-    lse_rest_ptr,
-    logps_ptr,
-    entropy_ptr,
-    grad_logps_ptr,
-    grad_lse_ptr,
-    grad_mean_logit_ptr,
-    grad_entropy_ptr,
+    temperature_ptr,
+    rows_ptr,
     out_ptr,
     stride_pn,
     stride_on,
@@ -45,24 +38,15 @@ def kept_kernel(
     N,
     V_slice,
     V,
-    temperature_ptr,
     BLOCKS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    HAS_REST: tl.constexpr,
-    HAS_LOGPS: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-    HAS_MEAN: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
     IN_PLACE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    INNER: tl.constexpr,
-    OUTER: tl.constexpr,
+    LOGIT: tl.constexpr,
+    GRADS: tl.constexpr,
     ACC: tl.constexpr,
     BN: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """C of BN rows."""
+    """Write C of BN rows."""
     o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     m_n = o_n < N
     # Counted from the slice and in int32: a label is compared with every column.
@@ -73,28 +57,15 @@ def kept_kernel(
         out_ptr + o_n * stride_on,
         m_n,
         labels,
-        inverse_temperature(temperature_ptr, o_n, m_n, HAS_TEMPERATURE, BN, ACC),
-        load_rows(lse_ptr, o_n, m_n, True, BN, ACC),
-        load_rows(lse_rest_ptr, o_n, m_n, HAS_REST, BN, ACC),
-        load_rows(logps_ptr, o_n, m_n, True, BN, ACC),
-        load_rows(entropy_ptr, o_n, m_n, HAS_ENTROPY, BN, ACC),
-        load_rows(grad_logps_ptr, o_n, m_n, HAS_LOGPS, BN, ACC),
-        load_rows(grad_lse_ptr, o_n, m_n, HAS_LSE, BN, ACC),
-        load_rows(grad_mean_logit_ptr, o_n, m_n, HAS_MEAN, BN, ACC),
-        load_rows(grad_entropy_ptr, o_n, m_n, HAS_ENTROPY, BN, ACC),
+        inverse_temperature(temperature_ptr, o_n, m_n, LOGIT, BN, ACC),
+        load_saved(rows_ptr, o_n, m_n, GRADS, BN, ACC),
+        load_grads(rows_ptr, o_n, m_n, BN, ACC),
         V_slice,
         V,
         BLOCKS,
-        HAS_BIAS,
-        HAS_TEMPERATURE,
         IN_PLACE,
-        SOFTCAP,
-        INNER,
-        OUTER,
-        HAS_LOGPS,
-        HAS_LSE,
-        HAS_MEAN,
-        HAS_ENTROPY,
+        LOGIT,
+        GRADS,
         ACC,
         BV,
     )
@@ -170,9 +141,8 @@ def kept_coefficients(
             V_slice=V_slice,
             V=vocab_size,
             BLOCKS=triton.cdiv(V_slice, config.BV),
-            HAS_BIAS=bias_slice is not None,
             IN_PLACE=in_place(out, products),
-            **transform_arguments(softcap, logit_scale, temperature),
+            **logit_arguments(softcap, logit_scale, temperature),
             ACC=precision(products.dtype)["ACC"],
             BN=config.BN,
             BV=config.BV,

@@ -2,9 +2,9 @@
 
     TABLE[kernel][chip, regime] -> Config        launch("split_kernel", "sm_90", torch.bfloat16)
 
-Regimes and how they fall back are `tile.pick`'s. `python -m bench.tune_head` measures the rows of
-the GPU that it runs on and rewrites what stands between the two marks; the chips it has done so for
-are MEASURED. All other rows come from what the compiler reports (`aot`, docs/head.md):
+`tile.pick` says what regimes are and how they fall back. `python -m bench.tune_head` measures the
+rows of the GPU that it runs on and rewrites what stands between the two marks; the chips it has
+done so for are MEASURED. All other rows come from what the compiler reports (`aot`, docs/head.md):
 
 - A [BN, BV] fp32 tile takes BN * BV / (32 * warps) registers a thread: 128 at 128 x 256 and 8
   warps. On sm_90 the plain epilogue fits beside it under the 255 a thread may own; entropy or a
@@ -108,7 +108,7 @@ def launch(
     width: int | None = None,
     described: bool = False,
 ) -> Config:
-    """The configuration of a kernel on a chip.
+    """Return the configuration of a kernel on a chip.
 
     Args:
         kernel: a name of the table.

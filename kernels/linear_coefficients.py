@@ -1,7 +1,5 @@
-r"""The backward of `linear_stats` up to its matrix products: recompute a slice of logits, write C.
-
-    C_v = dz_v/da_v * ( g_logps (1[v = y] - p_v) + g_lse p_v + g_mean / V
-                        - g_entropy p_v (log p_v + H) )
+r"""The backward of `linear_stats` up to its matrix products: recompute a slice of logits, write C,
+the coefficient of `coefficient`,
 
 for a vocabulary slice W_s [Vs, D] that starts at row v_start of W; g_x [N] are the cotangents of
 the row statistics. The caller then forms two plain products with cuBLAS,
@@ -10,159 +8,87 @@ the row statistics. The caller then forms two plain products with cuBLAS,
 
 so that each slice of dW is finished by one product and no fp32 [V, D] buffer exists.
 
-C is formed in fp32, one-hot included, and rounded ONCE, to the dtype of the products. Rounding p
-and subtracting it from the one-hot afterwards loses every digit of a confident token's gradient
-(bf16, p_y = .998: relative error 1.1 against 1.3e-3).
-
 One matrix product, 2 N Vs D FLOP, and N Vs elements written. Products that were kept are read by
 `kept_coefficients` instead.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .coefficient import coefficient, load_grads, load_saved, row_arguments
 from .launch_table import launch
 from .online import statistics_reference
 from .tile import (
     Config,
     block_order,
-    blocks_of,
     chip_of,
-    coefficient,
     described,
     inverse_temperature,
-    load_rows,
+    logit_arguments,
+    matrix_arguments,
     on_device_of,
     operands,
-    precision,
     raw_reference,
     raw_tile,
     transform,
-    transform_arguments,
     transform_reference,
 )
 
 
 @triton.jit
 def coefficients_kernel(
+    # Descriptors with TMA. Not one tuple: triton 3.6 prepares only those that are arguments
+    # themselves (`wrap_handle_tensordesc` of its driver).
     hidden_ptr,
     weight_ptr,
+    lora_ptr,
+    strides,
     bias_ptr,
     labels_ptr,
-    lse_ptr,
-    lse_rest_ptr,
-    logps_ptr,
-    entropy_ptr,
-    grad_logps_ptr,
-    grad_lse_ptr,
-    grad_mean_logit_ptr,
-    grad_entropy_ptr,
+    temperature_ptr,
+    rows_ptr,
     out_ptr,
-    stride_hn,
-    stride_wv,
     stride_on,
     v_start,
     N,
     V_slice,
     V,
-    lora_ptr,
-    temperature_ptr,
-    stride_lv,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    HAS_REST: tl.constexpr,
-    HAS_LOGPS: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-    HAS_MEAN: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    INNER: tl.constexpr,
-    OUTER: tl.constexpr,
-    DOT: tl.constexpr,
-    ACC: tl.constexpr,
-    BN: tl.constexpr,
-    BV: tl.constexpr,
-    BD: tl.constexpr,
-    GROUP: tl.constexpr,
-    TMA: tl.constexpr,
+    LOGIT: tl.constexpr,
+    GRADS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """One [BN, BV] tile of C."""
-    i_n, i_v = block_order(tl.program_id(0), tl.cdiv(N, BN), tl.cdiv(V_slice, BV), GROUP)
+    """Write one [BN, BV] tile of C."""
+    BN: tl.constexpr = TILE.BN
+    BV: tl.constexpr = TILE.BV
+    ACC: tl.constexpr = TILE.ACC
+    i_n, i_v = block_order(tl.program_id(0), tl.cdiv(N, BN), tl.cdiv(V_slice, BV), TILE.GROUP)
     v_first = i_v * BV
     n_first = i_n.to(tl.int64) * BN
     o_n = n_first + tl.arange(0, BN)
     o_v = v_first + tl.arange(0, BV)
     m_n = o_n < N
     m_v = o_v < V_slice
-    b_a = raw_tile(
-        hidden_ptr,
-        weight_ptr,
-        lora_ptr,
-        stride_hn,
-        stride_wv,
-        stride_lv,
-        i_n,
-        v_first,
-        N,
-        V_slice,
-        D,
-        R,
-        BN,
-        BV,
-        BD,
-        TMA,
-        DOT,
-        ACC,
-    )
-    if HAS_BIAS:
+    b_a = raw_tile(hidden_ptr, weight_ptr, lora_ptr, strides, i_n, v_first, N, V_slice, TILE)
+    if bias_ptr is not None:
         bias = tl.load(bias_ptr + o_v, mask=m_v, other=0.0)
         b_a += bias.to(ACC)[None, :]
-    cooling = inverse_temperature(temperature_ptr, o_n, m_n, HAS_TEMPERATURE, BN, ACC)
-    b_z, b_slope = transform(b_a, cooling, SOFTCAP, INNER, OUTER, HAS_TEMPERATURE)
+    # The rows' numbers are loaded after the product, whose tile leaves few registers: 178 of 255
+    # a thread are taken with TMA at 128 x 256 on sm_90, 230 with pointers (bench.account).
+    cooling = inverse_temperature(temperature_ptr, o_n, m_n, LOGIT, BN, ACC)
+    b_z, b_slope = transform(b_a, cooling, LOGIT)
     # Counted from the slice and in int32: a label is compared with every column of the tile.
     labels = (tl.load(labels_ptr + o_n, mask=m_n, other=-1) - v_start).to(tl.int32)
-    b_c = coefficient(
-        b_z,
-        b_slope,
-        o_v[None, :] == labels[:, None],
-        load_rows(lse_ptr, o_n, m_n, True, BN, ACC),
-        load_rows(lse_rest_ptr, o_n, m_n, HAS_REST, BN, ACC),
-        load_rows(logps_ptr, o_n, m_n, True, BN, ACC),
-        load_rows(entropy_ptr, o_n, m_n, HAS_ENTROPY, BN, ACC),
-        load_rows(grad_logps_ptr, o_n, m_n, HAS_LOGPS, BN, ACC),
-        load_rows(grad_lse_ptr, o_n, m_n, HAS_LSE, BN, ACC),
-        load_rows(grad_mean_logit_ptr, o_n, m_n, HAS_MEAN, BN, ACC),
-        load_rows(grad_entropy_ptr, o_n, m_n, HAS_ENTROPY, BN, ACC),
-        V,
-        HAS_LOGPS,
-        HAS_LSE,
-        HAS_MEAN,
-        HAS_ENTROPY,
-    )
+    saved = load_saved(rows_ptr, o_n, m_n, GRADS, BN, ACC)
+    grads = load_grads(rows_ptr, o_n, m_n, BN, ACC)
+    b_c = coefficient(b_z, b_slope, o_v[None, :] == labels[:, None], saved, grads, V, GRADS)
+    # int64 in the block's base alone: n_first is, and offsets inside a block fit int32.
     out_ptrs = out_ptr + n_first * stride_on + v_first
     out_ptrs += tl.arange(0, BN)[:, None] * stride_on + tl.arange(0, BV)[None, :]
     tl.store(out_ptrs, b_c.to(out_ptr.dtype.element_ty), mask=m_n[:, None] & m_v[None, :])
-
-
-def row_arguments(**rows: Tensor | None) -> dict[str, Any]:
-    """Return the arguments for the statistics and cotangents of the rows, [N] each or None."""
-    # Cotangents of a sum arrive expanded (stride 0); [N] copies are cheaper than a stride each.
-    found = {f"{name}_ptr": x if x is None else x.contiguous() for name, x in rows.items()}
-    return found | {
-        "HAS_REST": rows["lse_rest"] is not None,
-        "HAS_LOGPS": rows["grad_logps"] is not None,
-        "HAS_LSE": rows["grad_lse"] is not None,
-        "HAS_MEAN": rows["grad_mean_logit"] is not None,
-        "HAS_ENTROPY": rows["grad_entropy"] is not None,
-    }
 
 
 def linear_coefficients(
@@ -189,7 +115,7 @@ def linear_coefficients(
     out: Tensor | None = None,  # [N, Vs]
     config: Config | None = None,
 ) -> Tensor:
-    """d loss / d (h W_s^T + b_s) [N, Vs] from the cotangents of the row statistics.
+    """Return d loss / d (h W_s^T + b_s) [N, Vs] from the cotangents of the row statistics.
 
     Args:
         hidden, weight_slice, bias_slice, lora_slice, softcap, logit_scale, temperature: as in
@@ -250,10 +176,8 @@ def linear_coefficients(
             N=N,
             V_slice=V_slice,
             V=vocab_size,
-            HAS_BIAS=bias_slice is not None,
-            **(matrices | blocks_of(config, matrices)),
-            **transform_arguments(softcap, logit_scale, temperature),
-            **precision(hidden.dtype),
+            **matrix_arguments(config, matrices),
+            **logit_arguments(softcap, logit_scale, temperature),
         )
     return out
 
@@ -270,7 +194,7 @@ def linear_coefficients_reference(
     temperature: float | Tensor = 1.0,
     **grads: Tensor,
 ) -> Tensor:
-    """C [N, V] over the whole vocabulary by autograd through dense fp32 (fp64) logits.
+    """Return C [N, V] over the whole vocabulary by autograd through dense fp32 (fp64) logits.
 
     `grads` are the cotangents under the names of the statistics: `logps`, `lse`, ...
     """

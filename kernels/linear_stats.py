@@ -24,12 +24,14 @@ from torch import Tensor
 from .launch_table import launch
 from .online import (
     ACCUMULATED,
+    NEG_INF,
     STATE,
+    State,
     absorb,
+    accumulated,
     check_names,
     empty_state,
     finish,
-    flags,
     merge,
     pointers,
     statistics_reference,
@@ -39,130 +41,92 @@ from .tile import (
     Config,
     acc_dtype,
     block_order,
-    blocks_of,
     chip_of,
     described,
     inverse_temperature,
+    logit_arguments,
+    matrix_arguments,
     on_device_of,
     operands,
     precision,
     raw_reference,
     raw_tile,
     transform,
-    transform_arguments,
     transform_reference,
 )
 
 
 @triton.jit
 def split_kernel(
+    # Descriptors with TMA. Not one tuple: triton 3.6 prepares only those that are arguments
+    # themselves (`wrap_handle_tensordesc` of its driver).
     hidden_ptr,
     weight_ptr,
+    lora_ptr,
+    strides,
     bias_ptr,
     labels_ptr,
+    temperature_ptr,
     state_ptr,
-    stride_hn,
-    stride_wv,
     N,
     V,
     num_splits,
-    lora_ptr,
-    temperature_ptr,
-    stride_lv,
-    D: tl.constexpr,
-    R: tl.constexpr,
     BLOCKS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    INNER: tl.constexpr,
-    OUTER: tl.constexpr,
-    WANT_ENTROPY: tl.constexpr,
-    WANT_LOG_P2: tl.constexpr,
-    WANT_TOP1: tl.constexpr,
-    WANT_MEAN_LOGIT: tl.constexpr,
-    DOT: tl.constexpr,
-    ACC: tl.constexpr,
-    BN: tl.constexpr,
-    BV: tl.constexpr,
-    BD: tl.constexpr,
-    GROUP: tl.constexpr,
-    TMA: tl.constexpr,
+    LOGIT: tl.constexpr,
+    WANT: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """State of one row block over one split of BLOCKS vocabulary blocks -> state_ptr [7, S, N]."""
-    i_n, i_s = block_order(tl.program_id(0), tl.cdiv(N, BN), num_splits, GROUP)
+    """Write the states of one row block over one split of BLOCKS vocabulary blocks.
+
+    state_ptr is [7, S, N], S = num_splits; members that WANT does not ask for are not written.
+    """
+    BN: tl.constexpr = TILE.BN
+    BV: tl.constexpr = TILE.BV
+    ACC: tl.constexpr = TILE.ACC
+    i_n, i_s = block_order(tl.program_id(0), tl.cdiv(N, BN), num_splits, TILE.GROUP)
     o_n = i_n.to(tl.int64) * BN + tl.arange(0, BN)
     m_n = o_n < N
+    # int32: a label is compared with every column of every tile, in one register instead of two.
     labels = tl.load(labels_ptr + o_n, mask=m_n, other=0).to(tl.int32)
-    cooling = inverse_temperature(temperature_ptr, o_n, m_n, HAS_TEMPERATURE, BN, ACC)
+    cooling = inverse_temperature(temperature_ptr, o_n, m_n, LOGIT, BN, ACC)
     state = empty_state(BN, ACC)
+    # BLOCKS tiles a program, so that seven numbers a row are written once a split and not once a
+    # tile. Not flattened with the loop over D: with TMA that spills 416 bytes on sm_90
+    # (bench/NOTES.md).
     for block in range(BLOCKS):
         # A block wholly past V (end of the last split) re-reads the last row and counts nothing.
         v_first = (i_s * BLOCKS + block) * BV
-        b_a = raw_tile(
-            hidden_ptr,
-            weight_ptr,
-            lora_ptr,
-            stride_hn,
-            stride_wv,
-            stride_lv,
-            i_n,
-            v_first,
-            N,
-            V,
-            D,
-            R,
-            BN,
-            BV,
-            BD,
-            TMA,
-            DOT,
-            ACC,
-        )
+        b_a = raw_tile(hidden_ptr, weight_ptr, lora_ptr, strides, i_n, v_first, N, V, TILE)
         o_v = v_first + tl.arange(0, BV)
-        if HAS_BIAS:
+        if bias_ptr is not None:
             bias = tl.load(bias_ptr + o_v, mask=o_v < V, other=0.0)
             b_a += bias.to(ACC)[None, :]
-        b_z, _ = transform(b_a, cooling, SOFTCAP, INNER, OUTER, HAS_TEMPERATURE)
-        state = absorb(
-            state, b_z, o_v, labels, V, WANT_ENTROPY, WANT_LOG_P2, WANT_TOP1, WANT_MEAN_LOGIT
-        )
-    label, high, mass, slope, square, before, total = state
+        b_z, _ = transform(b_a, cooling, LOGIT)
+        state = absorb(state, b_z, o_v, labels, V, WANT)
+    # int64: 7 S N passes 2^31 at 2.4M tokens of 128 splits.
     member = tl.cast(num_splits, tl.int64) * N
     out_ptrs = state_ptr + i_s.to(tl.int64) * N + o_n
-    tl.store(out_ptrs, label, mask=m_n)
-    tl.store(out_ptrs + member, high, mask=m_n)
-    tl.store(out_ptrs + 2 * member, mass, mask=m_n)
-    if WANT_ENTROPY:
-        tl.store(out_ptrs + 3 * member, slope, mask=m_n)
-    if WANT_LOG_P2:
-        tl.store(out_ptrs + 4 * member, square, mask=m_n)
-    if WANT_TOP1:
-        tl.store(out_ptrs + 5 * member, before, mask=m_n)
-    if WANT_MEAN_LOGIT:
-        tl.store(out_ptrs + 6 * member, total, mask=m_n)
+    for i in tl.static_range(7):
+        if i < 3 or WANT[i]:
+            tl.store(out_ptrs + i * member, state[i], mask=m_n)
+
+
+@triton.jit
+def load_member(in_ptrs, m_ns, EMPTY: tl.constexpr, WANTED: tl.constexpr, ACC: tl.constexpr):
+    """Return a member [BN, BS] of the states, EMPTY where there is no split, or unused zeros."""
+    if WANTED:
+        return tl.load(in_ptrs, mask=m_ns, other=EMPTY)
+    else:
+        return tl.zeros(in_ptrs.shape, dtype=ACC)
 
 
 @triton.jit
 def merge_kernel(
     state_ptr,
-    lse_ptr,
-    lse_rest_ptr,
-    logps_ptr,
-    entropy_ptr,
-    log_p2_ptr,
-    top1_ptr,
-    mean_logit_ptr,
+    statistics_ptr,
     N,
     V,
     num_splits,
-    WANT_LSE: tl.constexpr,
-    WANT_LSE_REST: tl.constexpr,
-    WANT_LOGPS: tl.constexpr,
-    WANT_ENTROPY: tl.constexpr,
-    WANT_LOG_P2: tl.constexpr,
-    WANT_TOP1: tl.constexpr,
-    WANT_MEAN_LOGIT: tl.constexpr,
     ACC: tl.constexpr,
     BN: tl.constexpr,
     BS: tl.constexpr,
@@ -173,44 +137,23 @@ def merge_kernel(
     m_n = o_n < N
     m_ns = m_n[:, None] & (o_s[None, :] < num_splits)
     member = tl.cast(num_splits, tl.int64) * N
+    # All S states of a row at once and summed in a fixed order: equal inputs give equal bits.
     in_ptrs = state_ptr + o_s[None, :] * N + o_n[:, None]
-    unused = tl.zeros([BN, BS], dtype=ACC)
-    slope, square, before, total = unused, unused, unused, unused
-    label = tl.load(in_ptrs, mask=m_ns, other=0.0)
-    high = tl.load(in_ptrs + member, mask=m_ns, other=float("-inf"))
-    mass = tl.load(in_ptrs + 2 * member, mask=m_ns, other=0.0)
-    if WANT_ENTROPY:
-        slope = tl.load(in_ptrs + 3 * member, mask=m_ns, other=0.0)
-    if WANT_LOG_P2:
-        square = tl.load(in_ptrs + 4 * member, mask=m_ns, other=0.0)
-    if WANT_TOP1:
-        before = tl.load(in_ptrs + 5 * member, mask=m_ns, other=float("-inf"))
-    if WANT_MEAN_LOGIT:
-        total = tl.load(in_ptrs + 6 * member, mask=m_ns, other=0.0)
-    statistics = finish(merge(label, high, mass, slope, square, before, total), V)
-    store_statistics(
-        statistics,
-        o_n,
-        m_n,
-        lse_ptr,
-        lse_rest_ptr,
-        logps_ptr,
-        entropy_ptr,
-        log_p2_ptr,
-        top1_ptr,
-        mean_logit_ptr,
-        WANT_LSE,
-        WANT_LSE_REST,
-        WANT_LOGPS,
-        WANT_ENTROPY,
-        WANT_LOG_P2,
-        WANT_TOP1,
-        WANT_MEAN_LOGIT,
+    want = statistics_ptr
+    state = State(
+        load_member(in_ptrs, m_ns, 0.0, True, ACC),
+        load_member(in_ptrs + member, m_ns, NEG_INF, True, ACC),
+        load_member(in_ptrs + 2 * member, m_ns, 0.0, True, ACC),
+        load_member(in_ptrs + 3 * member, m_ns, 0.0, want.entropy is not None, ACC),
+        load_member(in_ptrs + 4 * member, m_ns, 0.0, want.log_p2 is not None, ACC),
+        load_member(in_ptrs + 5 * member, m_ns, NEG_INF, want.top1 is not None, ACC),
+        load_member(in_ptrs + 6 * member, m_ns, 0.0, want.mean_logit is not None, ACC),
     )
+    store_statistics(finish(merge(state), V), statistics_ptr, o_n, m_n)
 
 
 def blocks_per_split(num_n: int, num_v: int, programs: int) -> int:
-    """Vocabulary blocks per split: the largest power of two that leaves `programs` to run.
+    """Return the vocabulary blocks per split: the largest power of two that leaves `programs`.
 
     A power of two, because the count is constexpr: ten kernels cover every N.
     """
@@ -221,9 +164,10 @@ def blocks_per_split(num_n: int, num_v: int, programs: int) -> int:
 
 
 def _programs_wanted(device: torch.device) -> int:
-    """Four programs a multiprocessor keep the last, partly filled wave below a fifth of the run."""
+    """Return how many programs `split_kernel` is to have at least."""
     if device.type != "cuda":
         return 1
+    # Four a multiprocessor keep the last, partly filled wave below a fifth of the run.
     return 4 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -241,7 +185,9 @@ def linear_stats(
     config: Config | None = None,
     blocks: int | None = None,
 ) -> dict[str, Tensor]:
-    r"""Per-row statistics of softmax(z), $z = \mathrm{softcap}((hW^T + b)\,s) / T$. No autograd.
+    r"""Return the rows' statistics of softmax(z), $z = \mathrm{softcap}((hW^T + b)\,s) / T$.
+
+    Without autograd.
 
     Args:
         hidden: [N, D] fp16, bf16, fp32 or fp64; any row stride.
@@ -283,8 +229,8 @@ def linear_stats(
     blocks = blocks or blocks_per_split(num_n, num_v, _programs_wanted(hidden.device))
     num_splits = triton.cdiv(num_v, blocks)
     state = hidden.new_empty((STATE, num_splits, N), dtype=acc)
-    kinds = precision(hidden.dtype)
     BS = triton.next_power_of_2(num_splits)
+    # 1024 states a program: 8 a thread for each of four warps' 128.
     BN = max(1, 1024 // BS)
     with on_device_of(hidden):
         split_kernel[(num_n * num_splits,)](
@@ -295,20 +241,17 @@ def linear_stats(
             V=V,
             num_splits=num_splits,
             BLOCKS=blocks,
-            HAS_BIAS=bias is not None,
-            **(matrices | blocks_of(config, matrices)),
-            **transform_arguments(softcap, logit_scale, temperature),
-            **flags(want, ACCUMULATED),
-            **kinds,
+            WANT=accumulated(want),
+            **matrix_arguments(config, matrices),
+            **logit_arguments(softcap, logit_scale, temperature),
         )
         merge_kernel[(triton.cdiv(N, BN),)](
             state,
-            **pointers(out),
+            pointers(out),
             N=N,
             V=V,
             num_splits=num_splits,
-            **flags(want),
-            ACC=kinds["ACC"],
+            ACC=precision(hidden.dtype)["ACC"],
             BN=BN,
             BS=BS,
         )
@@ -327,7 +270,7 @@ def linear_stats_reference(
     temperature: float | Tensor = 1.0,
     want: Iterable[str] = ("logps", "lse"),
 ) -> dict[str, Tensor]:
-    """`linear_stats` with dense logits in plain torch; 16-bit inputs widen to fp32 first."""
+    """Return `linear_stats` with dense logits in plain torch; 16-bit inputs widen to fp32 first."""
     raw = raw_reference(hidden, weight, lora)
     z = transform_reference(raw, bias, softcap, logit_scale, temperature)
     return statistics_reference(z, labels, want)

@@ -17,39 +17,44 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def logistic(z):
-    """log(1 + e^-z)."""
+    """Return log(1 + e^-z)."""
+    # e^-|z| never overflows and lies in [0, 1], the domain of log1p.
     return tl.where(z < 0, -z, 0.0) + log1p(tl.exp(-tl.abs(z)))
 
 
 @triton.jit
 def sigmoid(z):
-    """1 / (1 + e^-z), without overflow."""
+    """Return 1 / (1 + e^-z), without overflow."""
     e = tl.exp(-tl.abs(z))
     return tl.where(z < 0, e, 1.0) / (1.0 + e)
 
 
 @triton.jit
 def relu(z):
+    """Return max(z, 0), NaN where z is: `tl.maximum` would drop it."""
     return tl.where(z <= 0, 0.0, z)
 
 
 @triton.jit
 def expm1(x):
-    """e^x - 1. With t = tanh(x / 2) it is 2 t / (1 - t), which loses its digits for large x."""
+    """Return e^x - 1."""
+    # 2 t / (1 - t) has no cancellation near 0, but t nears 1 for large x, where e^x - 1 is exact.
     t = tanh(0.5 * x)
     return tl.where(x < 1.0, 2.0 * t / (1.0 - t), tl.exp(x) - 1.0)
 
 
 @triton.jit
 def product(a, b):
-    """a b, where 0 * inf counts as 0: a link that is flat where its margin overflows."""
+    """Return a b, where 0 * inf counts as 0: a link is flat where its margin overflows."""
     r = a * b
+    # r != r is NaN's own test: `tl` has no isnan. NaN of a or b itself stays.
     return tl.where((r != r) & (a == a) & (b == b), 0.0, r)
 
 
 @triton.jit
 def at_most(x, LIMIT: tl.constexpr):
-    """min(x, LIMIT), NaN where x is. A bare number in `tl.where` would be rounded to fp32."""
+    """Return min(x, LIMIT), NaN where x is."""
+    # Not the bare number, which `tl.where` would round to fp32.
     return tl.where(x > LIMIT, tl.full(x.shape, LIMIT, x.dtype), x)
 
 
@@ -63,11 +68,11 @@ def link(
     TARGET: tl.constexpr,
     TAU: tl.constexpr,
 ):
-    """(f(z), f'(z)); the names are those of `pairwise.PairForm`."""
+    """Return (f(z), f'(z)); the names are those of `pairwise.PairForm`."""
     if LINK == "logistic":  # labels flipped at RATE
         f = logistic(z)
         slope = -sigmoid(-z)
-        if RATE != 0:
+        if RATE != 0:  # else 0 * logistic(-inf) would be NaN
             f = (1.0 - RATE) * f + RATE * logistic(-z)
             slope = (1.0 - RATE) * slope + RATE * sigmoid(z)
     elif LINK == "hinge":
@@ -91,6 +96,7 @@ def link(
     elif LINK == "linear":
         f, slope = -z, tl.full(z.shape, -1.0, z.dtype)
     elif LINK == "kl":  # KL(Bernoulli(sigmoid(z)) || Bernoulli(1 - RATE))
+        # p q z would be 0 * inf at an infinite z; from 746 on e^-z is 0 in float64.
         z = tl.where(z > 1000.0, 1000.0, tl.where(z < -1000.0, -1000.0, z))
         p, q = sigmoid(z), sigmoid(-z)
         f = -p * (logistic(z) + LOG_REST) - q * (logistic(-z) + LOG_RATE)

@@ -3,7 +3,7 @@ r"""Losses of ragged lists of K responses, with their gradients and rewards, in 
     u [G, K], grades q [G, K]  ->  loss [G], d loss / d u [G, K], reward [G, K]
 
 Nearly all are sums over ordered pairs (i, j) of a list, K^2 terms of which none reaches memory. A
-program owns BG whole lists and walks over blocks of BI rows of their [K, K] squares. A row is never
+program owns BG whole lists and goes over blocks of BI rows of their [K, K] squares. A row is never
 cut: what it needs of all its columns (a softmax's log-sum-exp, a rank, a smooth rank) is known
 before it is left, and the gradient is a sum over rows of
 
@@ -33,7 +33,7 @@ Legend beyond `tile`'s: i row of the square, j column; `b_` values are [BG, BI, 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -47,18 +47,19 @@ from .tile import chip_of, on_device_of, precision
 
 @triton.jit
 def live_sum(x, m):
-    """[BG, n] -> [BG]."""
+    """Sum a row [BG, n] over the columns of `m`."""
     return tl.sum(tl.where(m, x, 0.0), axis=1)
 
 
 @triton.jit
 def log1p_sum_exp(b_x, m_b):
-    """(A, P): log(1 + sum_j e^x) over the j of `m_b`, 0 of none, and e^(x - A).
+    """Return (A, P): log(1 + sum_j e^x) over the j of `m_b`, 0 of none, and e^(x - A).
 
     P is e^(x - max) times a factor of the row: x - A itself, of two numbers that may be large,
     would carry the rounding of A into every element.
     """
     high = tl.max(tl.where(m_b, b_x, NEG_INF), axis=2)
+    # A row of none, or one at +inf: subtract 0, since inf - inf is NaN.
     high = tl.where(tl.abs(high) == -NEG_INF, 0.0, high)
     b_e = tl.where(m_b, tl.exp(b_x - high[:, :, None]), 0.0)
     mass = tl.sum(b_e, axis=2)
@@ -69,10 +70,9 @@ def log1p_sum_exp(b_x, m_b):
 
 @triton.jit
 def soft_targets(c_q, m_c, TEMPERATURE: tl.constexpr):
-    """(max, sum) [BG] of a softmax of the grades: t = e^((q - max) / TEMPERATURE) / sum.
-
-    Subtracted first, since 7.85 / 1e-4 is rounded by .004, which is as much of t.
-    """
+    """Return (max, sum) [BG] of a softmax of the grades: t = e^((q - max) / TEMPERATURE) / sum."""
+    # Grades are subtracted before the temperature divides them: 7.85 / 1e-4 is rounded by .004 in
+    # fp32, which is as much of t.
     c_s = tl.where(m_c, c_q, NEG_INF)
     top = tl.max(c_s, axis=1)
     top = tl.where(top == NEG_INF, 0.0, top)
@@ -82,7 +82,7 @@ def soft_targets(c_q, m_c, TEMPERATURE: tl.constexpr):
 
 @triton.jit
 def discount(rank, LOG2: tl.constexpr):
-    """1 / log(1 + rank)."""
+    """Return 1 / log(1 + rank), or 1 / log2(1 + rank)."""
     if LOG2:
         return 1.0 / tl.log2(1.0 + rank)
     else:
@@ -96,35 +96,35 @@ def without_pairs(
     m_c,
     o_j,
     FORM: tl.constexpr,
-    BETA: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
-    DELTA: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """(loss [BG], gradient [BG, BK]) of the forms that need no square."""
+    """Return (loss [BG], gradient [BG, BK]) of the forms that need no square."""
+    NAME: tl.constexpr = FORM.form
+    BETA: tl.constexpr = FORM.beta
+    TEMPERATURE: tl.constexpr = FORM.temperature
     c_g = BETA * c_u
-    if FORM == "first":  # against the mean of the others, by a margin of BETA DELTA
+    if NAME == "first":  # against the mean of the others, by a margin of BETA DELTA
         m_first, m_rest = m_c & (o_j == 0)[None, :], m_c & (o_j > 0)[None, :]
         others = tl.sum(m_rest.to(ACC), axis=1)
         complete = (others > 0.0) & (tl.sum(m_first.to(ACC), axis=1) > 0.0)
         scale = 1.0 / tl.where(others == 0.0, 1.0, others)
         rest = live_sum(c_u, m_rest) * scale
-        z = BETA * (live_sum(c_u, m_first) - rest - DELTA)
+        z = BETA * (live_sum(c_u, m_first) - rest - FORM.delta)
         slope = tl.where(complete, -BETA * sigmoid(-z), 0.0)
         c_grad = tl.where(m_first, slope[:, None], -(slope * scale)[:, None])
         loss = tl.where(complete, logistic(z), 0.0)
-    elif FORM == "nca":
+    elif NAME == "nca":
         top, total = soft_targets(c_q, m_c, TEMPERATURE)
         c_t = tl.exp((c_q - top[:, None]) / TEMPERATURE) / total[:, None]
         size = tl.sum(m_c.to(ACC), axis=1)
         c_n = (1.0 / tl.where(size == 0.0, 1.0, size))[:, None]
         loss = live_sum(logistic(-c_g) * c_n + c_t * logistic(c_g), m_c)
         c_grad = BETA * (sigmoid(c_g) * c_n - c_t * sigmoid(-c_g))
-    elif FORM == "point logistic":
+    elif NAME == "point logistic":
         loss = live_sum(c_q * logistic(c_g) + (1.0 - c_q) * logistic(-c_g), m_c)
         c_grad = BETA * ((1.0 - c_q) * sigmoid(c_g) - c_q * sigmoid(-c_g))
     else:
-        tl.static_assert(FORM == "point squared", "unknown form")
+        tl.static_assert(NAME == "point squared", "unknown form")
         c_d = c_g - c_q
         loss, c_grad = live_sum(c_d * c_d, m_c), 2.0 * BETA * c_d
     return loss, c_grad
@@ -141,12 +141,11 @@ def ranks(
     c_key,
     m_c,
     K,
-    HAS_KEY: tl.constexpr,
     ACC: tl.constexpr,
     BI: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """[BG, BK] rank of each column's candidate by descending x, 1 is best.
+    """Return the rank [BG, BK] of each column's candidate by descending x, 1 is best.
 
     The smaller key wins a tie, without keys the earlier candidate.
     """
@@ -157,7 +156,7 @@ def ranks(
         at = base + o_i[None, :]
         m_i = tl.load(mask_ptr + at, mask=m_g & (o_i < K)[None, :], other=0) != 0
         b_x = tl.load(score_ptr + at, mask=m_i, other=0)[:, :, None]
-        if HAS_KEY:
+        if key_ptr is not None:
             r_key = tl.load(key_ptr + at, mask=m_i, other=0)
             m_first = r_key[:, :, None] < c_key[:, None, :]
         else:
@@ -180,21 +179,17 @@ def list_kernel(
     K,
     FORM: tl.constexpr,
     HAS_PAIRS: tl.constexpr,
-    BETA: tl.constexpr,
-    ASCENDING: tl.constexpr,
-    TARGETS: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
-    DELTA: tl.constexpr,
-    LAMBDA_WEIGHTS: tl.constexpr,
-    LOG2: tl.constexpr,
-    NORMALISE: tl.constexpr,
-    SIZE_POWER: tl.constexpr,
     ACC: tl.constexpr,
     BG: tl.constexpr,
     BI: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """BG lists: their losses, gradients and rewards."""
+    """Write losses, gradients and rewards of BG lists."""
+    NAME: tl.constexpr = FORM.form
+    BETA: tl.constexpr = FORM.beta
+    TARGETS: tl.constexpr = FORM.targets
+    TEMPERATURE: tl.constexpr = FORM.temperature
+    LOG2: tl.constexpr = FORM.log2
     o_g = tl.program_id(0).to(tl.int64) * BG + tl.arange(0, BG)
     o_j = tl.arange(0, BK)
     m_g, base = (o_g < G)[:, None], (o_g * K)[:, None]
@@ -205,32 +200,30 @@ def list_kernel(
     c_x = tl.load(score_ptr + at_j, mask=m_c, other=0)
     c_u = c_x.to(ACC)
     # Grades are compared as they are: rounding could tie two of them.
-    c_grade = c_x if FORM == "first" else tl.load(grade_ptr + at_j, mask=m_c, other=0)
+    c_grade = c_x if NAME == "first" else tl.load(grade_ptr + at_j, mask=m_c, other=0)
     c_q = c_grade.to(ACC)
     size = tl.sum(m_c.to(ACC), axis=1)
 
     if not HAS_PAIRS:
-        loss, c_grad = without_pairs(c_u, c_q, m_c, o_j, FORM, BETA, TEMPERATURE, DELTA, ACC)
+        loss, c_grad = without_pairs(c_u, c_q, m_c, o_j, FORM, ACC)
     else:
         top, total = tl.zeros([BG], dtype=ACC), tl.sum(c_q, axis=1)
         if TARGETS == "softmax":
             top, total = soft_targets(c_q, m_c, TEMPERATURE)
         scale = tl.full([BG], 1.0, dtype=ACC)
-        if NORMALISE:  # by the DCG of the best order; candidates of one grade add the same in any
-            c_rank = ranks(
-                grade_ptr, key_ptr, mask_ptr, base, m_g, c_grade, c_x, m_c, K, False, ACC, BI, BK
-            )
+        if (
+            FORM.normalise
+        ):  # by the DCG of the best order; candidates of one grade add the same in any
+            c_rank = ranks(grade_ptr, None, mask_ptr, base, m_g, c_grade, c_x, m_c, K, ACC, BI, BK)
             ideal = live_sum(expm1(c_q * LN2) * discount(c_rank, LOG2), m_c)
             scale = 1.0 / tl.where(ideal == 0.0, 1.0, ideal)
-        if SIZE_POWER == 1:
+        if FORM.size_power == 1:
             scale *= size
-        if SIZE_POWER == -1:  # the number of others
+        if FORM.size_power == -1:  # the number of others
             scale *= 1.0 / tl.where(size > 1.0, size - 1.0, 1.0)
-        if LAMBDA_WEIGHTS:
+        if FORM.lambda_weights:
             c_key = tl.load(key_ptr + at_j, mask=m_c, other=0)
-            c_rank = ranks(
-                score_ptr, key_ptr, mask_ptr, base, m_g, c_x, c_key, m_c, K, True, ACC, BI, BK
-            )
+            c_rank = ranks(score_ptr, key_ptr, mask_ptr, base, m_g, c_x, c_key, m_c, K, ACC, BI, BK)
             # Of close ranks and grades only differences count: float64 keeps their digits.
             c_discount = discount(c_rank.to(tl.float64), LOG2)
             c_gain = tl.exp2(c_q.to(tl.float64))
@@ -247,26 +240,26 @@ def list_kernel(
             r_u, r_q = r_x.to(ACC), r_grade.to(ACC)
             m_self = (o_i[:, None] == o_j[None, :])[None, :, :]
             m_b = m_i[:, :, None] & m_c[:, None, :]
-            if ASCENDING:
+            if FORM.ascending:
                 m_better = m_b & (r_grade[:, :, None] < c_grade[:, None, :])
             else:
                 m_better = m_b & (r_grade[:, :, None] > c_grade[:, None, :])
             b_z = BETA * (r_u[:, :, None] - c_u[:, None, :])
             b_q = r_q[:, :, None] - c_q[:, None, :]
 
-            if FORM == "below":
+            if NAME == "below":
                 r_loss, b_col = log1p_sum_exp(-b_z, m_better)
                 r_own = -tl.sum(b_col, axis=2)
-            elif FORM == "contrast":
+            elif NAME == "contrast":
                 b_t = tl.where(m_better, b_q, 0.0)
                 steepest = tl.max(b_t, axis=2)
                 b_x = b_t * c_u[:, None, :] - (steepest * r_u)[:, :, None]
                 r_loss, b_col = log1p_sum_exp(b_x, m_better)
                 r_own = -steepest * tl.sum(b_col, axis=2)
                 b_col = b_t * b_col
-            elif FORM == "softmax" or FORM == "exo":
+            elif NAME == "softmax" or NAME == "exo":
                 r_loss, b_col = log1p_sum_exp(-b_z, m_b & ~m_self)
-                if FORM == "exo":
+                if NAME == "exo":
                     r_target, _ = log1p_sum_exp(b_q * (-1.0 / TEMPERATURE), m_b & ~m_self)
                     r_loss = tl.exp(-r_loss) * (r_target - r_loss)
                     r_t = -r_loss  # of d(p log p) the part dp sums to 0 over a list
@@ -282,9 +275,9 @@ def list_kernel(
                     r_loss = r_t * r_loss
                 b_col = r_t[:, :, None] * b_col
                 r_own = -tl.sum(b_col, axis=2)
-            elif FORM == "smooth rank":
+            elif NAME == "smooth rank":
                 b_s = tl.where(m_b & ~m_self, sigmoid(b_z * (-1.0 / TEMPERATURE)), 0.0)
-                r_rank = 2.0 + tl.sum(b_s, axis=2)
+                r_rank = 2.0 + tl.sum(b_s, axis=2)  # 1 + rank, as the discount wants it
                 r_log, r_gain = tl.log2(r_rank), expm1(r_q * LN2)
                 r_loss = -r_gain / r_log
                 r_slope = r_gain / (r_log * r_log * r_rank * (LN2 * TEMPERATURE))
@@ -292,11 +285,11 @@ def list_kernel(
                 r_own = -tl.sum(b_col, axis=2)
             else:
                 m_f = m_better
-                if FORM == "squared":  # each pair once, whatever its grades
+                if NAME == "squared":  # each pair once, whatever its grades
                     m_f = m_b & (o_i[:, None] < o_j[None, :])[None, :, :]
                     b_z -= b_q
-                b_f, b_slope = link(b_z, FORM, 0.0, 0.0, 0.0, DELTA, 1.0)
-                if LAMBDA_WEIGHTS:
+                b_f, b_slope = link(b_z, NAME, 0.0, 0.0, 0.0, FORM.delta, 1.0)
+                if FORM.lambda_weights:
                     r_key = tl.load(key_ptr + at_i, mask=m_i, other=0)
                     b_tied = r_x[:, :, None] == c_x[:, None, :]
                     b_tied = b_tied & (c_key[:, None, :] < r_key[:, :, None])
@@ -323,9 +316,8 @@ def list_kernel(
     tl.store(reward_ptr + at_j, (BETA * c_u).to(out), mask=m_in)
 
 
-@dataclass(frozen=True)
-class ListForm:
-    """One loss of lists: the constexprs of `list_kernel`, its forms in the module's docstring.
+class ListForm(NamedTuple):
+    """Say which loss of lists: the constexpr FORM of `list_kernel`, see the module's docstring.
 
     Args:
         form: `below`, `contrast`, `softmax`, `exo`, `smooth rank`, `logistic`, `hinge`, `squared`,
@@ -353,10 +345,9 @@ class ListForm:
     size_power: int = 0
 
     def constants(self) -> dict[str, object]:
-        """The constexprs."""
+        """Return the constexprs of `list_kernel`."""
         alone = ("first", "nca", "point squared", "point logistic")
-        named = {name.upper(): value for name, value in asdict(self).items()}
-        return {**named, "HAS_PAIRS": self.form not in alone}
+        return {"FORM": self, "HAS_PAIRS": self.form not in alone}
 
 
 MAX_CANDIDATES = 1024
@@ -365,18 +356,16 @@ TILE = 1024
 
 
 def launch_options(chip: str) -> dict[str, int]:
-    """Warps; and, named, the number of registers that a thread may have anyway.
-
-    Unnamed, ptxas spills LiPO's last 12 bytes to reach the next step of occupancy. On gfx942 the
-    masks of LiPO's tile overflow the scalar registers of 4 wavefronts.
-    """
+    """Return warps and, on NVIDIA, the number of registers that a thread may have anyway."""
     if chip.startswith("gfx"):
+        # The masks of LiPO's tile overflow the scalar registers of 4 wavefronts.
         return {"num_warps": 8}
+    # Without maxnreg, ptxas spills LiPO's last 12 bytes to reach the next step of occupancy.
     return {"num_warps": 4, "maxnreg": 255} if chip.startswith("sm_") else {"num_warps": 4}
 
 
 def blocks(num_candidates: int) -> dict[str, int]:
-    """BG lists a program, BI rows a block, BK columns for lists of K candidates."""
+    """Return BG lists a program, BI rows a block, BK columns for lists of K candidates."""
     BK = max(2, triton.next_power_of_2(num_candidates))
     BI = min(BK, TILE // BK)
     return {"BG": min(32, TILE // (BI * BK)), "BI": BI, "BK": BK}
@@ -390,9 +379,9 @@ def list_losses(
     grade: Tensor | None = None,  # [G, K]
     tie_key: Tensor | None = None,  # [G, K] int64
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses [G], d losses / d score [G, K], rewards [G, K]) in the dtype of `score`. No autograd.
+    """Return losses [G], d losses / d score [G, K] and rewards [G, K], in the dtype of `score`.
 
-    Padded slots have reward and gradient 0, empty lists loss 0.
+    No autograd. Padded slots have reward and gradient 0, empty lists loss 0.
 
     Args:
         form: which loss.

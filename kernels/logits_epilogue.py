@@ -3,15 +3,15 @@ r"""Statistics, and the coefficients of one of them, from raw products that are 
     a = h W^T [B, V] in fp32, from cuBLAS   ->   the statistics of `linear_stats`, [B] each
                                             ->   C = d statistic / d a [B, V], rounded once
 
-The schedule of a frozen head: while a slab of logits is alive, r = C W [B, D] is formed by a second
-product. The backward of ANY objective over that statistic is then dH_n = g_n r_n, elementwise, with
-no recompute: two matrix products in all, where recomputing takes three.
+The schedule of a frozen head: while a chunk of logits is alive, r = C W [B, D] is formed by a
+second product. The backward of ANY objective over that statistic is then dH_n = g_n r_n,
+elementwise, with no recompute: two matrix products in all, where recomputing takes three.
 
 One launch, one program a row, two sweeps: online statistics, then C. Traffic 4 BV bytes for the
 statistics and (4 + size of C) BV for the coefficients; no exponential is ever stored.
 
-C may take the place of the products that it is made of (`over`), so that a slab costs 4 bytes an
-element and not 4 + size of C. The second sweep walks backwards, since what the first one read last
+C may take the place of the products that it is made of (`over`), so that a chunk costs 4 bytes an
+element and not 4 + size of C. The second sweep goes backwards, since what the first one read last
 may still be in the L2 cache: 60 MB on an H200, where the rows in flight have 200 at V = 131072.
 """
 
@@ -24,13 +24,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .coefficient import DIFFERENTIABLE, Grads, coefficient
 from .launch_table import launch
 from .online import (
     absorb,
+    accumulated,
     check_names,
     empty_state,
     finish,
-    flags,
     pointers,
     statistics_reference,
     store_statistics,
@@ -39,39 +40,25 @@ from .tile import (
     Config,
     acc_dtype,
     chip_of,
-    coefficient,
     inverse_temperature,
+    logit_arguments,
     on_device_of,
     precision,
     transform,
-    transform_arguments,
     transform_reference,
 )
 
 
 @triton.jit
-def load_logits(
-    row_ptrs,
-    bias_ptr,
-    o_v,
-    m_n,
-    cooling,
-    V,
-    HAS_BIAS: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    INNER: tl.constexpr,
-    OUTER: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """z and dz/da of the columns o_v [BV] of the rows at row_ptrs [BN]."""
+def load_logits(row_ptrs, bias_ptr, o_v, m_n, cooling, V, LOGIT: tl.constexpr, ACC: tl.constexpr):
+    """Return z and dz/da of the columns o_v [BV] of the rows at row_ptrs [BN]."""
     m_v = o_v < V
     b_a = tl.load(row_ptrs[:, None] + o_v[None, :], mask=m_n[:, None] & m_v[None, :], other=0.0)
     b_a = b_a.to(ACC)
-    if HAS_BIAS:
+    if bias_ptr is not None:
         bias = tl.load(bias_ptr + o_v, mask=m_v, other=0.0)
         b_a += bias.to(ACC)[None, :]
-    return transform(b_a, cooling, SOFTCAP, INNER, OUTER, HAS_TEMPERATURE)
+    return transform(b_a, cooling, LOGIT)
 
 
 @triton.jit
@@ -82,27 +69,14 @@ def put_coefficients(
     m_n,
     labels,
     cooling,
-    lse,
-    lse_rest,
-    logp,
-    entropy,
-    g_logps,
-    g_lse,
-    g_mean,
-    g_entropy,
+    saved,
+    grads,
     columns,
     V,
     BLOCKS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
     IN_PLACE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    INNER: tl.constexpr,
-    OUTER: tl.constexpr,
-    HAS_LOGPS: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-    HAS_MEAN: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
+    LOGIT: tl.constexpr,
+    GRADS: tl.constexpr,
     ACC: tl.constexpr,
     BV: tl.constexpr,
 ):
@@ -113,39 +87,11 @@ def put_coefficients(
     read already, are overwritten, once all threads hold block b: one barrier.
     """
     for i in range(BLOCKS):
+        # Backwards: of 203 MB of rows in flight on an H200 the L2 cache has the last 60 MB read.
         o_v = (BLOCKS - 1 - i) * BV + tl.arange(0, BV)
-        b_z, b_slope = load_logits(
-            row_ptrs,
-            bias_ptr,
-            o_v,
-            m_n,
-            cooling,
-            columns,
-            HAS_BIAS,
-            HAS_TEMPERATURE,
-            SOFTCAP,
-            INNER,
-            OUTER,
-            ACC,
-        )
-        b_c = coefficient(
-            b_z,
-            b_slope,
-            o_v[None, :] == labels[:, None],
-            lse,
-            lse_rest,
-            logp,
-            entropy,
-            g_logps,
-            g_lse,
-            g_mean,
-            g_entropy,
-            V,
-            HAS_LOGPS,
-            HAS_LSE,
-            HAS_MEAN,
-            HAS_ENTROPY,
-        )
+        b_z, b_slope = load_logits(row_ptrs, bias_ptr, o_v, m_n, cooling, columns, LOGIT, ACC)
+        m_label = o_v[None, :] == labels[:, None]
+        b_c = coefficient(b_z, b_slope, m_label, saved, grads, V, GRADS)
         if IN_PLACE:
             tl.debug_barrier()
         b_c = b_c.to(out_ptrs.dtype.element_ty)
@@ -158,98 +104,39 @@ def epilogue_kernel(
     products_ptr,
     bias_ptr,
     labels_ptr,
-    lse_ptr,
-    lse_rest_ptr,
-    logps_ptr,
-    entropy_ptr,
-    log_p2_ptr,
-    top1_ptr,
-    mean_logit_ptr,
+    temperature_ptr,
+    statistics_ptr,
     out_ptr,
     stride_pn,
     stride_on,
     N,
     V,
-    temperature_ptr,
     BLOCKS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    HAS_OUT: tl.constexpr,
     IN_PLACE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    INNER: tl.constexpr,
-    OUTER: tl.constexpr,
-    WANT_LSE: tl.constexpr,
-    WANT_LSE_REST: tl.constexpr,
-    WANT_LOGPS: tl.constexpr,
-    WANT_ENTROPY: tl.constexpr,
-    WANT_LOG_P2: tl.constexpr,
-    WANT_TOP1: tl.constexpr,
-    WANT_MEAN_LOGIT: tl.constexpr,
-    OF_LOGPS: tl.constexpr,
-    OF_LSE: tl.constexpr,
-    OF_MEAN_LOGIT: tl.constexpr,
-    OF_ENTROPY: tl.constexpr,
+    LOGIT: tl.constexpr,
+    WANT: tl.constexpr,
+    GRADS: tl.constexpr,
     ACC: tl.constexpr,
     BN: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Statistics of BN rows, then their coefficients."""
+    """Write the statistics of BN rows, then the coefficients of the one that GRADS names."""
+    # int64: N V passes 2^31 at 16K tokens of a 128K vocabulary.
     o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     m_n = o_n < N
+    # int32: a label is compared with every column, in one register instead of two.
     labels = tl.load(labels_ptr + o_n, mask=m_n, other=0).to(tl.int32)
     row_ptrs = products_ptr + o_n * stride_pn
-    cooling = inverse_temperature(temperature_ptr, o_n, m_n, HAS_TEMPERATURE, BN, ACC)
+    cooling = inverse_temperature(temperature_ptr, o_n, m_n, LOGIT, BN, ACC)
     state = empty_state(BN, ACC)
     for block in range(BLOCKS):
         o_v = block * BV + tl.arange(0, BV)
-        b_z, _ = load_logits(
-            row_ptrs,
-            bias_ptr,
-            o_v,
-            m_n,
-            cooling,
-            V,
-            HAS_BIAS,
-            HAS_TEMPERATURE,
-            SOFTCAP,
-            INNER,
-            OUTER,
-            ACC,
-        )
-        state = absorb(
-            state,
-            b_z,
-            o_v,
-            labels,
-            V,
-            WANT_ENTROPY or OF_ENTROPY,
-            WANT_LOG_P2,
-            WANT_TOP1,
-            WANT_MEAN_LOGIT,
-        )
+        b_z, _ = load_logits(row_ptrs, bias_ptr, o_v, m_n, cooling, V, LOGIT, ACC)
+        state = absorb(state, b_z, o_v, labels, V, WANT)
     statistics = finish(state, V)
-    store_statistics(
-        statistics,
-        o_n,
-        m_n,
-        lse_ptr,
-        lse_rest_ptr,
-        logps_ptr,
-        entropy_ptr,
-        log_p2_ptr,
-        top1_ptr,
-        mean_logit_ptr,
-        WANT_LSE,
-        WANT_LSE_REST,
-        WANT_LOGPS,
-        WANT_ENTROPY,
-        WANT_LOG_P2,
-        WANT_TOP1,
-        WANT_MEAN_LOGIT,
-    )
-    if HAS_OUT:
-        lse, lse_rest, logp, entropy, _, _, _ = statistics
+    store_statistics(statistics, statistics_ptr, o_n, m_n)
+    if out_ptr is not None:
+        saved = statistics.lse, statistics.lse_rest, statistics.logps, statistics.entropy
         one = tl.full([BN], 1.0, dtype=ACC)
         put_coefficients(
             row_ptrs,
@@ -258,33 +145,17 @@ def epilogue_kernel(
             m_n,
             labels,
             cooling,
-            lse,
-            lse_rest,
-            logp,
-            entropy,
-            one,
-            one,
-            one,
-            one,
+            saved,
+            (one, one, one, one),
             V,
             V,
             BLOCKS,
-            HAS_BIAS,
-            HAS_TEMPERATURE,
             IN_PLACE,
-            SOFTCAP,
-            INNER,
-            OUTER,
-            OF_LOGPS,
-            OF_LSE,
-            OF_MEAN_LOGIT,
-            OF_ENTROPY,
+            LOGIT,
+            GRADS,
             ACC,
             BV,
         )
-
-
-DIFFERENTIABLE = ("logps", "lse", "mean_logit", "entropy")
 
 
 def over(products: Tensor, dtype: torch.dtype) -> Tensor:
@@ -296,7 +167,7 @@ def over(products: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def in_place(out: Tensor | None, products: Tensor) -> bool:
-    """Tell whether C is written over its products; elsewhere in their memory it would clobber."""
+    """Tell whether C is written over its products; elsewhere in their memory is refused."""
     # Addresses say nothing on `meta`, where the tuner's processes compile: all of them are 0.
     if out is None or out.untyped_storage()._cdata != products.untyped_storage()._cdata:
         return False
@@ -319,7 +190,7 @@ def logits_epilogue(
     out: Tensor | None = None,  # [B, V]
     config: Config | None = None,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    r"""Statistics of softmax(z) from raw products a, and d statistic / d a of one of them.
+    r"""Return statistics of softmax(z) from raw products a, and d statistic / d a of one of them.
 
     Args:
         products: [B, V] a = h W^T without bias, fp32 (or fp64); any row stride.
@@ -362,19 +233,18 @@ def logits_epilogue(
             products,
             None if bias is None else bias.contiguous(),
             labels.contiguous(),
-            **pointers(stats),
+            statistics_ptr=pointers(stats),
             out_ptr=out,
             stride_pn=products.stride(0),
-            stride_on=0 if out is None else out.stride(0),
+            stride_on=None if out is None else out.stride(0),
             N=B,
             V=V,
             BLOCKS=triton.cdiv(V, config.BV),
-            HAS_BIAS=bias is not None,
-            HAS_OUT=out is not None,
             IN_PLACE=in_place(out, products),
-            **transform_arguments(softcap, logit_scale, temperature),
-            **flags(want),
-            **{f"OF_{name.upper()}": name == coefficient_of for name in DIFFERENTIABLE},
+            **logit_arguments(softcap, logit_scale, temperature),
+            # The entropy's own coefficients need the sum that it is made of.
+            WANT=accumulated((*want, *({coefficient_of} & {"entropy"}))),
+            GRADS=Grads(*(name == coefficient_of for name in DIFFERENTIABLE)),
             ACC=precision(products.dtype)["ACC"],
             BN=config.BN,
             BV=config.BV,
@@ -394,7 +264,7 @@ def logits_epilogue_reference(
     want: Iterable[str] = ("logps", "lse"),
     coefficient_of: str | None = None,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """`logits_epilogue` in plain torch: dense logits, coefficients by autograd."""
+    """Return `logits_epilogue` in plain torch: dense logits, coefficients by autograd."""
     raw = products.detach().to(acc_dtype(products.dtype)).requires_grad_()
     with torch.enable_grad():
         z = transform_reference(raw, bias, softcap, logit_scale, temperature)

@@ -29,26 +29,56 @@ Members that no requested statistic needs stay zero and compile away.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-STATISTICS = ("lse", "lse_rest", "logps", "entropy", "log_p2", "top1", "mean_logit")
-ACCUMULATED = ("entropy", "log_p2", "top1", "mean_logit")
-"""Statistics that need members of the state beyond label, high and mass."""
 
-STATE = 7
-"""Members of the state, in the order listed above."""
+class Statistics(NamedTuple):
+    """Hold one of each statistic: values [BN], pointers to [N] or None, or the constexpr WANT."""
+
+    lse: Any
+    lse_rest: Any
+    logps: Any
+    entropy: Any
+    log_p2: Any
+    top1: Any
+    mean_logit: Any
+
+
+STATISTICS = Statistics._fields
+ACCUMULATED = STATISTICS[3:]
+"""Statistics that need members of the state beyond label, high and mass: the member in the same
+place of `State`."""
+
+
+class State(NamedTuple):
+    """Hold the state of rows [BN], in the order listed above."""
+
+    label: Any
+    high: Any
+    mass: Any
+    slope: Any
+    square: Any
+    before: Any
+    total: Any
+
+
+STATE = len(State._fields)
 
 NEG_INF: tl.constexpr = tl.constexpr(float("-inf"))
 
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for x in [0, 1]. log(u) / (u - 1) is smooth: the rounding of u = 1 + x cancels."""
+    """Return log(1 + x) for x in [0, 1].
+
+    log(u) / (u - 1) is smooth, so the rounding of u = 1 + x cancels.
+    """
     u = 1.0 + x
     d = u - 1.0
     return tl.where(d == 0.0, x, tl.log(u) * (x / tl.where(d == 0.0, 1.0, d)))
@@ -56,57 +86,54 @@ def log1p(x):
 
 @triton.jit
 def empty_state(BN: tl.constexpr, ACC: tl.constexpr):
+    """Return the state of no columns."""
     zero = tl.zeros([BN], dtype=ACC)
     low = tl.full([BN], NEG_INF, dtype=ACC)
-    return zero, low, zero, zero, zero, low, zero
+    return State(zero, low, zero, zero, zero, low, zero)
 
 
 @triton.jit
-def absorb(
-    state,
-    b_z,
-    o_v,
-    labels,
-    V,
-    WANT_ENTROPY: tl.constexpr,
-    WANT_LOG_P2: tl.constexpr,
-    WANT_TOP1: tl.constexpr,
-    WANT_MEAN_LOGIT: tl.constexpr,
-):
-    """The state after the columns o_v [BV] with logits b_z [BN, BV]; columns from V on are void."""
+def absorb(state, b_z, o_v, labels, V, WANT: tl.constexpr):
+    """Return the state after the columns o_v [BV] with logits b_z [BN, BV].
+
+    Columns from V on are void.
+    """
     label, high, mass, slope, square, before, total = state
     m_label = o_v[None, :] == labels[:, None]
     m_v = o_v[None, :] < V
     label += tl.sum(tl.where(m_label, b_z, 0.0), axis=1)
-    if WANT_TOP1:
+    if WANT.top1:
         m_before = o_v[None, :] < labels[:, None]
         before = tl.maximum(before, tl.max(tl.where(m_before, b_z, NEG_INF), axis=1))
-    if WANT_MEAN_LOGIT:
+    if WANT.mean_logit:
         total += tl.sum(tl.where(m_v, b_z, 0.0), axis=1)
     b_z = tl.where(m_v & (o_v[None, :] != labels[:, None]), b_z, NEG_INF)
     new_high = tl.maximum(high, tl.max(b_z, axis=1))
     # All columns so far at -inf: subtract 0, since -inf - -inf is NaN.
     shift = tl.where(new_high == NEG_INF, 0.0, new_high)
+    # exp is ex2.approx after a multiply. exp2 with log2(e) folded into the scale would spare one of
+    # plain `split_kernel`'s four FMUL a logit: not tried before a GPU says that they show.
     fade = tl.exp(high - shift)
     b_d = b_z - shift[:, None]
     b_e = tl.exp(b_d)
-    if WANT_ENTROPY:
+    if WANT.entropy:
         slope = fade * tl.where(mass == 0.0, 0.0, slope + mass * (high - shift))
         slope += tl.sum(tl.where(b_e == 0.0, 0.0, b_e * b_d), axis=1)
-    if WANT_LOG_P2:
+    if WANT.log_p2:
         square = square * fade * fade + tl.sum(b_e * b_e, axis=1)
     mass = mass * fade + tl.sum(b_e, axis=1)
-    return label, new_high, mass, slope, square, before, total
+    return State(label, new_high, mass, slope, square, before, total)
 
 
 @triton.jit
-def merge(label, high, mass, slope, square, before, total):
-    """One state from those of disjoint column sets: members [BN, BS] -> [BN]."""
+def merge(state):
+    """Return one state [BN] from those of BS disjoint column sets, members [BN, BS]."""
+    label, high, mass, slope, square, before, total = state
     new_high = tl.max(high, axis=1)
     shift = tl.where(new_high == NEG_INF, 0.0, new_high)[:, None]
     fade = tl.exp(high - shift)
     moved = fade * tl.where(mass == 0.0, 0.0, slope + mass * (high - shift))
-    return (
+    return State(
         tl.sum(label, axis=1),
         new_high,
         tl.sum(mass * fade, axis=1),
@@ -119,7 +146,7 @@ def merge(label, high, mass, slope, square, before, total):
 
 @triton.jit
 def split_label(label, high, log_mass):
-    """log p_y, log(1 - p_y) and log1p(exp(-|d|)) of the module docstring's d."""
+    """Return log p_y, log(1 - p_y) and log1p(exp(-|d|)) for the module docstring's d."""
     d = (high - label) + log_mass
     tail = log1p(tl.exp(-tl.abs(d)))
     return -(tl.maximum(d, 0.0) + tail), -(tl.maximum(-d, 0.0) + tail), tail
@@ -127,7 +154,7 @@ def split_label(label, high, log_mass):
 
 @triton.jit
 def finish(state, V):
-    """State over all columns -> the statistics, each [BN], in the order of STATISTICS."""
+    """Return the statistics [BN] of a state over all columns."""
     label, high, mass, slope, square, before, total = state
     log_mass = tl.log(mass)
     # lse = top + above, both parts exact: a row of logits near 1000 keeps its last digits.
@@ -141,53 +168,25 @@ def finish(state, V):
     # Compared with == 0 and not > 0, so that a NaN row stays NaN.
     entropy = tl.where(q == 0.0, 0.0, q * (log_mass - slope / mass - log_q))
     entropy -= tl.where(p == 0.0, 0.0, p * log_p)
-    own = 2.0 * log_p
-    rest = tl.where(mass == 0.0, NEG_INF, 2.0 * (log_q - log_mass) + tl.log(square))
-    log_p2 = tl.maximum(own, rest) + log1p(tl.exp(-tl.abs(own - rest)))
+    label_p2 = 2.0 * log_p
+    # Without other columns square and mass are 0, and log 0 - log 0 is NaN.
+    others_p2 = tl.where(mass == 0.0, NEG_INF, 2.0 * (log_q - log_mass) + tl.log(square))
+    log_p2 = tl.maximum(label_p2, others_p2) + log1p(tl.exp(-tl.abs(label_p2 - others_p2)))
+    # torch's argmax is the first maximum: a tie with a column to the left of the label loses.
     top1 = ((label > before) & (label >= high)).to(lse.dtype)
-    return lse, lse_rest, log_p, entropy, log_p2, top1, total / V
+    return Statistics(lse, lse_rest, log_p, entropy, log_p2, top1, total / V)
 
 
 @triton.jit
-def store_statistics(
-    statistics,
-    o_n,
-    m_n,
-    lse_ptr,
-    lse_rest_ptr,
-    logps_ptr,
-    entropy_ptr,
-    log_p2_ptr,
-    top1_ptr,
-    mean_logit_ptr,
-    WANT_LSE: tl.constexpr,
-    WANT_LSE_REST: tl.constexpr,
-    WANT_LOGPS: tl.constexpr,
-    WANT_ENTROPY: tl.constexpr,
-    WANT_LOG_P2: tl.constexpr,
-    WANT_TOP1: tl.constexpr,
-    WANT_MEAN_LOGIT: tl.constexpr,
-):
-    """Write the wanted statistics of the rows o_n."""
-    lse, lse_rest, logps, entropy, log_p2, top1, mean_logit = statistics
-    if WANT_LSE:
-        tl.store(lse_ptr + o_n, lse, mask=m_n)
-    if WANT_LSE_REST:
-        tl.store(lse_rest_ptr + o_n, lse_rest, mask=m_n)
-    if WANT_LOGPS:
-        tl.store(logps_ptr + o_n, logps, mask=m_n)
-    if WANT_ENTROPY:
-        tl.store(entropy_ptr + o_n, entropy, mask=m_n)
-    if WANT_LOG_P2:
-        tl.store(log_p2_ptr + o_n, log_p2, mask=m_n)
-    if WANT_TOP1:
-        tl.store(top1_ptr + o_n, top1, mask=m_n)
-    if WANT_MEAN_LOGIT:
-        tl.store(mean_logit_ptr + o_n, mean_logit, mask=m_n)
+def store_statistics(statistics, statistics_ptr, o_n, m_n):
+    """Write the statistics of the rows o_n that have a pointer."""
+    for i in tl.static_range(7):
+        if statistics_ptr[i] is not None:
+            tl.store(statistics_ptr[i] + o_n, statistics[i], mask=m_n)
 
 
 def check_names(want: Iterable[str]) -> tuple[str, ...]:
-    """`want` as a tuple; ValueError for a name that is no statistic."""
+    """Return `want` as a tuple; ValueError for a name that is no statistic."""
     want = tuple(want)
     for name in want:
         if name not in STATISTICS:
@@ -195,19 +194,21 @@ def check_names(want: Iterable[str]) -> tuple[str, ...]:
     return want
 
 
-def flags(want: Iterable[str], names: Iterable[str] = STATISTICS) -> dict[str, bool]:
-    """The WANT_X constexprs of `names`."""
-    want = set(want)
-    return {f"WANT_{name.upper()}": name in want for name in names}
+def accumulated(want: Collection[str]) -> Statistics:
+    """Return the constexpr WANT: which optional members of the state a sweep keeps.
+
+    lse, lse_rest and logps are never True: they cost nothing, and a kernel is compiled per value.
+    """
+    return Statistics(*(name in want and name in ACCUMULATED for name in STATISTICS))
 
 
-def pointers(outputs: dict[str, Tensor]) -> dict[str, Tensor | None]:
-    """The x_ptr arguments of `store_statistics`, None for what is not wanted."""
-    return {f"{name}_ptr": outputs.get(name) for name in STATISTICS}
+def pointers(outputs: Mapping[str, Tensor]) -> Statistics:
+    """Return the `statistics_ptr` of a kernel, None for what is not in `outputs`."""
+    return Statistics(*map(outputs.get, STATISTICS))
 
 
 def statistics_reference(z: Tensor, labels: Tensor, want: Iterable[str]) -> dict[str, Tensor]:
-    """The statistics in plain torch, in the dtype of the logits z [N, V]."""
+    """Return the statistics in plain torch, in the dtype of the logits z [N, V]."""
     logp = z.log_softmax(-1)
     p = logp.exp()
     top = z.amax(-1, keepdim=True)

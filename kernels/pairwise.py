@@ -25,7 +25,7 @@ away. The formulas' specification is `fastpo.objectives`; this file only regroup
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -41,10 +41,11 @@ HALF: tl.constexpr = tl.constexpr(638.8)
 
 
 @triton.jit
-def transform(
-    x, TRANSFORM: tl.constexpr, POWER: tl.constexpr, CLAMP: tl.constexpr, TINY: tl.constexpr
-):
-    """(c, dc/dx)."""
+def transform(x, FORM: tl.constexpr, TINY: tl.constexpr):
+    """Return (c, dc/dx)."""
+    TRANSFORM: tl.constexpr = FORM.transform
+    POWER: tl.constexpr = FORM.power
+    CLAMP: tl.constexpr = FORM.clamp
     c, slope = x, tl.full(x.shape, 1.0, tl.float64)
     if TRANSFORM == "power":  # (e^(POWER x) - 1) / POWER
         e = POWER * x
@@ -69,25 +70,34 @@ def transform(
 
 
 @triton.jit
-def power_margin(
-    x_w, x_l, CHOSEN: tl.constexpr, REJECTED: tl.constexpr, POWER: tl.constexpr, CLAMP: tl.constexpr
-):
-    """CHOSEN c_w - REJECTED c_l of the transform "power": infinite only where the difference is."""
+def power_margin(x_w, x_l, FORM: tl.constexpr):
+    """Return CHOSEN c_w - REJECTED c_l for the transform "power".
+
+    It is infinite only where the difference is, not where one of its terms is.
+    """
+    CHOSEN: tl.constexpr = FORM.chosen
+    REJECTED: tl.constexpr = FORM.rejected
+    POWER: tl.constexpr = FORM.power
+    CLAMP: tl.constexpr = FORM.clamp
     a, b = POWER * x_w, POWER * x_l
     if CLAMP is not None:
         a, b = at_most(a, CLAMP), at_most(b, CLAMP)
     top = tl.where(a > b, a, b)
     top = tl.where(top < 0, 0.0, top)
-    # e^-top (e^t - 1), of which neither factor overflows
+    # e^-top (e^t - 1), of which neither factor overflows.
     s_a = tl.where(a > 0, -expm1(-tl.abs(a)) * tl.exp(a - top), expm1(-tl.abs(a)) * tl.exp(-top))
     s_b = tl.where(b > 0, -expm1(-tl.abs(b)) * tl.exp(b - top), expm1(-tl.abs(b)) * tl.exp(-top))
+    # e^top in two factors of its root: the difference may be finite where e^top is not.
     half = tl.exp(at_most(0.5 * top, HALF))
     return ((CHOSEN / POWER) * s_a - (REJECTED / POWER) * s_b) * half * half
 
 
 @triton.jit
-def sides(v_w, v_l, q_w, q_l, SIDES: tl.constexpr, MIX: tl.constexpr, TARGET: tl.constexpr):
-    """(s, ds/dv_w, ds/dv_l) of the terms that see one side at a time."""
+def sides(v_w, v_l, q_w, q_l, FORM: tl.constexpr):
+    """Return (s, ds/dv_w, ds/dv_l) of the terms that see one side at a time."""
+    SIDES: tl.constexpr = FORM.sides
+    MIX: tl.constexpr = FORM.mix
+    TARGET: tl.constexpr = FORM.side_target
     if SIDES == "logistic":  # the share MIX of the rejected side's term falls on the chosen one
         f = logistic(v_w) + (1.0 - MIX) * logistic(-v_l)
         slope_w, slope_l = -sigmoid(-v_w), (1.0 - MIX) * sigmoid(v_l)
@@ -121,33 +131,24 @@ def pair_kernel(
     grad_ptr,
     reward_ptr,
     G,
-    TRANSFORM: tl.constexpr,
-    POWER: tl.constexpr,
-    CLAMP: tl.constexpr,
+    FORM: tl.constexpr,
+    LOGS: tl.constexpr,
     TINY: tl.constexpr,
-    CHOSEN: tl.constexpr,
-    REJECTED: tl.constexpr,
-    PENALTY: tl.constexpr,
-    GIVEN: tl.constexpr,
-    GIVEN_SCALE: tl.constexpr,
-    SHIFT: tl.constexpr,
-    LINK: tl.constexpr,
-    RATE: tl.constexpr,
-    LOG_RATE: tl.constexpr,
-    LOG_REST: tl.constexpr,
-    TARGET: tl.constexpr,
-    TAU: tl.constexpr,
-    SCALE: tl.constexpr,
-    SIDES: tl.constexpr,
-    SIDE_SCALE: tl.constexpr,
-    SIDE_TARGET: tl.constexpr,
-    MIX: tl.constexpr,
-    REWARD: tl.constexpr,
-    TRANSFORMED_REWARD: tl.constexpr,
-    HAS_REWARD_OF: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """BN pairs: their losses, gradients and rewards."""
+    """Write losses, gradients and rewards of BN pairs; LOGS is (log rate, log(1 - rate))."""
+    # Unpacked: triton 3.6 multiplies members by the first one's method, and int * float has none;
+    # nor does it pass a string on to another function.
+    LINK: tl.constexpr = FORM.link
+    TRANSFORM: tl.constexpr = FORM.transform
+    GIVEN: tl.constexpr = FORM.given
+    GIVEN_SCALE: tl.constexpr = FORM.given_scale
+    CHOSEN: tl.constexpr = FORM.chosen
+    REJECTED: tl.constexpr = FORM.rejected
+    PENALTY: tl.constexpr = FORM.penalty
+    SCALE: tl.constexpr = FORM.scale
+    SIDE_SCALE: tl.constexpr = FORM.side_scale
+    REWARD: tl.constexpr = FORM.reward
     o_g = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     o_w, o_l, m_g = 2 * o_g, 2 * o_g + 1, o_g < G
     m_w = tl.load(mask_ptr + o_w, mask=m_g, other=0) != 0
@@ -156,12 +157,12 @@ def pair_kernel(
     # Padding is not even read: a NaN in it reaches nothing.
     x_w = tl.load(score_ptr + o_w, mask=m_w, other=0.0).to(tl.float64)
     x_l = tl.load(score_ptr + o_l, mask=m_l, other=0.0).to(tl.float64)
-    c_w, slope_w = transform(x_w, TRANSFORM, POWER, CLAMP, TINY)
-    c_l, slope_l = transform(x_l, TRANSFORM, POWER, CLAMP, TINY)
+    c_w, slope_w = transform(x_w, FORM, TINY)
+    c_l, slope_l = transform(x_l, FORM, TINY)
     r_w, r_l = x_w, x_l
-    if TRANSFORMED_REWARD:
+    if FORM.transformed_reward:
         r_w, r_l = c_w, c_l
-    if HAS_REWARD_OF:
+    if reward_of_ptr is not None:
         r_w = tl.load(reward_of_ptr + o_w, mask=m_w, other=0.0).to(tl.float64)
         r_l = tl.load(reward_of_ptr + o_l, mask=m_l, other=0.0).to(tl.float64)
     out = reward_ptr.dtype.element_ty
@@ -175,8 +176,8 @@ def pair_kernel(
     slope_w, slope_l = CHOSEN * slope_w, REJECTED * slope_l
     z = v_w - v_l
     if TRANSFORM == "power":
-        z = power_margin(x_w, x_l, CHOSEN, REJECTED, POWER, CLAMP)
-    z += SHIFT
+        z = power_margin(x_w, x_l, FORM)
+    z += FORM.shift
 
     q_w, q_l = tl.full(z.shape, 1.0, tl.float64), tl.zeros_like(z)
     if GIVEN == "margin":
@@ -194,8 +195,8 @@ def pair_kernel(
     if GIVEN == "chosen wins":
         q_l = 1.0 - q_w
 
-    f, f_slope = link(z, LINK, RATE, LOG_RATE, LOG_REST, TARGET, TAU)
-    s, s_slope_w, s_slope_l = sides(v_w, v_l, q_w, q_l, SIDES, MIX, SIDE_TARGET)
+    f, f_slope = link(z, LINK, FORM.rate, LOGS[0], LOGS[1], FORM.target, FORM.tau)
+    s, s_slope_w, s_slope_l = sides(v_w, v_l, q_w, q_l, FORM)
     loss = SCALE * f + SIDE_SCALE * s
     d_w = product(SCALE * f_slope + SIDE_SCALE * s_slope_w, slope_w)
     d_l = product(SIDE_SCALE * s_slope_l - SCALE * f_slope, slope_l)
@@ -204,9 +205,8 @@ def pair_kernel(
     tl.store(grad_ptr + o_l, tl.where(both, d_l, 0.0).to(out), mask=m_g)
 
 
-@dataclass(frozen=True)
-class PairForm:
-    """One loss of pairs: the constexprs of `pair_kernel`, its formulas in the module's docstring.
+class PairForm(NamedTuple):
+    """Say which loss of pairs: the constexpr FORM of `pair_kernel`, see the module's docstring.
 
     Args:
         transform: `none`; `power`, (e^(power x) - 1) / power with exponents up to `clamp`;
@@ -248,12 +248,12 @@ class PairForm:
     transformed_reward: bool = False
 
     def constants(self, dtype: torch.dtype) -> dict[str, object]:
-        """The constexprs; the scores' dtype says how near 1 a probability can be."""
-        named = {name.upper(): value for name, value in asdict(self).items()}
-        logs = {"LOG_RATE": 0.0, "LOG_REST": 0.0}
+        """Return the constexprs of `pair_kernel`, for scores of `dtype`."""
+        # TINY: the scores' dtype says how near 1 a probability can be.
+        logs = 0.0, 0.0
         if self.link == "kl":
-            logs = {"LOG_RATE": math.log(self.rate), "LOG_REST": math.log1p(-self.rate)}
-        return {**named, **logs, "TINY": torch.finfo(dtype).tiny}
+            logs = math.log(self.rate), math.log1p(-self.rate)
+        return {"FORM": self, "LOGS": logs, "TINY": torch.finfo(dtype).tiny}
 
 
 CONFIGS: Table = {("any", bits): Config(BN=128, BV=0) for bits in ("16", "32", "64")}
@@ -268,9 +268,9 @@ def pair_losses(
     reward_of: Tensor | None = None,  # [G, 2]
     given: Tensor | None = None,  # [G] or [G, 2]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses [G], d losses / d score [G, 2], rewards [G, 2]) in the dtype of `score`. No autograd.
+    """Return losses [G], d losses / d score [G, 2] and rewards [G, 2], in the dtype of `score`.
 
-    A pair with a padded slot has loss and gradient 0, a padded slot reward 0.
+    No autograd. A pair with a padded slot has loss and gradient 0, a padded slot reward 0.
 
     Args:
         form: which loss.
@@ -296,7 +296,6 @@ def pair_losses(
             rewards,
             G,
             **form.constants(score.dtype),
-            HAS_REWARD_OF=reward_of is not None,
             BN=config.BN,
             num_warps=config.warps,
         )

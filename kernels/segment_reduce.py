@@ -38,19 +38,21 @@ def reduce_kernel(
     out_ptr,
     inverse_ptr,
     REDUCTION: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """One response: its reduced value, and 1 / divisor."""
+    """Write one response's reduced value, and 1 / divisor."""
     i_r = tl.program_id(0).to(tl.int64)
     first, end = tl.load(starts_ptr + i_r), tl.load(starts_ptr + i_r + 1)
+    # float64, which a kernel bound by memory has for nothing. BN sums side by side, folded once at
+    # the end: one reduction a response instead of one a step.
     total, count = tl.zeros([BN], dtype=tl.float64), tl.zeros([BN], dtype=tl.float64)
+    # while: the interpreter of triton 3.6 cannot range over a runtime value with numpy >= 2.4.
     while first < end:
         o_n = first + tl.arange(0, BN)
         m_n = o_n < end
         x = tl.load(values_ptr + o_n, mask=m_n, other=0.0).to(tl.float64)
         a = m_n.to(tl.float64)
-        if HAS_WEIGHTS:
+        if weights_ptr is not None:
             a = tl.load(weights_ptr + o_n, mask=m_n, other=0.0).to(tl.float64)
         total += a * x
         if REDUCTION == "mean":
@@ -77,11 +79,10 @@ def spread_kernel(
     grad_values_ptr,
     grad_weights_ptr,
     REDUCTION: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
     ACC: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """One response: g a / divisor to its values, g (x - S) / divisor to its weights.
+    """Write one response's g a / divisor to its values and g (x - S) / divisor to its weights.
 
     S, the value itself, is there only where the weights are the divisor too.
     """
@@ -92,7 +93,7 @@ def spread_kernel(
         o_n = first + tl.arange(0, BN)
         m_n = o_n < end
         a = m_n.to(ACC)
-        if HAS_WEIGHTS:
+        if weights_ptr is not None:
             a = tl.load(weights_ptr + o_n, mask=m_n, other=0.0).to(ACC)
             x = tl.load(values_ptr + o_n, mask=m_n, other=0.0).to(ACC)
             if REDUCTION == "normalised":
@@ -118,8 +119,7 @@ class _SegmentReduce(Function):
         values, starts = values.contiguous(), starts.contiguous()
         weights = None if weights is None else weights.contiguous()
         config = pick(CONFIGS, chip_of(values.device), values.dtype)
-        kinds = {"REDUCTION": reduction, "HAS_WEIGHTS": weights is not None, "BN": config.BN}
-        kinds["num_warps"] = config.warps
+        kinds = {"REDUCTION": reduction, "BN": config.BN, "num_warps": config.warps}
         R = starts.numel() - 1
         out = values.new_empty(R)
         inverse = torch.empty_like(out)
@@ -159,7 +159,7 @@ def segment_reduce(
     weights: Tensor | None = None,  # [N]
     reduction: Reduction = "sum",
 ) -> Tensor:  # [R]
-    """Weighted reduction of the tokens of each response; differentiable in values and weights.
+    """Reduce the tokens of each response by weights; differentiable in values and weights.
 
     Args:
         values: [N] fp32 or fp64, such as log-probs, in packed order.
@@ -183,7 +183,7 @@ def segment_reduce_reference(
     weights: Tensor | None = None,
     reduction: Reduction = "sum",
 ) -> Tensor:
-    """`segment_reduce` in plain torch, with its gradients."""
+    """Return `segment_reduce` in plain torch, with its gradients."""
     weights = torch.ones_like(values) if weights is None else weights
     R = starts.numel() - 1
     response = torch.repeat_interleave(torch.arange(R, device=starts.device), starts.diff())

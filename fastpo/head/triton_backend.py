@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -112,8 +112,16 @@ class TritonBackend:
         return Coefficients(values)
 
 
-def _facts(tensors: PassTensors, options: PassOptions) -> dict[str, Any]:
-    """Return what turns products into logits, as the kernels take it."""
+class _Facts(TypedDict):
+    """Hold what turns products into logits, as the kernels take it."""
+
+    softcap: float | None
+    logit_scale: float
+    temperature: float | Tensor
+
+
+def _facts(tensors: PassTensors, options: PassOptions) -> _Facts:
+    """Return the facts of a pass."""
     own = tensors.temperatures
     return {
         "softcap": options.softcap,
@@ -163,13 +171,13 @@ def _of_two(
     logits, ref_logits = (None, None) if keep is None else keep[:2]
     both = tensors.products(logits), reference.products(ref_logits)
     both += tensors.targets, tensors.bias, tensors.ref_bias
-    facts: dict[str, Any] = _facts(tensors, options) | {"jsd_beta": options.jsd_beta}
+    facts, beta = _facts(tensors, options), options.jsd_beta
     needed = dict.fromkeys((*want, "lse", "lse_rest", "logps", *_OF_BOTH))
-    stats = divergence(*both, **facts, want=(*needed, *grads))
+    stats = divergence(*both, **facts, jsd_beta=beta, want=(*needed, *grads))
     one, dtype = torch.ones_like(stats["lse"]), tensors.hidden.dtype
     return {name: stats[name] for name in want}, [
         divergence_coefficients(
-            *both, **facts, stats=stats, cotangents={name: one}, out_dtype=dtype
+            *both, **facts, jsd_beta=beta, stats=stats, cotangents={name: one}, out_dtype=dtype
         )
         for name in grads
     ]

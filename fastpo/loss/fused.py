@@ -53,20 +53,20 @@ def _margin(beta: float, **form: Any) -> PairForm:
     return PairForm(**{"chosen": beta, "rejected": beta, "reward": beta, **form})
 
 
-def _divergence(h: Hyper) -> dict[str, Any]:
-    """Return the transform that `pairwise.divergence_margin` applies."""
+def _transformed(h: Hyper, form: PairForm) -> PairForm:
+    """Return the form with the transform that `pairwise.divergence_margin` applies."""
     power = {"forward_kl": -1.0, "alpha": h.alpha_divergence - 1}.get(h.f_divergence, 0.0)
     if power:
-        return {"transform": "power", "power": power, "clamp": h.divergence_clamp}
-    return {"transform": "twice sigmoid"} if h.f_divergence == "js" else {}
+        return form._replace(transform="power", power=power, clamp=h.divergence_clamp)
+    return form._replace(transform="twice sigmoid") if h.f_divergence == "js" else form
 
 
 def _on_divergence(h: Hyper, **form: Any) -> Fused:
-    return Fused(_margin(h.beta, **_divergence(h), **form))
+    return Fused(_transformed(h, _margin(h.beta, **form)))
 
 
 def _ipo(h: Hyper) -> Fused | None:
-    form = PairForm(link="squared", target=1 / (2 * h.beta), reward=h.beta, **_divergence(h))
+    form = _transformed(h, PairForm(link="squared", target=1 / (2 * h.beta), reward=h.beta))
     if not h.average:
         return Fused(form)
     # c / L of another divergence has a gradient through both the sum and the mean.
@@ -74,9 +74,8 @@ def _ipo(h: Hyper) -> Fused | None:
 
 
 def _ln_dpo(h: Hyper) -> Fused | None:
-    if _divergence(h):
-        return None
-    return Fused(_margin(h.beta, rate=h.label_smoothing), "mean_ratio")
+    form = _margin(h.beta, rate=h.label_smoothing)
+    return Fused(form, "mean_ratio") if _transformed(h, form) == form else None
 
 
 def _robust(h: Hyper) -> Fused:
@@ -112,7 +111,7 @@ def _modpo(h: Hyper) -> Fused:
     return Fused(form, beside="margin")
 
 
-def _hinge_or_logistic(h: Hyper) -> dict[str, Any]:
+def _hinge_or_logistic(h: Hyper) -> Mapping[str, object]:
     """Return the link that `links.sigmoid_or_hinge` chooses."""
     if h.loss_type == "hinge":
         return {"link": "hinge"}

@@ -141,13 +141,15 @@ def test_offsets_of_rows_are_64_bit(reports):
         assert narrow_products(r.ttir) == [], r
 
 
-_DEFINITION = re.compile(r"^ *(%[\w#]+) = ([\w.]+) (.*?) : (?:.* -> )?(.*?) loc\(", re.MULTILINE)
+# Names may have dots: triton 3.9 calls a member of a tuple %strides.h.
+_NAME = r"%[\w.#]+"
+_DEFINITION = re.compile(rf"^ *({_NAME}) = ([\w.]+) (.*?) : (?:.* -> )?(.*?) loc\(", re.MULTILINE)
 _INSIDE = ("tt.expand_dims", "arith.extsi", "arith.trunci", "arith.minsi")
 
 
 def narrow_products(ttir: str) -> list[str]:
     """Names of the 32-bit products of two runtime values, but for offsets inside a block."""
-    made = {m[1]: (m[2], re.findall(r"%[\w#]+", m[3])) for m in _DEFINITION.finditer(ttir)}
+    made = {m[1]: (m[2], re.findall(_NAME, m[3])) for m in _DEFINITION.finditer(ttir)}
 
     def derives(value: str, source: str, through: tuple[str, ...]) -> bool:
         op, operands = made.get(value, ("", []))
@@ -163,7 +165,7 @@ def narrow_products(ttir: str) -> list[str]:
         and not any(
             derives(operand, "arith.constant", ("tt.splat",))
             or derives(operand, "tt.make_range", _INSIDE)
-            for operand in re.findall(r"%[\w#]+", m[3])
+            for operand in re.findall(_NAME, m[3])
         )
     ]
 
@@ -177,7 +179,9 @@ def test_a_row_offset_of_32_bits_is_found():
         line.format("%o", "arith.addi %r, %first", "tensor<8xi32>"),
         line.format("%p", "arith.muli %o, %stride", "tensor<8xi32>"),
     ]
+    member = line.format("%row_ptrs.1", "arith.muli %i, %strides.h", "i32")
     assert narrow_products(product) == ["%p"]
+    assert narrow_products(member) == ["%row_ptrs.1"]
     assert narrow_products(wide) == []
     assert narrow_products("\n".join(rows)) == ["%p"]
     rows[-1] = rows[-1].replace("%o", "%r")

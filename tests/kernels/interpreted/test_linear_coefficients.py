@@ -79,6 +79,7 @@ def assert_coefficients(ours: Tensor, x: Inputs, grads: dict[str, Tensor], **fac
     assert_three_way(ours, plain, reference(wide)["c"], "C", terms=float(terms))
 
 
+# Each cotangent alone compiles other code than all at once, and each fact another slope.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("facts", FACTS)
 @pytest.mark.parametrize("names", GRADS)

@@ -45,6 +45,8 @@ def assert_statistics(ours: dict[str, Tensor], x: Inputs, **facts) -> None:
         assert_three_way(ours[name], same, truth[name], name, terms=terms.get(name, 0.0))
 
 
+# One row; a ragged end of every size; a second, ragged row block of 64. A width below a block of
+# 128 and one that ends inside it. Dtypes differ in rounding, facts in code.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("facts", FACTS)
 @pytest.mark.parametrize(("n", "d", "v"), [(1, 31, 1000), (63, 123, 507), (127, 31, 507)])

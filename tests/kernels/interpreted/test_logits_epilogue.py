@@ -71,6 +71,7 @@ def assert_epilogue(
         assert_three_way(ours[name], same, truth[name], name, terms=terms.get(name, 0.0))
 
 
+# Statistics alone, and the coefficients of each, which are other code; each fact is another slope.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("facts", FACTS)
 @pytest.mark.parametrize("of", [None, *DIFFERENTIABLE])
