@@ -16,7 +16,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from fastpo.report.page import write_model_card, write_report
+from fastpo.report.card import write_model_card
+from fastpo.report.page import write_report
 from fastpo.run import folder as folders
 from fastpo.run.folder import RUN, RunFolder, claim, rotate, write_sealed, write_text
 from fastpo.train.config import PreferenceConfig
@@ -183,13 +184,14 @@ def test_runs_of_earlier_versions_are_known(trainer: Any, run_dir: Path, kept: s
     made.save_model()
     for write in (write_report, write_model_card):
         path = write(run_dir)
-        path.write_text("\n".join(path.read_text().splitlines()[:-1]))
+        text = "\n".join(path.read_text().splitlines()[:-1])
+        path.write_text(text.replace('<span class="mono">', "<span class=mono>"))
     (run_dir / "recipe.yaml").write_text("# fastpo 0.1.0, torch 2.13.0\nmodel: m\n")
     if kept == RUN:
         (run_dir / RUN).write_text('{"status": "finished", "command": "fastpo train"}')
     else:
         (run_dir / RUN).unlink()
-    folders._HELD.clear()
+    folders._CLAIMED.clear()
     trainer(**{**SAVED, "max_steps": 3}).train(resume_from_checkpoint=True)
     assert (run_dir / "checkpoint-3").is_dir()
     write_report(run_dir)
