@@ -122,7 +122,8 @@ def test_a_loss_that_stays(tmp_path: Path) -> None:
     assert titles(write_run(tmp_path / "r", log)) == ""
 
 
-@pytest.mark.parametrize("shift", [0.0, -5.0])  # some objectives' losses are negative
+# Some objectives' losses are negative.
+@pytest.mark.parametrize("shift", [0.0, -5.0])
 def test_overfitting_names_the_best_step(tmp_path: Path, shift: float) -> None:
     def judged(*losses: float) -> str:
         evaluated = [{"step": 10 * i, "eval_loss": v + shift} for i, v in enumerate(losses, 1)]

@@ -67,8 +67,8 @@ def test_hostile_text_stays_text_in_every_place(tmp_path: Path) -> None:
     assert not [k for k, _ in page.attributes if k.startswith("on")]
     text = "".join(page.text)
     for place in ("prompt", "before", "after", "chosen", "source", "row", "field", "reason",
-                  "model", "data", "objective", "formula", "sharing", "status", "reference", "schedule",
-                  "argument", "value", "error", "package", "version", "device", "key",
+                  "model", "data", "objective", "formula", "sharing", "status", "reference",
+                  "schedule", "argument", "value", "error", "package", "version", "device", "key",
                   "setting"):  # fmt: skip
         assert hostile(place) in text, place
     assert "<b>&" in text
