@@ -110,7 +110,8 @@ def data_facts(
     facts: DataFacts = {"name": name}
     if isinstance(train, GroupDataset):
         counts = counts_of(train.groups)
-        facts |= {
+        facts = {
+            "name": name,
             "rows": train.num_rows,
             "groups": counts.groups,
             "responses": counts.responses,

@@ -120,8 +120,9 @@ def number(value: object) -> float:
 def batch_of(facts: Mapping[str, object]) -> dict[str, int] | None:
     """Return what a step consisted of, by the keys of `PreferenceConfig.batch_facts`, or None."""
     batch = facts.get("batch")
-    known = isinstance(batch, dict) and {"groups", "accumulated", "ranks"} == batch.keys()
-    return batch if known and all(type(size) is int for size in batch.values()) else None
+    if not isinstance(batch, dict) or batch.keys() != {"groups", "accumulated", "ranks"}:
+        return None
+    return batch if all(type(size) is int for size in batch.values()) else None
 
 
 @dataclass
@@ -164,8 +165,9 @@ class Run:
         history = run.state.get("log_history")
         for line in lines or (history if isinstance(history, list) else []):
             # A resumed run repeats the steps after its checkpoint: the later line counts.
-            if isinstance(line, dict) and isinstance(line.get("step"), int):
-                run.log.setdefault(line["step"], {}).update(line)
+            step = line.get("step") if isinstance(line, dict) else None
+            if isinstance(step, int):
+                run.log.setdefault(step, {}).update(line)
         # An earlier version may have written secrets down.
         run.facts = redact(_read_mapping(folder / "run.json"))
         run.recipe = redact(run.section("recipe") or _read_mapping(folder / "recipe.yaml"))

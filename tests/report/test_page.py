@@ -112,7 +112,7 @@ def test_no_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "3", "null", "{", '{"data": 3, "objective": "x", "sharing": [], "seconds": "long"}',
-     '{"log_history": 3}', '{"log_history": [3, {"step": "x"}]}', "\x00\xff", "[" * 3000,
+     '{"log_history": 3}', '{"log_history": [3, {"step": "x"}]}', "\x00\xff", "[" * 1100,
      '{"objective": {"name": {"dpo": "x"}}}', '{"objective": {"dpo": "x"}}', "a: 2026-99-99",
      '{"step": 1e400, "loss": 1}', '{"step": 1, "loss": 1' + "0" * 400 + "}", "? [a]\n: 1"],
 )  # fmt: skip
