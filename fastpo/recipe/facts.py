@@ -39,11 +39,11 @@ class DataFacts(TypedDict):
 
     name: str
     rows: NotRequired[int]
-    groups: NotRequired[int]
-    responses: NotRequired[int]
-    tokens: NotRequired[int]
-    unshared_tokens: NotRequired[int]
-    label_tokens: NotRequired[int]
+    groups: NotRequired[float]
+    responses: NotRequired[float]
+    tokens: NotRequired[float]
+    unshared_tokens: NotRequired[float]
+    label_tokens: NotRequired[float]
     longest: NotRequired[int]
     context: NotRequired[int]
     synthetic_context: NotRequired[int]
@@ -171,7 +171,7 @@ def schedule_words(trainer: PreferenceTrainer, label_tokens: float) -> str:
     return f"{schedule.name}, {schedule.matmuls} products ({schedule.reason}); {why}"
 
 
-def step_words(batch: dict[str, int], drop_last: bool, groups: int | None) -> str:
+def step_words(batch: dict[str, int], drop_last: bool, groups: float | None) -> str:
     """Say what a step consists of, and what becomes of the groups that fill none."""
     words = f"{batch_words(batch)}; drop_last is {'on' if drop_last else 'off'}"
     at_once = math.prod(batch.values()) // (batch["accumulated"] if drop_last else 1)
