@@ -44,7 +44,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["fastpo", "fastpo.*"]),
-    package_data={"fastpo": ["py.typed"]},
+    package_data={"fastpo": ["py.typed"], "fastpo.report": ["*.j2", "*.css"]},
     install_requires=["torch>=2.11", "numpy>=2.0", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={
         "train": train,

@@ -13,6 +13,7 @@ from typing import Any
 
 MOVED: dict[str, tuple[str, ...]] = {
     "fastpo.by_groups": ("fastpo.loss.group_chunks",),
+    "fastpo.cli.token_view": ("fastpo.report.tokens",),
     "fastpo.data.build": (
         "fastpo.data.options",
         "fastpo.data.builder",
@@ -50,7 +51,10 @@ MOVED: dict[str, tuple[str, ...]] = {
         "fastpo.head.backend",
     ),
     "fastpo.torch_tiles": ("fastpo.head.torch_backend",),
-    "fastpo.train.chart": ("fastpo.report.chart",),
+    "fastpo.train.chart": (
+        "fastpo.report.chart",
+        "fastpo.report.text",
+    ),
     "fastpo.train.checkpoint": ("fastpo.run.checkpoint",),
     "fastpo.train.diagnosis": ("fastpo.report.diagnosis",),
     "fastpo.train.folder": ("fastpo.run.folder",),
@@ -59,8 +63,15 @@ MOVED: dict[str, tuple[str, ...]] = {
         "fastpo.train.sections",
     ),
     "fastpo.train.reference": ("fastpo.reference.live",),
-    "fastpo.train.report": ("fastpo.report.page",),
-    "fastpo.train.run": ("fastpo.run.record",),
+    "fastpo.train.report": (
+        "fastpo.report.page",
+        "fastpo.report.card",
+        "fastpo.report.text",
+    ),
+    "fastpo.train.run": (
+        "fastpo.run.record",
+        "fastpo.reading",
+    ),
     "fastpo.train.store": ("fastpo.reference.store",),
     "fastpo.train.sync": ("fastpo.reference.moving",),
     "fastpo.train.values": (

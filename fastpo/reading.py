@@ -82,3 +82,24 @@ def check_json(path: Path) -> None:
         text = read_text(path, AGAIN)
         with reading(path, AGAIN):
             json.loads(text)
+
+
+def read_jsonl(path: Path) -> tuple[list[dict[str, object]], int]:
+    """Read a file that a kill may have cut short; a missing one has no lines.
+
+    Returns:
+        The objects, and the number of lines that are none, such as a torn last one.
+    """
+    rows: list[dict[str, object]] = []
+    torn = 0
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if isinstance(row, dict):
+                rows.append(row)
+            elif line.strip():
+                torn += 1
+    return rows, torn

@@ -82,10 +82,13 @@ def test_docstring_examples(name):
     assert result.failed == 0
 
 
-def test_wheel_holds_the_kernels(tmp_path):
+def test_wheel_holds_the_kernels_and_the_templates(tmp_path):
     argv = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
     subprocess.run([*argv, "-w", str(tmp_path), str(ROOT)], check=True, cwd=tmp_path)
     names = zipfile.ZipFile(next(tmp_path.glob("fastpo-*.whl"))).namelist()
     assert "fastpo/kernels/linear_stats.py" in names
     assert "fastpo/py.typed" in names
+    beside = [path for path in (ROOT / "fastpo" / "report").iterdir() if path.is_file()]
+    assert {f"fastpo/report/{path.name}" for path in beside} <= set(names)
+    assert {".css", ".j2"} <= {path.suffix for path in beside}
     assert not any(n.startswith(("kernels/", "tests/", "bench/")) for n in names)

@@ -382,7 +382,8 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from fastpo.report.page import write_model_card, write_report
+    from fastpo.report.card import write_model_card
+    from fastpo.report.page import write_report
     from fastpo.run.record import Run
 
     run = Run.read(arguments.run)

@@ -26,7 +26,6 @@ from fastpo.cli.models import (
 )
 from fastpo.cli.output import check_outputs, json_lines
 from fastpo.cli.reading import data_options
-from fastpo.cli.token_view import SHOWN, token_rows, write_page
 from fastpo.data.dataset import build_groups
 from fastpo.data.groups import Group, Response
 from fastpo.data.rows import load_rows
@@ -34,6 +33,7 @@ from fastpo.loss.scores import score_responses
 from fastpo.model.device import default_device
 from fastpo.model.diagnostics import ches, entanglement
 from fastpo.redact import redact
+from fastpo.report.tokens import SHOWN, token_rows, write_page
 from fastpo.scoring.follow_ups import followed_up, next_turns, read_follow_ups
 from fastpo.scoring.scorer import Packer, Scorer
 

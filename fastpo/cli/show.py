@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 from fastpo.cli.models import open_tokenizer, show_log
 from fastpo.cli.output import check_outputs, json_lines
 from fastpo.cli.reading import data_options
-from fastpo.cli.token_view import token_texts
 from fastpo.data.bad_rows import BadRow
 from fastpo.data.builder import Builder
 from fastpo.data.columns import EXTRA_COLUMNS, PROMPT_COLUMNS
@@ -30,6 +29,7 @@ from fastpo.data.rows import load_rows
 from fastpo.data.source_rows import good_rows, source_rows
 from fastpo.data.trl import to_trl
 from fastpo.redact import redact
+from fastpo.report.tokens import token_texts
 
 SHOWN = 1000  # characters of a prompt; of a longer one its start and its end
 LEGEND = "dim: the template's own text; green, red: scored tokens of the better and worse responses"

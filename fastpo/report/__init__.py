@@ -1,1 +1,1 @@
-"""Draw a run for people: one page that works offline, and a model card."""
+"""Draw a run for people: one page that works offline, a model card, a page of token rewards."""

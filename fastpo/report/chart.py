@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from fastpo.report.text import short
 from fastpo.run.record import Curve, finite
 
 
@@ -25,7 +26,7 @@ MANY = 60  # above this many points the line is smoothed and the raw values stay
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Three to six round numbers that span [low, high]."""
+    """Return three to six round numbers that span [low, high]."""
     rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough)
@@ -34,31 +35,14 @@ def _ticks(low: float, high: float) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
-def short(value: float) -> str:
-    """A number in at most seven characters."""
-    if not math.isfinite(value):
-        return "-"
-    if value == 0:
-        return "0"
-    if abs(value) >= 1e9:
-        return f"{value / 1e9:.3g}B"
-    if abs(value) >= 1e6:
-        return f"{value / 1e6:.3g}M"
-    if abs(value) >= 1e4:
-        return f"{value / 1e3:.3g}k"
-    if abs(value) < 1e-3:
-        return f"{value:.2g}".replace("e-0", "e-")
-    return f"{value:.4g}"
-
-
 def _tick(value: float) -> str:
-    """A number that fits left of the axis."""
+    """Return a number that fits left of the axis."""
     text = short(value)
     return text if len(text) < 7 else f"{value:.1e}".replace("e-0", "e-")
 
 
 def _smooth(curve: Curve) -> Curve:
-    """Exponential average over about a twentieth of the run, without a bias to its start."""
+    """Average exponentially over about a twentieth of the run, without a bias to its start."""
     keep = 1 - min(1.0, 20 / len(curve))
     total = weight = 0.0
     out: Curve = []
@@ -69,14 +53,14 @@ def _smooth(curve: Curve) -> Curve:
 
 
 def _thin(curve: Curve, most: int = 300) -> Curve:
-    """At most `most` points: means over equal runs of neighbours."""
+    """Return at most `most` points: means over equal runs of neighbours."""
     size = math.ceil(len(curve) / most)
     parts = [curve[i : i + size] for i in range(0, len(curve), size)]
     return [(p[len(p) // 2][0], statistics.fmean(v for _, v in p)) for p in parts]
 
 
 def chart(series: Sequence[Series], *, bounds: tuple[float, float] | None = None) -> str:
-    """A line chart as inline SVG, coloured by the page's style sheet; "" without two points."""
+    """Draw lines as inline SVG, coloured by the page's style sheet; "" without two points."""
     drawn = [s._replace(curve=_thin(finite(s.curve))) for s in series if finite(s.curve)]
     if not any(len(s.curve) > 1 for s in drawn):
         return ""
@@ -112,26 +96,18 @@ def chart(series: Sequence[Series], *, bounds: tuple[float, float] | None = None
             f"{'step ' if anchor == 'start' else ''}{step:.0f}</text>"
         )
     for line in drawn:
-        curve = line.curve
-        if line.dots or len(curve) == 1:
-            parts.append(f'<polyline class="thin {line.tone}" points="{points(curve)}"/>')
-            mark = (
-                '<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="3.2"><title>{}</title></circle>'
-            )
-            parts += [
-                mark.format(line.tone, x(s), y(v), f"{line.label}, step {s:.0f}: {short(v)}")
-                for s, v in curve
-            ]
-        else:
-            if len(curve) > MANY:
-                parts.append(f'<polyline class="raw {line.tone}" points="{points(curve)}"/>')
-                curve = _smooth(curve)
-            parts.append(f'<polyline class="line {line.tone}" points="{points(curve)}"/>')
-            # Wide invisible marks carry the numbers to whoever points at the line.
-            parts += [
-                f'<circle class="hit" cx="{x(s):.1f}" cy="{y(v):.1f}" r="6"><title>'
-                f"{html.escape(line.label)}, step {s:.0f}: {short(v)}</title></circle>"
-                for s, v in curve
-            ]
+        curve, dots = line.curve, line.dots or len(line.curve) == 1
+        if len(curve) > MANY and not dots:
+            parts.append(f'<polyline class="raw {line.tone}" points="{points(curve)}"/>')
+            curve = _smooth(curve)
+        kind = "thin" if dots else "line"
+        parts.append(f'<polyline class="{kind} {line.tone}" points="{points(curve)}"/>')
+        # Without dots wide invisible marks carry the numbers to whoever points at the line.
+        mark, radius = (f"dot {line.tone}", 3.2) if dots else ("hit", 6)
+        parts += [
+            f'<circle class="{mark}" cx="{x(s):.1f}" cy="{y(v):.1f}" r="{radius}"><title>'
+            f"{html.escape(line.label)}, step {s:.0f}: {short(v)}</title></circle>"
+            for s, v in curve
+        ]
     parts.append("</svg>")
     return "".join(parts)

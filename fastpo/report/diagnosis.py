@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from fastpo.report.chart import short
+from fastpo.report.text import short
 from fastpo.run.record import Curve, Run, ends, finite, number
 
 ENOUGH = 10
@@ -28,7 +28,9 @@ class Warning(NamedTuple):
 
 
 def trend(curve: Curve) -> float:
-    """Last third minus first third of a curve in standard errors; 0 below `ENOUGH` points.
+    """Return last third minus first third of a curve in standard errors.
+
+    It is 0 below `ENOUGH` points.
 
     Batches differ, so two noisy means always differ too: past 3 the change is hardly chance.
     """
@@ -83,7 +85,7 @@ def _too_little(run: Run) -> Iterator[Warning]:
 
 
 def _falling(run: Run) -> Iterator[Warning]:
-    """The answer to "both rewards go down, is it broken?"."""
+    """Answer "both rewards go down, is it broken?"."""
 
     def falls(side: str) -> bool:
         return min(trend(run.curve(f"{kind}/{side}")) for kind in ("rewards", "logps")) < -_SURE
@@ -97,9 +99,9 @@ def _falling(run: Run) -> Iterator[Warning]:
     moved = f"{went(f'{kind}/chosen')}, {went(f'{kind}/rejected')}"
     grows = trend(run.curve("rewards/margins"))
     if grows > _SURE:
-        held = finite(run.curve("eval_rewards/accuracies"))
-        if len(held) > 1:
-            moved += f"; held-out accuracy from {held[0][1]:.2f} to {held[-1][1]:.2f}"
+        evaluated = [v for _, v in finite(run.curve("eval_rewards/accuracies"))]
+        if len(evaluated) > 1:
+            moved += f"; held-out accuracy from {evaluated[0]:.2f} to {evaluated[-1]:.2f}"
         names = run.objective.split(" + ")
         alone = f"objective: {{{names[0]}: 1, sft: 0.1}}"
         sft = f"an SFT term ({alone})" if len(names) == 1 else "a larger share of sft"
@@ -191,15 +193,15 @@ def _gradients(run: Run) -> Iterator[Warning]:
 
 def _facts(run: Run) -> Iterator[Warning]:
     if run.skipped:
-        rows = number(run.facts.get("data", {}).get("rows"))
+        rows = number(run.section("data").get("rows"))
         share = f" ({len(run.skipped) / rows:.1%} of {rows:.0f})" if rows > 0 else ""
         yield Warning(
             "warn" if rows > 0 and len(run.skipped) > 0.01 * rows else "note",
             f"Skipped rows: {len(run.skipped)}{share}",
-            f"The first: {run.skipped[0].get('reason', 'no reason given')}. All are listed in "
+            f"The first: {run.skipped[0].reason or 'no reason given'}. All are listed in "
             "skipped.jsonl.",
         )
-    sharing = run.facts.get("sharing", {})
+    sharing = run.section("sharing")
     if sharing.get("on") is False and sharing.get("reason"):
         yield Warning("note", "Prompts were not shared", f"{sharing['reason']}.")
     status = run.facts.get("status")
@@ -218,14 +220,14 @@ _RULES = (_broken, _too_little, _falling, _accuracy, _evaluations, _gradients, _
 
 
 def find_warnings(run: Run) -> list[Warning]:
-    """What the numbers of a run say against it, worst first."""
+    """Return what the numbers of a run say against it, worst first."""
     order = ("stop", "warn", "note")
-    found = [warning for rule in _RULES for warning in rule(run)]
-    return sorted(found, key=lambda warning: order.index(warning.level))
+    warnings = (warning for rule in _RULES for warning in rule(run))
+    return sorted(warnings, key=lambda warning: order.index(warning.level))
 
 
 def warnings_text(run: Run) -> str:
-    """The warnings as plain text for a terminal; nothing where there are none."""
+    """Return the warnings as plain text for a terminal; nothing where there are none."""
     return "".join(
         f"\n{each.level:<5}{each.title}\n{textwrap.indent(textwrap.fill(each.text, 95), '     ')}\n"
         for each in find_warnings(run)

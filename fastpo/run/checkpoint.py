@@ -15,11 +15,10 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 from transformers import TrainerState
@@ -42,7 +41,7 @@ _WEIGHTS = (
 
 
 def staging_dir(run_dir: str | Path, step: int) -> Path:
-    """The temporary folder of a checkpoint: hidden, and not matched by `checkpoint-*`."""
+    """Return a checkpoint's temporary folder: hidden, and not matched by `checkpoint-*`."""
     return Path(run_dir) / f".checkpoint-{step}.partial"
 
 
@@ -63,7 +62,7 @@ def _digest(path: Path, modified: int, size: int) -> str:
 
 
 def _digests(paths: Iterable[Path]) -> list[str]:
-    """The SHA-256 of each file, several at a time; a file that did not change is read once."""
+    """Return each file's SHA-256, several at a time; a file that did not change is read once."""
 
     def of(path: Path) -> str:
         status = path.stat()
@@ -73,7 +72,8 @@ def _digests(paths: Iterable[Path]) -> list[str]:
         return list(pool.map(of, paths))
 
 
-def _of_list(files: dict[str, Any]) -> str:
+def _of_list(files: Mapping[str, object]) -> str:
+    """Return the SHA-256 of a manifest's list."""
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
@@ -116,7 +116,7 @@ def publish(staging: Path, final: Path) -> None:
 
 
 def incomplete(checkpoint: str | Path) -> str | None:
-    """Why this folder cannot be resumed from, or None when it can.
+    """Return why this folder cannot be resumed from, or None when it can.
 
     With a manifest every listed file must be there as it was written. A checkpoint of another
     program has none: then there must be weights, and every file must be readable.
@@ -155,7 +155,7 @@ def incomplete(checkpoint: str | Path) -> str | None:
 
 
 def _unreadable(paths: Iterable[Path]) -> str | None:
-    """The first file, without a hash, that its own format says is damaged."""
+    """Return the first file, without a hash, that its own format says is damaged."""
     for path in paths:
         try:
             if path.name == TRAINER_STATE:
@@ -175,7 +175,7 @@ def _unreadable(paths: Iterable[Path]) -> str | None:
 
 
 def latest_complete(run_dir: str | Path) -> str | None:
-    """The newest complete checkpoint of a run, or None; each one skipped is logged with why."""
+    """Return the newest complete checkpoint of a run, or None; log each one skipped with why."""
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         return None

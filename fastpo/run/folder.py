@@ -21,10 +21,9 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
-from typing import Any
 
 from fastpo.reading import read_text
 from fastpo.redact import redact
@@ -115,7 +114,7 @@ def _untouched(path: Path) -> bool:
     seals = [*_SEAL.finditer(text)]
     if seals and not text[seals[-1].end() :].strip():
         return _digest(text[: seals[-1].start()]) == seals[-1][1]
-    listed = "files" in (_listed(path.parent / RUN) or {})
+    listed = "files" in (_mapping(path.parent / RUN) or {})
     return not seals and not listed and _SEALED[path.name].search(text) is not None
 
 
@@ -140,20 +139,21 @@ def _whose(path: Path) -> str:
 # --- checkpoints -------------------------------------------------------------------------------
 
 
-def _listed(path: Path) -> dict[str, Any] | None:
-    """A JSON mapping whose `files` name files below its folder; None where it is none."""
+def _mapping(path: Path) -> dict[str, object] | None:
+    """Read a JSON mapping; None where it is none."""
     try:
-        held = json.loads(read_text(path))
+        mapping = json.loads(read_text(path))
     except (OSError, ValueError):
         return None
-    return held if isinstance(held, dict) else None
+    return mapping if isinstance(mapping, dict) else None
 
 
-def _inside(names: Iterable[Any]) -> set[str]:
-    """The names that stay in their folder: a list may come with a folder from elsewhere."""
+def _listed(mapping: Mapping[str, object]) -> set[str]:
+    """Return the names under `files` that stay in their folder: a list may come from elsewhere."""
+    files = mapping.get("files", ())
     return {
         name
-        for name in names
+        for name in (files if isinstance(files, list | dict) else ())
         if isinstance(name, str) and not PurePath(name).is_absolute() and ".." not in name
     }
 
@@ -162,14 +162,14 @@ def is_own_checkpoint(path: Path) -> bool:
     """Whether this tool wrote the checkpoint, as its manifest says."""
     if path.is_symlink() or not (path / MANIFEST).is_file():
         return False
-    held = _listed(path / MANIFEST)
-    return held is None or "files" in held  # an unreadable one is a damaged one of ours
+    manifest = _mapping(path / MANIFEST)
+    return manifest is None or "files" in manifest  # an unreadable one is a damaged one of ours
 
 
 def own_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints that this tool wrote, oldest step first."""
-    found = [p for p in folder.glob("checkpoint-*") if _CHECKPOINT.fullmatch(p.name)]
-    return sorted(filter(is_own_checkpoint, found), key=lambda p: int(p.name.split("-")[1]))
+    """Return the checkpoints that this tool wrote, oldest step first."""
+    checkpoints = [p for p in folder.glob("checkpoint-*") if _CHECKPOINT.fullmatch(p.name)]
+    return sorted(filter(is_own_checkpoint, checkpoints), key=lambda p: int(p.name.split("-")[1]))
 
 
 def _prune(folder: Path) -> None:
@@ -181,10 +181,10 @@ def _prune(folder: Path) -> None:
 
 def discard(checkpoint: Path) -> None:
     """Remove the files that a checkpoint's manifest lists; what else lies there stays."""
-    held = _listed(checkpoint / MANIFEST)
-    if held is None:  # nobody knows any more whose the files are
+    manifest = _mapping(checkpoint / MANIFEST)
+    if manifest is None:  # nobody knows any more whose the files are
         return
-    for name in _inside(held.get("files", ())):
+    for name in _listed(manifest):
         (checkpoint / name).unlink(missing_ok=True)
     (checkpoint / MANIFEST).unlink()
     _prune(checkpoint)
@@ -210,44 +210,45 @@ class RunFolder:
     Attributes:
         path: the folder; it may not exist yet.
         files: the files of this tool, by their path in the folder.
-        facts: what run.json says beside them.
+        facts: what run.json says beside them; a damaged one may say anything.
         known: whether a run of this tool lies there.
         recipe: the recipe that a run was given, which is left alone wherever it lies.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.files: set[str] = set()
+        self.facts: dict[str, object] = {}
         self.recipe: Path | None = None
         self.read()
 
     @staticmethod
     def at(path: str | Path) -> RunFolder:
-        """The folder as this process holds it, or as it lies on disk."""
-        held = _HELD.get(Path(path).resolve())
-        if held is None:
+        """Return the folder as this process claimed it, or as it lies on disk."""
+        claimed = _CLAIMED.get(Path(path).resolve())
+        if claimed is None:
             return RunFolder(path)
-        held.path = Path(path)  # it may be relative, and the working directory another one now
-        return held
+        claimed.path = Path(path)  # it may be relative, and the working directory another one now
+        return claimed
 
     def read(self) -> None:
         """Read run.json again."""
-        held = _listed(self.path / RUN)
-        ours = held is not None and ("files" in held or {"status", "command"} <= held.keys())
-        self.known = ours or (held is None and (self.path / CONFIG).is_file())
-        self.facts = {k: v for k, v in held.items() if k != "files"} if held and ours else {}
-        if held is not None and "files" in held:
-            self.files = _inside(held["files"])
+        run = _mapping(self.path / RUN)
+        ours = run is not None and ("files" in run or {"status", "command"} <= run.keys())
+        self.known = ours or (run is None and (self.path / CONFIG).is_file())
+        self.facts = {k: v for k, v in run.items() if k != "files"} if run and ours else {}
+        if run is not None and "files" in run:
+            self.files = _listed(run)
         else:  # a run of an earlier version wrote all that has such a name; anything else nothing
             names = (*RECORDS, *_MODEL) if self.known else ()
             self.files = {p.name for name in names for p in self.path.glob(name) if p.is_file()}
 
-    def save(self, **facts: Any) -> None:
+    def save(self, **facts: object) -> None:
         """Write run.json with these facts added; secrets are left out."""
         self.facts |= facts
-        held = redact({**self.facts, "files": sorted(self.files)})
-        write_text(
-            self.path / RUN, json.dumps(held, indent=1, ensure_ascii=False, default=str) + "\n"
-        )
+        run = redact({**self.facts, "files": sorted(self.files)})
+        text = json.dumps(run, indent=1, ensure_ascii=False, default=str)
+        write_text(self.path / RUN, f"{text}\n")
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the run, which appears whole."""
@@ -283,8 +284,8 @@ class RunFolder:
         return next(path for path in tried if not path.exists())
 
     def in_the_way(self) -> list[str]:
-        """Names of files of others that a run would write over, or that would pass for its own."""
-        found = []
+        """Return files of others that a run would write over, or that would pass for its own."""
+        names = []
         for path in sorted(self.path.iterdir()) if self.path.is_dir() else []:
             name = path.name
             if self.leaves(path) or name in self.files or (name in _SEALED and _untouched(path)):
@@ -293,8 +294,8 @@ class RunFolder:
             weights = path.is_file() and any(path.match(p) for p in _ANY_WEIGHTS)
             checkpoint = _CHECKPOINT.fullmatch(name) and not is_own_checkpoint(path)
             if reserved or weights or checkpoint:
-                found.append(name)
-        return found
+                names.append(name)
+        return names
 
     def leaves(self, path: Path) -> bool:
         """Whether this is the recipe that was given."""
@@ -317,9 +318,8 @@ class RunFolder:
                 f"{self.path} is not only for a run: name a folder in it, such as "
                 f"{self.path / 'runs' / '1'}"
             )
-        found = self.in_the_way()
-        if found:
-            raise ValueError(self._refusal(found[0], len(found) - 1))
+        if names := self.in_the_way():
+            raise ValueError(self._refusal(names[0], len(names) - 1))
         if alone and not self.known and self.path.is_dir():
             others = sorted(p.name for p in self.path.iterdir() if p.name != LOCK)
             if others:
@@ -329,7 +329,7 @@ class RunFolder:
                 )
 
     def _removable(self) -> set[str]:
-        """The files that `forget` removes, beside checkpoints."""
+        """Return the files that `forget` removes, beside checkpoints."""
         files = self.files | {name for name in _SEALED if _untouched(self.path / name)}
         return {name for name in files if not self.leaves(self.path / name)}
 
@@ -430,19 +430,19 @@ def belongs(path: Path) -> bool:
 
 # --- one run at a time ---------------------------------------------------------------------------
 
-_HELD: dict[Path, RunFolder] = {}  # by resolved path, for the life of this process
+_CLAIMED: dict[Path, RunFolder] = {}  # by resolved path, for the life of this process
 _HANDLES: dict[Path, int] = {}
 
 
 @functools.cache
 def _let_children_go() -> None:
-    """A forked child, such as a loader's, keeps no lock: it may outlive a run that was killed."""
+    """Have a forked child, such as a loader's, keep no lock: it may outlive a killed run."""
 
     def release() -> None:
         for handle in _HANDLES.values():
             os.close(handle)
         _HANDLES.clear()
-        _HELD.clear()
+        _CLAIMED.clear()
 
     os.register_at_fork(after_in_child=release)
 
@@ -454,9 +454,9 @@ def _lock(folder: Path) -> None:
         ValueError: another process holds it; names the process.
     """
     path, place = folder / LOCK, folder.resolve()
-    held = _HANDLES.get(place)
-    if held is not None:
-        if path.exists() and os.fstat(held).st_ino == path.stat().st_ino:
+    locked = _HANDLES.get(place)
+    if locked is not None:
+        if path.exists() and os.fstat(locked).st_ino == path.stat().st_ino:
             return
         os.close(_HANDLES.pop(place))  # the folder was removed in between
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -482,7 +482,7 @@ def claim(
     *,
     recipe: str | Path | None = None,
     alone: bool = False,
-    **facts: Any,
+    **facts: object,
 ) -> RunFolder:
     """Take a folder for a run of this process; it holds run.json afterwards.
 
@@ -518,5 +518,5 @@ def claim(
             f"{folder.path} cannot be written to ({error.strerror or error}): take another "
             "output_dir"
         ) from error
-    _HELD[folder.path.resolve()] = folder
+    _CLAIMED[folder.path.resolve()] = folder
     return folder

@@ -13,18 +13,46 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, TypedDict
 
 import yaml
 
+from fastpo.reading import read_jsonl
 from fastpo.redact import redact
 
 Curve = list[tuple[float, float]]
 """(step, value), by step; a value may be NaN."""
 
 
-def environment() -> dict[str, Any]:
-    """Versions, Python, operating system and devices of this process."""
+class Environment(TypedDict):
+    """What a process runs on."""
+
+    versions: dict[str, str]
+    python: str
+    system: str
+    devices: list[str]
+
+
+class Sample(NamedTuple):
+    """What the model wrote to one prompt before and after training, and the preferred response."""
+
+    prompt: str
+    before: str
+    after: str
+    chosen: str
+
+
+class Skipped(NamedTuple):
+    """A row that was left out: where it stands and why."""
+
+    source: str
+    row: str
+    field: str
+    reason: str
+
+
+def environment() -> Environment:
+    """Return versions, Python, operating system and devices of this process."""
     import torch
 
     names = ("fastpo", "torch", "triton", "transformers", "accelerate", "peft", "datasets")
@@ -46,24 +74,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a JSONL file and how many lines were no object (a torn last line)."""
-    rows, torn = [], 0
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            if isinstance(row, dict):
-                rows.append(row)
-            elif line.strip():
-                torn += 1
-    return rows, torn
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    """A JSON or YAML mapping, {} where there is none or a crash cut it short."""
+def _read_mapping(path: Path) -> dict[str, object]:
+    """Read a JSON or YAML mapping; {} where there is none or a crash cut it short."""
     if not path.exists():
         return {}
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -74,36 +86,29 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _of_form(facts: dict[str, Any]) -> dict[str, Any]:
-    """Facts whose sections are mappings; what a damaged file has in their place is left out."""
-    forms: dict[str, Any] = dict.fromkeys(
-        ("model", "data", "objective", "sharing", "environment", "arguments", "recipe", "batch"),
-        dict,
-    )
-    forms["seconds"] = int | float
-    return {k: v for k, v in facts.items() if isinstance(v, forms.get(k, object))}
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
 
 
-def _paired(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Sample lines as {prompt, before, after, chosen}, whichever of two forms they have.
+def _samples(lines: Sequence[Mapping[str, object]]) -> list[Sample]:
+    """Read samples in either of two forms.
 
-    The trainer writes one line per answer, {when, row, source, prompt, response}; a script may
-    write finished rows.
+    The trainer writes one line a response, {when, row, source, prompt, response, chosen}, of which
+    the last counts; a script may write {prompt, before, after, chosen}.
     """
-    rows: dict[Any, dict[str, Any]] = {}
+    rows: dict[object, dict[str, object]] = {}
     for i, line in enumerate(lines):
         if "when" in line:
             key = (str(line.get("source")), str(line.get("row")), str(line.get("prompt")))
-            row = rows.setdefault(key, {"prompt": line.get("prompt", "")})
-            row[str(line["when"])] = line.get("response", "")
-            row.setdefault("chosen", line.get("chosen"))
+            row = rows.setdefault(key, {k: line.get(k) for k in ("prompt", "chosen")})
+            row[str(line["when"])] = line.get("response")
         else:
-            rows[i] = line
-    return list(rows.values())
+            rows[i] = dict(line)
+    return [Sample(*(_text(row.get(name)) for name in Sample._fields)) for row in rows.values()]
 
 
-def number(value: Any) -> float:
-    """A logged value as a float; NaN for null and text."""
+def number(value: object) -> float:
+    """Return a logged value as a float; NaN for null and text."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
     try:
@@ -112,17 +117,36 @@ def number(value: Any) -> float:
         return math.nan
 
 
+def batch_of(facts: Mapping[str, object]) -> dict[str, int] | None:
+    """Return what a step consisted of, by the keys of `PreferenceConfig.batch_facts`, or None."""
+    batch = facts.get("batch")
+    if not isinstance(batch, dict) or batch.keys() != {"groups", "accumulated", "ranks"}:
+        return None
+    return batch if all(type(size) is int for size in batch.values()) else None
+
+
 @dataclass
 class Run:
-    """Everything that a run's folder says about the run."""
+    """Everything that a run's folder says about the run.
+
+    Attributes:
+        folder: where it lies.
+        log: every step's metrics, of the lines of that step the last.
+        recipe: its keys and values.
+        facts: run.json; a damaged one may hold anything, see `section`.
+        state: trainer_state.json.
+        samples: what the model wrote.
+        skipped: rows that were left out.
+        torn: lines that were cut off.
+    """
 
     folder: Path
-    log: dict[int, dict[str, Any]] = field(default_factory=dict)  # step -> merged log lines
-    recipe: dict[str, Any] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)  # run.json
-    state: dict[str, Any] = field(default_factory=dict)  # trainer_state.json
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    skipped: list[dict[str, Any]] = field(default_factory=list)
+    log: dict[int, dict[str, object]] = field(default_factory=dict)
+    recipe: Mapping[str, object] = field(default_factory=dict)
+    facts: dict[str, object] = field(default_factory=dict)
+    state: Mapping[str, object] = field(default_factory=dict)
+    samples: list[Sample] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
     torn: int = 0
 
     @classmethod
@@ -136,51 +160,61 @@ class Run:
         if not folder.is_dir():
             raise ValueError(f"{folder} is not a folder, so there is no run to report on")
         run = cls(folder)
-        lines, run.torn = read_jsonl(folder / "metrics.jsonl")
+        lines, torn = read_jsonl(folder / "metrics.jsonl")
         run.state = _read_mapping(folder / "trainer_state.json")
         history = run.state.get("log_history")
         for line in lines or (history if isinstance(history, list) else []):
             # A resumed run repeats the steps after its checkpoint: the later line counts.
-            if isinstance(line, dict) and isinstance(line.get("step"), int):
-                run.log.setdefault(line["step"], {}).update(line)
+            step = line.get("step") if isinstance(line, dict) else None
+            if isinstance(step, int):
+                run.log.setdefault(step, {}).update(line)
         # An earlier version may have written secrets down.
-        run.facts = _of_form(redact(_read_mapping(folder / "run.json")))
-        run.recipe = redact(run.facts.get("recipe") or _read_mapping(folder / "recipe.yaml"))
-        lines, torn = read_jsonl(folder / "samples.jsonl")
-        run.samples = _paired(lines)
-        run.skipped, torn_skipped = read_jsonl(folder / "skipped.jsonl")
-        run.torn += torn + torn_skipped
+        run.facts = redact(_read_mapping(folder / "run.json"))
+        run.recipe = redact(run.section("recipe") or _read_mapping(folder / "recipe.yaml"))
+        lines, torn_samples = read_jsonl(folder / "samples.jsonl")
+        run.samples = _samples(lines)
+        lines, torn_skipped = read_jsonl(folder / "skipped.jsonl")
+        run.skipped = [Skipped(*(_text(row.get(k)) for k in Skipped._fields)) for row in lines]
+        run.torn = torn + torn_samples + torn_skipped
         return run
 
+    def section(self, name: str) -> Mapping[str, object]:
+        """Return a mapping of run.json; {} where it has none, or something else."""
+        value = self.facts.get(name)
+        return value if isinstance(value, dict) else {}
+
     def curve(self, key: str) -> Curve:
-        """A metric by step; null becomes NaN."""
+        """Return a metric by step; null becomes NaN."""
         return [(s, number(line[key])) for s, line in sorted(self.log.items()) if key in line]
 
     def names(self) -> list[str]:
-        """Every metric that was logged, in order of first appearance."""
+        """Return every metric that was logged, in order of first appearance."""
         return list(dict.fromkeys(key for line in self.log.values() for key in line))
 
     @property
     def steps(self) -> int:
-        """The last step that was logged."""
+        """Return the last step that was logged."""
         return max(self.log, default=0)
 
     @property
     def objective(self) -> str:
-        """The objective as one would say it: `dpo`, `0.8 dpo + 1 sft`."""
-        value = self.facts.get("objective", {}).get("name") or self.recipe.get("objective", "dpo")
-        if isinstance(value, Mapping):
-            return " + ".join(f"{number(weight):g} {name}" for name, weight in value.items())
-        return str(value)
+        """Return the objective as one would say it: `dpo`, `0.8 dpo + 1 sft`."""
+        named = self.section("objective").get("name") or self.recipe.get("objective", "dpo")
+        if isinstance(named, Mapping):
+            return " + ".join(f"{number(weight):g} {name}" for name, weight in named.items())
+        return str(named)
 
 
 def finite(curve: Curve) -> Curve:
-    """The points whose value is finite."""
+    """Return the points whose value is finite."""
     return [(s, v) for s, v in curve if math.isfinite(v)]
 
 
 def ends(curve: Curve) -> tuple[float, float]:
-    """Means over the first and the last fifth of a curve (at least one point); NaN if empty."""
+    """Return means over the first and the last fifth of a curve, one point at least.
+
+    An empty curve has NaN.
+    """
     values = [v for _, v in finite(curve)]
     if not values:
         return math.nan, math.nan

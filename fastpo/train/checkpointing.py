@@ -26,6 +26,7 @@ from fastpo.run.checkpoint import (
     staging_dir,
 )
 from fastpo.run.folder import RunFolder, is_own_checkpoint, rotate
+from fastpo.run.record import batch_of
 from fastpo.train.config import batch_words
 
 log = logging.getLogger(__name__)
@@ -170,7 +171,7 @@ def note_batch(folder: RunFolder, batch: dict[str, int], *, resumes: bool) -> No
         batch: what a step consists of.
         resumes: whether the run goes on from a checkpoint.
     """
-    before = folder.facts.get("batch")
+    before = batch_of(folder.facts)
     if resumes and before is not None and before != batch:
         log.warning(
             "goes on with %s, where its checkpoint was trained with %s",

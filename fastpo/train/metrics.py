@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from accelerate.utils import gather_object
@@ -22,10 +22,14 @@ from transformers import TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 
 from fastpo.optional import missing
+from fastpo.reading import read_jsonl
 from fastpo.run.folder import RunFolder
-from fastpo.run.record import read_jsonl
+from fastpo.run.record import number
 
 METRICS_FILE = "metrics.jsonl"
+Record = Mapping[str, float | None]
+"""A line of metrics.jsonl: numbers by name, with its `step`; None is NaN or infinite."""
+
 # Of the Trainer's trackers those whose names are their packages' too.
 TRACKERS = ("clearml", "codecarbon", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 
@@ -54,8 +58,10 @@ class MetricWindow:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}  # name -> [sum of count * value, sum of count]
 
-    def add(self, values: Mapping[str, Any], counts: Mapping[str, Any]) -> None:
-        """Each value is the mean of so many observations."""
+    def add(
+        self, values: Mapping[str, Tensor | float], counts: Mapping[str, Tensor | float]
+    ) -> None:
+        """Add values, each the mean of so many observations."""
         for name in values:
             value = torch.as_tensor(values[name]).detach().double()
             count = torch.as_tensor(counts[name]).to(value)
@@ -63,7 +69,7 @@ class MetricWindow:
             self._sums[name] = pair + self._sums[name] if name in self._sums else pair
 
     def means(self) -> dict[str, float]:
-        """Means over all ranks; the window is empty afterwards."""
+        """Return means over all ranks; the window is empty afterwards."""
         local = {name: pair.tolist() for name, pair in self._sums.items()}
         self._sums = {}
         total: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -83,7 +89,7 @@ class Stopwatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside is not counted."""
+        """Leave the time spent inside out."""
         begin = time.perf_counter()
         try:
             yield
@@ -91,7 +97,7 @@ class Stopwatch:
             self._paused += time.perf_counter() - begin
 
     def lap(self) -> float:
-        """Seconds since the last lap."""
+        """Return the seconds since the last lap."""
         now = time.perf_counter()
         seconds = now - self._start - self._paused
         self._start, self._paused = now, 0.0
@@ -99,17 +105,17 @@ class Stopwatch:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory so far: allocated on the accelerator, or resident in this process on a CPU."""
+    """Return the peak so far: allocated on the accelerator, or resident here on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl; a last line torn by a kill is left out."""
-    records, _ = read_jsonl(Path(output_dir) / METRICS_FILE)
-    return [record for record in records if isinstance(record.get("step"), int)]
+def read_metrics(output_dir: str | Path) -> list[Record]:
+    """Return the records of a run's metrics.jsonl; a last line torn by a kill is left out."""
+    lines, _ = read_jsonl(Path(output_dir) / METRICS_FILE)
+    return [cast(Record, line) for line in lines if isinstance(line.get("step"), int)]
 
 
 class JsonlCallback(TrainerCallback):
@@ -122,10 +128,9 @@ class JsonlCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         folder = RunFolder.at(str(args.output_dir))
-        kept = [r for r in read_metrics(folder.path) if r["step"] <= state.global_step]
-        if state.global_step == 0:
-            kept = []
-        folder.write(METRICS_FILE, "".join(json.dumps(r) + "\n" for r in kept))
+        earlier = read_metrics(folder.path) if state.global_step else []
+        kept = [record for record in earlier if number(record["step"]) <= state.global_step]
+        folder.write(METRICS_FILE, "".join(json.dumps(record) + "\n" for record in kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if not state.is_world_process_zero:

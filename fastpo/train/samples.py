@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import torch
 from torch import nn
@@ -22,6 +22,16 @@ if TYPE_CHECKING:
 SAMPLES_FILE = "samples.jsonl"
 
 
+class Written(TypedDict):
+    """What the model wrote to a prompt, beside the response that the data prefers."""
+
+    row: int
+    source: str
+    prompt: str
+    response: str
+    chosen: str
+
+
 @torch.no_grad()
 def greedy_responses(
     model: nn.Module,
@@ -31,10 +41,10 @@ def greedy_responses(
     max_new_tokens: int,
     pad_token_id: int,
     device: torch.device,
-) -> list[dict[str, Any]]:
+) -> list[Written]:
     """Return row, source, prompt, greedy response and chosen response of each group, as text."""
     policy, decoder = cast(Any, model), cast(Any, tokenizer)
-    records = []
+    records: list[Written] = []
     with generation(model):
         for group in groups:
             prompt = torch.from_numpy(group.prompt_ids).long()[None].to(device)
@@ -59,7 +69,7 @@ def greedy_responses(
     return records
 
 
-def write_samples(folder: Path, records: Iterable[dict[str, Any]], *, when: str, step: int) -> None:
+def write_samples(folder: Path, records: Iterable[Written], *, when: str, step: int) -> None:
     """Write records to the run's file: those of "before" begin it, later ones are appended."""
     mode = "w" if when == "before" else "a"
     with (folder / SAMPLES_FILE).open(mode, encoding="utf-8") as file:

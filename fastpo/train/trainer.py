@@ -62,7 +62,7 @@ from fastpo.reading import reading
 from fastpo.reference.build import ReferenceBuilder, effect_at_start
 from fastpo.reference.live import AdapterReference, ModelReference, Reference, StoredReference
 from fastpo.reference.moving import ReferenceUpdate
-from fastpo.report.page import write_model_card
+from fastpo.report.card import write_model_card
 from fastpo.run.checkpoint import TRAINER_STATE
 from fastpo.run.folder import CONFIG, RunFolder, claim, whole
 from fastpo.train.batches import (

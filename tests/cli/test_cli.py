@@ -281,7 +281,8 @@ def test_an_interrupt_saves_and_says_how_to_go_on(recipe: Path) -> None:
 
 KILLED = """
 import os, signal, sys
-from fastpo.cli import main, train
+from fastpo.cli import main
+from fastpo.train.stop import StopCleanly
 
 step = int(sys.argv.pop(1))
 
@@ -289,7 +290,7 @@ def kill(self, args, state, control, **kwargs):
     if state.global_step == step:
         os.kill(os.getpid(), signal.SIGKILL)
 
-train.StopCleanly.on_step_end = kill
+StopCleanly.on_step_end = kill
 sys.exit(main())
 """
 
@@ -606,22 +607,3 @@ def test_merge(capsys: pytest.CaptureFixture[str], recipe: Path, tmp_path: Path)
         status, _, err = run(capsys, "merge", *words)
         assert status == 2
         assert part in err
-
-
-def test_hold_out_keeps_a_prompt_on_one_side() -> None:
-    import numpy as np
-
-    from fastpo.cli.train import hold_out
-    from fastpo.data.dataset import GroupDataset
-    from fastpo.data.groups import Group, Response
-
-    answer = Response(np.array([1], np.int32), np.array([True]))
-    groups = [Group(np.array([i // 3 + 1], np.int32), [answer, answer], row=i) for i in range(30)]
-    train, held = hold_out(GroupDataset(groups, [], 30), 0.3, seed=0)
-    sides = [{g.prompt_ids.tobytes() for g in side.groups} for side in (train, held)]
-    assert not sides[0] & sides[1]
-    assert (len(train), len(held)) == (21, 9)
-    again = hold_out(GroupDataset(groups, [], 30), 0.3, seed=0)[1]
-    assert [g.row for g in again.groups] == [g.row for g in held.groups]
-    with pytest.raises(ValueError, match="distinct prompts"):
-        hold_out(GroupDataset(groups[:3], [], 3), 0.3, seed=0)

@@ -68,23 +68,23 @@ def test_killed_run_ends_with_the_same_bits(
     resumed = child.make(str(tmp_path), recipe=recipe)
     resumed.train(resume_from_checkpoint="auto")
     assert resumed.state.global_step == 7
-    for mine, theirs in zip(weights(resumed), weights(unkilled), strict=True):
-        assert torch.equal(torch.as_tensor(mine), torch.as_tensor(theirs))
+    for value, expected in zip(weights(resumed), weights(unkilled), strict=True):
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(expected))
     for ours, theirs in zip(
         read_metrics(tmp_path), read_metrics(unkilled.args.output_dir), strict=True
     ):
         for name in ("step", "loss", "rewards/margins", "bco/shift", "num_tokens"):
             assert ours.get(name) == theirs.get(name)
-    found = sorted(p.name for p in tmp_path.iterdir() if "checkpoint" in p.name)
+    left = sorted(p.name for p in tmp_path.iterdir() if "checkpoint" in p.name)
     # save_total_limit=2 holds over the kill, and no temporary folder is left.
-    assert found == ["checkpoint-6", "checkpoint-7"]
+    assert left == ["checkpoint-6", "checkpoint-7"]
 
 
 def test_running_state_of_the_loss_is_saved(unkilled: Any) -> None:
     shift = unkilled.loss.get_buffer("bco_shift")
     assert shift[1] == 7 * 16  # every response of every step was counted once
-    held = torch.load(Path(unkilled.args.output_dir) / "checkpoint-7" / "loss_state.pt")
-    assert torch.equal(held["bco_shift"], shift)
+    state = torch.load(Path(unkilled.args.output_dir) / "checkpoint-7" / "loss_state.pt")
+    assert torch.equal(state["bco_shift"], shift)
 
 
 @pytest.fixture
@@ -126,9 +126,9 @@ def damage_manifest_type(folder: Path) -> None:
 
 
 def damage_manifest_list(folder: Path) -> None:
-    held = json.loads((folder / MANIFEST).read_text())
-    del held["files"]["optimizer.pt"]
-    (folder / MANIFEST).write_text(json.dumps(held))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["files"]["optimizer.pt"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
 def sizes_alone(folder: Path) -> None:
@@ -164,6 +164,8 @@ def damage_foreign_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+# What is wrong with a file by each way of noticing it: it is not there, its size, its hash, the
+# list itself, and without hashes or a list what its own format says.
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -211,6 +213,7 @@ def test_publish_replaces_a_checkpoint_of_the_same_name(tmp_path: Path) -> None:
     }
 
 
+# Nothing, other types, no text, and a list that lists nothing.
 @pytest.mark.parametrize(
     "damaged", [b"", b"[]", b"\xff\xfe", b"3", b'{"files": 1}', b'{"files": []}']
 )

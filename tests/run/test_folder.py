@@ -16,7 +16,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from fastpo.report.page import write_model_card, write_report
+from fastpo.report.card import write_model_card
+from fastpo.report.page import write_report
 from fastpo.run import folder as folders
 from fastpo.run.folder import RUN, RunFolder, claim, rotate, write_sealed, write_text
 from fastpo.train.config import PreferenceConfig
@@ -61,6 +62,7 @@ OTHERS = [
 ]
 
 
+# Every kind of file that a run writes, or that a reader would take for the run's model.
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_file_in_the_way_is_refused_by_name(tmp_path: Path, name: str) -> None:
     path = tmp_path / "run" / name
@@ -73,6 +75,7 @@ def test_a_file_in_the_way_is_refused_by_name(tmp_path: Path, name: str) -> None
     assert content(tmp_path) == before
 
 
+# The files that are read before anything is written: as facts, for their form, for their seal.
 @pytest.mark.parametrize("name", ["run.json", "recipe.yaml", "README.md"])
 def test_a_pipe_in_the_way_is_not_waited_for(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / name)
@@ -81,8 +84,8 @@ def test_a_pipe_in_the_way_is_not_waited_for(tmp_path: Path, name: str) -> None:
 
 
 def test_other_files_stay_through_runs_and_their_removal(trainer: Any, run_dir: Path) -> None:
-    mine = {"notes.txt": b"n", "log/1.log": b"l", "plot.png": b"p", ".git/HEAD": b"h"}
-    for name, text in mine.items():
+    others = {"notes.txt": b"n", "log/1.log": b"l", "plot.png": b"p", ".git/HEAD": b"h"}
+    for name, text in others.items():
         (run_dir / name).parent.mkdir(exist_ok=True)
         (run_dir / name).write_bytes(text)
     made = trainer(**SAVED, num_samples=1, sample_tokens=2)
@@ -95,7 +98,7 @@ def test_other_files_stay_through_runs_and_their_removal(trainer: Any, run_dir: 
     RunFolder.at(run_dir).forget()
     left = content(run_dir)
     assert left.pop(".fastpo.lock")
-    assert left == {**mine, **{f"checkpoint-{number}/best.txt": b"b" for number in (1, 2)}}
+    assert left == {**others, **{f"checkpoint-{number}/best.txt": b"b" for number in (1, 2)}}
 
 
 def test_run_json_is_first_and_lists_the_rest(
@@ -111,8 +114,8 @@ def test_run_json_is_first_and_lists_the_rest(
     made.save_model()
     assert order[0] == RUN
     listed = set(json.loads((run_dir / RUN).read_text())["files"])
-    found = {p.name for p in run_dir.iterdir() if p.is_file()}
-    assert found - listed == {".fastpo.lock"}
+    names = {p.name for p in run_dir.iterdir() if p.is_file()}
+    assert names - listed == {".fastpo.lock"}
     assert {"model.safetensors", "config.json", "metrics.jsonl"} <= listed
 
 
@@ -175,6 +178,7 @@ def test_rotation_keeps_the_checkpoints_of_others(trainer: Any, run_dir: Path) -
     assert (other / "model.safetensors").read_bytes() == b"mine"
 
 
+# Either file that an earlier version's run is known by.
 @pytest.mark.parametrize("kept", [RUN, "preference_config.yaml"])
 def test_runs_of_earlier_versions_are_known(trainer: Any, run_dir: Path, kept: str) -> None:
     """Without a list, or without run.json at all; cards and reports had no seal."""
@@ -183,13 +187,14 @@ def test_runs_of_earlier_versions_are_known(trainer: Any, run_dir: Path, kept: s
     made.save_model()
     for write in (write_report, write_model_card):
         path = write(run_dir)
-        path.write_text("\n".join(path.read_text().splitlines()[:-1]))
+        text = "\n".join(path.read_text().splitlines()[:-1])
+        path.write_text(text.replace('<span class="mono">', "<span class=mono>"))
     (run_dir / "recipe.yaml").write_text("# fastpo 0.1.0, torch 2.13.0\nmodel: m\n")
     if kept == RUN:
         (run_dir / RUN).write_text('{"status": "finished", "command": "fastpo train"}')
     else:
         (run_dir / RUN).unlink()
-    folders._HELD.clear()
+    folders._CLAIMED.clear()
     trainer(**{**SAVED, "max_steps": 3}).train(resume_from_checkpoint=True)
     assert (run_dir / "checkpoint-3").is_dir()
     write_report(run_dir)
@@ -244,6 +249,7 @@ def test_what_the_next_run_reads_is_not_removed(trainer: Any, run_dir: Path) -> 
     assert content(run_dir) == before
 
 
+# No folder, nowhere, everybody's, one's own whole home, and where nothing can be made.
 @pytest.mark.parametrize("place", ["file", "dangling", "/", "~", "/proc/nowhere"])
 def test_places_that_are_no_folder_for_a_run(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("mine")
@@ -259,6 +265,7 @@ def test_a_folder_that_is_published_holds_nothing_else(tmp_path: Path) -> None:
         claim(tmp_path, alone=True)
 
 
+# One writes before the first step, the other copies the model.
 @pytest.mark.parametrize("reference", ["store", "copy"])
 def test_nothing_is_written_to_a_folder_that_training_refuses(
     trainer: Any, run_dir: Path, reference: str
@@ -376,9 +383,9 @@ def test_a_hub_token_works_and_is_not_written(
     # Copies and child processes go on with it.
     for again in (copy.deepcopy(made.args), pickle.loads(pickle.dumps(made.args))):
         assert again.hub_token == SECRET
-    held = torch.load(run_dir / "training_args.bin", weights_only=False)
-    assert isinstance(held, PreferenceConfig)
-    assert (held.hub_token, held.save_strategy) == (None, made.args.save_strategy)
+    saved = torch.load(run_dir / "training_args.bin", weights_only=False)
+    assert isinstance(saved, PreferenceConfig)
+    assert (saved.hub_token, saved.save_strategy) == (None, made.args.save_strategy)
     with pytest.raises(ValueError, match="run_name has a secret that was left out"):
         PreferenceConfig.from_dict(made.args.to_dict())
 

@@ -100,9 +100,10 @@ def test_settings_reach_the_rows(config: Any) -> None:
 
 
 def test_the_report_tells_real_from_synthetic(tmp_path: Path) -> None:
-    from fastpo.cli.train import data_facts
     from fastpo.data.dataset import GroupDataset
-    from fastpo.report.page import write_model_card, write_report
+    from fastpo.recipe.facts import data_facts
+    from fastpo.report.card import write_model_card
+    from fastpo.report.page import write_report
 
     groups = tiny.logo_groups(4)
     facts = data_facts("rows.jsonl", GroupDataset(groups, [], 4), None)
@@ -112,7 +113,7 @@ def test_the_report_tells_real_from_synthetic(tmp_path: Path) -> None:
     assert "synthetic_context" not in plain
     (tmp_path / "run.json").write_text(json.dumps({"data": facts}))
     page = write_report(tmp_path).read_text()
-    assert "the same in synthetic positions</td><td class=mono>250<" in page
+    assert 'the same in synthetic positions</td><td class="mono">250<' in page
     assert f"more than {real} tokens; synthetic positions spread them over 250" in " ".join(
         write_model_card(tmp_path).read_text().split()
     )

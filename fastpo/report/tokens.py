@@ -8,10 +8,9 @@ the implicit reward of the response. From r to Q*, https://arxiv.org/abs/2404.12
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 from torch import Tensor
@@ -19,15 +18,38 @@ from transformers import PreTrainedTokenizerBase
 
 from fastpo.data.groups import Group
 from fastpo.redact import redact
-from fastpo.report.page import STYLE
+from fastpo.report.templates import fill
 from fastpo.run.folder import write_text
 
 SHOWN = 50  # groups on a page: 100 responses of 300 tokens are 4 MB
 FULL = 95  # percentile of |reward| from which on the colour is full, so that outliers hide nothing
 
 
+class TokenRow(TypedDict):
+    """The scored tokens of one response; a line of the JSON file."""
+
+    source: str
+    row: int
+    response: int
+    label: bool
+    reward: float
+    ids: list[int]
+    tokens: list[str]
+    rewards: list[float]
+    values: list[float]
+
+
+class Shade(NamedTuple):
+    """A token on the page: its colour of the style sheet, and how much of it in percent."""
+
+    text: str
+    tone: str
+    share: int
+    title: str
+
+
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """What each token adds; decoded alone, SentencePiece's tokens lose the blank before them."""
+    """Return what each token adds; decoded alone, SentencePiece's lose the blank before them."""
     texts = []
     for before, token in zip([ids[:0], *([i] for i in ids[:-1])], ids, strict=True):
         known = tokenizer.decode(before)
@@ -40,8 +62,8 @@ def token_rows(
     scores: Mapping[str, Tensor],
     beta: float,
     tokenizer: PreTrainedTokenizerBase,
-) -> Iterator[dict[str, Any]]:
-    """One row a response, with a list entry for each of its scored tokens.
+) -> Iterator[TokenRow]:
+    """Yield one row a response, with a list entry for each of its scored tokens.
 
     Args:
         groups: G groups.
@@ -67,38 +89,35 @@ def token_rows(
             }
 
 
-def write_page(path: Path, rows: Sequence[Mapping[str, Any]], total: int) -> None:
-    """The page of some groups' rows; `total` groups were scored."""
+def _shades(row: TokenRow, full: float) -> list[Shade]:
+    """Colour a response's tokens; `full` is the reward from which on the colour is full."""
+    return [
+        Shade(
+            text,
+            tone="a" if reward > 0 else "b",
+            share=round(70 * min(abs(reward) / full, 1.0)),
+            title=f"reward {reward:+.4f}, sum {value:+.4f}",
+        )
+        for text, reward, value in zip(row["tokens"], row["rewards"], row["values"], strict=True)
+    ]
+
+
+def write_page(path: Path, rows: Sequence[TokenRow], total: int) -> None:
+    """Write the page of some groups' rows; `total` groups were scored.
+
+    Raises:
+        PackageError: jinja2 is not installed.
+    """
     every = np.abs(np.concatenate([row["rewards"] for row in rows])) if rows else np.zeros(0)
     full = (float(np.percentile(every, FULL)) if every.size else 0.0) or 1.0
+    responses = [
+        {
+            "title": f"{row['source']}, row {row['row']}, response {row['response']}, "
+            f"{'chosen' if row['label'] else 'rejected'}: reward {row['reward']:+.3f}",
+            "tokens": _shades(row, full),
+        }
+        for row in rows
+    ]
     shown = len({(row["source"], row["row"]) for row in rows})
-
-    def span(text: str, reward: float, value: float) -> str:
-        share = round(70 * min(abs(reward) / full, 1.0))
-        tone = "a" if reward > 0 else "b"
-        return (
-            f'<span style="background:color-mix(in srgb,var(--{tone}) {share}%,transparent)" '
-            f'title="reward {reward:+.4f}, sum {value:+.4f}">{html.escape(text)}</span>'
-        )
-
-    blocks = []
-    for row in rows:
-        tokens = zip(row["tokens"], row["rewards"], row["values"], strict=True)
-        blocks.append(
-            f"<div class='card sample'><div class=prompt>{html.escape(str(row['source']))}, row "
-            f"{row['row']}, response {row['response']}, "
-            f"{'chosen' if row['label'] else 'rejected'}: reward {row['reward']:+.3f}</div>"
-            f"<div class=text style='padding:12px 16px'>{''.join(span(*t) for t in tokens)}</div>"
-            "</div>"
-        )
-    write_text(
-        path,
-        "<!doctype html><html lang=en><head><meta charset=utf-8>"
-        "<meta name=viewport content='width=device-width,initial-scale=1'>"
-        f"<title>Token rewards</title><style>{STYLE}</style></head><body><main>"
-        f"<h1>Token rewards</h1><p class=sub>The first {shown} of {total} groups. "
-        "<span class=key style='color:var(--a)'>the policy likes the token more than its "
-        "reference</span> <span class=key style='color:var(--b)'>less</span>; full colour from "
-        f"{full:.3g} on. Hover over a token for its numbers.</p>{''.join(blocks)}"
-        "</main></body></html>",
-    )
+    values = {"responses": responses, "shown": shown, "total": total, "full": f"{full:.3g}"}
+    write_text(path, fill("tokens.html.j2", **values))
