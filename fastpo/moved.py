@@ -30,6 +30,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "fastpo.model.facts": ("fastpo.model.head_facts",),
     "fastpo.model.shared_row": ("fastpo.model.attention.shared_row",),
     "fastpo.objectives.fused": ("fastpo.loss.fused",),
+    "fastpo.objectives.policy": ("fastpo.objectives.policy_gradient",),
     "fastpo.online": ("fastpo.head.online_softmax",),
     "fastpo.ops": ("fastpo.head.op",),
     "fastpo.schedules": ("fastpo.head.schedule",),

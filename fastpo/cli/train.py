@@ -36,7 +36,7 @@ from fastpo.head.spec import HeadOptions, Workspace
 from fastpo.model.limits import vocabulary_size
 from fastpo.model.load import trained_adapter
 from fastpo.model.merge import blend
-from fastpo.objectives import OBJECTIVES
+from fastpo.objectives import get_objective
 from fastpo.redact import is_secret, redact
 from fastpo.train.chart import short
 from fastpo.train.checkpoint import incomplete, latest_complete
@@ -276,10 +276,11 @@ def data_facts(name: str, train: Any, held_out: Any) -> dict[str, Any]:
 
 def objective_facts(recipe: Recipe) -> dict[str, Any]:
     """Name or mixture, formula, hyper-parameters in force, papers."""
-    chosen = [OBJECTIVES[name] for name in recipe.hyper]
+    named = recipe.given["objective"]
+    chosen = [get_objective(name) for name in ([named] if isinstance(named, str) else named)]
     mixed = len(chosen) > 1
     return {
-        "name": recipe.given.get("objective", chosen[0].name),
+        "name": named,
         "formula": "\n".join(f"{o.name}: {o.formula}" if mixed else o.formula for o in chosen),
         "hyper": recipe.hyper if mixed else recipe.hyper[chosen[0].name],
         "paper": ", ".join(o.paper for o in chosen),
