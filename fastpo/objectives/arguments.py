@@ -31,7 +31,6 @@ WITHOUT_LENGTH = ("ipo", "cpo", *OF_MEANS)
 
 # Those that may be left out have the shape of the others.
 _LATE = ("tie_key", "label", "token_weights", "token_kl_weights", "token_mask", "mask")
-_DTYPES = {"label": torch.bool}
 _LOGPS = re.compile(r"(mean_)?(ref_|ref2_|old_)?logps")
 _DIFFERENCES = {"ratio": "ref_", "ratio2": "ref2_"}
 
@@ -51,7 +50,7 @@ class Reader:
     Args:
         objective: the objective.
         table: the scores that it may take, `scores_with(objective.extras)`.
-        given: the arguments of a call by name; None for a dry run, which lists in `arguments` what
+        call: the arguments of a call by name; None for a dry run, which lists in `arguments` what
             is asked for.
     """
 
@@ -59,15 +58,15 @@ class Reader:
         self,
         objective: Objective,
         table: Mapping[str, Score],
-        given: Mapping[str, Any] | None = None,
+        call: Mapping[str, Any] | None = None,
     ) -> None:
         self.objective, self.table = objective, table
         self.family = objective.family
         self.needs = frozenset(objective.needs)
-        self.given = given
+        self.call = call
         self.arguments: dict[str, Argument] = {}
         self.sizes: dict[str, tuple[int, str]] = {}  # letter -> size, and the argument that has it
-        self.made: dict[str, Any] = {}
+        self.made: dict[str, Tensor] = {}
 
     def scores(self) -> dict[str, Tensor]:
         """Return all that the objective needs; statistics come last.
@@ -114,12 +113,13 @@ class Reader:
         if match := _LOGPS.fullmatch(name):
             return (self.mean if match[1] else self.sum)(match[2] or "")
         if name.startswith("mean_") and name.removeprefix("mean_") in self.needs:
-            return self.score(name.removeprefix("mean_")) / self.length().clamp(min=1)
-        role, _, rest = name.rpartition("_mean_")
-        if role and f"{role}_{rest}" in self.needs:  # of an extra response
-            return self.score(f"{role}_{rest}") / self.score(f"{role}_length").clamp(min=1)
-        if name == "length":
-            return self.length()
+            return self.score(name.removeprefix("mean_")) / self.score("length").clamp(min=1)
+        role, _, quantity = name.rpartition("_mean_")
+        if role and f"{role}_{quantity}" in self.needs:  # of an extra response
+            return self.score(f"{role}_{quantity}") / self.score(f"{role}_length").clamp(min=1)
+        if name == "length" and self._takes("token_"):
+            first = next(n for n in self.objective.needs if n.startswith("token_"))
+            return self.score("token_mask").sum(-1).to(self.score(first).dtype)
         return self.take(name)
 
     def sum(self, model: str) -> Tensor:
@@ -132,8 +132,7 @@ class Reader:
                 weights = torch.where(tokens, self.score("token_weights"), 0)
                 self.made[name] = (values * weights).sum(-1)
             elif self.objective.name in OF_MEANS:
-                length = self.length(required=False)
-                mean = self.mean(model)
+                length, mean = self.length(), self.mean(model)
                 self.made[name] = mean if length is None else mean * length
             else:
                 self.made[name] = self.take(name)
@@ -151,77 +150,87 @@ class Reader:
                 self.made[name] = self.take(name)
             else:
                 total = self.sum(model)
-                length = self.length(required=self.objective.name not in WITHOUT_LENGTH)
+                length = self.length()
                 self.made[name] = total if length is None else total / length.clamp(min=1)
         return self.made[name]
 
-    def length(self, required: bool = True) -> Any:
-        """Return the number of tokens [G, K]; None where none has to be given and none is."""
-        if "length" not in self.made:
-            if self._takes("token_"):
-                tokens = self.score("token_mask")
-                first = next(n for n in self.objective.needs if n.startswith("token_"))
-                self.made["length"] = tokens.sum(-1).to(self.score(first).dtype)
-            else:
-                required = required and self.objective.name not in WITHOUT_LENGTH
-                self.made["length"] = self.take("length", required=required)
-        return self.made["length"]
+    def length(self) -> Tensor | None:
+        """Return the number of tokens [G, K]; None where none has to be passed and none is."""
+        if self.objective.name not in WITHOUT_LENGTH or "length" in self.made:
+            return self.score("length")
+        length = self.optional("length")
+        if length is not None:
+            self.made["length"] = length
+        return length
 
     def _takes(self, prefix: str) -> bool:
         return any(name.startswith(prefix) for name in self.needs)
 
     def _mask(self) -> Tensor:
-        mask = self.take("mask", required=False) if self.family == "list" else None
-        return self._constant(True) if mask is None else self._bool("mask", mask)
+        mask = self.optional("mask") if self.family == "list" else None
+        return self._constant(True) if mask is None else _bool("mask", mask)
 
     def _label(self) -> Tensor:
         if self.family == "pair":
             return self._constant(True) & (torch.arange(2, device=self._like().device) == 0)
         required = self.family == "point" and len(self.objective.labels) != 1
-        label = self.take("label", required=required)
+        label = self.take("label") if required else self.optional("label")
         if label is not None:
-            return self._bool("label", label) & self.score("mask")
+            return _bool("label", label) & self.score("mask")
         if self.family == "list":
             columns = torch.arange(self._like().shape[1], device=self._like().device)
             return self.score("mask") & (columns == 0)
         return self._constant(self.objective.labels[0])
 
     def _tie_key(self) -> Tensor:
-        key, like = self.take("tie_key", required=False), self._like()
+        key, like = self.optional("tie_key"), self._like()
         rows = torch.arange(like.shape[0], device=like.device)
         return tie_keys(rows, like.shape[1]) if key is None else key
 
     def _token_weights(self, name: str) -> Tensor:
         like = next((self.made[n] for n in self.made if n.startswith("token_")), None)
-        weights = self.take(name, required=like is None)
-        if weights is None and name == "token_kl_weights":
-            return self.score("token_weights")
-        return torch.ones_like(like) if weights is None and like is not None else weights
+        if like is None:
+            return self.take(name)
+        weights = self.optional(name)
+        if weights is not None:
+            return weights
+        return torch.ones_like(like) if name == "token_weights" else self.score("token_weights")
 
     def _token_mask(self) -> Tensor:
         """Return whether there is a token, of a weight that is not 0."""
         like = next(self.score(n) for n in self.objective.needs if n.startswith("token_"))
-        mask = self.take("token_mask", required=False)
-        tokens = torch.ones_like(like, dtype=torch.bool) if mask is None else mask
+        mask = self.optional("token_mask")
         kinds = ["token_weights", *self.needs & {"token_kl_weights"}]
-        return tokens & torch.stack([self.score(kind) != 0 for kind in kinds]).any(0)
+        weighted = torch.stack([self.score(kind) != 0 for kind in kinds]).any(0)
+        return weighted.expand_as(like) if mask is None else _bool("token_mask", mask) & weighted
 
-    def statistic(self, name: str) -> Any:
+    def statistic(self, name: str) -> Tensor:
         """Return a number of the whole batch, handed in or made of this one."""
         statistic = self.objective.statistics[name]
         # A mean of all steps, or of responses to other prompts, is in no batch of a form.
         taken = tuple(role for role in self.objective.extras if self._takes(f"{role}_"))
         required = statistic.memory == "mean" or taken != self.objective.extras
         self.arguments[name] = Argument(name, name, "", required)
-        if self.given is None or self.given[name] is not None:
-            return self._like().new_zeros(1) if self.given is None else self.given[name]
-        hyper = {key: self.given[key] for key in self.objective.hyper}
+        if self.call is None:
+            return self._like().new_zeros(1)
+        if self.call[name] is not None:
+            return self.call[name]
+        hyper = {key: self.call[key] for key in self.objective.hyper}
         values, where = statistic.of({**self.made, "mask": self.score("mask")}, hyper)
         observed = values.detach()[where].double()
         return statistic.reduce(observed, hyper).to(values.dtype)
 
-    def take(self, score: str, *, required: bool = True) -> Any:
-        """Return an argument as a score; None for one that may be left out, and is."""
+    def take(self, score: str) -> Tensor:
+        """Return an argument as a score."""
+        value = self._read(score, required=True)
+        assert value is not None
+        return value
+
+    def optional(self, score: str) -> Tensor | None:
+        """Return an argument that may be left out as a score; None where it is."""
+        return self._read(score, required=False)
+
+    def _read(self, score: str, *, required: bool) -> Tensor | None:
         known = self.table.get(score)
         of = "[G, K]" if known is None else known.shape  # means of a reference are in no table
         sides = [score]
@@ -230,57 +239,51 @@ class Reader:
         shape = SHAPES[self.family][of]
         for name in sides:
             self.arguments[name] = Argument(name, score, shape, required)
-        if self.given is None:
-            return (
-                torch.ones([2] * (of.count(",") + 1)).to(_DTYPES.get(score)) if required else None
-            )
-        values = [self._checked(name, self.given[name], shape) for name in sides]
-        if any(value is None for value in values):
-            if any(value is not None for value in values):
-                raise ValueError(f"{' and '.join(sides)} go together: pass both, or neither")
+        if self.call is None:
+            dtype = torch.bool if score in ("label", "mask", "token_mask") else torch.float32
+            return torch.ones([2] * (of.count(",") + 1), dtype=dtype) if required else None
+        passed = [name for name in sides if required or self.call[name] is not None]
+        if not passed:
             return None
+        if len(passed) < len(sides):
+            raise ValueError(f"{' and '.join(sides)} go together: pass both, or neither")
+        values = [self._checked(name, self.call[name], shape) for name in sides]
         if len(values) == 2:
             return torch.stack(values, dim=1)
         one = self.family == "point" and of != "[G]"
         return values[0][:, None] if one else values[0]
 
-    def _checked(self, name: str, value: Any, shape: str) -> Any:
-        if value is None:
-            return None
+    def _checked(self, name: str, value: object, shape: str) -> Tensor:
+        """Return a tensor of this shape, and keep the sizes of its letters for the next ones."""
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} is a {type(value).__name__}: pass a tensor {shape}")
         letters = shape.strip("[]").split(", ")
-        expected = [
-            self.sizes.get(x, (n, name)) for x, n in zip(letters, value.shape, strict=False)
-        ]
-        if value.dim() != len(letters) or [n for n, _ in expected] != list(value.shape):
-            of = next((o for n, o in expected if o != name), None)
-            sizes = "" if of is None else f", where {of} has {list(self._shape_of(of))}"
-            raise ValueError(f"{name} has shape {list(value.shape)}: it is {shape}{sizes}")
-        self.sizes = {**dict(zip(letters, expected, strict=True)), **self.sizes}
-        return value
-
-    def _shape_of(self, name: str) -> torch.Size:
-        assert self.given is not None
-        return self.given[name].shape
-
-    def _bool(self, name: str, value: Tensor) -> Tensor:
-        if value.dtype != torch.bool:
-            raise ValueError(f"{name} has dtype {value.dtype}: pass a bool tensor")
+        sizes = [self.sizes.get(x, (n, name)) for x, n in zip(letters, value.shape, strict=False)]
+        if value.dim() != len(letters) or [n for n, _ in sizes] != list(value.shape):
+            others = ", ".join(f"{o} has {n}" for n, o in dict.fromkeys(sizes) if o != name)
+            other = f", and {others} of them" if others else ""
+            raise ValueError(f"{name} has shape {list(value.shape)}: it is {shape}{other}")
+        self.sizes = {**dict(zip(letters, sizes, strict=True)), **self.sizes}
         return value
 
     def _like(self) -> Tensor:
         """Return a score [G, K] or [G, K, T] for its sizes and device."""
-        several = [value for value in self.made.values() if value is not None and value.dim() > 1]
-        if several:
-            return several[0]
+        for value in self.made.values():
+            if value.dim() > 1:
+                return value
         # Single responses without any score of their own: those of an extra response.
-        value = next(value for value in self.made.values() if value is not None)
+        value = next(iter(self.made.values()))
         return value[:, None].expand(-1, 2 if self.family == "pair" else 1)
 
     def _constant(self, value: bool) -> Tensor:
         like = self._like()
         return torch.full(like.shape[:2], value, dtype=torch.bool, device=like.device)
+
+
+def _bool(name: str, value: Tensor) -> Tensor:
+    if value.dtype != torch.bool:
+        raise ValueError(f"{name} has dtype {value.dtype}: pass a bool tensor")
+    return value
 
 
 def _side(score: str, side: str) -> str:

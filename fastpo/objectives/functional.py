@@ -92,9 +92,9 @@ def functional_form(objective: Objective) -> Callable[..., Loss]:
     label, table = f"{objective.name}_loss", scores_with(objective.extras)
 
     def loss(*args: Any, **keywords: Any) -> Loss:
-        given = {**defaults, **dict(zip(positional, args, strict=False)), **keywords}
+        call = {**defaults, **dict(zip(positional, args, strict=False)), **keywords}
         twice = keywords.keys() & positional[: len(args)]
-        if twice or len(args) > len(positional) or given.keys() != signature.parameters.keys():
+        if twice or len(args) > len(positional) or call.keys() != signature.parameters.keys():
             try:
                 signature.bind(*args, **keywords)
             except TypeError as error:
@@ -103,7 +103,7 @@ def functional_form(objective: Objective) -> Callable[..., Loss]:
             if domain := domains[name]:
                 domain.check(name, keywords[name])
         try:
-            return _evaluate(objective, Reader(objective, table, given), given)
+            return _evaluate(objective, Reader(objective, table, call), call)
         except ValueError as error:
             raise ValueError(f"{label}: {error}") from error
 
@@ -114,18 +114,18 @@ def functional_form(objective: Objective) -> Callable[..., Loss]:
     return loss
 
 
-def _evaluate(objective: Objective, reader: Reader, given: Mapping[str, Any]) -> Loss:
+def _evaluate(objective: Objective, reader: Reader, call: Mapping[str, Any]) -> Loss:
     """Return the losses of one call, whose mean is the objective's value."""
     scores = reader.scores()
-    only = bool(given.get("preference_only"))
-    lengthless = objective.name == "ipo" or (only and given.get("loss_type") != "ipo")
+    only = bool(call.get("preference_only"))
+    lengthless = objective.name == "ipo" or (only and call.get("loss_type") != "ipo")
     if objective.name in WITHOUT_LENGTH and not lengthless and reader.length() is None:
         names = [a.name for a in reader.arguments.values() if a.score == "length"]
         raise ValueError(
             f"pass {' and '.join(names)}, of which the likelihood term is made, or "
             "preference_only=True to leave it out"
         )
-    outcome: Outcome = objective(scores, **{name: given[name] for name in objective.hyper})
+    outcome: Outcome = objective(scores, **{name: call[name] for name in objective.hyper})
     terms = outcome.terms[:1] if only else outcome.terms
     losses = None
     for term in terms:
@@ -168,9 +168,9 @@ def _signature(objective: Objective, arguments: list[Argument]) -> inspect.Signa
 
 def _document(objective: Objective, arguments: list[Argument]) -> str:
     """Return the docstring of a form: the objective's own, with what the arguments are."""
-    own = inspect.getdoc(objective.fn) or objective.name
-    summary, _, rest = own.partition("\n")
-    rest = rest.partition("\n>>>")[0].strip()
+    document = inspect.getdoc(objective.fn) or objective.name
+    summary, _, details = document.partition("\n")
+    details = details.partition("\n>>>")[0].strip()  # the example calls the objective itself
     table = scores_with(objective.extras)
     described: dict[str, str] = {}
     for a in arguments:
@@ -189,7 +189,7 @@ def _document(objective: Objective, arguments: list[Argument]) -> str:
         for n, text in described.items()
     ]
     body = [summary, "", f"The mean of the losses is the value of objective `{objective.name}`."]
-    return "\n".join([*body, "", "Args:", *lines, "", rest]).rstrip() + "\n"
+    return "\n".join([*body, "", "Args:", *lines, "", details]).rstrip() + "\n"
 
 
 def _definition(score: str, table: Mapping[str, Any]) -> str:
