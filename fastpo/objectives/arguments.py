@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .base import DIVISORS, Family, Objective
+from .base import DIVISORS, Family, Objective, Per
 from .lipo import tie_keys
 from .vocabulary import Score, scores_with
 
@@ -61,7 +61,7 @@ class Reader:
         call: Mapping[str, Any] | None = None,
     ) -> None:
         self.objective, self.table = objective, table
-        self.family = objective.family
+        self.family: Family = objective.family
         self.needs = frozenset(objective.needs)
         self.call = call
         self.arguments: dict[str, Argument] = {}
@@ -82,7 +82,7 @@ class Reader:
             self.made[name] = self.statistic(name)
         return {name: self.made[name] for name in (*self.objective.needs, "mask")}
 
-    def divisor(self, per: str) -> Tensor:
+    def divisor(self, per: Per) -> Tensor:
         """Return the count that a term's sum is divided by."""
         names = {"length"} if per.endswith("_tokens") else set()
         names |= {"label"} if per in ("desirable", "undesirable", "chosen_tokens") else set()

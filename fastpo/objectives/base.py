@@ -117,7 +117,7 @@ class Statistic:
     where: Where | None = None
 
 
-Hyper = float | str | bool | None | tuple[float, float]
+Hyper = float | str | bool | None | tuple[float, float] | list[float]
 """A value of a hyper-parameter; two numbers are those between which it moves over training."""
 
 

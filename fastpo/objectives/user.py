@@ -96,7 +96,7 @@ def described(value: object, reference: str, family: Family | None = None) -> Ob
                 "or an Objective"
             )
         compared = family or getattr(value, "family", None)
-        if compared not in get_args(Family):
+        if compared is None or compared not in get_args(Family):
             name = value.__name__
             said = "does not say what it compares" if compared is None else f"is {compared!r}"
             raise ValueError(

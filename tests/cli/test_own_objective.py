@@ -48,8 +48,8 @@ def test_it_trains_and_goes_on(folder: Path, capsys: pytest.CaptureFixture[str])
     assert json.loads(lines[0])["loss"] > 1  # of a margin of 0: 1, and the likelihood
     assert "my_loss: (1 - beta (u_w - u_l))^2" in (folder / "run" / "report.html").read_text()
     # From the recipe that the run wrote, with what it left.
-    argv = ["train", "run/recipe.yaml", "--max_steps", "3", "--resume_from_checkpoint", "true"]
-    assert main(argv) == 0
+    assert main(["train", "run/recipe.yaml", "--max_steps", "3"]) == 0
+    assert "resumes " in capsys.readouterr().out
     steps = [json.loads(x) for x in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert max(line.get("step", 0) for line in steps) == 3
     assert main(["plan", "--recipe", "run/recipe.yaml"]) == 0
