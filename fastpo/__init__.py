@@ -10,73 +10,49 @@ from typing import TYPE_CHECKING, Any
 
 from fastpo import moved
 
-if TYPE_CHECKING:
-    from fastpo.head.functional import (
-        linear_cross_entropy,
-        linear_logps,
-        linear_stats,
-        logps_from_logits,
-    )
-    from fastpo.head.head import Head
-    from fastpo.loss.metrics import LossOutput
-    from fastpo.loss.preference_loss import PreferenceLoss
-    from fastpo.model.head_facts import read_head
-    from fastpo.objectives import OBJECTIVES
-    from fastpo.objectives.functional import (
-        dpo_loss,
-        ipo_loss,
-        kto_loss,
-        lipo_loss,
-        orpo_loss,
-        simpo_loss,
-    )
-    from fastpo.segments import Segments
-    from fastpo.train.config import PreferenceConfig
-    from fastpo.train.trainer import PreferenceTrainer
+if TYPE_CHECKING:  # the same names as below, for type checkers
+    from fastpo.head.functional import linear_cross_entropy as linear_cross_entropy
+    from fastpo.head.functional import linear_logps as linear_logps
+    from fastpo.head.functional import linear_stats as linear_stats
+    from fastpo.head.functional import logps_from_logits as logps_from_logits
+    from fastpo.head.head import Head as Head
+    from fastpo.loss.metrics import LossOutput as LossOutput
+    from fastpo.loss.preference_loss import PreferenceLoss as PreferenceLoss
+    from fastpo.model.head_facts import read_head as read_head
+    from fastpo.objectives import OBJECTIVES as OBJECTIVES
+    from fastpo.objectives import register as register
+    from fastpo.objectives.base import Objective as Objective
+    from fastpo.objectives.base import Outcome as Outcome
+    from fastpo.objectives.base import Statistic as Statistic
+    from fastpo.objectives.base import Term as Term
+    from fastpo.objectives.functional import dpo_loss as dpo_loss
+    from fastpo.objectives.functional import ipo_loss as ipo_loss
+    from fastpo.objectives.functional import kto_loss as kto_loss
+    from fastpo.objectives.functional import lipo_loss as lipo_loss
+    from fastpo.objectives.functional import orpo_loss as orpo_loss
+    from fastpo.objectives.functional import simpo_loss as simpo_loss
+    from fastpo.segments import Segments as Segments
+    from fastpo.train.config import PreferenceConfig as PreferenceConfig
+    from fastpo.train.trainer import PreferenceTrainer as PreferenceTrainer
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "Head": "fastpo.head.head",
-    "linear_cross_entropy": "fastpo.head.functional",
-    "linear_logps": "fastpo.head.functional",
-    "linear_stats": "fastpo.head.functional",
-    "logps_from_logits": "fastpo.head.functional",
-    "LossOutput": "fastpo.loss.metrics",
-    "PreferenceLoss": "fastpo.loss.preference_loss",
-    "read_head": "fastpo.model.head_facts",
-    "OBJECTIVES": "fastpo.objectives",
-    "dpo_loss": "fastpo.objectives.functional",
-    "ipo_loss": "fastpo.objectives.functional",
-    "kto_loss": "fastpo.objectives.functional",
-    "lipo_loss": "fastpo.objectives.functional",
-    "orpo_loss": "fastpo.objectives.functional",
-    "simpo_loss": "fastpo.objectives.functional",
-    "Segments": "fastpo.segments",
-    "PreferenceConfig": "fastpo.train.config",
-    "PreferenceTrainer": "fastpo.train.trainer",
+_NAMES = {
+    "head.functional": "linear_cross_entropy linear_logps linear_stats logps_from_logits",
+    "head.head": "Head",
+    "loss.metrics": "LossOutput",
+    "loss.preference_loss": "PreferenceLoss",
+    "model.head_facts": "read_head",
+    "objectives": "OBJECTIVES register",
+    "objectives.base": "Objective Outcome Statistic Term",
+    "objectives.functional": "dpo_loss ipo_loss kto_loss lipo_loss orpo_loss simpo_loss",
+    "segments": "Segments",
+    "train.config": "PreferenceConfig",
+    "train.trainer": "PreferenceTrainer",
 }
+_HOME = {name: f"fastpo.{home}" for home, names in _NAMES.items() for name in names.split()}
 
-__all__ = [
-    "OBJECTIVES",
-    "Head",
-    "LossOutput",
-    "PreferenceConfig",
-    "PreferenceLoss",
-    "PreferenceTrainer",
-    "Segments",
-    "dpo_loss",
-    "ipo_loss",
-    "kto_loss",
-    "linear_cross_entropy",
-    "linear_logps",
-    "linear_stats",
-    "lipo_loss",
-    "logps_from_logits",
-    "orpo_loss",
-    "read_head",
-    "simpo_loss",
-]
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 moved.install()

@@ -34,6 +34,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "fastpo.model.scoring": ("fastpo.scoring.scorer",),
     "fastpo.model.shared_row": ("fastpo.model.attention.shared_row",),
     "fastpo.objectives.fused": ("fastpo.loss.fused",),
+    "fastpo.objectives.policy": ("fastpo.objectives.policy_gradient",),
     "fastpo.online": ("fastpo.head.online_softmax",),
     "fastpo.ops": ("fastpo.head.op",),
     "fastpo.plan": ("fastpo.planner.memory",),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pkgutil
 import re
+import sys
 from pathlib import Path
 
-import fastpo.objectives
 from fastpo.cli.objectives import markdown, markdown_scores
 from fastpo.objectives import SECTIONS
 from fastpo.objectives.vocabulary import SCORES
@@ -28,12 +28,21 @@ def test_example_runs(capsys):
     assert all(p.grad is not None for p in namespace["model"].parameters())
 
 
-def test_own_objective_of_the_docs_runs(capsys, monkeypatch):
-    monkeypatch.setattr(fastpo.objectives, "OBJECTIVES", dict(fastpo.objectives.OBJECTIVES))
+def test_own_objective_of_the_docs_runs(capsys, monkeypatch, tmp_path):
     text = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
-    exec(example, {})
+    own = {
+        n: re.sub(r"```\w*\n?", "", between(text, f"own {n}")) for n in ("file", "recipe", "loop")
+    }
+    (tmp_path / "my_module.py").write_text(own["file"])
+    (tmp_path / "r.yaml").write_text(f"model: m\ndataset: d.jsonl\n{own['recipe']}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    exec(own["loop"], {})
     assert float(capsys.readouterr().out) > 0
+    recipe = load_recipe("r.yaml")
+    assert recipe.given["objective"] == "my_module:my_loss"
+    assert recipe.hyper == {"my_loss": {"beta": 0.3}}
+    monkeypatch.delitem(sys.modules, "my_module")
 
 
 def between(text: str, name: str) -> str:

@@ -131,10 +131,7 @@ def _one(o: Objective) -> str:
         "recipe": "\n".join(
             [
                 f"objective: {o.name}",
-                *(
-                    f"{k}: {json.dumps(v)}  # {in_words(o.annotations[k])}"
-                    for k, v in o.hyper.items()
-                ),
+                *(f"{k}: {json.dumps(v)}  # {in_words(o.expected(k))}" for k, v in o.hyper.items()),
             ]
         ),
     }

@@ -296,7 +296,7 @@ def _prepare(
     if build is None:
         return _Prepared(None, ())
     no_groups = {name: named[name][:0] for name in objective.needs}
-    terms = objective.fn(**no_groups, **hyper).terms  # raises what it raises
+    terms = objective(no_groups, **hyper).terms  # raises what it raises
     return _Prepared(build(Hyper(**{**objective.hyper, **hyper})), terms)
 
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastpo.objectives.base import DIVISORS
+
 
 class LossOutput(NamedTuple):
     """Hold what a preference loss returns for G groups of at most K candidates."""
@@ -21,17 +23,9 @@ class LossOutput(NamedTuple):
 
 def batch_counts(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return what the terms of a loss are divided by, counted over one batch."""
-    mask, label = scores["mask"], scores["label"]
     gold_length = scores.get("gold_length", scores["length"].new_zeros(()))
-    return {
-        "groups": mask.any(dim=1).sum(),
-        "responses": mask.sum(),
-        "desirable": label.sum(),
-        "undesirable": (mask & ~label).sum(),
-        "chosen_tokens": (scores["length"] * label).sum(),
-        "response_tokens": (scores["length"] * mask).sum(),
-        "gold_tokens": gold_length.sum(),
-    }
+    scores = {**scores, "gold_length": gold_length}
+    return {per: count(scores) for per, count in DIVISORS.items()}
 
 
 def at_least_one(count: Tensor | float) -> Tensor | float:

@@ -46,6 +46,10 @@ def resolve(objective: str | Mapping[str, float], hyper: Mapping[str, Any]) -> l
             raise ValueError(
                 f"objective {name!r} has weight {weight!r}: it {misfit}; leave out what has none"
             ) from None
+    names = [component.objective.name for component in components]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two objectives of the mixture are called {name!r}: rename one")
     owners: dict[str, list[Component]] = {}
     for component in components:
         for key in component.objective.hyper:

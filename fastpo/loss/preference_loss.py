@@ -479,7 +479,7 @@ class PreferenceLoss(BatchStatistics):
             outcome = fused.evaluate(objective, component.hyper, named)
             if outcome is not None:
                 return outcome
-        return objective.fn(*(named[name] for name in objective.needs), **component.hyper)
+        return objective(named, **component.hyper)
 
 
 def _counts_of(tokens: TargetTokens) -> dict[str, Tensor]:

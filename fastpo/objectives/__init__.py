@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from difflib import get_close_matches
+from pathlib import Path
 
-from .base import Objective
+from . import user
+from .base import Family, Objective, Outcome, catalogue
 from .batchwise import BATCHWISE
 from .contexts import CONTEXTS
 from .diffusion import DIFFUSION
@@ -13,7 +16,7 @@ from .lipo import LIPO
 from .listwise import LISTWISE
 from .pairwise import PAIRWISE
 from .pointwise import POINTWISE
-from .policy import POLICY
+from .policy_gradient import POLICY_GRADIENT
 from .reference_free import REFERENCE_FREE
 from .regression import REGRESSION
 from .regularisers import REGULARISERS
@@ -28,15 +31,16 @@ SECTIONS: dict[str, dict[str, Objective]] = {
     "Single responses": POINTWISE,
     "Lists": LIPO | LISTWISE,
     "Token statistics": TOKEN,
-    "Policy gradients on sampled responses": POLICY,
+    "Policy gradients on sampled responses": POLICY_GRADIENT,
     "Diffusion models": DIFFUSION,
     "Likelihood and other regularisers": REGULARISERS,
 }
 """Headings of the catalogue, in order."""
 
-OBJECTIVES: dict[str, Objective] = {
-    name: objective for section in SECTIONS.values() for name, objective in section.items()
-}
+OBJECTIVES: dict[str, Objective] = catalogue(
+    *(objective for section in SECTIONS.values() for objective in section.values())
+)
+"""Name -> objective."""
 
 
 def unknown_objective(name: object) -> str:
@@ -57,15 +61,83 @@ def unknown_objective(name: object) -> str:
     )
 
 
-def get_objective(name: str) -> Objective:
-    """The objective called `name`.
+def get_objective(name: str, *, beside: Path | None = None) -> Objective:
+    """Return an objective by its name, or by where it is: `my_module:my_loss`.
+
+    Args:
+        name: a name of `OBJECTIVES`; or `module:function` or `path/to/file.py:function` of a
+            user's own, whose module is imported.
+        beside: a folder to look for it in before the working directory.
 
     Raises:
-        ValueError: no such name; the message has what it is called here, or the nearest five.
+        ValueError: no such name, with what it is called here, or the nearest five; no such module
+            or function; a function that cannot be an objective.
     """
-    if name not in OBJECTIVES:
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    if not user.is_reference(name):
         raise ValueError(unknown_objective(name))
-    return OBJECTIVES[name]
+    return _of(user.load(name, beside), name)
 
 
-__all__ = ["OBJECTIVES", "SECTIONS", "get_objective", "unknown_objective"]
+def as_objective(
+    objective: Objective | Callable[..., Outcome], *, family: Family | None = None
+) -> Objective:
+    """Return the objective that a function is, by the table or by `family`.
+
+    Raises:
+        ValueError: neither a function nor an objective, an unknown family, or a signature that
+            cannot be read.
+    """
+    return _of(objective, getattr(objective, "__name__", repr(objective)), family)
+
+
+def register(
+    objective: Objective | Callable[..., Outcome], *, family: Family | None = None
+) -> Objective:
+    """Add an objective to `OBJECTIVES`; its name then works wherever one does.
+
+    Args:
+        objective: the objective, or its function.
+        family: what a plain function compares, unless it says so itself.
+
+    Raises:
+        ValueError: the name is taken, or what `as_objective` refuses.
+
+    >>> def twice(ratio, mask, *, beta=0.1): ...
+    >>> register(twice, family="pair").name, "twice" in OBJECTIVES
+    ('twice', True)
+    >>> del OBJECTIVES["twice"]
+    """
+    made = as_objective(objective, family=family)
+    if OBJECTIVES.setdefault(made.name, made).fn is not made.fn:
+        raise ValueError(
+            f"the name {made.name!r} is taken: give Objective(..., name=...) another, or del "
+            f"fastpo.OBJECTIVES[{made.name!r}] first"
+        )
+    return made
+
+
+def _of(value: object, reference: str, family: Family | None = None) -> Objective:
+    """Return an objective; a function of the table is that one."""
+    fn = value.fn if isinstance(value, Objective) else value
+    for objective in OBJECTIVES.values():
+        if objective.fn is fn:
+            return objective
+    made = user.described(value, reference, family)
+    if user.is_reference(reference) and made.name in OBJECTIVES:
+        raise ValueError(
+            f"objective {reference!r}: another is called {made.name!r}: rename the function, or "
+            "give Objective(..., name=...)"
+        )
+    return made
+
+
+__all__ = [
+    "OBJECTIVES",
+    "SECTIONS",
+    "as_objective",
+    "get_objective",
+    "register",
+    "unknown_objective",
+]

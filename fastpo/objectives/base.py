@@ -1,9 +1,20 @@
 """Define an objective: a pure function of named scores, and what it returns.
 
 The names of a function's positional parameters are the scores it needs (`ratio`, `mean_logps`,
-`kl`, `score`, ...: the table in `vocabulary`); its keyword-only parameters are its
-hyper-parameters. Their annotations are their domains (`beta: Positive`, `score: Gains`; see
-`domain`). Nothing else has to be declared: the engine reads the signature.
+`kl`, `score`, ...: the table in `vocabulary`). A parameter annotated with a NamedTuple stands for
+the scores that are its fields. Keyword-only parameters are hyper-parameters. Annotations are
+domains (`beta: Positive`, `score: Gains`; see `domain`). Nothing else has to be declared: the
+engine reads the signature.
+
+>>> import torch
+>>> def square(ratio, *, beta=0.1):
+...     gap = beta * (ratio[:, 0] - ratio[:, 1])
+...     return Outcome((Term((1 - gap).square()),), (beta * ratio).detach())
+>>> objective = Objective(square, "pair")
+>>> objective.name, objective.needs, objective.hyper
+('square', ('ratio',), {'beta': 0.1})
+>>> objective({"ratio": torch.tensor([[10.0, 0.0]])}, beta=0.2).terms[0].values
+tensor([1.])
 """
 
 from __future__ import annotations
@@ -12,7 +23,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 from torch import Tensor
 
@@ -48,6 +59,18 @@ class Term(NamedTuple):
     values: Tensor  # [G], summed over the group's responses
     per: Per = "groups"
     weight: float = 1.0
+
+
+DIVISORS: dict[Per, Callable[[Mapping[str, Tensor]], Tensor]] = {
+    "groups": lambda scores: scores["mask"].any(dim=1).sum(),
+    "responses": lambda scores: scores["mask"].sum(),
+    "desirable": lambda scores: scores["label"].sum(),
+    "undesirable": lambda scores: (scores["mask"] & ~scores["label"]).sum(),
+    "chosen_tokens": lambda scores: (scores["length"] * scores["label"]).sum(),
+    "response_tokens": lambda scores: (scores["length"] * scores["mask"]).sum(),
+    "gold_tokens": lambda scores: scores["gold_length"].sum(),
+}
+"""Counts of one batch, from its scores."""
 
 
 class Outcome(NamedTuple):
@@ -94,31 +117,70 @@ class Statistic:
     where: Where | None = None
 
 
+Hyper = float | str | bool | None | tuple[float, float] | list[float]
+"""A value of a hyper-parameter; two numbers are those between which it moves over training."""
+
+
 @dataclass(frozen=True)
 class Objective:
-    """Describe a named objective of the catalogue.
+    """Describe a named objective.
 
     Args:
-        name: its key in the table.
         fn: the pure function; see the module docstring for how its signature is read.
         family: how many candidates a group must have.
         paper: arXiv identifier or other source.
-        formula: one line of plain text for tables.
+        formula: one line of plain text for tables; by default the first line of `fn`'s docstring.
         statistics: batch statistics that `fn` takes by name.
         extras: roles of the extra responses that every group must bring.
         labels: the labels that the data must have, or there is nothing to learn.
         grades_if: other domains of `score`, by a hyper-parameter and its value.
+        name: its key in the table; by default `fn`'s own name.
+
+    Raises:
+        TypeError: the first argument is no function.
+        ValueError: an unknown family.
     """
 
-    name: str
     fn: Callable[..., Outcome]
     family: Family
-    paper: str
-    formula: str
+    paper: str = "own"
+    formula: str = ""
     statistics: Mapping[str, Statistic] = field(default_factory=dict)
     extras: tuple[str, ...] = ()
     labels: tuple[bool, ...] = ()
-    grades_if: Mapping[tuple[str, Any], Domain] = field(default_factory=dict)
+    grades_if: Mapping[tuple[str, Hyper], Domain] = field(default_factory=dict)
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if not callable(self.fn):
+            raise TypeError(
+                f"Objective({self.fn!r}, ...): the function comes first and gives the name, as in "
+                f"Objective(my_loss, 'pair'); another name is name={self.fn!r}"
+            )
+        if self.family not in get_args(Family):
+            raise ValueError(f"family={self.family!r} must be 'pair', 'point' or 'list'")
+        name = self.name or self.fn.__name__
+        first_line = (inspect.getdoc(self.fn) or name).partition("\n")[0]
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "formula", self.formula or first_line)
+
+    def __call__(self, scores: Mapping[str, Tensor], **hyper: Any) -> Outcome:
+        """Return the outcome of named scores, of which there may be more than `needs`.
+
+        Raises:
+            ValueError: the function returns something else than losses [G] and rewards [G, K].
+        """
+        arguments = (
+            scores[name] if record is None else record(*(scores[n] for n in record._fields))
+            for name, record in self._parameters.items()
+        )
+        outcome = self.fn(*arguments, **hyper)
+        if fault := _fault(outcome, scores):
+            raise ValueError(
+                f"{self.name} returned {fault}: return Outcome((Term(losses),), rewards) with "
+                "losses [G] and rewards [G, K]"
+            )
+        return outcome
 
     def takes(self, count: Any) -> Any:
         """Return whether groups of `count` candidates, a number or a tensor, can be compared."""
@@ -137,12 +199,21 @@ class Objective:
         )
 
     @cached_property
+    def _parameters(self) -> dict[str, type[Any] | None]:
+        """Return the positional parameters of `fn`, and the NamedTuples that some of them are."""
+        return {
+            p.name: kind if _is_record(kind := self._hints.get(p.name)) else None
+            for p in inspect.signature(self.fn).parameters.values()
+            if p.kind is not inspect.Parameter.KEYWORD_ONLY
+        }
+
+    @cached_property
     def needs(self) -> tuple[str, ...]:
         """Return the names of the scores and statistics that `fn` takes."""
         return tuple(
-            p.name
-            for p in inspect.signature(self.fn).parameters.values()
-            if p.kind is not inspect.Parameter.KEYWORD_ONLY
+            name
+            for parameter, record in self._parameters.items()
+            for name in ((parameter,) if record is None else record._fields)
         )
 
     @cached_property
@@ -167,7 +238,7 @@ class Objective:
         return any(score.reference == 2 for score in self.scores.values())
 
     @cached_property
-    def hyper(self) -> dict[str, Any]:
+    def hyper(self) -> dict[str, Hyper]:
         """Return the published defaults by hyper-parameter."""
         return {
             p.name: p.default
@@ -176,9 +247,20 @@ class Objective:
         }
 
     @cached_property
-    def annotations(self) -> dict[str, Any]:
-        """Return the annotations by parameter, domains included."""
+    def _hints(self) -> Mapping[str, Any]:
         return get_type_hints(self.fn, include_extras=True)
+
+    @cached_property
+    def annotations(self) -> Mapping[str, Any]:
+        """Return the annotations by hyper-parameter and score, domains included."""
+        records = [record for record in self._parameters.values() if record is not None]
+        fields = [get_type_hints(record, include_extras=True) for record in records]
+        return {name: hint for hints in (self._hints, *fields) for name, hint in hints.items()}
+
+    def expected(self, name: str) -> Any:
+        """Return the annotation of a hyper-parameter, by default the type of its default."""
+        default = self.hyper.get(name)
+        return self.annotations.get(name, Any if default is None else type(default))
 
     def fitted(self, name: str, value: Any) -> Any:
         """Return `value` as the hyper-parameter `name` takes it; see `domain.moved`.
@@ -187,7 +269,7 @@ class Objective:
             Misfit: it does not.
         """
         try:
-            return moved(value, self.annotations.get(name, Any))
+            return moved(value, self.expected(name))
         except Misfit as misfit:
             if name != "loss_type":
                 raise
@@ -202,3 +284,39 @@ class Objective:
             if hyper.get(name, self.hyper[name]) == value:
                 return domain
         return domain_of(self.annotations.get("score")) or FINITE
+
+
+def _is_record(kind: Any) -> bool:
+    """Return whether a type is a NamedTuple."""
+    return isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields")
+
+
+def _fault(outcome: object, scores: Mapping[str, Tensor]) -> str | None:
+    """Say what is wrong with what a function returned, or nothing."""
+    if not isinstance(outcome, Outcome):
+        return f"a {type(outcome).__name__}"
+    mask = scores.get("mask")
+    for term in outcome.terms:
+        if not isinstance(term, Term):
+            return f"a {type(term).__name__} among its terms"
+        if term.per not in DIVISORS:
+            return f"a term per {term.per!r}, which nothing counts ({', '.join(DIVISORS)})"
+        if mask is not None and term.values.shape != mask.shape[:1]:
+            return f"losses of shape {list(term.values.shape)} for {len(mask)} groups"
+    if mask is not None and outcome.rewards.shape != mask.shape:
+        return f"rewards of shape {list(outcome.rewards.shape)} for a mask {list(mask.shape)}"
+    return None
+
+
+def catalogue(*objectives: Objective) -> dict[str, Objective]:
+    """Return objectives by their names.
+
+    Raises:
+        ValueError: two of one name.
+    """
+    table: dict[str, Objective] = {}
+    for objective in objectives:
+        if objective.name in table:
+            raise ValueError(f"two objectives are called {objective.name!r}: rename one")
+        table[objective.name] = objective
+    return table

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .base import Objective, Outcome, Statistic, mean
+from .base import Objective, Outcome, Statistic, catalogue, mean
 from .domain import FlipRate, NonNegative, Positive, ProperShare
 from .links import live, logistic, smoothed_logistic
 from .pairwise import margin_of, pair_outcome
@@ -371,36 +371,33 @@ def maxmin(
     return pair_outcome(total + own.sum(-1), beta * ratio, mask)
 
 
-BATCHWISE: dict[str, Objective] = {
-    "aot": Objective(
-        "aot",
+BATCHWISE = catalogue(
+    Objective(
         aot,
         "pair",
         "2406.05882",
         "-logsig(beta (sort(S_w - S_l)_k - sort(R_w - R_l)_k))",
-        {
+        statistics={
             "sorted_margin": Statistic(_margins("logps"), _sorted, where="full groups"),
             "sorted_ref_margin": Statistic(_margins("ref_logps"), _sorted, where="full groups"),
         },
     ),
-    "aot_unpaired": Objective(
-        "aot_unpaired",
+    Objective(
         aot_unpaired,
         "pair",
         "2406.05882",
         "-logsig(beta (sort(u_w)_k - sort(u_l)_k))",
-        {
+        statistics={
             "sorted_chosen": Statistic(_column("ratio", 0), _sorted, where="full groups"),
             "sorted_rejected": Statistic(_column("ratio", 1), _sorted, where="full groups"),
         },
     ),
-    "beta_dpo": Objective(
-        "beta_dpo",
+    Objective(
         beta_dpo,
         "pair",
         "2407.08639",
         "-logsig(beta (1 + alpha (mean D - M)) D), D = u_w - u_l, of pairs drawn near M",
-        {
+        statistics={
             "draws": Statistic(_draws, _rows, where="full groups"),
             "margin_mean": Statistic(
                 _margins("ratio"), _mean, "ema", decay="momentum", where="full groups"
@@ -410,13 +407,12 @@ BATCHWISE: dict[str, Objective] = {
             ),
         },
     ),
-    "alpha_dpo": Objective(
-        "alpha_dpo",
+    Objective(
         alpha_dpo,
         "pair",
         "2410.10148",
         "-logsig(beta (s_w - s_l - alpha zscore(ub_w - ub_l)) - gamma)",
-        {
+        statistics={
             "margin_mean": Statistic(
                 _margins("mean_ratio"), _mean, "ema", decay="momentum", where="full groups"
             ),
@@ -425,20 +421,20 @@ BATCHWISE: dict[str, Objective] = {
             ),
         },
     ),
-    "dr_dpo": Objective(
-        "dr_dpo",
+    Objective(
         dr_dpo,
         "pair",
         "2407.07880",
         "-b log mean e^(-l/b) over the batch, l = -logsig(beta (u_w - u_l))",
-        {"log_mean_exp": Statistic(_losses, _log_mean_exp, where="full groups")},
+        statistics={"log_mean_exp": Statistic(_losses, _log_mean_exp, where="full groups")},
     ),
-    "maxmin": Objective(
-        "maxmin",
+    Objective(
         maxmin,
         "pair",
         "2402.08925",
         "max over populations of mean -logsig(beta (u_w - u_l))",
-        {"populations": Statistic(_population_losses, _by_population, where="full groups")},
+        statistics={
+            "populations": Statistic(_population_losses, _by_population, where="full groups")
+        },
     ),
-}
+)

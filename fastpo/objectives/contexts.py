@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Objective, Outcome, Term
+from .base import Objective, Outcome, Term, catalogue
 from .domain import NonNegative, Positive
 from .links import live, logistic
 from .pairwise import dpo, pair_outcome
@@ -210,25 +210,22 @@ def _mean(score: Tensor, where: Tensor) -> Tensor:
     return live(score, where).sum(-1) / where.sum(-1).clamp(min=1)
 
 
-CONTEXTS: dict[str, Objective] = {
-    "re_align": Objective(
-        "re_align",
+CONTEXTS = catalogue(
+    Objective(
         re_align,
         "pair",
         "2502.13146",
         "-logsig(beta (u_w - u_l)) - logsig(beta (u_w - u'_w))",
         extras=("context_chosen",),
     ),
-    "mdpo": Objective(
-        "mdpo",
+    Objective(
         mdpo,
         "pair",
         "2406.11839",
         "-logsig(beta (u_w - u_l)) - logsig(beta (u_w - u'_w)) - logsig(beta u_w - anchor)",
         extras=("context_chosen",),
     ),
-    "svco": Objective(
-        "svco",
+    Objective(
         svco,
         "pair",
         "2502.13928",
@@ -236,27 +233,19 @@ CONTEXTS: dict[str, Objective] = {
         "logsig(b4 (u0_l - u_l))",
         extras=("context_chosen", "context_rejected", "bare_chosen", "bare_rejected"),
     ),
-    "solopo": Objective(
-        "solopo",
+    Objective(
         solopo,
         "pair",
         "2505.11166",
         "-logsig(beta (u_w - u_l)) + alpha beta |u_w - u'_w|",
         extras=("context_chosen",),
     ),
-    "solopo_simpo": Objective(
-        "solopo_simpo",
+    Objective(
         solopo_simpo,
         "pair",
         "2505.11166",
         "-logsig(beta (s_w - s_l) - gamma) + alpha beta |s_w - s'_w|",
         extras=("context_chosen",),
     ),
-    "d2o": Objective(
-        "d2o",
-        d2o,
-        "list",
-        "2403.03419",
-        "-logsig(beta mean_i (S_i - R-_i) - alpha (S_l - R+_l))",
-    ),
-}
+    Objective(d2o, "list", "2403.03419", "-logsig(beta mean_i (S_i - R-_i) - alpha (S_l - R+_l))"),
+)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Objective, Outcome
+from .base import Objective, Outcome, catalogue
 from .domain import Count, NonNegative, Positive
 from .links import live, logistic
 from .pairwise import dpo, pair_outcome
@@ -94,19 +94,14 @@ def mapo(
     return pair_outcome(e[:, 0] + beta * logistic(z), num_train_timesteps * (1 - shortfall), mask)
 
 
-DIFFUSION: dict[str, Objective] = {
-    "diffusion_dpo": Objective(
-        "diffusion_dpo",
-        diffusion_dpo,
-        "pair",
-        "2311.12908",
-        "-logsig(-(beta/2) ((e_w - e_l) - (eref_w - eref_l)))",
+DIFFUSION = catalogue(
+    Objective(
+        diffusion_dpo, "pair", "2311.12908", "-logsig(-(beta/2) ((e_w - e_l) - (eref_w - eref_l)))"
     ),
-    "mapo": Objective(
-        "mapo",
+    Objective(
         mapo,
         "pair",
         "2406.06424",
         "e_w - beta logsig(T (phi(e_w) - phi(e_l))), phi(e) = k e / (e^(k e) - 1)",
     ),
-}
+)

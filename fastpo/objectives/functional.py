@@ -1,26 +1,54 @@
-"""The objectives as plain functions on log-probabilities, for use in any training code.
+r"""The objectives as plain functions on log-probabilities, for use in any training code.
 
-Each stacks its arguments into the [G, K] scores that its objective takes and calls it: the
-formulas, papers and defaults are documented there, and there is no second copy of them. B pairs
-or responses, G lists of K candidates. Losses are per row and in the inputs' dtype; take their
-mean. Rewards carry no gradient. Objectives with a likelihood term (CPO, ORPO, LOGO) return their
-preference part only, as TRL's and Liger's loss functions do: add the NLL of the chosen responses.
+`<name>_loss` exists for every objective, with its formula, defaults and options; the signature is
+made from the objective's own. The mean of the losses is the value of the objective: the number
+that `PreferenceLoss` gives for the same responses. Rewards carry no gradient.
+
+>>> import torch
+>>> chosen, rejected, reference = torch.tensor([[-10.0], [-20.0], [-15.0]])
+>>> loss = dpo_loss(chosen, rejected, reference, reference)
+>>> loss.losses, loss.chosen_rewards, loss.rejected_rewards
+(tensor([0.3133]), tensor([0.5000]), tensor([-0.5000]))
+
+The rule of the arguments, for B pairs or single responses, or G lists of K candidates; T tokens:
+
+- Pairs: log-probs are `chosen`, `rejected`, with `ref_`, `ref2_` or `old_` in front for another
+  model's and `_mean` behind where an objective takes means over tokens; any other score x is
+  `chosen_x`, `rejected_x`. All [B].
+- Single responses: scores by their names, [B]; `ratio` is made of `logps` and `ref_logps`.
+- Lists: scores by their names, [G, K]; `mask` is False in padded slots.
+- A mean that is needed beside its sum is made of it and of `length`.
+- Tokens are [B, T] or [G, K, T], and sums that are needed beside them are made of them.
+  `token_weights` are 1 by default, `token_mask` is True.
+- `margin`, `population` and scores of extra responses (`gold_logps`) are [B] by their names.
+- `label` [B] is True for desirable responses. Where all have to be of one kind it is None by
+  default, and None in lists is the first candidate.
+- Numbers of the whole batch (`margin_mean`) are made of this batch by default. What a training run
+  remembers of earlier ones, or takes from other prompts, is handed in by name.
+- `preference_only=True` leaves the likelihood term of CPO, ORPO, SLiC, TPO, LOGO, PRO and RRHF out.
+
+`functional_form` makes the same of an objective of your own.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from . import lipo, listwise, pairwise, pointwise, reference_free, token
-from .base import Outcome
-from .domain import FlipRate, NonNegative, Positive, in_domain
+from . import OBJECTIVES
+from .arguments import WITHOUT_LENGTH, Argument, Reader, arguments_of
+from .base import Objective, Outcome
+from .domain import domain_of, in_words
+from .vocabulary import scores_with
 
 
 class PairLoss(NamedTuple):
-    """Losses of B pairs and the implicit rewards of both sides."""
+    """Hold losses of B pairs and the implicit rewards of both sides."""
 
     losses: Tensor  # [B]
     chosen_rewards: Tensor  # [B], detached
@@ -28,314 +56,167 @@ class PairLoss(NamedTuple):
 
 
 class PointLoss(NamedTuple):
-    """Losses of B single responses and their implicit rewards."""
+    """Hold losses of B single responses and their implicit rewards."""
 
     losses: Tensor  # [B]
     rewards: Tensor  # [B], detached
 
 
 class ListLoss(NamedTuple):
-    """Losses of G lists and the implicit rewards of their candidates."""
+    """Hold losses of G lists and the implicit rewards of their candidates."""
 
     losses: Tensor  # [G]
     rewards: Tensor  # [G, K], detached
 
 
-def _all(x: Tensor) -> Tensor:
-    return torch.ones_like(x, dtype=torch.bool)
+Loss = PairLoss | PointLoss | ListLoss
 
 
-def _pairs(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
-    """[B], [B] -> scores [B, 2] and their mask."""
-    scores = torch.stack((chosen, rejected), dim=-1)
-    return scores, _all(scores)
+def _has_likelihood(objective: Objective) -> bool:
+    return "nll_reduction" in objective.hyper
 
 
-@in_domain
-def _pair_loss(outcome: Outcome) -> PairLoss:
-    return PairLoss(outcome.terms[0].values, *outcome.rewards.unbind(-1))
+def functional_form(objective: Objective) -> Callable[..., Loss]:
+    """Return `<name>_loss` of an objective: a function of plain tensors.
 
-
-@in_domain
-def _point_loss(outcome: Outcome) -> PointLoss:
-    return PointLoss(outcome.terms[0].values, outcome.rewards.squeeze(-1))
-
-
-@in_domain
-def _list_loss(outcome: Outcome) -> ListLoss:
-    return ListLoss(outcome.terms[0].values, outcome.rewards)
-
-
-@in_domain
-def dpo_loss(
-    chosen: Tensor,
-    rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    *,
-    beta: Positive = 0.1,
-    label_smoothing: FlipRate = 0.0,
-) -> PairLoss:
-    """DPO, or cDPO with `label_smoothing`, on summed log-probs [B]: `pairwise.dpo`.
-
-    >>> chosen, rejected, reference = torch.tensor([[-10.0], [-20.0], [-15.0]])
-    >>> loss = dpo_loss(chosen, rejected, reference, reference)
-    >>> loss.losses, loss.chosen_rewards, loss.rejected_rewards
-    (tensor([0.3133]), tensor([0.5000]), tensor([-0.5000]))
+    >>> inspect.signature(functional_form(OBJECTIVES["hinge"])).parameters["ref_chosen"].default
+    <class 'inspect._empty'>
     """
-    ratio, mask = _pairs(chosen - ref_chosen, rejected - ref_rejected)
-    return _pair_loss(pairwise.dpo(ratio, mask, beta=beta, label_smoothing=label_smoothing))
+    arguments = arguments_of(objective)
+    signature = _signature(objective, arguments)
+    positional = [argument.name for argument in arguments if argument.required]
+    defaults = {
+        p.name: p.default for p in signature.parameters.values() if p.default is not p.empty
+    }
+    domains = {name: domain_of(objective.expected(name)) for name in objective.hyper}
+    label, table = f"{objective.name}_loss", scores_with(objective.extras)
+
+    def loss(*args: Any, **keywords: Any) -> Loss:
+        call = {**defaults, **dict(zip(positional, args, strict=False)), **keywords}
+        twice = keywords.keys() & positional[: len(args)]
+        if twice or len(args) > len(positional) or call.keys() != signature.parameters.keys():
+            try:
+                signature.bind(*args, **keywords)
+            except TypeError as error:
+                raise TypeError(f"{label}() {error}") from None
+        for name in keywords.keys() & domains.keys():
+            if domain := domains[name]:
+                domain.check(name, keywords[name])
+        try:
+            return _evaluate(objective, Reader(objective, table, call), call)
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from error
+
+    loss.__name__ = loss.__qualname__ = label
+    loss.__doc__ = _document(objective, arguments)
+    loss.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
+    loss.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+    return loss
 
 
-@in_domain
-def robust_loss(
-    chosen: Tensor,
-    rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    *,
-    beta: Positive = 0.1,
-    label_smoothing: FlipRate = 0.1,
-) -> PairLoss:
-    """Robust DPO on summed log-probs [B]: `pairwise.robust`."""
-    ratio, mask = _pairs(chosen - ref_chosen, rejected - ref_rejected)
-    return _pair_loss(pairwise.robust(ratio, mask, beta=beta, label_smoothing=label_smoothing))
-
-
-@in_domain
-def ipo_loss(
-    chosen: Tensor,
-    rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    *,
-    beta: Positive = 0.1,
-) -> PairLoss:
-    """IPO on log-probs [B]: `pairwise.ipo`.
-
-    Pass per-token means for the form its authors trained with, sums for the printed equation.
-    Rewards are of what was passed.
-    """
-    ratio, mask = _pairs(chosen - ref_chosen, rejected - ref_rejected)
-    return _pair_loss(pairwise.ipo(ratio, ratio, mask, beta=beta))
-
-
-@in_domain
-def hinge_loss(
-    chosen: Tensor,
-    rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    *,
-    beta: Positive = 0.1,
-) -> PairLoss:
-    """Hinge loss on summed log-probs [B]: `pairwise.hinge`."""
-    ratio, mask = _pairs(chosen - ref_chosen, rejected - ref_rejected)
-    return _pair_loss(pairwise.hinge(ratio, mask, beta=beta))
-
-
-@in_domain
-def sppo_loss(
-    chosen: Tensor,
-    rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    *,
-    beta: Positive = 0.001,
-    half: bool = False,
-) -> PairLoss:
-    """SPPO with hard labels on summed log-probs [B]: `pairwise.sppo`."""
-    ratio, mask = _pairs(chosen - ref_chosen, rejected - ref_rejected)
-    return _pair_loss(pairwise.sppo(ratio, mask, beta=beta, half=half))
-
-
-@in_domain
-def bco_pair_loss(
-    chosen: Tensor,
-    rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    *,
-    beta: Positive = 0.1,
-) -> PairLoss:
-    """BCO of both sides without shift, on summed log-probs [B]: `pairwise.bco_pair`."""
-    ratio, mask = _pairs(chosen - ref_chosen, rejected - ref_rejected)
-    return _pair_loss(pairwise.bco_pair(ratio, mask, beta=beta))
-
-
-@in_domain
-def simpo_loss(
-    chosen_mean: Tensor,
-    rejected_mean: Tensor,
-    *,
-    beta: Positive = 2.0,
-    gamma_beta_ratio: NonNegative = 0.25,
-    label_smoothing: FlipRate = 0.0,
-) -> PairLoss:
-    """SimPO on per-token mean log-probs [B]: `reference_free.simpo`."""
-    mean_logps, mask = _pairs(chosen_mean, rejected_mean)
-    return _pair_loss(
-        reference_free.simpo(
-            mean_logps,
-            mask,
-            beta=beta,
-            gamma_beta_ratio=gamma_beta_ratio,
-            label_smoothing=label_smoothing,
+def _evaluate(objective: Objective, reader: Reader, call: Mapping[str, Any]) -> Loss:
+    """Return the losses of one call, whose mean is the objective's value."""
+    scores = reader.scores()
+    only = bool(call.get("preference_only"))
+    lengthless = objective.name == "ipo" or (only and call.get("loss_type") != "ipo")
+    if objective.name in WITHOUT_LENGTH and not lengthless and reader.length() is None:
+        names = [a.name for a in reader.arguments.values() if a.score == "length"]
+        raise ValueError(
+            f"pass {' and '.join(names)}, of which the likelihood term is made, or "
+            "preference_only=True to leave it out"
         )
-    )
+    outcome: Outcome = objective(scores, **{name: call[name] for name in objective.hyper})
+    terms = outcome.terms[:1] if only else outcome.terms
+    losses = None
+    for term in terms:
+        values = term.values
+        if term.weight != 1:
+            values = term.weight * values
+        if objective.family == "list" or term.per != "groups":
+            count = reader.divisor(term.per).clamp(min=1).to(values.dtype)
+            values = values * (len(values) / count)
+        losses = values if losses is None else losses + values
+    assert losses is not None
+    if objective.family == "pair":
+        return PairLoss(losses, *outcome.rewards.unbind(-1))
+    if objective.family == "point":
+        return PointLoss(losses, outcome.rewards.squeeze(-1))
+    return ListLoss(losses, outcome.rewards)
 
 
-@in_domain
-def cpo_loss(
-    chosen: Tensor,
-    rejected: Tensor,
-    *,
-    beta: Positive = 0.1,
-    label_smoothing: FlipRate = 0.0,
-) -> PairLoss:
-    """The preference part of CPO on summed log-probs [B], which is DPO's without a reference."""
-    logps, mask = _pairs(chosen, rejected)
-    return _pair_loss(pairwise.dpo(logps, mask, beta=beta, label_smoothing=label_smoothing))
-
-
-@in_domain
-def orpo_loss(chosen_mean: Tensor, rejected_mean: Tensor, *, beta: NonNegative = 0.1) -> PairLoss:
-    """The odds-ratio part of ORPO on per-token mean log-probs [B]: `reference_free.odds_ratio`."""
-    return _pair_loss(reference_free.odds_ratio(*_pairs(chosen_mean, rejected_mean), beta=beta))
-
-
-@in_domain
-def tdpo1_loss(
-    chosen: Tensor,
-    rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    chosen_kl: Tensor,
-    rejected_kl: Tensor,
-    *,
-    beta: Positive = 0.1,
-) -> PairLoss:
-    """TDPO1 on summed log-probs and summed KL(reference || policy) [B]: `token.tdpo1`."""
-    ratio, mask = _pairs(chosen - ref_chosen, rejected - ref_rejected)
-    kl, _ = _pairs(chosen_kl, rejected_kl)
-    return _pair_loss(token.tdpo1(ratio, kl, mask, beta=beta))
-
-
-@in_domain
-def tdpo2_loss(
-    chosen: Tensor,
-    rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    chosen_kl: Tensor,
-    rejected_kl: Tensor,
-    *,
-    beta: Positive = 0.1,
-    alpha: NonNegative = 0.5,
-) -> PairLoss:
-    """TDPO2 on summed log-probs and summed KL(reference || policy) [B]: `token.tdpo2`."""
-    ratio, mask = _pairs(chosen - ref_chosen, rejected - ref_rejected)
-    kl, _ = _pairs(chosen_kl, rejected_kl)
-    return _pair_loss(token.tdpo2(ratio, kl, mask, beta=beta, alpha=alpha))
-
-
-@in_domain
-def kto_loss(
-    logps: Tensor,
-    ref_logps: Tensor,
-    label: Tensor,
-    z0: Tensor,
-    *,
-    beta: Positive = 0.1,
-    desirable_weight: NonNegative = 1.0,
-    undesirable_weight: NonNegative = 1.0,
-) -> PointLoss:
-    """KTO on summed log-probs [B] with labels [B] bool: `pointwise.kto`.
-
-    `z0` [] is the mean log-ratio of mismatched responses over all ranks, detached; it is clamped
-    at 0 here.
-    """
-    ratio = (logps - ref_logps)[:, None]
-    return _point_loss(
-        pointwise.kto(
-            ratio,
-            z0,
-            label[:, None],
-            _all(ratio),
-            beta=beta,
-            desirable_weight=desirable_weight,
-            undesirable_weight=undesirable_weight,
+def _signature(objective: Objective, arguments: list[Argument]) -> inspect.Signature:
+    """Return the signature of a form: tensors, then options."""
+    parameter, empty = inspect.Parameter, inspect.Parameter.empty
+    parameters = [
+        parameter(
+            a.name,
+            parameter.POSITIONAL_OR_KEYWORD if a.required else parameter.KEYWORD_ONLY,
+            default=empty if a.required else None,
+            annotation=Tensor if a.required else Tensor | None,
         )
-    )
+        for a in arguments
+    ]
+    options = {"preference_only": (False, bool)} if _has_likelihood(objective) else {}
+    hyper = {name: (value, objective.expected(name)) for name, value in objective.hyper.items()}
+    parameters += [
+        parameter(name, parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (default, annotation) in {**options, **hyper}.items()
+    ]
+    returned = {"pair": PairLoss, "point": PointLoss, "list": ListLoss}[objective.family]
+    return inspect.Signature(parameters, return_annotation=returned)
 
 
-@in_domain
-def bco_loss(
-    logps: Tensor, ref_logps: Tensor, label: Tensor, shift: Tensor, *, beta: Positive = 0.1
-) -> PointLoss:
-    """BCO on summed log-probs [B] with labels [B] bool: `pointwise.bco`.
-
-    `shift` [] is the running mean of beta * (logps - ref_logps), detached.
-    """
-    ratio = (logps - ref_logps)[:, None]
-    return _point_loss(pointwise.bco(ratio, shift, label[:, None], _all(ratio), beta=beta))
-
-
-@in_domain
-def npo_loss(logps: Tensor, ref_logps: Tensor, *, beta: Positive = 0.1) -> PointLoss:
-    """NPO on summed log-probs [B] of responses to forget: `pointwise.npo`."""
-    ratio = (logps - ref_logps)[:, None]
-    forget = torch.zeros_like(ratio, dtype=torch.bool)
-    return _point_loss(pointwise.npo(ratio, forget, _all(ratio), beta=beta))
-
-
-@in_domain
-def lipo_loss(
-    ratio: Tensor,
-    score: Tensor,
-    *,
-    mask: Tensor | None = None,
-    tie_key: Tensor | None = None,
-    beta: Positive = 0.05,
-    discount: Literal["log", "log2"] = "log",
-) -> ListLoss:
-    """LiPO-lambda on summed log-ratios and grades [G, K]: `lipo.lipo`.
-
-    `mask` is False in padded slots, None where all lists have K candidates. `tie_key` [G, K]
-    orders candidates of equal log-ratio; None draws it by row and slot with seed 0 and step 0.
-    """
-    if tie_key is None:
-        rows = torch.arange(ratio.shape[0], device=ratio.device)
-        tie_key = lipo.tie_keys(rows, ratio.shape[1])
-    mask = _all(ratio) if mask is None else mask
-    return _list_loss(lipo.lipo(ratio, score, tie_key, mask, beta=beta, discount=discount))
+def _document(objective: Objective, arguments: list[Argument]) -> str:
+    """Return the docstring of a form: the objective's own, with what the arguments are."""
+    document = inspect.getdoc(objective.fn) or objective.name
+    summary, _, details = document.partition("\n")
+    details = details.partition("\n>>>")[0].strip()  # the example calls the objective itself
+    table = scores_with(objective.extras)
+    described: dict[str, str] = {}
+    for a in arguments:
+        side = "" if a.name == a.score else f", {'rejected' if 'rejected' in a.name else 'chosen'}"
+        if not a.shape:
+            made = "" if a.required else "; by default of this batch"
+            described[a.name] = f"number of the whole batch{made}."
+        else:
+            described[a.name] = f"{a.shape} {_definition(a.score, table)}{side}."
+    if _has_likelihood(objective):
+        described["preference_only"] = "leave the likelihood term out."
+    for name in objective.hyper:
+        described[name] = f"{in_words(objective.expected(name))}."
+    lines = [
+        textwrap.fill(f"{n}: {text}", 96, initial_indent=" " * 4, subsequent_indent=" " * 8)
+        for n, text in described.items()
+    ]
+    body = [summary, "", f"The mean of the losses is the value of objective `{objective.name}`."]
+    return "\n".join([*body, "", "Args:", *lines, "", details]).rstrip() + "\n"
 
 
-@in_domain
-def plackett_luce_loss(
-    ratio: Tensor, rank: Tensor, *, mask: Tensor | None = None, beta: Positive = 0.1
-) -> ListLoss:
-    """Plackett-Luce DPO on summed log-ratios and ranks [G, K], 0 best: `lipo.plackett_luce`.
-
-    `mask` is False in padded slots, None where all lists have K candidates.
-    """
-    mask = _all(ratio) if mask is None else mask
-    return _list_loss(lipo.plackett_luce(ratio, rank, mask, beta=beta))
+def _definition(score: str, table: Mapping[str, Any]) -> str:
+    if score in table:
+        return table[score].definition
+    match = re.fullmatch(r"mean_(.+)", score)
+    return f"`{match[1]}` / L" if match else score
 
 
-@in_domain
-def logo_loss(
-    mean_logps: Tensor,
-    *,
-    mask: Tensor | None = None,
-    beta: Positive = 10.0,
-    gamma_beta_ratio: NonNegative = 0.3,
-) -> ListLoss:
-    """The preference part of LOGO on per-token mean log-probs [G, K], chosen first.
+FORMS: dict[str, Callable[..., Loss]] = {
+    f"{name}_loss": functional_form(objective) for name, objective in OBJECTIVES.items()
+}
+"""`<name>_loss` -> the form."""
 
-    `mask` is False in padded slots, None where all lists have K candidates.
-    """
-    mask = _all(mean_logps) if mask is None else mask
-    return _list_loss(
-        listwise.first_against_rest(mean_logps, mask, beta=beta, gamma_beta_ratio=gamma_beta_ratio)
-    )
+if TYPE_CHECKING:
+    cpo_loss: Callable[..., PairLoss]
+    dpo_loss: Callable[..., PairLoss]
+    ipo_loss: Callable[..., PairLoss]
+    orpo_loss: Callable[..., PairLoss]
+    simpo_loss: Callable[..., PairLoss]
+    kto_loss: Callable[..., PointLoss]
+    lipo_loss: Callable[..., ListLoss]
+
+    def __getattr__(name: str) -> Callable[..., Any]: ...
+
+
+globals().update(FORMS)
+for _form in FORMS.values():
+    _form.__module__ = __name__
+del _form

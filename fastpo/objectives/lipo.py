@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .base import Objective, Outcome, Term
+from .base import Objective, Outcome, Term, catalogue
 from .domain import Domain, Exponents, Gains, NonNegatives, Positive, Probabilities
 from .links import LN2, live, logistic
 from .regression import copg
@@ -373,60 +373,40 @@ def approx_ndcg(
     return _list_outcome(-(share / (1 + ranks).log2()).sum(-1), beta * u, mask)
 
 
-LIPO: dict[str, Objective] = {
-    "lipo": Objective(
-        "lipo",
+LIPO = catalogue(
+    Objective(
         lipo,
         "list",
         "2402.01878",
         "sum_{q_i>q_j} |2^q_i - 2^q_j| |1/D(rank_i) - 1/D(rank_j)| log(1 + e^(g_j - g_i))",
         grades_if={("normalise", True): Domain(0, 100)},
     ),
-    "plackett_luce": Objective(
-        "plackett_luce",
+    Objective(
         plackett_luce,
         "list",
         "2305.18290",
         "sum_i log(1 + sum_{j below i} e^(g_j - g_i)), g = beta u",
     ),
-    "list_mle": Objective(
-        "list_mle",
-        list_mle,
-        "list",
-        "2402.01878",
-        "sum_i log(1 + sum_{q_j<q_i} e^(g_j - g_i)), g = beta u",
+    Objective(
+        list_mle, "list", "2402.01878", "sum_i log(1 + sum_{q_j<q_i} e^(g_j - g_i)), g = beta u"
     ),
-    "point_mse": Objective(
-        "point_mse", point_mse, "point", "2402.01878", "sum_i (g_i - q_i)^2, g = beta u"
-    ),
-    "point_sigmoid": Objective(
-        "point_sigmoid",
+    Objective(point_mse, "point", "2402.01878", "sum_i (g_i - q_i)^2, g = beta u"),
+    Objective(
         point_sigmoid,
         "point",
         "2402.01878",
         "-sum_i q_i logsig(g_i) + (1 - q_i) logsig(-g_i), g = beta u",
     ),
-    "pair_hinge": Objective(
-        "pair_hinge", pair_hinge, "list", "2402.01878", "sum_{q_i>q_j} max(0, 1 - (g_i - g_j))"
+    Objective(pair_hinge, "list", "2402.01878", "sum_{q_i>q_j} max(0, 1 - (g_i - g_j))"),
+    Objective(pair_logistic, "list", "2402.01878", "-sum_{q_i>q_j} logsig(g_i - g_j)"),
+    Objective(pair_mse, "list", "2402.01878", "sum_{i>j} ((g_i - g_j) - (q_i - q_j))^2"),
+    Objective(
+        listnet, "list", "2402.01878", "-sum_i (q_i / sum_j q_j) log softmax(g)_i, g = beta u"
     ),
-    "pair_logistic": Objective(
-        "pair_logistic", pair_logistic, "list", "2402.01878", "-sum_{q_i>q_j} logsig(g_i - g_j)"
-    ),
-    "pair_mse": Objective(
-        "pair_mse", pair_mse, "list", "2402.01878", "sum_{i>j} ((g_i - g_j) - (q_i - q_j))^2"
-    ),
-    "listnet": Objective(
-        "listnet",
-        listnet,
-        "list",
-        "2402.01878",
-        "-sum_i (q_i / sum_j q_j) log softmax(g)_i, g = beta u",
-    ),
-    "approx_ndcg": Objective(
-        "approx_ndcg",
+    Objective(
         approx_ndcg,
         "list",
         "doi:10.1007/s10791-009-9124-x",
         "-DCG(a) / max DCG, a_i = 1 + sum_{j!=i} sig((g_j - g_i) / T)",
     ),
-}
+)

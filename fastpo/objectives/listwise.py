@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .base import Objective, Outcome, Term
+from .base import Objective, Outcome, Term, catalogue
 from .domain import POSITIVE_FLIP_RATE, NonNegative, Positive, PositiveFlipRate
 from .links import live, logistic
 from .lipo import differences, graded_above, log1p_sum_exp, neg_log_softmax
@@ -296,57 +296,39 @@ def rrhf(
     return Outcome((Term(ranking, weight=rrhf_weight), likelihood), s.detach())
 
 
-LISTWISE: dict[str, Objective] = {
-    "logo": Objective(
-        "logo",
-        logo,
-        "list",
-        "2410.18533",
-        "-logsig(beta (s_1 - mean_{j>1} s_j) - gamma) + lambda NLL_1",
+LISTWISE = catalogue(
+    Objective(
+        logo, "list", "2410.18533", "-logsig(beta (s_1 - mean_{j>1} s_j) - gamma) + lambda NLL_1"
     ),
-    "infonca": Objective(
-        "infonca",
-        infonca,
-        "list",
-        "2402.05369",
-        "-sum_i t_i log softmax(beta u)_i, t = softmax(q / alpha)",
+    Objective(
+        infonca, "list", "2402.05369", "-sum_i t_i log softmax(beta u)_i, t = softmax(q / alpha)"
     ),
-    "nca": Objective(
-        "nca",
+    Objective(
         nca,
         "list",
         "2402.05369",
         "-mean_i logsig(-g_i) - sum_i t_i logsig(g_i), t = softmax(q / alpha), g = beta u",
     ),
-    "exo_rw": Objective(
-        "exo_rw",
+    Objective(
         exo_rw,
         "list",
         "2402.00856",
         "sum_i p_i log(p_i / t_i), p = softmax(beta u), t = softmax(q / beta_r)",
     ),
-    "exo_pref": Objective(
-        "exo_pref",
+    Objective(
         exo_pref,
         "list",
         "2402.00856",
         "sum_i p_i log(p_i / t_i), p = softmax(beta u), t_i ~ 1 - e if desirable else e",
     ),
-    "dpo_rw": Objective(
-        "dpo_rw",
-        dpo_rw,
-        "list",
-        "2402.00856",
-        "-sum_i t_i log softmax(beta u)_i, t = softmax(q / beta_r)",
+    Objective(
+        dpo_rw, "list", "2402.00856", "-sum_i t_i log softmax(beta u)_i, t = softmax(q / beta_r)"
     ),
-    "pro": Objective(
-        "pro",
+    Objective(
         pro,
         "list",
         "2306.17492",
         "sum_k log(1 + sum_{q_j<q_k} e^(T_kj s_j - T_kk s_k)) + lambda (K-1)^2 NLL_1",
     ),
-    "rrhf": Objective(
-        "rrhf", rrhf, "list", "2304.05302", "w sum_{q_i<q_j} max(0, s_i - s_j) + NLL_1"
-    ),
-}
+    Objective(rrhf, "list", "2304.05302", "w sum_{q_i<q_j} max(0, s_i - s_j) + NLL_1"),
+)

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .base import Objective, Outcome, Term
+from .base import Objective, Outcome, Term, catalogue
 from .domain import Domain, FlipRate, NonNegative, Positive, PositiveFlipRate, Share
 from .links import (
     GPO_LINKS,
@@ -702,95 +702,69 @@ def xpo(
     return pair_outcome(losses, beta * ratio, mask)
 
 
-PAIRWISE: dict[str, Objective] = {
-    "dpo": Objective("dpo", dpo, "pair", "2305.18290", "-logsig(beta (u_w - u_l))"),
-    "robust": Objective(
-        "robust",
+PAIRWISE = catalogue(
+    Objective(dpo, "pair", "2305.18290", "-logsig(beta (u_w - u_l))"),
+    Objective(
         robust,
         "pair",
         "2403.00409",
         "(-(1-e) logsig(z) + e logsig(-z)) / (1 - 2e), z = beta (u_w - u_l)",
     ),
-    "ipo": Objective("ipo", ipo, "pair", "2310.12036", "(u_w/L_w - u_l/L_l - 1/(2 beta))^2"),
-    "hinge": Objective("hinge", hinge, "pair", "2309.06657", "max(0, 1 - beta (u_w - u_l))"),
-    "sppo": Objective(
-        "sppo", sppo, "pair", "2405.00675", "(u_w - 1/(2 beta))^2 + (u_l + 1/(2 beta))^2"
-    ),
-    "bco_pair": Objective(
-        "bco_pair", bco_pair, "pair", "2404.04656", "-logsig(beta u_w) - logsig(-beta u_l)"
-    ),
-    "ln_dpo": Objective(
-        "ln_dpo", ln_dpo, "pair", "2407.15229", "-logsig(beta (u_w/L_w - u_l/L_l))"
-    ),
-    "exo_pair": Objective(
-        "exo_pair",
+    Objective(ipo, "pair", "2310.12036", "(u_w/L_w - u_l/L_l - 1/(2 beta))^2"),
+    Objective(hinge, "pair", "2309.06657", "max(0, 1 - beta (u_w - u_l))"),
+    Objective(sppo, "pair", "2405.00675", "(u_w - 1/(2 beta))^2 + (u_l + 1/(2 beta))^2"),
+    Objective(bco_pair, "pair", "2404.04656", "-logsig(beta u_w) - logsig(-beta u_l)"),
+    Objective(ln_dpo, "pair", "2407.15229", "-logsig(beta (u_w/L_w - u_l/L_l))"),
+    Objective(
         exo_pair,
         "pair",
         "2402.00856",
         "sig(z) log(sig(z) / (1-e)) + sig(-z) log(sig(-z) / e), z = beta (u_w - u_l)",
     ),
-    "discopop": Objective(
-        "discopop",
+    Objective(
         discopop,
         "pair",
         "2406.08414",
         "(1-g) log(1 + e^-z) + g e^-z, g = sig(z / tau), z = beta (u_w - u_l)",
     ),
-    "nca_pair": Objective(
-        "nca_pair",
+    Objective(
         nca_pair,
         "pair",
         "2402.05369",
         "-logsig(beta u_w) - logsig(-beta u_w)/2 - logsig(-beta u_l)/2",
     ),
-    "apo_zero": Objective(
-        "apo_zero", apo_zero, "pair", "2408.06266", "1 - sig(beta u_w) + sig(beta u_l)"
-    ),
-    "apo_down": Objective(
-        "apo_down", apo_down, "pair", "2408.06266", "sig(beta u_w) + 1 - sig(beta (u_w - u_l))"
-    ),
-    "wpo": Objective(
-        "wpo",
+    Objective(apo_zero, "pair", "2408.06266", "1 - sig(beta u_w) + sig(beta u_l)"),
+    Objective(apo_down, "pair", "2408.06266", "sig(beta u_w) + 1 - sig(beta (u_w - u_l))"),
+    Objective(
         wpo,
         "pair",
         "2406.11827",
         "-W_w W_l logsig(beta (u_w - u_l)), W = exp(mean_t log(p_t / sum_v p_v^2))",
     ),
-    "dpop": Objective(
-        "dpop", dpop, "pair", "2402.13228", "-logsig(beta (u_w - u_l - lam max(0, -u_w)))"
-    ),
-    "rdpo": Objective(
-        "rdpo", rdpo, "pair", "2403.19159", "-logsig(beta (u_w - u_l) + alpha (L_w - L_l))"
-    ),
-    "dpo_shift": Objective(
-        "dpo_shift", dpo_shift, "pair", "2502.07599", "-logsig(beta (u_w - lam u_l))"
-    ),
-    "odpo": Objective(
-        "odpo",
+    Objective(dpop, "pair", "2402.13228", "-logsig(beta (u_w - u_l - lam max(0, -u_w)))"),
+    Objective(rdpo, "pair", "2403.19159", "-logsig(beta (u_w - u_l) + alpha (L_w - L_l))"),
+    Objective(dpo_shift, "pair", "2502.07599", "-logsig(beta (u_w - lam u_l))"),
+    Objective(
         odpo,
         "pair",
         "2402.10571",
         "-logsig(beta (u_w - u_l) - alpha log(q_w - q_l))",
         grades_if={("offset", "ratio"): Domain(0, open_low=True)},
     ),
-    "gpo": Objective("gpo", gpo, "pair", "2402.05749", "f(beta (u_w - u_l)), f = link"),
-    "modpo": Objective(
-        "modpo", modpo, "pair", "2310.03708", "-logsig((beta (u_w - u_l) - w margin) / w0)"
-    ),
-    "selm": Objective(
-        "selm",
+    Objective(gpo, "pair", "2402.05749", "f(beta (u_w - u_l)), f = link"),
+    Objective(modpo, "pair", "2310.03708", "-logsig((beta (u_w - u_l) - w margin) / w0)"),
+    Objective(
         selm,
         "pair",
         "2405.19332",
         "-logsig(beta (u_w - u_l)) + alpha beta u_ref",
         extras=("ref_response",),
     ),
-    "xpo": Objective(
-        "xpo",
+    Objective(
         xpo,
         "pair",
         "2405.21046",
         "-logsig(beta (u_w - u_l)) + alpha S_ref",
         extras=("ref_response",),
     ),
-}
+)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .base import Objective, Outcome, Per, Statistic, Term
+from .base import Objective, Outcome, Per, Statistic, Term, catalogue
 from .domain import Negative, NonNegative, Positive
 from .links import live, logistic
 
@@ -341,76 +341,64 @@ def kto_unlearn(
     return _forget(losses, beta * ratio, label, mask)
 
 
-POINTWISE: dict[str, Objective] = {
-    "kto": Objective(
-        "kto",
+POINTWISE = catalogue(
+    Objective(
         kto,
         "point",
         "2402.01306",
         "lam_D sig(-beta (u - z0)) if desirable else lam_U sig(beta (u - z0))",
-        {"z0": Statistic(_mismatched, where="groups")},
+        statistics={"z0": Statistic(_mismatched, where="groups")},
         extras=("mismatched",),
         labels=(True, False),
     ),
-    "kto_humanline": Objective(
-        "kto_humanline",
+    Objective(
         kto_humanline,
         "point",
         "2509.24207",
         "kto, u = sum_t clip(logp_t - ref_t, eP, eR)",
-        {"z0": Statistic(_mismatched, where="groups")},
+        statistics={"z0": Statistic(_mismatched, where="groups")},
         extras=("mismatched",),
         labels=(True, False),
     ),
-    "kto_pair": Objective(
-        "kto_pair",
+    Objective(
         kto_pair,
         "pair",
         "2402.01306",
         "sig(-beta (u_w - z_l)) + sig(beta (u_l - z_w)), z = max(0, mean u)",
-        {"z_chosen": _side(0), "z_rejected": _side(1)},
+        statistics={"z_chosen": _side(0), "z_rejected": _side(1)},
     ),
-    "apo_zero_unpaired": Objective(
-        "apo_zero_unpaired",
+    Objective(
         apo_zero_unpaired,
         "point",
         "2408.06266",
         "lam_D sig(-beta u) if desirable else lam_U sig(beta u)",
         labels=(True, False),
     ),
-    "bco": Objective(
-        "bco",
+    Objective(
         bco,
         "point",
         "2404.04656",
         "-logsig(beta u - shift) if desirable else -logsig(shift - beta u)",
-        {"shift": Statistic(_rewards, memory="mean", where="candidates")},
+        statistics={"shift": Statistic(_rewards, memory="mean", where="candidates")},
         labels=(True, False),
     ),
-    "npo": Objective(
-        "npo",
-        npo,
-        "point",
-        "2404.05868",
-        "-(2/beta) logsig(-beta u), undesirable only",
-        labels=(False,),
+    Objective(
+        npo, "point", "2404.05868", "-(2/beta) logsig(-beta u), undesirable only", labels=(False,)
     ),
-    "simnpo": Objective(
-        "simnpo",
+    Objective(
         simnpo,
         "point",
         "2410.07163",
         "-(2/beta) logsig(-beta (s + delta)), undesirable only",
         labels=(False,),
     ),
-    "ga": Objective("ga", ga, "point", "2404.05868", "S, undesirable only", labels=(False,)),
-    "kto_unlearn": Objective(
-        "kto_unlearn",
+    Objective(ga, "point", "2404.05868", "S, undesirable only", labels=(False,)),
+    Objective(
         kto_unlearn,
         "point",
         "2404.05868",
         "1 - (2/beta) sig(z0 - beta u), undesirable only, z0 = mean u of desirable",
-        {"z0": Statistic(_desirable, where="desirable")},
+        statistics={"z0": Statistic(_desirable, where="desirable")},
         labels=(True, False),
     ),
-}
+)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .base import Objective, Outcome
+from .base import Objective, Outcome, catalogue
 from .domain import FlipRate, NonNegative, Positive
 from .links import (
     Link,
@@ -298,30 +298,20 @@ def tpo(
     return Outcome((*ranking.terms, likelihood), ranking.rewards)
 
 
-REFERENCE_FREE: dict[str, Objective] = {
-    "simpo": Objective("simpo", simpo, "pair", "2405.14734", "-logsig(beta (s_w - s_l) - gamma)"),
-    "cpo": Objective("cpo", cpo, "pair", "2401.08417", "-logsig(beta (S_w - S_l)) + alpha NLL_w"),
-    "orpo": Objective(
-        "orpo", orpo, "pair", "2403.07691", "NLL_w - beta logsig(logodds_w - logodds_l), p = e^s"
-    ),
-    "alpha_po": Objective(
-        "alpha_po",
+REFERENCE_FREE = catalogue(
+    Objective(simpo, "pair", "2405.14734", "-logsig(beta (s_w - s_l) - gamma)"),
+    Objective(cpo, "pair", "2401.08417", "-logsig(beta (S_w - S_l)) + alpha NLL_w"),
+    Objective(orpo, "pair", "2403.07691", "NLL_w - beta logsig(logodds_w - logodds_l), p = e^s"),
+    Objective(
         alpha_po,
         "pair",
         "2501.03884",
         "-logsig(beta (rho_w - rho_l) - gamma), rho = (1 - e^(-alpha s)) / alpha",
     ),
-    "simper": Objective("simper", simper, "pair", "2502.00883", "-e^s_w + e^s_l"),
-    "slic": Objective(
-        "slic", slic, "pair", "2305.10425", "max(0, delta - S_w + S_l) + lambda NLL_w"
+    Objective(simper, "pair", "2502.00883", "-e^s_w + e^s_l"),
+    Objective(slic, "pair", "2305.10425", "max(0, delta - S_w + S_l) + lambda NLL_w"),
+    Objective(repo, "pair", "2503.07426", "max(0, gamma - (s_w - s_l))"),
+    Objective(
+        tpo, "pair", "2405.16681", "-logsig(beta (S_w - S_l)) + alpha NLL_gold", extras=("gold",)
     ),
-    "repo": Objective("repo", repo, "pair", "2503.07426", "max(0, gamma - (s_w - s_l))"),
-    "tpo": Objective(
-        "tpo",
-        tpo,
-        "pair",
-        "2405.16681",
-        "-logsig(beta (S_w - S_l)) + alpha NLL_gold",
-        extras=("gold",),
-    ),
-}
+)

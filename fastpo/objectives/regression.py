@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .base import Objective, Outcome, Term
+from .base import Objective, Outcome, Term, catalogue
 from .domain import FLIP_RATE, Domain, FlipRate, Positive, Probabilities
 from .links import live
 from .pairwise import dpo, margin_of, pair_outcome, sppo
@@ -252,49 +252,37 @@ def a2po(
     return Outcome(terms, live(beta2 * ratio, mask).detach())
 
 
-REGRESSION: dict[str, Objective] = {
-    "sppo_soft": Objective(
-        "sppo_soft",
-        sppo_soft,
-        "pair",
-        "2405.00675",
-        "(u_w - (P_w - 1/2)/beta)^2 + (u_l - (P_l - 1/2)/beta)^2",
+REGRESSION = catalogue(
+    Objective(
+        sppo_soft, "pair", "2405.00675", "(u_w - (P_w - 1/2)/beta)^2 + (u_l - (P_l - 1/2)/beta)^2"
     ),
-    "cal_dpo": Objective(
-        "cal_dpo",
+    Objective(
         cal_dpo,
         "pair",
         "2412.14516",
         "-logsig(u_w - u_l) + ((u_w - 1/(2 beta))^2 + (u_l + 1/(2 beta))^2) / 2",
     ),
-    "rebel": Objective("rebel", rebel, "pair", "2404.16767", "((u_1 - u_2) - eta (q_1 - q_2))^2"),
-    "irepo": Objective(
-        "irepo",
+    Objective(rebel, "pair", "2404.16767", "((u_1 - u_2) - eta (q_1 - q_2))^2"),
+    Objective(
         irepo,
         "pair",
         "2405.15230",
         "(beta (u_1 - u_2) - logit h)^2, h = P(y_1 > y_2)",
         grades_if={("clip", 0): Domain(0, 1, open_low=True, open_high=True)},
     ),
-    "reward_aware": Objective(
-        "reward_aware",
+    Objective(
         reward_aware,
         "pair",
         "2406.11704",
         "KL(Bern(sig(eta (q_w - q_l))) || Bern(sig(beta (u_w - u_l))))",
     ),
-    "copg": Objective(
-        "copg",
-        copg,
-        "list",
-        "2406.19185",
-        "sum_{i>j} (rho_i - rho_j)^2 / (K - 1), rho = q - beta u",
+    Objective(
+        copg, "list", "2406.19185", "sum_{i>j} (rho_i - rho_j)^2 / (K - 1), rho = q - beta u"
     ),
-    "a2po": Objective(
-        "a2po",
+    Objective(
         a2po,
         "list",
         "2505.20686",
         "sum_i (beta2 u_i - (q_i - V))^2, V = beta1 log mean_j e^(q_j / beta1)",
     ),
-}
+)

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .base import Objective, Outcome, Term
+from .base import Objective, Outcome, Term, catalogue
 from .links import live
 
 Reduction = Literal["token_mean", "sequence_mean", "sum"]
@@ -193,32 +193,17 @@ def entropy(
     return Outcome((term,), live(mean_entropy, mask).detach())
 
 
-REGULARISERS: dict[str, Objective] = {
-    "sft": Objective(
-        "sft",
-        sft,
-        "point",
-        "maximum likelihood",
-        "-S_w, averaged over tokens",
-        labels=(True,),
+REGULARISERS = catalogue(
+    Objective(sft, "point", "maximum likelihood", "-S_w, averaged over tokens", labels=(True,)),
+    Objective(
+        gold_sft, "point", "maximum likelihood", "-S_gold, averaged over tokens", extras=("gold",)
     ),
-    "gold_sft": Objective(
-        "gold_sft",
-        gold_sft,
-        "point",
-        "maximum likelihood",
-        "-S_gold, averaged over tokens",
-        extras=("gold",),
-    ),
-    "kl_retain": Objective(
-        "kl_retain",
+    Objective(
         kl_retain,
         "point",
         "2404.05868",
         "sum_t KL(ref || policy)_t, desirable only",
         labels=(True,),
     ),
-    "entropy": Objective(
-        "entropy", entropy, "point", "1602.01783", "-sum_t H_t, averaged over tokens"
-    ),
-}
+    Objective(entropy, "point", "1602.01783", "-sum_t H_t, averaged over tokens"),
+)

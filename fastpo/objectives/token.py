@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Objective, Outcome
+from .base import Objective, Outcome, catalogue
 from .domain import NonNegative, Positive
 from .links import live, logistic
 from .pairwise import dpo, margin_of, pair_outcome
@@ -242,42 +242,32 @@ def treg_simpo(
     return pair_outcome(losses, beta * mean_logps, mask)
 
 
-TOKEN: dict[str, Objective] = {
-    "tdpo1": Objective(
-        "tdpo1", tdpo1, "pair", "2404.11999", "-logsig(beta (u_w - u_l - (F_l - F_w)))"
-    ),
-    "tdpo2": Objective(
-        "tdpo2", tdpo2, "pair", "2404.11999", "-logsig(beta (u_w - u_l - alpha (F_l - sg F_w)))"
-    ),
-    "sparse_po": Objective(
-        "sparse_po",
+TOKEN = catalogue(
+    Objective(tdpo1, "pair", "2404.11999", "-logsig(beta (u_w - u_l - (F_l - F_w)))"),
+    Objective(tdpo2, "pair", "2404.11999", "-logsig(beta (u_w - u_l - alpha (F_l - sg F_w)))"),
+    Objective(
         sparse_po,
         "pair",
         "2410.05102",
         "-logsig(beta (u_w - u_l - (F_l - F_w))) + l1 sum_t |a_t| (+ |d_t|), a in u, d in F",
     ),
-    "tis_dpo": Objective(
-        "tis_dpo", tis_dpo, "pair", "2410.04350", "-logsig(beta (u_w - u_l - alpha (G_w - G_l)))"
-    ),
-    "critical_dpo": Objective(
-        "critical_dpo",
+    Objective(tis_dpo, "pair", "2410.04350", "-logsig(beta (u_w - u_l - alpha (G_w - G_l)))"),
+    Objective(
         critical_dpo,
         "pair",
         "2411.19943",
         "mean_t -logsig(beta (x_wt - x_lt)), x_t = a_t (logp_t - ref_t)",
     ),
-    "treg": Objective(
-        "treg",
+    Objective(
         treg,
         "pair",
         "2412.02685",
         "-logsig(z) - alpha sg(sig(-z)) beta sum_t r_t logp_t, z = beta (u_w - u_l)",
     ),
-    "treg_simpo": Objective(
-        "treg_simpo",
+    Objective(
         treg_simpo,
         "pair",
         "2412.02685",
         "-logsig(z) - alpha sg(sig(-z)) beta mean_t r_t logp_t, z = beta (s_w - s_l) - gamma",
     ),
-}
+)

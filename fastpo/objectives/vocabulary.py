@@ -167,6 +167,7 @@ def scores_with(roles: tuple[str, ...]) -> Mapping[str, Score]:
     >>> scores_with(("gold",))["gold_mean_logps"].definition, "gold_logps" in scores_with(())
     ('`logps` / L', False)
     """
-    sums = {name: score for name, score in SCORES.items() if score.shape == "[G, K]"}
+    names = (*_SUMS, *(f"mean_{name}" for name in MEANS), "length", "kl_estimate")
+    sums = {name: SCORES[name] for name in names}
     extra = {f"{role}_{n}": replace(s, shape="[G]") for role in roles for n, s in sums.items()}
     return {**SCORES, **extra}

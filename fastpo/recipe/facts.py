@@ -15,7 +15,7 @@ from fastpo.data.stream import GroupStream
 from fastpo.head.schedule import Workload
 from fastpo.head.select import plan_head
 from fastpo.head.spec import HeadOptions, Workspace
-from fastpo.objectives import OBJECTIVES
+from fastpo.objectives import get_objective
 from fastpo.recipe.recipe import Recipe
 from fastpo.run.record import Environment, environment
 from fastpo.train.config import batch_words
@@ -130,10 +130,11 @@ def data_facts(
 
 def objective_facts(recipe: Recipe) -> ObjectiveFacts:
     """Return name or mixture, formula, hyper-parameters in force and papers."""
-    chosen = [OBJECTIVES[name] for name in recipe.hyper]
+    named = recipe.given["objective"]
+    chosen = [get_objective(name) for name in ([named] if isinstance(named, str) else named)]
     mixed = len(chosen) > 1
     return {
-        "name": recipe.given.get("objective", chosen[0].name),
+        "name": named,
         "formula": "\n".join(f"{o.name}: {o.formula}" if mixed else o.formula for o in chosen),
         "hyper": {**recipe.hyper} if mixed else recipe.hyper[chosen[0].name],
         "paper": ", ".join(o.paper for o in chosen),

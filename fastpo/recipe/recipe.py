@@ -188,19 +188,39 @@ def fields_of_recipe() -> dict[str, Any]:
     return table
 
 
-def _objectives_of(entry: Entry, default: str) -> dict[str, Objective]:
-    """The objectives that a recipe names."""
-    from fastpo.objectives import OBJECTIVES, unknown_objective
+def _objectives_of(
+    entry: Entry, default: str, beside: Path | None
+) -> tuple[dict[str, Objective], dict[str, str]]:
+    """Return the objectives that a recipe names, and how a run names them, by their own names.
+
+    Args:
+        entry: the recipe's value.
+        default: the objective of a recipe without.
+        beside: the recipe's folder, where files of a user's own may lie.
+    """
+    from fastpo.objectives import get_objective
+    from fastpo.objectives.user import is_reference, spelled
 
     value = default if entry.value is None else entry.value
     weights = value if isinstance(value, Mapping) else {value: 1.0}
+    objectives: dict[str, Objective] = {}
+    references: dict[str, str] = {}
     for name, weight in weights.items():
-        if name not in OBJECTIVES:
-            raise RecipeError(f"{entry.place(name)}: {unknown_objective(name)}")
+        try:
+            objective = get_objective(name, beside=beside)
+        except ValueError as error:
+            raise RecipeError(f"{entry.place(name)}: {error}") from error
+        if objective.name in objectives:
+            raise RecipeError(
+                f"{entry.place(name)}: two objectives of the mixture are called "
+                f"{objective.name!r}: rename one"
+            )
         checked(f"objective.{name}", Entry(weight, entry.place(name)), Positive)
+        objectives[objective.name] = objective
+        references[objective.name] = spelled(name, beside) if is_reference(name) else name
     if not weights:
         raise RecipeError(f"{entry.where}: objective = {{}} names no objective")
-    return {name: OBJECTIVES[name] for name in weights}
+    return objectives, references
 
 
 def _place_hyper(
@@ -289,7 +309,9 @@ def load_recipe(path: str | Path | None, argv: Sequence[str] = ()) -> Recipe:
         )
     if "objective" in values:
         checked("objective", values["objective"], keys["objective"])
-    objectives = _objectives_of(values.get("objective", Entry(None, "default")), str(default))
+    chosen = values.get("objective", Entry(None, "default"))
+    beside = None if path is None else Path(path).parent
+    objectives, references = _objectives_of(chosen, str(default), beside)
 
     problems: list[str] = []
     for entries in (file_entries, flag_entries):
@@ -315,8 +337,11 @@ def load_recipe(path: str | Path | None, argv: Sequence[str] = ()) -> Recipe:
     given = {name: checked(name, values[name], keys[name]) for name in keys if name in values}
     hyper = _check_hyper(given, values, objectives)
     # Written out, so that a recipe means the same when a default changes one day.
-    mixture = given.get("objective")
-    given["objective"] = mixture if isinstance(mixture, dict) else next(iter(objectives))
+    mixture, names = given.get("objective"), list(references.values())
+    if isinstance(mixture, dict):
+        given["objective"] = dict(zip(names, mixture.values(), strict=True))
+    else:
+        given["objective"] = names[0]
     given["objective_args"] = {
         f"{name}.{key}" if len(objectives) > 1 else key: value
         for name, hyper_of in hyper.items()

@@ -25,7 +25,7 @@ from fastpo.head.head import Head
 from fastpo.head.spec import check_workspace
 from fastpo.loss.preference_loss import PreferenceLoss
 from fastpo.model.device import default_device, native_bf16
-from fastpo.objectives import OBJECTIVES
+from fastpo.objectives import OBJECTIVES, get_objective
 from fastpo.objectives.domain import (
     Count,
     Misfit,
@@ -35,6 +35,7 @@ from fastpo.objectives.domain import (
     domain_of,
     fitted,
 )
+from fastpo.objectives.user import is_reference
 from fastpo.optional import require_transformers
 from fastpo.redact import learn, redact, refuse_redacted
 from fastpo.reference.moving import UpdateRule
@@ -581,7 +582,7 @@ def unknown_setting(objective: Any, name: str, value: Any) -> str:
     from fastpo.train.sections import OUTSIDE
 
     named = objective if isinstance(objective, Mapping) else [objective or "dpo"]
-    chosen = {str(n): OBJECTIVES[n] for n in named if n in OBJECTIVES}
+    chosen = {str(n): get_objective(n) for n in named if n in OBJECTIVES or is_reference(n)}
     recipe = "key of recipes: from Python, models and data are arguments of PreferenceTrainer."
     if name in OUTSIDE:
         return f"unknown key {name!r}. It is a {recipe}"

@@ -33,6 +33,7 @@ from fastpo.kernels.segment_reduce import (
 )
 from fastpo.kernels.tile import transform_reference
 from fastpo.loss import fused
+from fastpo.testing.scores import Case, cast
 from tests.kernels.cases import (
     FACTS,
     P_LABEL,
@@ -59,7 +60,6 @@ from tests.kernels.interpreted.test_jit_functions import (
     tanh_kernel,
 )
 from tests.numerics import assert_three_way
-from tests.objectives.battery import Case, cast
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
 
@@ -473,7 +473,7 @@ def test_long_lists_three_way(case, size):
 @pytest.mark.parametrize("name", ["dpo", "lipo"])
 def test_objective_is_one_launch(name, monkeypatch):
     """Nothing else runs on the device, neither a copy nor a fill."""
-    case = Case(name, fastpo.OBJECTIVES[name].hyper)
+    case = Case(fastpo.OBJECTIVES[name], fastpo.OBJECTIVES[name].hyper)
     scores = cast(on_device(scores_of(case)), torch.float32)
     by_kernel(case, scores)  # compiles
     monkeypatch.undo()  # `poison` fills each of the three results by a launch of its own

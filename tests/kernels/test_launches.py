@@ -29,8 +29,8 @@ from fastpo.kernels.online import STATISTICS
 from fastpo.kernels.tile import INTERPRETED, acc_dtype
 from fastpo.loss import fused
 from fastpo.objectives import OBJECTIVES
+from fastpo.testing.scores import cast, make_scores
 from tests.kernels.cases import make
-from tests.objectives.battery import cast, make_scores
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET is set: nothing compiles")
 

@@ -53,7 +53,7 @@ def statistics(name: str, scores: Scores, **hyper) -> Scores:
 
 def evaluate(name: str, scores: Scores, shared: Scores, **hyper) -> Outcome:
     named = {**scores, **shared}
-    return OBJECTIVES[name].fn(**{key: named[key] for key in OBJECTIVES[name].needs}, **hyper)
+    return OBJECTIVES[name](named, **hyper)
 
 
 def loss_and_gradient(name: str, by: str, dtype: torch.dtype, ranks: int = 1, **hyper):

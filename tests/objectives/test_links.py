@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fastpo.objectives import links
+from fastpo.testing.scores import assert_rounded
 
-from .battery import assert_rounded
 from .formulas.common import nlsig, sigmoid
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -60,7 +60,7 @@ def run(name: str, u: Tensor, q: Tensor, mask: Tensor | None = None, **hyper) ->
         "mask": torch.ones_like(u, dtype=torch.bool) if mask is None else mask,
     }
     objective = OBJECTIVES[name]
-    return objective.fn(**{key: named[key] for key in objective.needs}, **hyper)
+    return objective(named, **hyper)
 
 
 REDUCTIONS = [

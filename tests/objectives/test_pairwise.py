@@ -32,9 +32,9 @@ from fastpo.objectives.pairwise import (
 )
 from fastpo.objectives.pointwise import kto
 from fastpo.segments import Segments
+from fastpo.testing.scores import Case, assert_rounded, by_divisor, condition, evaluate, leaves
 from tests.numerics import assert_three_way
 
-from .battery import Case, assert_rounded, by_divisor, condition, evaluate, leaves
 from .test_battery import by_hand, scores_of
 
 B = 6
@@ -83,7 +83,7 @@ def test_alpha_and_clamp_closed_form(
 ) -> None:
     """The battery has one alpha and no clamp; 0.5 cuts some exponents of its scores."""
     options = {"f_divergence": "alpha", "alpha_divergence": alpha, "divergence_clamp": clamp}
-    case = Case(name, {**OBJECTIVES[name].hyper, **options})
+    case = Case(OBJECTIVES[name], {**OBJECTIVES[name].hyper, **options})
     scores = scores_of(case, seed=1)
     truth, _ = by_hand(case, scores)
     single = {k: v.to(dtype) if v.is_floating_point() else v for k, v in scores.items()}
@@ -146,10 +146,14 @@ def test_forward_kl_beyond_float32() -> None:
 @MARGINS
 @pytest.mark.parametrize("f_divergence", ["forward_kl", "alpha", "js"])
 def test_divergences_compile(name: str, f_divergence: str) -> None:
-    case = Case(name, {**OBJECTIVES[name].hyper, "f_divergence": f_divergence})
+    objective = OBJECTIVES[name]
+    case = Case(objective, {**objective.hyper, "f_divergence": f_divergence})
     scores, roots = leaves(scores_of(case, seed=9))
     compiled = torch.compile(case.objective.fn, fullgraph=True, backend="aot_eager")
-    eager, graph = value(evaluate(case, scores)), value(compiled(**scores, **case.hyper))
+    eager, graph = (
+        value(evaluate(case, scores)),
+        value(compiled(*(scores[n] for n in objective.needs), **case.hyper)),
+    )
     assert torch.equal(eager, graph)
     of = [root for name, root in roots.items() if name != "mean_ratio"]
     plain = torch.autograd.grad(eager.sum(), of)

@@ -49,7 +49,7 @@ def scores(dtype: torch.dtype) -> dict[str, Tensor]:
 
 def ours(name: str, dtype: torch.dtype, **hyper) -> Outcome:
     objective, named = OBJECTIVES[name], scores(dtype)
-    return objective.fn(**{key: named[key] for key in objective.needs}, **hyper)
+    return objective(named, **hyper)
 
 
 def total(outcome: Outcome) -> Tensor:
@@ -159,6 +159,11 @@ def test_trl_has_no_conservative_dpo() -> None:
     assert (total(ours("dpo", torch.float32, label_smoothing=0.2)) - loss).abs() > 0.01
 
 
+# TRL's and Liger's functions are the preference part alone.
+def without_nll(form: Callable, *arguments: Tensor, **options: float) -> functional.PairLoss:
+    return form(*arguments, preference_only=True, **options)
+
+
 def columns(x: Tensor) -> tuple[Tensor, Tensor]:
     chosen, rejected = x.unbind(-1)
     return chosen, rejected
@@ -167,7 +172,10 @@ def columns(x: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("loss_type", "run"),
     [
-        ("sigmoid", lambda s: functional.cpo_loss(*columns(s["logps"]), label_smoothing=0.1)),
+        (
+            "sigmoid",
+            lambda s: without_nll(functional.cpo_loss, *columns(s["logps"]), label_smoothing=0.1),
+        ),
         (
             "simpo",
             lambda s: functional.simpo_loss(
@@ -197,8 +205,8 @@ def test_trl_orpo_trainer() -> None:
     single, double = scores(torch.float32), scores(torch.float64)
     theirs = module.ORPOTrainer.odds_ratio_loss(trainer(beta=0.1), *columns(single["mean_logps"]))
     peer = functional.PairLoss(-theirs[0], *theirs[1:3])
-    mine = functional.orpo_loss(*columns(single["mean_logps"]))
-    truth = functional.orpo_loss(*columns(double["mean_logps"]))
+    mine = without_nll(functional.orpo_loss, *columns(single["mean_logps"]))
+    truth = without_nll(functional.orpo_loss, *columns(double["mean_logps"]))
     for a, b, c in zip(mine, peer, truth, strict=True):
         assert_three_way(a, b, c)
         assert_three_way(b, a, c)
@@ -215,7 +223,7 @@ def test_orpo_gradient_of_a_confident_answer() -> None:
     chosen, rejected = torch.tensor([-0.5]), torch.tensor([-1e-8])
 
     def ours(chosen: Tensor, rejected: Tensor) -> Tensor:
-        return functional.orpo_loss(chosen, rejected).losses
+        return without_nll(functional.orpo_loss, chosen, rejected).losses
 
     def trls(chosen: Tensor, rejected: Tensor) -> Tensor:
         return -trl.ORPOTrainer.odds_ratio_loss(trainer(beta=0.1), chosen, rejected)[0]
@@ -325,7 +333,7 @@ def test_liger_cpo_simpo_orpo() -> None:
         liger("cpo_loss", "LigerFusedLinearCPOFunction")(
             *columns(single["logps"]), target, beta=0.1, label_smoothing=0.1
         ),
-        lambda s: functional.cpo_loss(*columns(s["logps"]), label_smoothing=0.1),
+        lambda s: without_nll(functional.cpo_loss, *columns(s["logps"]), label_smoothing=0.1),
     )
     check(
         liger("simpo_loss", "LigerFusedLinearSimPOFunction")(
@@ -337,7 +345,7 @@ def test_liger_cpo_simpo_orpo() -> None:
         liger("orpo_loss", "LigerFusedLinearORPOFunction")(
             *columns(single["mean_logps"]), target, beta=0.1
         ),
-        lambda s: functional.orpo_loss(*columns(s["mean_logps"])),
+        lambda s: without_nll(functional.orpo_loss, *columns(s["mean_logps"])),
     )
 
 

@@ -20,7 +20,7 @@ def ours(name: str, dtype: torch.dtype, **hyper) -> Tensor:
     for key, statistic in objective.statistics.items():
         values, where = statistic.of(named, {**objective.hyper, **hyper})
         named[key] = statistic.reduce(values[where].double(), hyper).to(dtype)
-    outcome = objective.fn(**{key: named[key] for key in objective.needs}, **hyper)
+    outcome = objective(named, **hyper)
     return outcome.terms[0].values.sum() / B
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from fastpo.objectives import OBJECTIVES
 from fastpo.objectives.pairwise import discopop, hinge, wpo
 from fastpo.objectives.reference_free import alpha_po, cpo, simpo, tpo
+from fastpo.testing.scores import Case, assert_rounded, condition
 from tests.numerics import assert_three_way
 
-from .battery import Case, assert_rounded, condition
 from .test_peers import (
     LENGTHS,
     MASK,
@@ -127,7 +127,7 @@ def test_trl_f_divergences(
     mine, truth = (total(ours(name, d, **settings)) for d in (torch.float32, torch.float64))
     assert_three_way(mine, loss, truth, name)
     # Theirs is in float32 all the way: as good as that allows, by the rule of the battery.
-    case = Case(name, {**OBJECTIVES[name].hyper, **settings})
+    case = Case(OBJECTIVES[name], {**OBJECTIVES[name].hyper, **settings})
     double = {key: scores(torch.float64)[key] for key in case.objective.needs}
     bound = condition(case, double)["groups"].mean()
     assert_rounded(loss, truth, bound, f"peer's {name}")

@@ -9,9 +9,9 @@ import torch
 
 from fastpo.data.packing import counts_of
 from fastpo.objectives import OBJECTIVES
+from fastpo.testing.scores import make_scores
 from fastpo.train.finite import FiniteLosses
 from tests import syncs
-from tests.objectives.battery import make_scores
 from tests.train import tiny
 
 CASES: dict[str, dict[str, Any]] = {
@@ -75,7 +75,7 @@ def test_objectives_wait_for_nothing(name: str) -> None:
     sizes = [2, 2] if objective.family == "pair" else [3, 2]
     with syncs.counted() as seen:
         scores = make_scores(objective, sizes)  # its batch statistics too
-        objective.fn(*(scores[n] for n in objective.needs))
+        objective(scores)
     assert seen == []
     assert all(statistic.where is not None for statistic in objective.statistics.values())
 

@@ -16,12 +16,11 @@ from fastpo.loss import fused
 from fastpo.loss.fused import FUSED
 from fastpo.objectives import OBJECTIVES
 from fastpo.objectives.base import Objective, Outcome, Term
-from tests.numerics import assert_three_way
-from tests.objectives.battery import (
+from fastpo.testing.scores import (
     Case,
     assert_rounded,
     by_divisor,
-    cases,
+    cases_of,
     cast,
     condition,
     evaluate,
@@ -29,6 +28,7 @@ from tests.objectives.battery import (
     make_scores,
     poison,
 )
+from tests.numerics import assert_three_way
 
 SIZES = {"pair": [2] * 7 + [0, 2], "point": [3, 1, 4, 0, 2], "list": [4, 2, 0, 3, 2, 4]}
 
@@ -39,10 +39,14 @@ def call_of(case: Case) -> fused.Fused | None:
 
 
 CLAMPED = [
-    Case("dpo", {**OBJECTIVES["dpo"].hyper, "f_divergence": f, "divergence_clamp": 2.0})
+    Case(OBJECTIVES["dpo"], {**OBJECTIVES["dpo"].hyper, "f_divergence": f, "divergence_clamp": 2.0})
     for f in ("forward_kl", "alpha")
 ]
-COVERED = [case for case in (*cases(), *CLAMPED) if call_of(case)]
+COVERED = [
+    case
+    for case in (*(case for o in OBJECTIVES.values() for case in cases_of(o)), *CLAMPED)
+    if call_of(case)
+]
 LISTS = [case for case in COVERED if case.objective.family == "list"]
 
 
@@ -155,7 +159,7 @@ def test_lists_of_several_blocks_of_rows(case, monkeypatch):
 
 
 def test_lists_beyond_the_kernel_are_the_functions_business():
-    case = Case("list_mle", OBJECTIVES["list_mle"].hyper)
+    case = Case(OBJECTIVES["list_mle"], OBJECTIVES["list_mle"].hyper)
     assert blocks(MAX_CANDIDATES) == {"BG": 1, "BI": 1, "BK": MAX_CANDIDATES}
     scores = cast(scores_of(case, [MAX_CANDIDATES + 1]), torch.float32)
     assert fused.evaluate(case.objective, case.hyper, scores) is None
@@ -163,7 +167,7 @@ def test_lists_beyond_the_kernel_are_the_functions_business():
 
 def test_log_probability_of_zero_has_finite_odds():
     """orpo: p = 1 to the last bit; the largest odds of the dtype, without gradient."""
-    case = Case("orpo", OBJECTIVES["orpo"].hyper)
+    case = Case(OBJECTIVES["orpo"], OBJECTIVES["orpo"].hyper)
     for dtype in (torch.float32, torch.float64):
         scores = cast(scores_of(case), dtype)
         scores["mean_logps"][:3] = torch.tensor([[0.0, -1.0], [-1.0, 0.0], [-1e-9, 1e-9]])
@@ -179,7 +183,7 @@ def test_log_probability_of_zero_has_finite_odds():
 
 @pytest.mark.parametrize("name", ["dpo", "simpo", "lipo", "exo_rw", "pro"])
 def test_nan_stays_in_its_group(name):
-    case = Case(name, OBJECTIVES[name].hyper)
+    case = Case(OBJECTIVES[name], OBJECTIVES[name].hyper)
     scores = cast(scores_of(case), torch.float32)
     expected, _ = by_kernel(case, scores)
     scores[call_of(case).score][0, 1] = float("nan")
@@ -228,7 +232,7 @@ def test_one_launch_forward_and_backward(case, monkeypatch):
 
 @pytest.mark.parametrize("name", ["dpo", "plackett_luce"])
 def test_same_bits_twice(name):
-    case = Case(name, OBJECTIVES[name].hyper)
+    case = Case(OBJECTIVES[name], OBJECTIVES[name].hyper)
     scores = cast(scores_of(case), torch.float32)
     (first, d), (second, e) = (by_kernel(case, scores) for _ in range(2))
     assert torch.equal(first.terms[0].values, second.terms[0].values)
@@ -237,14 +241,14 @@ def test_same_bits_twice(name):
 
 def test_no_groups():
     for name in ("dpo", "lipo"):
-        case = Case(name, OBJECTIVES[name].hyper)
+        case = Case(OBJECTIVES[name], OBJECTIVES[name].hyper)
         scores = {k: v[:0] for k, v in scores_of(case).items()}
         outcome, _ = by_kernel(case, scores)
         assert outcome.terms[0].values.shape == (0,)
 
 
 def test_bad_hyper_parameters_are_told_as_ever():
-    scores = scores_of(Case("dpo", {}))
+    scores = scores_of(Case(OBJECTIVES["dpo"], {}))
     with pytest.raises(ValueError, match=r"label_smoothing=0\.7"):
         fused.evaluate(OBJECTIVES["dpo"], {"label_smoothing": 0.7}, scores)
     with pytest.raises(ValueError, match="unknown link 'cubic' of gpo"):
@@ -262,8 +266,8 @@ def test_an_objective_of_ones_own_is_never_taken_for_another():
     def dpo(ratio, mask):
         return Outcome((Term(ratio.sum(-1)),), ratio.detach())
 
-    mine = Objective("dpo", dpo, "pair", "own", "u_w + u_l")
-    assert fused.evaluate(mine, {}, scores_of(Case("dpo", {}))) is None
+    mine = Objective(dpo, "pair")
+    assert fused.evaluate(mine, {}, scores_of(Case(OBJECTIVES["dpo"], {}))) is None
 
 
 V, D = 20, 8

@@ -15,7 +15,7 @@ from . import (
     listwise,
     pairwise,
     pointwise,
-    policy,
+    policy_gradient,
     reference_free,
     regression,
     regularisers,
@@ -33,7 +33,7 @@ FAMILIES = (
     lipo,
     listwise,
     token,
-    policy,
+    policy_gradient,
     diffusion,
     regularisers,
 )

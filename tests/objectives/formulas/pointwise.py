@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from mpmath import mpf
 
 from .common import nlsig, sigmoid, times
-from .policy import responses
+from .policy_gradient import responses
 
 
 def kto(g, h):

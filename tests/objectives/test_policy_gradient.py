@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastpo.objectives import OBJECTIVES
-from fastpo.objectives.policy import group_advantages, leave_one_out_advantages
+from fastpo.objectives.policy_gradient import group_advantages, leave_one_out_advantages
 from tests.numerics import assert_three_way
 
 from .test_families import randn, value
@@ -41,7 +41,7 @@ def scores(**changed: Tensor) -> dict[str, Tensor]:
 
 def run(name: str, named: dict[str, Tensor], **hyper):
     objective = OBJECTIVES[name]
-    return objective.fn(**{key: named[key] for key in objective.needs}, **hyper)
+    return objective(named, **hyper)
 
 
 def policy_gradient(name: str, named: dict[str, Tensor], **hyper) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastpo.objectives import OBJECTIVES
-from fastpo.objectives.policy import group_advantages, leave_one_out_advantages
+from fastpo.objectives.policy_gradient import group_advantages, leave_one_out_advantages
 from tests.numerics import assert_three_way
 
 from .test_peers import LENGTHS, MASK, T, token_logps
@@ -72,7 +72,7 @@ def ours(mixture: dict[str, float], dtype: torch.dtype, **hyper) -> Tensor:
     for name, weight in mixture.items():
         objective = OBJECTIVES[name]
         options = {key: value for key, value in hyper.items() if key in objective.hyper}
-        outcome = objective.fn(**{key: named[key] for key in objective.needs}, **options)
+        outcome = objective(named, **options)
         loss = loss + weight * sum(t.values.sum() / counts[t.per] for t in outcome.terms)
     return loss
 
@@ -273,7 +273,7 @@ def test_overflowing_ratio_of_a_clipped_token() -> None:
     named["token_logps"] = logps.view(G, K, T)
     named["score"] = torch.tensor([[1.0, 1.0, -1.0]]).expand(G, K)
     grpo = OBJECTIVES["grpo"]
-    outcome = grpo.fn(**{key: named[key] for key in grpo.needs})
+    outcome = grpo(named)
     (mine,) = torch.autograd.grad(outcome.terms[0].values.sum(), logps)
     mine = mine.view(G, K, T)
     assert (mine[:, :2] == 0).all()

@@ -1,21 +1,21 @@
-"""Random scores for any objective of the table, made from its signature, and rounding bounds.
+"""Make random scores for any objective from its signature, and bound the rounding of its losses.
 
-An objective that is added to the table is covered by `test_battery.py` without a line here,
-unless it takes a score that no objective took before: then `RECIPES` needs its recipe.
+A score that no objective took before needs a recipe here: its sign, in `SIGNS` or `TOKENS`.
 """
 
 from __future__ import annotations
 
 import typing
+import warnings
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastpo.data.columns import CONTEXT_ROLES
-from fastpo.objectives import OBJECTIVES
-from fastpo.objectives.base import Objective, Outcome
+from fastpo.data.columns import EXTRA_ROLES
+from fastpo.objectives.base import Hyper, Objective, Outcome
 
 # Roundings on the longest path from a score to a loss, eps / 2 each: the link's own polynomial
 # (torch's log1p, exp are good to 2-4 eps), the margin, products with beta and weights, and a sum
@@ -24,40 +24,38 @@ ROUNDINGS = 16
 
 
 class Case(typing.NamedTuple):
-    """An objective with one setting of its hyper-parameters."""
+    """Hold an objective with one setting of its hyper-parameters."""
 
-    name: str
-    hyper: dict[str, Any]  # all of them
+    objective: Objective
+    hyper: Mapping[str, Hyper]  # all of them
 
     @property
-    def objective(self) -> Objective:
-        return OBJECTIVES[self.name]
+    def name(self) -> str:
+        """Return the objective's name."""
+        return self.objective.name
 
     def __repr__(self) -> str:
         changed = {k: v for k, v in self.hyper.items() if v != self.objective.hyper[k]}
         return self.name + "".join(f"-{k}={v}" for k, v in changed.items())
 
 
-def cases() -> list[Case]:
-    """Every objective at its defaults, with all numbers moved, and at every value of its options.
+def cases_of(objective: Objective) -> list[Case]:
+    """Return an objective at its defaults, with all numbers moved, and at every option.
 
     Options are the bool and Literal hyper-parameters.
     """
-    found = []
-    for name, objective in OBJECTIVES.items():
-        default = objective.hyper
-        hints = typing.get_type_hints(objective.fn)
-        # Each by its own amount; 0 -> 0.02 and 0.1 -> 0.165 keep rates inside (0, 0.5).
-        floats = [k for k, v in default.items() if type(v) is float]
-        moved = {k: 1.25 * default[k] + 0.02 * (i + 1) for i, k in enumerate(floats)}
-        variants = [{}, moved] if moved else [{}]
-        for key, value in default.items():
-            if isinstance(value, bool):
-                variants.append({key: not value})
-            elif typing.get_origin(hints[key]) is typing.Literal:
-                variants += [{key: v} for v in typing.get_args(hints[key]) if v != value]
-        found += [Case(name, {**default, **variant}) for variant in variants]
-    return found
+    default = objective.hyper
+    hints = typing.get_type_hints(objective.fn)
+    # Each by its own amount; 0 -> 0.02 and 0.1 -> 0.165 keep rates inside (0, 0.5).
+    floats = {k: v for k, v in default.items() if isinstance(v, float)}
+    moved = {k: 1.25 * v + 0.02 * (i + 1) for i, (k, v) in enumerate(floats.items())}
+    variants: list[Mapping[str, Hyper]] = [{}, moved] if moved else [{}]
+    for key, value in default.items():
+        if isinstance(value, bool):
+            variants.append({key: not value})
+        elif typing.get_origin(hints.get(key)) is typing.Literal:
+            variants += [{key: v} for v in typing.get_args(hints[key]) if v != value]
+    return [Case(objective, {**default, **variant}) for variant in variants]
 
 
 # Scores [G, K] and sign of their values: -1 for log-probs, 1 for divergences, 0 for either. An
@@ -90,12 +88,9 @@ TOKENS = {
     "token_kl_weights": 1,
     "token_rewards": 0,
 }
-ROLES = ("mismatched", "gold", "ref_response", *CONTEXT_ROLES)
-BARE = {f"{role}_{name}": sign for role in ROLES for name, sign in SIGNS.items()}
-RECIPES = {**SIGNS, **TOKENS, **BARE}
-"""Scores that carry gradient in training, or could."""
+CONSTANT = {"length", "score", "margin", "kl_estimate"}
+"""Scores that are numbers without gradient; so are statistics of a batch."""
 
-STATISTICS = {name for objective in OBJECTIVES.values() for name in objective.statistics}
 NUM_TOKENS = 5  # T
 # With beta = 0.1 also the middle of the range, where e^-z is small but not lost: z = 10, 30
 EXTREMES = torch.tensor([1e4, 300.0, 100.0, 1.0, 1e-8])
@@ -107,12 +102,15 @@ def make_scores(
     *,
     seed: int = 0,
     extreme: bool = False,
-    hyper: dict[str, Any] | None = None,
+    hyper: Mapping[str, Hyper] | None = None,
 ) -> dict[str, Tensor]:
-    """Everything that `objective` can ask for, for groups of the given sizes, in float64.
+    """Return all that `objective` asks for, for groups of the given sizes, in float64.
 
     Floats hold float32 numbers, so that runs in both precisions get the same input. Magnitudes
     are in [0.2, 3.2], or with `extreme` drawn from `EXTREMES`.
+
+    Raises:
+        AssertionError: the objective takes a score that has no recipe.
     """
     rng = torch.Generator().manual_seed(seed)
     g, k = len(sizes), max(max(sizes), 2 if objective.family != "point" else 1)
@@ -131,8 +129,9 @@ def make_scores(
     if objective.family == "point":
         label = torch.randint(0, 2, (g, k), generator=rng).bool()
     scores = {"mask": mask, "label": label & mask}
+    roles = dict.fromkeys((*EXTRA_ROLES, *objective.extras))
     for name, sign in SIGNS.items():
-        for full, shape in ((name, (g, k)), *((f"{role}_{name}", (g,)) for role in ROLES)):
+        for full, shape in ((name, (g, k)), *((f"{role}_{name}", (g,)) for role in roles)):
             scores[full] = magnitudes(*shape) * (sign or signs(*shape))
     scores["mean_log_p2"].clamp_(min=-12)  # at least -log V, the uniform distribution's
     scores["length"] = torch.randint(1, 9, (g, k), generator=rng).double()
@@ -146,40 +145,70 @@ def make_scores(
     scores["score"] = torch.rand((g, k), generator=rng).double()
     scores["rank"] = torch.rand((g, k), generator=rng).argsort(-1)
     scores["tie_key"] = torch.randint(0, 2**62, (g, k), generator=rng)
+    # Those that no objective of the catalogue takes.
+    scores["ref2_logps"] = -magnitudes(g, k)
+    scores["kl_estimate"] = magnitudes(g, k)
+    for name in ("token_log_p2", "token_ref2_logps"):
+        scores[name] = -magnitudes(g, k, NUM_TOKENS).where(scores["token_mask"], 0)
+    for role in roles:
+        scores[f"{role}_length"] = torch.randint(1, 9, (g,), generator=rng).double()
+        for name in ("ref2_logps", "kl_estimate"):
+            scores[f"{role}_{name}"] = magnitudes(g) * (1 if name == "kl_estimate" else -1)
     hyper = {**objective.hyper, **(hyper or {})}
     for name, statistic in objective.statistics.items():
         values, where = statistic.of(scores, hyper)
         scores[name] = statistic.reduce(values[where], hyper).float().double()
     unknown = [name for name in objective.needs if name not in scores]
-    assert not unknown, f"{objective.name} takes {unknown}: give the battery a recipe"
-    return {name: scores[name] for name in objective.needs}
+    assert not unknown, f"{objective.name} takes {unknown}, of which no random ones can be made"
+    return {name: scores[name] for name in dict.fromkeys((*objective.needs, "mask"))}
 
 
-def evaluate(case: Case, scores: dict[str, Tensor]) -> Outcome:
-    return case.objective.fn(**scores, **case.hyper)
+def evaluate(case: Case, scores: Mapping[str, Tensor]) -> Outcome:
+    """Return the outcome of an objective at its setting."""
+    return case.objective(scores, **case.hyper)
 
 
-def cast(scores: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def cast(scores: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return scores whose floats have this dtype."""
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in scores.items()}
 
 
-def leaves(scores: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A copy of the scores, and those that carry gradient in training: the recipes'."""
-    copy = {k: v.clone() for k, v in scores.items()}
-    return copy, {k: v.requires_grad_() for k, v in copy.items() if k in RECIPES}
+def leaves(
+    scores: Mapping[str, Tensor], constant: Collection[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return a copy of the scores, and those of it that carry gradient in training.
 
-
-def gradients(case: Case, scores: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gradient of the sum of all weighted terms; zeros for scores that only rewards use.
-
-    Anomaly detection raises on a NaN anywhere in backward, even one that a `where` drops later.
+    Args:
+        scores: named scores.
+        constant: names of further scores without gradient, such as batch statistics.
     """
-    copy, roots = leaves(scores)
-    with torch.autograd.set_detect_anomaly(True):
-        sums = [t.weight * t.values.sum() for t in evaluate(case, copy).terms]
-        grads = torch.autograd.grad(
-            torch.stack(sums).sum(), list(roots.values()), allow_unused=True
-        )
+    copy = {k: v.clone() for k, v in scores.items()}
+    without = CONSTANT | set(constant)
+    return copy, {
+        k: v.requires_grad_() for k, v in copy.items() if v.is_floating_point() and k not in without
+    }
+
+
+def gradients(case: Case, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the gradient of all weighted terms' sum; zeros for scores that only rewards use.
+
+    Raises:
+        AssertionError: a NaN anywhere in backward, even one that a `where` drops later.
+    """
+    copy, roots = leaves(scores, case.objective.statistics)
+    sums = [t.weight * t.values.sum() for t in evaluate(case, copy).terms]
+    try:
+        with warnings.catch_warnings(), torch.autograd.set_detect_anomaly(True):
+            warnings.simplefilter("ignore")
+            total = torch.stack(sums).sum()
+            grads = torch.autograd.grad(total, list(roots.values()), allow_unused=True)
+    except RuntimeError as error:
+        if "nan values" not in str(error):
+            raise
+        raise AssertionError(
+            f"{case}: backward makes NaN, even if a later `where` drops it ({error}): set scores "
+            "to 0 where `mask` is False before anything else, with fastpo.objectives.links.live"
+        ) from error
     return {
         name: torch.zeros_like(root) if grad is None else grad
         for (name, root), grad in zip(roots.items(), grads, strict=True)
@@ -187,7 +216,7 @@ def gradients(case: Case, scores: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def by_divisor(outcome: Outcome) -> dict[str, Tensor]:
-    """Weighted values [G] of each `per`."""
+    """Return the weighted values [G] of each `per`."""
     sums: dict[str, Tensor] = {}
     for t in outcome.terms:
         values = t.weight * t.values
@@ -196,18 +225,21 @@ def by_divisor(outcome: Outcome) -> dict[str, Tensor]:
 
 
 def slice_groups(
-    scores: dict[str, Tensor], index: Any, slots: slice = slice(None)
+    scores: Mapping[str, Tensor],
+    index: Any,
+    slots: slice = slice(None),
+    statistics: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """The scores of some groups, and of some of their candidates; batch statistics stay."""
+    """Return the scores of some groups, and of some of their candidates; statistics stay."""
 
     def part(value: Tensor) -> Tensor:
         return value[index][:, slots] if value.dim() > 1 else value[index]
 
-    return {k: v if k in STATISTICS else part(v) for k, v in scores.items()}
+    return {k: v if k in statistics else part(v) for k, v in scores.items()}
 
 
-def poison(scores: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same groups with NaN, True and nonsense in their padded slots and tokens."""
+def poison(scores: Mapping[str, Tensor], statistics: Collection[str] = ()) -> dict[str, Tensor]:
+    """Return the same groups with NaN, True and nonsense in their padded slots and tokens."""
     slots, poisoned = scores["mask"], {}
     for name, value in scores.items():
         live = slots
@@ -215,7 +247,7 @@ def poison(scores: dict[str, Tensor]) -> dict[str, Tensor]:
             live = scores.get("token_mask", slots[..., None]) & slots[..., None]
         elif value.dim() == 1:
             live = slots.any(-1)
-        if name in ("mask", "token_mask") or name in STATISTICS:
+        if name in ("mask", "token_mask") or name in statistics:
             poisoned[name] = value
         elif value.dtype == torch.bool:
             poisoned[name] = value | ~live
@@ -224,8 +256,8 @@ def poison(scores: dict[str, Tensor]) -> dict[str, Tensor]:
     return poisoned
 
 
-def condition(case: Case, scores: dict[str, Tensor]) -> dict[str, Tensor]:
-    r"""$|f| + \sum_i |x_i\, \partial f / \partial x_i|$ of each sum [G], in float64.
+def condition(case: Case, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    r"""Return $|f| + \sum_i |x_i\, \partial f / \partial x_i|$ of each sum [G], in float64.
 
     Rounding every input and the result once, by eps relative, changes f by at most eps times
     this. An algorithm that is as good as its inputs allow stays within a few times that.
@@ -245,12 +277,14 @@ def condition(case: Case, scores: dict[str, Tensor]) -> dict[str, Tensor]:
                 for (name, root), grad in zip(roots.items(), grads, strict=True):
                     if grad is not None:  # of its own group: 0 * inf is NaN in another one's
                         product = (root * grad).abs().detach()
-                        bounds[per][i] += (product if name in STATISTICS else product[i]).sum()
+                        bounds[per][i] += (
+                            product if name in case.objective.statistics else product[i]
+                        ).sum()
     return bounds
 
 
 def assert_rounded(ours: Tensor, truth: Tensor, bound: Tensor, what: str) -> None:
-    """|ours - truth| <= 16 eps * condition + the smallest normal number, elementwise."""
+    """Assert |ours - truth| <= 16 eps * bound + the smallest normal number, elementwise."""
     info, rounded = torch.finfo(ours.dtype), truth.to(ours.dtype)  # beyond its range: inf
     ours, allowed = ours.detach().double(), ROUNDINGS * info.eps * bound + info.tiny
     off = ~((ours - truth).abs() <= allowed) & ~(ours == rounded)
@@ -258,7 +292,7 @@ def assert_rounded(ours: Tensor, truth: Tensor, bound: Tensor, what: str) -> Non
 
 
 class PassDetach(TorchFunctionMode):
-    """Makes `detach` the identity: sensitivity to what carries no gradient counts too."""
+    """Make `detach` the identity: sensitivity to what carries no gradient counts too."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.detach:
@@ -267,7 +301,7 @@ class PassDetach(TorchFunctionMode):
 
 
 class ReplayDetach(TorchFunctionMode):
-    """Every `detach` returns what it returned in the first run.
+    """Let every `detach` return what it returned in the first run.
 
     Finite differences then see a stop-gradient as the constant that it is to autograd.
     """

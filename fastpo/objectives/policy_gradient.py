@@ -9,19 +9,19 @@ response's log-probs under the policy, the old policy and the reference.
 A weight $a_t$ multiplies the loss of its token and enters no ratio: the place for corrections of
 another sampler's probabilities, and for masks of tools, truncation or entropy (weight 0 drops the
 token and its count). GRPO and its relatives have no KL term inside, and so need no reference: with
-the paper's penalty it is the mixture {grpo: 1, kl_penalty: 0.04}. The reward that is logged is
-$q$, unless said otherwise.
+the paper's penalty it is the mixture {grpo: 1, kl_penalty: 0.04}. They share one record of their
+scores, `Sampled`. The reward that is logged is $q$, unless said otherwise.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .base import Objective, Outcome, Per, Term
+from .base import Objective, Outcome, Per, Term, catalogue
 from .domain import Count, NonNegative, Positive, Probabilities
 from .links import live
 
@@ -113,21 +113,6 @@ def _length(tokens: Tensor) -> Tensor:
     return tokens.sum(-1, keepdim=True).clamp(min=1)
 
 
-def _log_ratio(logps: Tensor, old_logps: Tensor, tokens: Tensor, importance: Importance) -> Tensor:
-    """Log-ratios to the old policy, [G, K, T]; 0 where there is no token, whose e^x is finite."""
-    log_ratio = live(logps - old_logps, tokens)
-    if importance == "token":
-        return log_ratio
-    mean = (log_ratio.sum(-1, keepdim=True) / _length(tokens)).expand_as(log_ratio)
-    if importance == "sequence":
-        return live(mean, tokens)
-    if importance == "sequence_token":
-        return live(logps - logps.detach() + mean.detach(), tokens)
-    raise ValueError(
-        f"unknown importance {importance!r}; use 'token', 'sequence' or 'sequence_token'"
-    )
-
-
 def _divisor(
     tokens: Tensor, aggregation: Aggregation, max_length: int = 1
 ) -> tuple[Tensor | int, Per]:
@@ -153,13 +138,63 @@ def _outcome(losses: Tensor, per: Per, score: Tensor, mask: Tensor) -> Outcome:
     return Outcome((Term(sums, per),), live(score, mask).to(losses.dtype).detach())
 
 
+class Sampled(NamedTuple):
+    """Hold K graded responses to each of G prompts, with log-probs of the policy that drew them."""
+
+    token_logps: Tensor  # [G, K, T]
+    token_old_logps: Tensor  # [G, K, T]
+    token_weights: Tensor  # [G, K, T]
+    token_mask: Tensor  # [G, K, T] bool
+    score: Tensor  # [G, K]
+    mask: Tensor  # [G, K] bool
+
+    @property
+    def tokens(self) -> Tensor:
+        """Return whether there is a token, [G, K, T]."""
+        return _live_tokens(self.token_mask, self.mask)
+
+    @property
+    def logps(self) -> Tensor:
+        """Return the policy's log-probs [G, K, T], 0 where there is no token."""
+        return live(self.token_logps, self.tokens)
+
+    @property
+    def weights(self) -> Tensor:
+        """Return the token weights [G, K, T], 0 where there is no token."""
+        return live(self.token_weights, self.tokens)
+
+    def advantages(self, scale_rewards: ScaleRewards) -> Tensor:
+        """Return the advantages [G, K, 1] of `group_advantages`."""
+        score = self.score.to(self.token_logps.dtype)
+        return group_advantages(score, self.mask, scale_rewards=scale_rewards)[..., None]
+
+    def log_ratio(self, importance: Importance = "token") -> Tensor:
+        """Return log-ratios to the old policy, [G, K, T], 0 (e^0 is finite) where is no token.
+
+        Raises:
+            ValueError: an unknown `importance`.
+        """
+        tokens = self.tokens
+        log_ratio = live(self.token_logps - self.token_old_logps, tokens)
+        if importance == "token":
+            return log_ratio
+        mean = (log_ratio.sum(-1, keepdim=True) / _length(tokens)).expand_as(log_ratio)
+        if importance == "sequence":
+            return live(mean, tokens)
+        if importance == "sequence_token":
+            logps = self.token_logps
+            return live(logps - logps.detach() + mean.detach(), tokens)
+        raise ValueError(
+            f"unknown importance {importance!r}; use 'token', 'sequence' or 'sequence_token'"
+        )
+
+    def outcome(self, losses: Tensor, per: Per) -> Outcome:
+        """Return the outcome of losses [G, K] or [G, K, T], with the grades for rewards."""
+        return _outcome(losses, per, self.score, self.mask)
+
+
 def grpo(
-    token_logps: Tensor,  # [G, K, T]
-    token_old_logps: Tensor,  # [G, K, T]
-    token_weights: Tensor,  # [G, K, T]
-    token_mask: Tensor,  # [G, K, T] bool
-    score: Tensor,  # [G, K]
-    mask: Tensor,  # [G, K] bool
+    sampled: Sampled,
     *,
     epsilon_low: NonNegative = 0.2,
     epsilon_high: NonNegative = 0.2,
@@ -190,28 +225,21 @@ def grpo(
     >>> one, both = torch.ones(1, 2, 1), torch.ones(1, 2).bool()
     >>> q = torch.tensor([[1.0, -1.0]])
     >>> grpo(  # -(1.2 * 1) + 1.0 * 1
-    ...     logps, old, one, one.bool(), q, both, scale_rewards="none"
+    ...     Sampled(logps, old, one, one.bool(), q, both), scale_rewards="none"
     ... ).terms[0].values
     tensor([-0.2000])
     """
-    tokens = _live_tokens(token_mask, mask)
-    advantage = group_advantages(score.to(token_logps.dtype), mask, scale_rewards=scale_rewards)
-    advantage = advantage[..., None]
-    log_ratio = _log_ratio(token_logps, token_old_logps, tokens, importance)
+    advantage = sampled.advantages(scale_rewards)
     ceiling = math.inf if delta is None else math.log(delta)
-    clipped = _clipped(log_ratio, advantage, *_log_range(epsilon_low, epsilon_high), ceiling)
-    divisor, per = _divisor(tokens, aggregation, max_length)
-    losses = _scaled_exp(clipped, -advantage / divisor, live(token_weights, tokens))
-    return _outcome(losses, per, score, mask)
+    bounds = _log_range(epsilon_low, epsilon_high)
+    clipped = _clipped(sampled.log_ratio(importance), advantage, *bounds, ceiling)
+    divisor, per = _divisor(sampled.tokens, aggregation, max_length)
+    losses = _scaled_exp(clipped, -advantage / divisor, sampled.weights)
+    return sampled.outcome(losses, per)
 
 
 def dr_grpo(
-    token_logps: Tensor,  # [G, K, T]
-    token_old_logps: Tensor,  # [G, K, T]
-    token_weights: Tensor,  # [G, K, T]
-    token_mask: Tensor,  # [G, K, T] bool
-    score: Tensor,  # [G, K]
-    mask: Tensor,  # [G, K] bool
+    sampled: Sampled,
     *,
     epsilon_low: NonNegative = 0.2,
     epsilon_high: NonNegative = 0.2,
@@ -230,16 +258,11 @@ def dr_grpo(
     >>> import torch
     >>> logps, one = torch.log(torch.tensor([[[0.9], [0.5]]])), torch.ones(1, 2, 1)
     >>> q, both, old = torch.tensor([[1.0, -1.0]]), torch.ones(1, 2).bool(), torch.log(one / 2)
-    >>> dr_grpo(logps, old, one, one.bool(), q, both, max_length=4).terms[0].values
+    >>> dr_grpo(Sampled(logps, old, one, one.bool(), q, both), max_length=4).terms[0].values
     tensor([-0.0500])
     """
     return grpo(
-        token_logps,
-        token_old_logps,
-        token_weights,
-        token_mask,
-        score,
-        mask,
+        sampled,
         epsilon_low=epsilon_low,
         epsilon_high=epsilon_high,
         aggregation="fixed_length",
@@ -249,12 +272,7 @@ def dr_grpo(
 
 
 def dapo(
-    token_logps: Tensor,  # [G, K, T]
-    token_old_logps: Tensor,  # [G, K, T]
-    token_weights: Tensor,  # [G, K, T]
-    token_mask: Tensor,  # [G, K, T] bool
-    score: Tensor,  # [G, K]
-    mask: Tensor,  # [G, K] bool
+    sampled: Sampled,
     *,
     epsilon_low: NonNegative = 0.2,
     epsilon_high: NonNegative = 0.28,
@@ -272,16 +290,11 @@ def dapo(
     >>> import torch
     >>> logps, one = torch.log(torch.tensor([[[0.9], [0.5]]])), torch.ones(1, 2, 1)
     >>> q, both, old = torch.tensor([[1.0, -1.0]]), torch.ones(1, 2).bool(), torch.log(one / 2)
-    >>> dapo(logps, old, one, one.bool(), q, both, scale_rewards="none").terms[0]
+    >>> dapo(Sampled(logps, old, one, one.bool(), q, both), scale_rewards="none").terms[0]
     Term(values=tensor([-0.2800]), per='response_tokens', weight=1.0)
     """
     return grpo(
-        token_logps,
-        token_old_logps,
-        token_weights,
-        token_mask,
-        score,
-        mask,
+        sampled,
         epsilon_low=epsilon_low,
         epsilon_high=epsilon_high,
         aggregation="token_mean",
@@ -290,12 +303,7 @@ def dapo(
 
 
 def bnpo(
-    token_logps: Tensor,  # [G, K, T]
-    token_old_logps: Tensor,  # [G, K, T]
-    token_weights: Tensor,  # [G, K, T]
-    token_mask: Tensor,  # [G, K, T] bool
-    score: Tensor,  # [G, K]
-    mask: Tensor,  # [G, K] bool
+    sampled: Sampled,
     *,
     epsilon_low: NonNegative = 0.2,
     epsilon_high: NonNegative = 0.2,
@@ -313,16 +321,11 @@ def bnpo(
     >>> import torch
     >>> logps, one = torch.log(torch.tensor([[[0.9], [0.5]]])), torch.ones(1, 2, 1)
     >>> q, both, old = torch.tensor([[1.0, -1.0]]), torch.ones(1, 2).bool(), torch.log(one / 2)
-    >>> bnpo(logps, old, one, one.bool(), q, both, scale_rewards="none").terms[0].values
+    >>> bnpo(Sampled(logps, old, one, one.bool(), q, both), scale_rewards="none").terms[0].values
     tensor([-0.2000])
     """
     return dapo(
-        token_logps,
-        token_old_logps,
-        token_weights,
-        token_mask,
-        score,
-        mask,
+        sampled,
         epsilon_low=epsilon_low,
         epsilon_high=epsilon_high,
         scale_rewards=scale_rewards,
@@ -330,12 +333,7 @@ def bnpo(
 
 
 def gspo(
-    token_logps: Tensor,  # [G, K, T]
-    token_old_logps: Tensor,  # [G, K, T]
-    token_weights: Tensor,  # [G, K, T]
-    token_mask: Tensor,  # [G, K, T] bool
-    score: Tensor,  # [G, K]
-    mask: Tensor,  # [G, K] bool
+    sampled: Sampled,
     *,
     epsilon_low: NonNegative = 3e-4,
     epsilon_high: NonNegative = 4e-4,
@@ -354,16 +352,13 @@ def gspo(
     >>> logps = torch.log(torch.tensor([[[0.5, 0.5], [0.5, 0.5]]]))
     >>> one, both, q = torch.ones(1, 2, 2), torch.ones(1, 2).bool(), torch.tensor([[1.0, -1.0]])
     >>> old = torch.log(torch.tensor([[[0.5, 0.5], [0.25, 0.25]]]))
-    >>> gspo(logps, old, one, one.bool(), q, both, scale_rewards="none").terms[0].values  # -1 + 2
+    >>> gspo(  # -1 + 2
+    ...     Sampled(logps, old, one, one.bool(), q, both), scale_rewards="none"
+    ... ).terms[0].values
     tensor([1.0000])
     """
     return grpo(
-        token_logps,
-        token_old_logps,
-        token_weights,
-        token_mask,
-        score,
-        mask,
+        sampled,
         epsilon_low=epsilon_low,
         epsilon_high=epsilon_high,
         importance=importance,
@@ -372,12 +367,7 @@ def gspo(
 
 
 def luspo(
-    token_logps: Tensor,  # [G, K, T]
-    token_old_logps: Tensor,  # [G, K, T]
-    token_weights: Tensor,  # [G, K, T]
-    token_mask: Tensor,  # [G, K, T] bool
-    score: Tensor,  # [G, K]
-    mask: Tensor,  # [G, K] bool
+    sampled: Sampled,
     *,
     epsilon_low: NonNegative = 2e-3,
     epsilon_high: NonNegative = 2.5e-3,
@@ -393,16 +383,11 @@ def luspo(
     >>> logps = torch.log(torch.tensor([[[0.5, 0.5], [0.5, 0.5]]]))
     >>> one, both, q = torch.ones(1, 2, 2), torch.ones(1, 2).bool(), torch.tensor([[1.0, -1.0]])
     >>> old = torch.log(torch.tensor([[[0.5, 0.5], [0.25, 0.25]]]))
-    >>> luspo(logps, old, one, one.bool(), q, both, scale_rewards="none").terms[0].values
+    >>> luspo(Sampled(logps, old, one, one.bool(), q, both), scale_rewards="none").terms[0].values
     tensor([2.0000])
     """
     return grpo(
-        token_logps,
-        token_old_logps,
-        token_weights,
-        token_mask,
-        score,
-        mask,
+        sampled,
         epsilon_low=epsilon_low,
         epsilon_high=epsilon_high,
         importance="sequence",
@@ -413,12 +398,7 @@ def luspo(
 
 
 def cispo(
-    token_logps: Tensor,  # [G, K, T]
-    token_old_logps: Tensor,  # [G, K, T]
-    token_weights: Tensor,  # [G, K, T]
-    token_mask: Tensor,  # [G, K, T] bool
-    score: Tensor,  # [G, K]
-    mask: Tensor,  # [G, K] bool
+    sampled: Sampled,
     *,
     epsilon_high: Positive = 5.0,
     scale_rewards: ScaleRewards = "group",
@@ -434,25 +414,17 @@ def cispo(
     >>> import torch
     >>> logps = torch.tensor([[[-1.0], [-2.0]]])
     >>> one, both, q = torch.ones(1, 2, 1), torch.ones(1, 2).bool(), torch.tensor([[1.0, -1.0]])
-    >>> cispo(logps, logps, one, one.bool(), q, both, scale_rewards="none").terms[0].values
+    >>> cispo(Sampled(logps, logps, one, one.bool(), q, both), scale_rewards="none").terms[0].values
     tensor([-1.])
     """
-    tokens = _live_tokens(token_mask, mask)
-    advantage = group_advantages(score.to(token_logps.dtype), mask, scale_rewards=scale_rewards)
-    log_ratio = _log_ratio(token_logps, token_old_logps, tokens, "token")
-    ratio = log_ratio.clamp(max=math.log(epsilon_high)).exp().detach()
-    weights = live(token_weights, tokens)
-    losses = -ratio * advantage[..., None] * weights * live(token_logps, tokens)
-    return _outcome(losses, "response_tokens", score, mask)
+    advantage = sampled.advantages(scale_rewards)
+    ratio = sampled.log_ratio().clamp(max=math.log(epsilon_high)).exp().detach()
+    losses = -ratio * advantage * sampled.weights * sampled.logps
+    return sampled.outcome(losses, "response_tokens")
 
 
 def sapo(
-    token_logps: Tensor,  # [G, K, T]
-    token_old_logps: Tensor,  # [G, K, T]
-    token_weights: Tensor,  # [G, K, T]
-    token_mask: Tensor,  # [G, K, T] bool
-    score: Tensor,  # [G, K]
-    mask: Tensor,  # [G, K] bool
+    sampled: Sampled,
     *,
     temperature_pos: Positive = 1.0,
     temperature_neg: Positive = 1.05,
@@ -468,29 +440,22 @@ def sapo(
     >>> import torch
     >>> logps = torch.tensor([[[-1.0], [-2.0]]])
     >>> one, both, q = torch.ones(1, 2, 1), torch.ones(1, 2).bool(), torch.tensor([[1.0, -1.0]])
+    >>> sampled = Sampled(logps, logps, one, one.bool(), q, both)
     >>> sapo(  # -2 / 1 + 2 / 2
-    ...     logps, logps, one, one.bool(), q, both, temperature_neg=2.0, scale_rewards="none"
+    ...     sampled, temperature_neg=2.0, scale_rewards="none"
     ... ).terms[0].values
     tensor([-1.])
     """
-    tokens = _live_tokens(token_mask, mask)
-    advantage = group_advantages(score.to(token_logps.dtype), mask, scale_rewards=scale_rewards)
-    advantage = advantage[..., None]
+    advantage = sampled.advantages(scale_rewards)
     tau = torch.full_like(advantage, temperature_neg).masked_fill(advantage > 0, temperature_pos)
-    log_ratio = _log_ratio(token_logps, token_old_logps, tokens, "token")
     # e^60 has saturated the sigmoid and has a finite product with its derivative of 0.
-    gate = torch.sigmoid(tau * torch.expm1(log_ratio.clamp(max=60)))
-    losses = -(4 / tau) * gate * advantage * live(token_weights, tokens)
-    return _outcome(losses / _length(tokens), "responses", score, mask)
+    gate = torch.sigmoid(tau * torch.expm1(sampled.log_ratio().clamp(max=60)))
+    losses = -(4 / tau) * gate * advantage * sampled.weights
+    return sampled.outcome(losses / _length(sampled.tokens), "responses")
 
 
 def vespo(
-    token_logps: Tensor,  # [G, K, T]
-    token_old_logps: Tensor,  # [G, K, T]
-    token_weights: Tensor,  # [G, K, T]
-    token_mask: Tensor,  # [G, K, T] bool
-    score: Tensor,  # [G, K]
-    mask: Tensor,  # [G, K] bool
+    sampled: Sampled,
     *,
     k_pos: NonNegative = 2.0,
     lambda_pos: NonNegative = 3.0,
@@ -511,29 +476,22 @@ def vespo(
     >>> import torch
     >>> logps = torch.tensor([[[-1.0], [-2.0]]])
     >>> one, both, q = torch.ones(1, 2, 1), torch.ones(1, 2).bool(), torch.tensor([[1.0, -1.0]])
-    >>> vespo(logps, logps, one, one.bool(), q, both, scale_rewards="none").terms[0].values
+    >>> vespo(Sampled(logps, logps, one, one.bool(), q, both), scale_rewards="none").terms[0].values
     tensor([-1.])
     """
-    tokens = _live_tokens(token_mask, mask)
-    advantage = group_advantages(score.to(token_logps.dtype), mask, scale_rewards=scale_rewards)
-    advantage = advantage[..., None]
+    advantage = sampled.advantages(scale_rewards)
     gains = advantage >= 0
     k = torch.full_like(advantage, k_neg).masked_fill(gains, k_pos)
     rate = torch.full_like(advantage, lambda_neg).masked_fill(gains, lambda_pos)
-    log_ratio = live(token_logps - token_old_logps, tokens).sum(-1, keepdim=True).detach()
+    log_ratio = sampled.log_ratio().sum(-1, keepdim=True).detach()
     log_ratio = log_ratio.clamp(max=60)  # where the weight has long been 0
     density = torch.exp(k * log_ratio - rate * torch.expm1(log_ratio))
-    weights = live(token_weights, tokens)
-    losses = -density * advantage * weights * live(token_logps, tokens)
-    return _outcome(losses, "response_tokens", score, mask)
+    losses = -density * advantage * sampled.weights * sampled.logps
+    return sampled.outcome(losses, "response_tokens")
 
 
 def gmpo(
-    token_logps: Tensor,  # [G, K, T]
-    token_old_logps: Tensor,  # [G, K, T]
-    token_mask: Tensor,  # [G, K, T] bool
-    score: Tensor,  # [G, K]
-    mask: Tensor,  # [G, K] bool
+    sampled: Sampled,
     *,
     epsilon_low: NonNegative = 0.4,
     epsilon_high: NonNegative = 0.4,
@@ -551,16 +509,16 @@ def gmpo(
     >>> logps = torch.log(torch.tensor([[[0.5, 0.5], [0.5, 0.5]]]))
     >>> two, both, q = torch.ones(1, 2, 2), torch.ones(1, 2).bool(), torch.tensor([[1.0, -1.0]])
     >>> old = torch.log(torch.tensor([[[0.5, 0.5], [0.5, 0.125]]]))
-    >>> gmpo(logps, old, two.bool(), q, both, scale_rewards="none").terms[0].values  # -1 + 4^(1/2)
+    >>> gmpo(  # -1 + 4^(1/2)
+    ...     Sampled(logps, old, two, two.bool(), q, both), scale_rewards="none"
+    ... ).terms[0].values
     tensor([1.0000])
     """
-    tokens = _live_tokens(token_mask, mask)
-    advantage = group_advantages(score.to(token_logps.dtype), mask, scale_rewards=scale_rewards)
-    log_ratio = _log_ratio(token_logps, token_old_logps, tokens, "token")
-    clipped = _clipped(log_ratio, advantage[..., None], -epsilon_low, epsilon_high)
-    mean = clipped.sum(-1) / _length(tokens).squeeze(-1)
-    losses = live(_scaled_exp(mean, -advantage), tokens.any(-1))
-    return _outcome(losses, "responses", score, mask)
+    advantage = sampled.advantages(scale_rewards)
+    clipped = _clipped(sampled.log_ratio(), advantage, -epsilon_low, epsilon_high)
+    mean = clipped.sum(-1) / _length(sampled.tokens).squeeze(-1)
+    losses = live(_scaled_exp(mean, -advantage.squeeze(-1)), sampled.tokens.any(-1))
+    return sampled.outcome(losses, "responses")
 
 
 def rloo(
@@ -674,12 +632,7 @@ def nash_md(
 
 
 def dro(
-    token_logps: Tensor,  # [G, K, T]
-    token_old_logps: Tensor,  # [G, K, T]
-    token_weights: Tensor,  # [G, K, T]
-    token_mask: Tensor,  # [G, K, T] bool
-    score: Tensor,  # [G, K]
-    mask: Tensor,  # [G, K] bool
+    sampled: Sampled,
     *,
     beta: NonNegative = 1.0,
     aggregation: Literal["token_mean", "sequence_mean"] = "token_mean",
@@ -697,15 +650,13 @@ def dro(
     >>> import torch
     >>> logps = torch.tensor([[[-1.0], [-2.0]]])
     >>> one, both, q = torch.ones(1, 2, 1), torch.ones(1, 2).bool(), torch.tensor([[1.0, -1.0]])
-    >>> dro(logps, logps - 2, one, one.bool(), q, both).terms[0].values  # 1 + 2 - 2 + 2
+    >>> dro(Sampled(logps, logps - 2, one, one.bool(), q, both)).terms[0].values  # 1 + 2 - 2 + 2
     tensor([3.])
     """
-    tokens = _live_tokens(token_mask, mask)
-    advantage = group_advantages(score.to(token_logps.dtype), mask, scale_rewards=scale_rewards)
-    log_ratio = _log_ratio(token_logps, token_old_logps, tokens, "token")
-    gain = advantage[..., None] * live(token_logps, tokens) - beta / 2 * log_ratio.square()
-    divisor, per = _divisor(tokens, aggregation)
-    return _outcome(-gain * live(token_weights, tokens) / divisor, per, score, mask)
+    advantage = sampled.advantages(scale_rewards)
+    gain = advantage * sampled.logps - beta / 2 * sampled.log_ratio().square()
+    divisor, per = _divisor(sampled.tokens, aggregation)
+    return sampled.outcome(-gain * sampled.weights / divisor, per)
 
 
 def step_dapo(
@@ -773,71 +724,37 @@ def kl_penalty(
 
 _CLIPPED = "-min(rho A, clip(rho, 1-el, 1+eh) A)"
 
-POLICY: dict[str, Objective] = {
-    "grpo": Objective(
-        "grpo", grpo, "list", "2402.03300", f"mean_t {_CLIPPED}, A = (q - mean q) / std q"
-    ),
-    "dr_grpo": Objective(
-        "dr_grpo", dr_grpo, "list", "2503.20783", f"sum_t {_CLIPPED} / L_max, A = q - mean q"
-    ),
-    "dapo": Objective("dapo", dapo, "list", "2503.14476", f"sum_t {_CLIPPED} / all tokens"),
-    "bnpo": Objective("bnpo", bnpo, "list", "TRL", f"sum_t {_CLIPPED} / all tokens, el = eh"),
-    "gspo": Objective(
-        "gspo", gspo, "list", "2507.18071", f"{_CLIPPED}, rho = exp(mean_t log rho_t)"
-    ),
-    "luspo": Objective(
-        "luspo", luspo, "list", "2602.05261", f"{_CLIPPED} L, rho = exp(mean_t log rho_t)"
-    ),
-    "cispo": Objective(
-        "cispo", cispo, "list", "2506.13585", "sum_t -sg(min(rho_t, eh)) A logp_t / all tokens"
-    ),
-    "sapo": Objective("sapo", sapo, "list", "2511.20347", "mean_t -(4/tau) sig(tau (rho_t - 1)) A"),
-    "vespo": Objective(
-        "vespo",
+POLICY_GRADIENT = catalogue(
+    Objective(grpo, "list", "2402.03300", f"mean_t {_CLIPPED}, A = (q - mean q) / std q"),
+    Objective(dr_grpo, "list", "2503.20783", f"sum_t {_CLIPPED} / L_max, A = q - mean q"),
+    Objective(dapo, "list", "2503.14476", f"sum_t {_CLIPPED} / all tokens"),
+    Objective(bnpo, "list", "TRL", f"sum_t {_CLIPPED} / all tokens, el = eh"),
+    Objective(gspo, "list", "2507.18071", f"{_CLIPPED}, rho = exp(mean_t log rho_t)"),
+    Objective(luspo, "list", "2602.05261", f"{_CLIPPED} L, rho = exp(mean_t log rho_t)"),
+    Objective(cispo, "list", "2506.13585", "sum_t -sg(min(rho_t, eh)) A logp_t / all tokens"),
+    Objective(sapo, "list", "2511.20347", "mean_t -(4/tau) sig(tau (rho_t - 1)) A"),
+    Objective(
         vespo,
         "list",
         "2602.10693",
         "sum_t -sg(rho^k e^(lam (1 - rho))) A logp_t / all tokens, rho = e^(S - O)",
     ),
-    "gmpo": Objective(
-        "gmpo", gmpo, "list", "2507.20673", "-A exp(mean_t clip(log rho_t)), clipped by sign of A"
+    Objective(gmpo, "list", "2507.20673", "-A exp(mean_t clip(log rho_t)), clipped by sign of A"),
+    Objective(
+        rloo, "list", "2402.14740", f"{_CLIPPED}, A_i = r_i - mean_(j!=i) r_j, r = q - beta (O - R)"
     ),
-    "rloo": Objective(
-        "rloo",
-        rloo,
-        "list",
-        "2402.14740",
-        f"{_CLIPPED}, A_i = r_i - mean_(j!=i) r_j, r = q - beta (O - R)",
-    ),
-    "p3o": Objective(
-        "p3o",
+    Objective(
         p3o,
         "pair",
         "2310.00212",
         "-(1/2) sum_i min(rho_i A_i, clip(rho_i) A_i), A_1 = r_1 - r_2 = -A_2",
     ),
-    "nash_md": Objective(
-        "nash_md",
-        nash_md,
-        "point",
-        "2312.00886",
-        "-(q - 1/2) S + beta sum_t sg(logp_t - ref_t) logp_t",
+    Objective(
+        nash_md, "point", "2312.00886", "-(q - 1/2) S + beta sum_t sg(logp_t - ref_t) logp_t"
     ),
-    "dro": Objective(
-        "dro",
-        dro,
-        "list",
-        "2405.19107",
-        "sum_t -(A logp_t - (beta/2) (logp_t - old_t)^2) / all tokens",
+    Objective(
+        dro, "list", "2405.19107", "sum_t -(A logp_t - (beta/2) (logp_t - old_t)^2) / all tokens"
     ),
-    "step_dapo": Objective(
-        "step_dapo", step_dapo, "point", "2412.18279", "(1/2) (u - A / beta)^2, A of the step"
-    ),
-    "kl_penalty": Objective(
-        "kl_penalty",
-        kl_penalty,
-        "point",
-        "2402.03300",
-        "mean_t e^d - d - 1, d = ref_t - logp_t",
-    ),
-}
+    Objective(step_dapo, "point", "2412.18279", "(1/2) (u - A / beta)^2, A of the step"),
+    Objective(kl_penalty, "point", "2402.03300", "mean_t e^d - d - 1, d = ref_t - logp_t"),
+)

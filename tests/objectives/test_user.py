@@ -1,0 +1,150 @@
+"""Objectives of a user's own: where they are found, and what is said where they are not."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastpo
+from fastpo import OBJECTIVES, Objective, PreferenceLoss, register
+from fastpo.objectives import as_objective, get_objective
+from fastpo.objectives.base import Outcome, Term
+from fastpo.objectives.user import spelled
+
+FILE = '''
+from fastpo import Objective, Outcome, Term
+
+def mine(ratio, mask, *, beta=0.1):
+    """beta (u_l - u_w)"""
+    gap = beta * (ratio[:, 1] - ratio[:, 0])
+    return Outcome((Term(gap),), (beta * ratio).detach())
+mine.family = "pair"
+
+described = Objective(mine, "list", "a paper", "a formula", name="listed")
+number = 3.0
+def unsaid(ratio, mask): ...
+def misspelt(ratios, mask): ...
+misspelt.family = "pair"
+def many(*scores): ...
+many.family = "pair"
+def unset(ratio, *, beta): ...
+unset.family = "pair"
+def tensor(ratio, mask): return ratio.sum()
+tensor.family = "pair"
+def scalar(ratio, mask): return Outcome((Term(ratio.sum()),), ratio.detach())
+scalar.family = "pair"
+def dpo(ratio, mask): ...
+dpo.family = "pair"
+'''
+
+
+@pytest.fixture(autouse=True)
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with `own_losses.py`, which is the working directory."""
+    (tmp_path / "own_losses.py").write_text(FILE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield tmp_path
+    for name in ("own_losses", "broken_losses"):
+        sys.modules.pop(name, None)
+
+
+def test_a_function_and_an_objective() -> None:
+    objective = get_objective("own_losses:mine")
+    assert (objective.name, objective.family, objective.paper) == ("mine", "pair", "own")
+    assert objective.formula == "beta (u_l - u_w)"
+    listed = get_objective("own_losses.py:described")
+    assert (listed.name, listed.family, listed.formula) == ("listed", "list", "a formula")
+    assert objective.fn is listed.fn  # one module, by either name
+    assert "mine" not in OBJECTIVES
+
+
+def test_it_is_an_objective_like_any_other() -> None:
+    head = torch.nn.Linear(8, 16, bias=False)
+    hidden, labels = torch.randn(4, 5, 8), torch.randint(0, 16, (4, 5))
+    mixture = {"dpo": 1.0, "own_losses:mine": 0.5}
+    loss = PreferenceLoss(mixture, head, **{"mine.beta": 0.3, "beta": [0.1, 0.2]})
+    assert [c.objective.name for c in loss.components] == ["dpo", "mine"]
+    assert loss.components[1].hyper == {"beta": 0.3}
+    assert loss(hidden, labels, ref_logps=torch.zeros(4, 5)).loss.isfinite()
+    for again in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert again.components[1].objective.fn is loss.components[1].objective.fn
+    with pytest.raises(ValueError, match="beta='a lot' must be a number"):
+        PreferenceLoss("own_losses:mine", head, beta="a lot")
+
+
+def test_beside_a_recipe_it_is_found_and_named_from_here(own: Path) -> None:
+    folder = own / "runs"
+    folder.mkdir()
+    (folder / "own_losses.py").write_text(FILE.replace("mine", "theirs"))
+    assert get_objective("own_losses:theirs", beside=folder).name == "theirs"
+    assert spelled("own_losses:theirs", folder) == "runs/own_losses.py:theirs"
+    assert spelled("own_losses:mine", own) == "own_losses:mine"
+    assert spelled("own_losses:mine", None) == "own_losses:mine"
+
+
+REFUSED = {
+    "own_losse:mine": "there is no own_losse, .*: did you mean 'own_losses'?",
+    "other/own_losses.py:mine": "there is no other/own_losses.py, looked for in ",
+    "own_losses:min": "own_losses.py has no 'min': did you mean 'mine'?",
+    "own_losses:": "write module:function, such as my_module:my_loss",
+    ":mine": "write module:function",
+    "broken_losses:mine": r"broken_losses.py failed: ZeroDivisionError: division by zero",
+    "own_losses:number": "is a float: name a function of scores",
+    "own_losses:unsaid": "does not say what it compares: write unsaid.family = 'pair'",
+    "own_losses:misspelt": "takes 'ratios', which is no score: did you mean 'ratio'?",
+    "own_losses:many": r"takes \*scores: name every score",
+    "own_losses:unset": "hyper-parameter 'beta' without a default",
+    "own_losses:dpo": "another is called 'dpo': rename the function",
+}
+
+
+@pytest.mark.parametrize("reference", REFUSED)
+def test_what_is_not_there_is_said_in_one_line(own: Path, reference: str) -> None:
+    (own / "broken_losses.py").write_text("1 / 0\n")
+    with pytest.raises(ValueError, match=REFUSED[reference]) as error:
+        get_objective(reference)
+    assert reference in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("tensor", "a Tensor"), ("scalar", r"shape \[\] for 2")]
+)
+def test_another_return_type_is_refused(name: str, said: str) -> None:
+    loss = PreferenceLoss(f"own_losses:{name}", torch.nn.Linear(8, 16, bias=False))
+    with pytest.raises(ValueError, match=f"{name} returned .*{said}.*: return Outcome"):
+        loss(torch.randn(4, 5, 8), torch.zeros(4, 5).long(), ref_logps=torch.zeros(4, 5))
+
+
+def test_register() -> None:
+    def twice(ratio, mask, *, beta=0.1):
+        return Outcome((Term(2 * beta * ratio.sum(-1)),), ratio.detach())
+
+    try:
+        objective = register(twice, family="pair")
+        assert OBJECTIVES["twice"] is objective is get_objective("twice") is register(objective)
+        assert PreferenceLoss("twice", beta=0.2).components[0].objective is objective
+        with pytest.raises(ValueError, match=r"the name .twice. is taken: give .* another, or del"):
+            register(Objective(lambda ratio: None, "pair", name="twice"))
+    finally:
+        del OBJECTIVES["twice"]
+    assert as_objective(OBJECTIVES["kto"].fn) is OBJECTIVES["kto"]
+
+
+def test_the_order_of_old_is_answered() -> None:
+    with pytest.raises(TypeError, match="the function comes first and gives the name"):
+        fastpo.Objective("square", as_objective, "pair", "own", "x")  # pyright: ignore
+    with pytest.raises(ValueError, match="family='pairs' must be"):
+        Objective(as_objective, "pairs")  # pyright: ignore
+
+
+def test_two_of_one_name_do_not_mix() -> None:
+    with pytest.raises(ValueError, match="two objectives of the mixture are called 'mine'"):
+        PreferenceLoss({"own_losses:mine": 1, "own_losses.py:mine": 1})
