@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from fastpo.cli import main
-from fastpo.train.recipe import RecipeError, load_recipe
+from fastpo.recipe.recipe import load_recipe
+from fastpo.recipe.values import RecipeError
 
 FILE = '''
 from fastpo.objectives.pairwise import margin_of, pair_outcome
