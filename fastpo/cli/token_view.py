@@ -18,21 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastpo.data.groups import Group
+from fastpo.data.show import token_texts
 from fastpo.redact import redact
 from fastpo.report.page import STYLE
 from fastpo.run.folder import write_text
 
 SHOWN = 50  # groups on a page: 100 responses of 300 tokens are 4 MB
 FULL = 95  # percentile of |reward| from which on the colour is full, so that outliers hide nothing
-
-
-def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """What each token adds; decoded alone, SentencePiece's tokens lose the blank before them."""
-    texts = []
-    for before, token in zip([ids[:0], *([i] for i in ids[:-1])], ids, strict=True):
-        known = tokenizer.decode(before)
-        texts.append(str(tokenizer.decode([*before, token]))[len(known) :])
-    return texts
 
 
 def token_rows(

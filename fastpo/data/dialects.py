@@ -57,10 +57,10 @@ class Reading:
 
     def __init__(self, row: Row):
         self.row = row
-        self.columns: dict[str, Any] = {}
+        self.columns: dict[str, object] = {}
         self.names: dict[str, str] = {}
         self.used: set[str] = set()
-        self.inside: dict[str, Any] = {}
+        self.inside: dict[str, object] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self.row

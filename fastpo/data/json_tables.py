@@ -86,9 +86,11 @@ def _table(rows: Sequence[Mapping[str, Any]], features: datasets.Features) -> pa
     return pa.Table.from_arrays(columns, schema=schema)
 
 
-def _batches(files: Sequence[str], naming: Callable[[str], Any]) -> Iterator[list[dict[str, Any]]]:
+def _batches(
+    files: Sequence[str], naming: Callable[[str], Any]
+) -> Iterator[list[dict[str, object]]]:
     """Yield the rows of files in lists; `naming(file)` is a context in which a file is read."""
-    batch: list[dict[str, Any]] = []
+    batch: list[dict[str, object]] = []
     size = 0
     for file in files:
         with naming(file):

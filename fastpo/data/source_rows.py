@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from fastpo.data.bad_rows import BadRow, OnBadRow, naming, report
 from fastpo.reading import REPAIR, told
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -67,11 +67,11 @@ def source_rows(rows: Iterable[Any], source: str = "rows") -> Iterator[SourceRow
 
 def good_rows(
     rows: Iterable[Any],
-    check: Callable[[dict[str, Any]], T],
+    check: Callable[[Mapping[str, Any]], T],
     *,
     source: str,
     on_bad_row: OnBadRow,
-) -> Iterator[tuple[dict[str, Any], T]]:
+) -> Iterator[tuple[Mapping[str, Any], T]]:
     """Yield rows, as the file has them, and what `check` makes of each: work without groups.
 
     Raises:
@@ -94,7 +94,7 @@ def good_rows(
     if len(skipped) == num_rows:
         raise ValueError(f"{source}: no usable row; {report(skipped, num_rows, 10)}")
     if skipped:
-        logger.warning("%s: %s", source, report(skipped, num_rows, 10))
+        log.warning("%s: %s", source, report(skipped, num_rows, 10))
 
 
 def exact_rows(rows: Iterable[Any], source: str = "rows") -> Iterator[Any]:

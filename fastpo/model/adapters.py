@@ -72,7 +72,7 @@ def _saved(model: nn.Module) -> list[tuple[Any, torch.dtype]]:
     return saved
 
 
-def _cast_inputs(module: nn.Module, args: tuple, keywords: dict[str, Any]) -> tuple[Any, Any]:
+def _cast_inputs(module: nn.Module, args: tuple, keywords: dict[str, object]) -> tuple[Any, Any]:
     return _cast((args, keywords), next(module.parameters()).dtype)
 
 

@@ -21,7 +21,7 @@ from fastpo.model.attention.shared_row import SharingError
 from fastpo.model.device import seeded_draws
 from fastpo.model.hidden import attach, causal_lm, decoder_of, mode, target_hidden
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 CHECKED = 8
 """Number of groups that are looked at before a model's first batch."""
@@ -194,7 +194,7 @@ def self_check(
                         f"explains {explained:.2e}"
                     )
     if share_prompt and not able:
-        logger.warning("prompts are not shared, every response gets its own row: %s", reason)
+        log.warning("prompts are not shared, every response gets its own row: %s", reason)
     return SelfCheck(
         able, reason, error, bound, head_error, head_bound, gradient_error, gradient_bound
     )

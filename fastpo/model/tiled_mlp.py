@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastpo.model.hidden import causal_lm, decoder_of
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class _Keep(torch.autograd.Function):
@@ -117,7 +117,7 @@ def tile_mlps(model: nn.Module, tile: int | str) -> int:
                 _tile(child, tile)
                 count += 1
     if skipped:
-        logger.info("not in tiles: %s, a mixture of experts", ", ".join(sorted(skipped)))
+        log.info("not in tiles: %s, a mixture of experts", ", ".join(sorted(skipped)))
     if not count:
         raise ValueError(
             f"mlp_tile: no layer of {type(decoder).__name__} has an MLP that sees one token at a "

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from fastpo.cli import main
-from fastpo.cli.output import check_outputs, json_lines, partial_of
-from fastpo.cli.prepare import Progress
+from fastpo.cli.output import check_outputs, json_lines
 from fastpo.cli.train import introduction, refuse_mixture, step_words
 from fastpo.recipe.recipe import load_recipe
 from fastpo.run.folder import claim
+from fastpo.run.partial import partial_of
 from fastpo.run.record import Run
+from fastpo.scoring.logo import Progress
 from fastpo.train.trainer import PreferenceTrainer
 from tests.cli.test_cli import lines, run
 from tests.train.test_folder import content
