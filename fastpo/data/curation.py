@@ -1,4 +1,4 @@
-"""From scored lists to pairs: which answers are kept, which are compared, and in which order.
+"""Make pairs of scored lists: which responses are kept and compared, and in which order.
 
 Functions of rows (dicts with `prompt`, `responses`, `scores`), to be written to a file before
 training, as `fastpo data` does: what a run then sees is on disk and can be looked at.

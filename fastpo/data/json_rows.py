@@ -1,4 +1,4 @@
-"""Rows of JSON files, each exactly what its own text says.
+"""Read rows of JSON files, each exactly what its own text says.
 
 The JSON reader of `datasets` guesses one type for all rows from the first of them: it refuses what
 comes later, and gives every object the keys of all others. Here Python's parser reads row by row.

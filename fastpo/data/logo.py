@@ -1,4 +1,4 @@
-"""Long documents to LOGO's rows: chunks, a question, which of them matter, and three answers.
+"""Make LOGO's rows of long documents: chunks, a question, which of them matter, and three answers.
 
 After arXiv 2410.18533. Chosen is the model's answer to all critical chunks, the first rejected one
 (`prefix`, half right as a rule) to the first half of them, the second (`suffix`) to none; chunks
@@ -29,7 +29,7 @@ Document: TypeAlias = Mapping[str, Any]
 
 
 class LogoRow(TypedDict):
-    """A row as it is written, its three responses best first."""
+    """Hold a row as it is written, its three responses best first."""
 
     prompt: Content
     responses: list[Content]
@@ -161,7 +161,7 @@ def _item(
     chunks: Sequence[str],
     question: str,
     answer: str,
-    own: str | None,
+    known: str | None,
     options: LogoOptions,
 ) -> _Item:
     scores = overlaps(f"{question} {answer}", chunks)
@@ -181,7 +181,7 @@ def _item(
     return _Item(
         number,
         question,
-        own,
+        known,
         texts(critical, others[: options.context_chunks - len(critical)]),
         [
             texts(critical),
@@ -244,12 +244,12 @@ def logo_rows(
     items: list[_Item] = []
     dropped: list[Dropped] = []
     for i, document in enumerate(documents):
-        own = None if i in written else document.get("answer") or None
+        known = None if i in written else document.get("answer") or None
         try:
             question, answer = (
-                _asked(written[i]) if i in written else (document["question"], own or "")
+                _asked(written[i]) if i in written else (document["question"], known or "")
             )
-            items.append(_item(first + i, chunks[i], question, answer, own, options))
+            items.append(_item(first + i, chunks[i], question, answer, known, options))
         except _Drop as reason:
             dropped.append(Dropped(first + i, str(reason)))
 

@@ -1,4 +1,4 @@
-"""What a message is, and how what is not written as messages becomes some.
+"""Read messages, and make some of what is not written as messages.
 
 A message is a dict of `role` and `content`, text or a list of text parts, and whatever else a chat
 template reads. ShareGPT's `from` and `value` are read as the same thing.
@@ -17,14 +17,14 @@ from fastpo.data.bad_rows import BadField
 
 
 class TextPart(TypedDict):
-    """A part of a message's content; its type is `text`."""
+    """Hold a part of a message's content; its type is `text`."""
 
     type: str
     text: str
 
 
 class Message(TypedDict, total=False):
-    """What somebody says in a conversation; templates may read further keys."""
+    """Hold what somebody says in a conversation; templates may read further keys."""
 
     role: Required[str]
     content: str | list[TextPart] | None

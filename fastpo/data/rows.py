@@ -1,4 +1,4 @@
-"""Rows from wherever they are: the Hub, files, folders, globs, or objects already in memory.
+"""Read rows from wherever they are: the Hub, files, folders, globs, or objects already in memory.
 
 JSON is read by `fastpo.data.json_rows`, all else by the `datasets` library; this file finds out
 which reader to call. Only functions that read import it, since groups already made are trained on

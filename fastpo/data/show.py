@@ -1,4 +1,4 @@
-"""Rows in words: who says what, and how a tokenizer and its template write it."""
+"""Write rows in words: who says what, and how a tokenizer and its template write it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ PLAIN = "«the template's own text», [scored token]"
 
 
 class Piece(NamedTuple):
-    """A token's text: whether the row says it, and whether it is scored."""
+    """Hold a token's text, whether the row says it, and whether it is scored."""
 
     text: str
-    own: bool
+    from_row: bool
     scored: bool
 
 
@@ -52,15 +52,15 @@ def pieces(texts: Sequence[str], scored: Sequence[bool], said: Iterator[str]) ->
         scored: of every token.
         said: what the row says, in order; a template may strip it, or leave it out.
     """
-    whole, place, own = "".join(texts), 0, []
+    whole, place, from_row = "".join(texts), 0, []
     for text in filter(None, map(str.strip, said)):
         start = whole.find(text, place)
         if start >= 0:
             place = start + len(text)
-            own.append((start, place))
+            from_row.append((start, place))
     marked, place = [], 0
     for text, counted in zip(texts, scored, strict=True):
-        inside = any(start < place + len(text) and place < stop for start, stop in own)
+        inside = any(start < place + len(text) and place < stop for start, stop in from_row)
         marked.append(Piece(text, inside, counted))
         place += len(text)
     return marked
@@ -70,9 +70,9 @@ def _painted(marked: Sequence[Piece], tone: int | None) -> str:
     """Write pieces as a terminal shows them, or without a tone as plain text."""
     if tone is None:
         shown = []
-        for (own, scored), run in itertools.groupby(marked, lambda p: (p.own, p.scored)):
+        for (from_row, scored), run in itertools.groupby(marked, lambda p: (p.from_row, p.scored)):
             text = "".join(f"[{p.text}]" if scored else p.text for p in run)
-            shown.append(text if own else f"«{text}»")
+            shown.append(text if from_row else f"«{text}»")
         return "".join(shown)
     dim = {True: "", False: "2;"}
     return "".join(f"\x1b[{dim[p.own]}{tone if p.scored else 39}m{p.text}\x1b[0m" for p in marked)

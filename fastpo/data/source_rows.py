@@ -1,4 +1,4 @@
-"""Rows one after the other, each as it was written, and with the place that it came from.
+"""Yield rows one after the other, each as it was written, and with the place that it came from.
 
 A row's file, its number there and the fault of a broken line are columns of the data set: those of
 Arrow and of a stream alone survive `select`, `shuffle`, `map` and a loader's processes. They are
@@ -47,8 +47,8 @@ class SourceRow(NamedTuple):
             return cls(row, source, index)
         if row.get(FILE) is not None:
             source, index = row[FILE], row[ROW]
-        own = {name: value for name, value in row.items() if name not in (FILE, ROW, TORN)}
-        return cls(own, source, index, row.get(TORN))
+        columns = {name: value for name, value in row.items() if name not in (FILE, ROW, TORN)}
+        return cls(columns, source, index, row.get(TORN))
 
     @contextmanager
     def naming(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""What a chat template does with a conversation, learnt by rendering small ones.
+"""Learn what a chat template does with a conversation by rendering small ones.
 
 A template says nowhere which keys of a message it reads, or in which form. So each fact is asked
 for once, with words that stand in no template, and kept for all rows with the same arguments.

@@ -1,4 +1,4 @@
-"""Rows of any dialect as TRL takes them: pairs, or single completions with a label."""
+"""Write rows of any dialect as TRL takes them: pairs, or single completions with a label."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def _of_tokens(example: Example, places: Sequence[int], *spans: str) -> dict[str
     return columns
 
 
-def _kwargs(own: Mapping[str, Any]) -> dict[str, object]:
-    tools, others = own.get("tools"), {k: v for k, v in own.items() if k != "tools"}
+def _kwargs(kwargs: Mapping[str, Any]) -> dict[str, object]:
+    tools, others = kwargs.get("tools"), {k: v for k, v in kwargs.items() if k != "tools"}
     columns = {"tools": tools, "chat_template_kwargs": others}
     return {name: value for name, value in columns.items() if value}
 

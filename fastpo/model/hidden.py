@@ -32,7 +32,7 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass
 class _Attached:
-    """State for `detach`: the forward that the instance had before, if any, and our hooks."""
+    """Keep what `detach` needs: the forward that the instance had before, if any, and our hooks."""
 
     forward: Callable | None
     hooks: list = field(default_factory=list)

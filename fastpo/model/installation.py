@@ -1,4 +1,4 @@
-"""What this installation can do: each backend against float64, and what a model's head will cost.
+"""Check what this installation can do: each backend against float64, and the cost of a head.
 
 The backends of the head need no transformers, so that it is imported by the functions that do.
 """

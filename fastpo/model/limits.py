@@ -44,7 +44,7 @@ def vocabulary_size(tokenizer: Any) -> int:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The token ids that all of several models take.
+    """Hold the token ids that all of several models take.
 
     Args:
         rows: number of rows of the smallest embedding.
@@ -99,20 +99,20 @@ class Vocabulary:
 
 @dataclass
 class Positions:
-    """The reach of a model's positions.
+    """Hold the reach of a model's positions.
 
     Args:
         limit: tokens in a row that the model was made for, or None where any length will do, as
             without positions or with ALiBi.
         name: name of the model's type.
         table: whether it looks positions up in a table, so that nothing runs beyond the limit.
-        told: whether a warning was given.
+        warned: whether a warning was given.
     """
 
     limit: int | None
     name: str
     table: bool = False
-    told: bool = False
+    warned: bool = False
 
     @classmethod
     def of(cls, *models: nn.Module | None) -> Positions:
@@ -165,7 +165,7 @@ class Positions:
         """
         if not self.beyond(tokens):
             return
-        self.told = True
+        self.warned = True
         if self.table:
             raise ValueError(self.told_of(what, remedy))
         log.warning("%s", self.told_of(what, remedy))

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class _Keep(torch.autograd.Function):
-    """The identity; saves x before the MLP has run, where `_Tiles` could only do so after."""
+    """Return x and save it before the MLP has run, where `_Tiles` could only do so after."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class _Keep(torch.autograd.Function):
 
 
 class _Tiles(torch.autograd.Function):
-    """mlp(x) by tiles; parameters are inputs, so that hooks of DDP and FSDP see one gradient."""
+    """Compute mlp(x) by tiles; parameters are inputs: hooks of DDP and FSDP see one gradient."""
 
     @staticmethod
     def forward(ctx: Any, mlp: Any, tile: int, x: Tensor, *parameters: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The cheapest switches of a recipe that make a training step fit, and the longest context then."""
+"""Find the cheapest switches of a recipe that make a step fit, and the longest context then."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastpo.planner.memory import Job, plan
 
 
 class Lever(NamedTuple):
-    """A switch of the recipe that makes room.
+    """Describe a switch of the recipe that makes room.
 
     Args:
         switch: as the recipe says it.

@@ -1,4 +1,4 @@
-"""The training step of a run, from what its recipe or the flags of `fastpo plan` say."""
+"""Make the training step of a run from what its recipe or the flags of `fastpo plan` say."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CANDIDATES = {"point": 1, "pair": 2, "list": 3}
 
 
 class JobFields(TypedDict, total=False):
-    """Fields of a `Job` beside what the model and the objective decide; None is as absent."""
+    """Hold fields of a `Job` beside what the model and the objective decide; None is as absent."""
 
     context: int | None
     response: int | None
@@ -94,15 +94,15 @@ def job_of_run(run: Run, flags: JobFields, card: Card | None = None) -> Job:
     lora: Mapping[str, Any] = run.lora if isinstance(run.lora, Mapping) else {}
     targets: str | Sequence[str] = lora.get("target_modules", "all-linear")
     trains_adapter = bool(run.lora) or adapter is not None
-    own = "qlora" if run.quantised else "lora" if trains_adapter else "full"
-    method = flags.get("method") or own
+    usual = "qlora" if run.quantised else "lora" if trains_adapter else "full"
+    method = flags.get("method") or usual
     fields: JobFields = {
         "response": run.max_response_length,
         "candidates": _candidates(run.loss),
         "groups": run.groups,
         "method": method,
         # Another method than the recipe's has its own default.
-        "weights": _weights(run.dtype if method == own else "auto", method),
+        "weights": _weights(run.dtype if method == usual else "auto", method),
         "rank": lora.get("r"),
         "targets": None if targets == "all-linear" else tuple(targets),
         # As in a run where the tokenizer is the larger one; nothing is read here to find out.

@@ -33,7 +33,7 @@ BLOCK = 16  # documents whose questions, and whose answers, are written together
 
 
 class Block(TypedDict):
-    """The rows of some documents, and the documents without one."""
+    """Hold the rows of some documents, and the documents without one."""
 
     rows: list[LogoRow]
     dropped: list[Dropped]

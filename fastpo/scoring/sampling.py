@@ -1,4 +1,4 @@
-"""Responses of a model to prompts: how they are drawn, and what is checked before."""
+"""Draw responses of a model to prompts, and check the prompts before."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastpo.model.limits import Positions, Vocabulary
 
 
 class Draw(TypedDict, total=False):
-    """Arguments of `generate` that say how a token is drawn."""
+    """Hold the arguments of `generate` that say how a token is drawn."""
 
     do_sample: bool
     temperature: float
@@ -75,7 +75,7 @@ def check_prompts(
     for i, prompt in enumerate(prompts):
         vocabulary.check(prompt, f"{source}, prompt {i}")
     size, longest = max(((len(prompt), i) for i, prompt in enumerate(prompts)), default=(0, 0))
-    if not positions.told:
+    if not positions.warned:
         positions.check(
             f"{source}, prompt {longest}: {size} tokens and {new_tokens} new ones",
             size + new_tokens,

@@ -21,14 +21,14 @@ from fastpo.model.self_check import CHECKED, self_check
 
 
 class HasHead(Protocol):
-    """Anything with a model and its head."""
+    """Hold a model and its head."""
 
     model: Any
     head: Head
 
 
 class Scorer:
-    """A frozen model in evaluation mode that returns log-probabilities."""
+    """Run a frozen model in evaluation mode that returns log-probabilities."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.requires_grad_(False).eval()
@@ -50,7 +50,7 @@ class Scorer:
 
 
 class AdapterOff(Scorer):
-    """The model of another scorer, its adapter switched off."""
+    """Run the model of another scorer, its adapter switched off."""
 
     def __init__(self, adapted: Scorer) -> None:
         self.model, self.head = adapted.model, adapted.head
@@ -62,7 +62,7 @@ class AdapterOff(Scorer):
 
 
 class Packer:
-    """Packs groups into batches on the scorers' device, each of which is checked first.
+    """Pack groups into batches on the scorers' device, each of which is checked first.
 
     Attributes:
         vocabulary: the token ids that every scorer takes.

@@ -1,4 +1,4 @@
-"""Rows to rows with a column of numbers for single tokens, from two scorers.
+"""Add to rows a column of numbers for single tokens, from two scorers.
 
 Both scorers run packed, as references do, and their log-probs go to a `ReferenceStore`: a run that
 was killed goes on, and other arguments of a rule cost no forward pass. The rules themselves are
@@ -36,7 +36,7 @@ from fastpo.scoring.scorer import Packer
 
 
 class Contrast:
-    r"""Two scorers as one of twice the width: logits $2 z^+ - z^-$ are a head on $(2h^+, -h^-)$.
+    r"""Run two scorers as one of twice the width: logits $2 z^+ - z^-$, a head on $(2h^+, -h^-)$.
 
     Raises:
         ValueError: heads of other facts or vocabularies, or a soft-cap, which is not linear.

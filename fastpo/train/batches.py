@@ -136,7 +136,7 @@ class Collator:
         packed = groups or filler
         if self.vocabulary is not None:
             self.vocabulary.check_groups(packed)
-        if self.positions is not None and not self.positions.told:
+        if self.positions is not None and not self.positions.warned:
             self.positions.check_groups(packed)
         logps: dict[str, Any] = {
             name: [store[group] for group in packed]

@@ -9,10 +9,14 @@ def test_tokens_are_marked_by_who_wrote_them() -> None:
     texts = ["<user>", " Sky", "?", "<end>", "<assistant>", "Blue", "."]
     scored = [False] * 4 + [False, True, True]
     marked = pieces(texts, scored, iter(["Sky? ", "Blue."]))
-    assert [piece.text for piece in marked if not piece.own] == ["<user>", "<end>", "<assistant>"]
-    assert marked[5] == Piece("Blue", own=True, scored=True)
+    assert [piece.text for piece in marked if not piece.from_row] == [
+        "<user>",
+        "<end>",
+        "<assistant>",
+    ]
+    assert marked[5] == Piece("Blue", from_row=True, scored=True)
 
 
 def test_what_a_template_leaves_out_marks_nothing() -> None:
     (piece,) = pieces(["<empty>"], [True], iter(["a thought", ""]))
-    assert piece == Piece("<empty>", own=False, scored=True)
+    assert piece == Piece("<empty>", from_row=False, scored=True)

@@ -114,7 +114,7 @@ def test_the_longest_row_is_named_once(caplog: pytest.LogCaptureFixture) -> None
         found.check_groups(groups[:3])
         assert not caplog.records
         found.check_groups(groups)
-    assert found.told
+    assert found.warned
     said = f"tiny.jsonl, row 3: {size} tokens of prompt and response, llama was made for 120: lower"
     assert [r.getMessage().startswith(said) for r in caplog.records] == [True]
     assert "max_position_embeddings" in caplog.text
