@@ -592,7 +592,7 @@ class Columns:
         Raises:
             BadField: a column that looks like one that is read, or holds something to train on.
         """
-        unread = {
+        unread: Mapping[str, Any] = {
             column: value
             for column, value in (*reading.row.items(), *reading.inside.items())
             if column not in reading.used and column not in optional and column not in prompts

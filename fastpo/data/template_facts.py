@@ -371,8 +371,8 @@ class TemplateFacts:
             if others and key not in self.reasoning:
                 changed[others[0]] = changed.pop(key)
                 break
-        if message.get("tool_calls"):
-            changed["tool_calls"] = self._adapted_calls(name, message["tool_calls"])
+        if calls := message.get("tool_calls"):
+            changed["tool_calls"] = self._adapted_calls(name, calls)
         return changed
 
     def without_end(self, text: str) -> str:

@@ -279,7 +279,8 @@ class Encoder:
         wanted = example.continue_final_message
         continues = self.continue_final_message if wanted is None else wanted
         prompt = cast("Messages | None", example.prompt)
-        prompt, every = split_prompt(prompt, every_response(example), continues)
+        responses = cast("dict[str, Messages]", every_response(example))
+        prompt, every = split_prompt(prompt, responses, continues)
         return rendered(self._template(example.template_kwargs), where, prompt, every, continues)
 
 

@@ -153,6 +153,7 @@ def test_errors(words: list[str], message: str, capsys: pytest.CaptureFixture[st
     assert message in capsys.readouterr().err
 
 
+# Every recipe whose plan the documents print.
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_documents_show_what_the_planner_says(
     name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -168,6 +169,7 @@ def test_the_documents_show_what_the_planner_says(
     assert said in (EXAMPLES.parent / "docs" / "long-context.md").read_text()
 
 
+# The same recipes: what is planned for must also run.
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_run_on_a_tiny_shape(

@@ -37,6 +37,7 @@ def rope(kind: str, **options: Any) -> dict[str, Any]:
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
+# Each kind of rope scaling, families that name the limit otherwise, tables and none.
 @pytest.mark.parametrize(
     ("model_type", "options", "limit", "table"),
     [

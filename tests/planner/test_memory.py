@@ -51,6 +51,7 @@ BF16 = {"weights": "bfloat16", "computed": "bfloat16"}
 AUTOCAST = {"weights": "float32", "computed": "bfloat16"}
 
 
+# Each term of the sum decides at least one of these: method, dtypes, tiles, offload, soft-cap.
 @pytest.mark.parametrize(
     "given",
     [
@@ -135,6 +136,7 @@ def test_full_training_and_references() -> None:
     assert mixed["weights cast by autocast"] == 2 * count
 
 
+# Plain AdamW, and each optimiser that rounds its states.
 @pytest.mark.parametrize(
     ("weights", "optim", "want"),
     [
@@ -153,6 +155,7 @@ def test_bytes_of_a_trained_weight(weights: str, optim: str, want: float) -> Non
     assert total / LLAMA_8B.parameters == pytest.approx(want + scales, rel=1e-6)
 
 
+# Both widths of torchao's states.
 @pytest.mark.parametrize("bits", [8, 4])
 def test_torchaos_states_are_as_large_as_planned(bits: int) -> None:
     optim = require("torchao.optim", "8-bit states", "torchao")

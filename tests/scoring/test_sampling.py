@@ -29,12 +29,14 @@ def test_how_a_token_is_drawn(values: tuple[float, ...], draw: dict[str, Any]) -
     assert drawing(*values) == draw
 
 
+# Each bound, just beyond it.
 @pytest.mark.parametrize("values", [(-1.0, 1.0), (1.0, 0.0), (1.0, 1.5)])
 def test_a_draw_out_of_range(values: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="must be at least 0 and --top_p"):
         drawing(*values)
 
 
+# Absent, empty as text, empty as a list, and of another type.
 @pytest.mark.parametrize("prompt", [None, "", [], 3])
 def test_a_row_without_a_prompt(tokenizers: Any, prompt: Any) -> None:
     with pytest.raises(BadField, match="neither text nor a list of messages"):
