@@ -75,7 +75,9 @@ def _painted(marked: Sequence[Piece], tone: int | None) -> str:
             shown.append(text if from_row else f"«{text}»")
         return "".join(shown)
     dim = {True: "", False: "2;"}
-    return "".join(f"\x1b[{dim[p.own]}{tone if p.scored else 39}m{p.text}\x1b[0m" for p in marked)
+    return "".join(
+        f"\x1b[{dim[p.from_row]}{tone if p.scored else 39}m{p.text}\x1b[0m" for p in marked
+    )
 
 
 def _shortened(text: str) -> str:
