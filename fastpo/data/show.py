@@ -74,10 +74,8 @@ def _painted(marked: Sequence[Piece], tone: int | None) -> str:
             text = "".join(f"[{p.text}]" if scored else p.text for p in run)
             shown.append(text if from_row else f"«{text}»")
         return "".join(shown)
-    dim = {True: "", False: "2;"}
-    return "".join(
-        f"\x1b[{dim[p.from_row]}{tone if p.scored else 39}m{p.text}\x1b[0m" for p in marked
-    )
+    styles = [f"{'' if p.from_row else '2;'}{tone if p.scored else 39}" for p in marked]
+    return "".join(f"\x1b[{s}m{p.text}\x1b[0m" for s, p in zip(styles, marked, strict=True))
 
 
 def _shortened(text: str) -> str:
