@@ -38,7 +38,7 @@ def test_one_that_does_not_run_is_not_wrong() -> None:
 
 def test_costs_of_a_head() -> None:
     """A trained head of many tokens costs 4 matmuls, a frozen one 2, scoring 1."""
-    head = Head(torch.zeros(1000, 64))
+    head = Head(torch.nn.Linear(64, 1000, bias=False))
     costs = dict(installation.head_costs(head, CPU, 4096, 1))
     assert costs["scoring"].startswith("1 x 2NDV, schedule ")
     assert costs["frozen"].startswith("2 x 2NDV, schedule frozen")

@@ -51,5 +51,6 @@ def test_two_models(tiny: Path, worse: Path, tmp_path: Path, rule: str) -> None:
         plain, truth = (by_hand(rule, model, worse, row, dtype) for dtype in DTYPES)
         numbers: Any = written[column]
         for ours, a, b in zip(numbers, plain, truth, strict=True):
-            # The column keeps six decimals.
-            assert_three_way(torch.tensor(ours), a, b, column, terms=0.5e-6 / 2 / 1.2e-7)
+            # The column keeps six decimals: half a unit of the last, in float32's eps.
+            terms = 0.5e-6 / 2 / torch.finfo(torch.float32).eps
+            assert_three_way(torch.tensor(ours), a, b, column, terms=terms)
