@@ -29,6 +29,9 @@ def test_a_torn_block_is_written_again_and_another_key_is_refused(tmp_path: Path
     assert [len(each["rows"]) for each in again.blocks] == [1]
     assert again.reasons() == [("short", 2)]
     again.add({"rows": [], "dropped": [Dropped(3, "long")]})
+    again._file.close()
+    again = Progress(path, {"seed": 1})
+    assert len(again.blocks) == 2  # nothing torn is left between them
     assert again.finish(tmp_path / "out") == [{"document": 0}]
     assert json.loads((tmp_path / "out").read_text()) == {"document": 0}
     assert not path.exists()

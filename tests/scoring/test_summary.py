@@ -16,12 +16,13 @@ def test_means_and_pairs() -> None:
     summary.add(ScoredGroup("f", 0, ranked, {"ches": -0.5}))
     labelled = [response(-4.0, label=True), response(-2.0, label=False)]
     summary.add(ScoredGroup("f", 1, labelled, {"ches": 0.25}))
+    summary.add(ScoredGroup("f", 2, [response(-6.0, label=False)]))
     responses, pairs = summary.tables()
     # Of the three pairs that the data judges (the tie of ranks 1 and 1 is none) two are right.
     assert responses == [
         ("", "chosen", "rejected", "pairs right"),
-        ("logps", "-2.5000", "-2.3333", "0.6667"),
-        ("mean_logps", "-1.2500", "-1.1667", "0.6667"),
+        ("logps", "-2.5000", "-3.2500", "0.6667"),
+        ("mean_logps", "-1.2500", "-1.6250", "0.6667"),
         ("tokens", "2.0000", "2.0000", "-"),
     ]
     assert pairs == [("ches", "-0.1250")]
