@@ -37,7 +37,10 @@ MOVED: dict[str, tuple[str, ...]] = {
     "fastpo.objectives.policy": ("fastpo.objectives.policy_gradient",),
     "fastpo.online": ("fastpo.head.online_softmax",),
     "fastpo.ops": ("fastpo.head.op",),
-    "fastpo.plan": ("fastpo.planner.memory",),
+    "fastpo.plan": (
+        "fastpo.planner.memory",
+        "fastpo.planner.advice",
+    ),
     "fastpo.schedules": ("fastpo.head.schedule",),
     "fastpo.scores": (
         "fastpo.segments",

@@ -7,16 +7,11 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from tqdm.auto import tqdm
 
 from fastpo.cli.models import show_log
 from fastpo.cli.output import check_outputs, json_lines
-from fastpo.data.bad_rows import BadField
-from fastpo.data.curation import curriculum, sampled
+from fastpo.data.curation import curriculum, sampled, scored_lists
 from fastpo.data.rows import load_rows
-from fastpo.data.source_rows import good_rows
 
 _OF_SHOW = (
     *("rows", "model", "tokenizer", "chat_template", "trust_remote_code", "to", "list_to_pairs"),
@@ -26,30 +21,15 @@ _OF_SHOW = (
 """Flags that only `show` reads, by their names among the arguments."""
 
 
-def _check(row: Mapping[str, Any]) -> None:
-    responses, scores = row.get("responses"), row.get("scores")
-    if not responses or not scores or len(responses) != len(scores):
-        raise BadField(
-            "responses, scores",
-            "no lists of one length; grade the answers of `fastpo sample` first",
-        )
-
-
-def _scored_lists(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    rows: Any = load_rows(
+def _scored_lists(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
+    rows = load_rows(
         arguments.dataset, split=arguments.split, name=arguments.dataset_name, origin=True
     )
-    good = good_rows(
-        rows,
-        _check,
-        source=arguments.dataset,
-        on_bad_row="skip" if arguments.skip_bad_rows else "error",
-    )
-    for row, _ in tqdm(good, total=len(rows), desc="lists", unit="row", disable=None):
-        yield {name: value for name, value in row.items() if value is not None}
+    on_bad_row = "skip" if arguments.skip_bad_rows else "error"
+    return scored_lists(rows, arguments.dataset, on_bad_row)
 
 
-def _write(path: Path, rows: Sequence[Mapping[str, Any]], over: bool) -> None:
+def _write(path: Path, rows: Sequence[Mapping[str, object]], over: bool) -> None:
     with json_lines(path, over=over) as write:
         for row in rows:
             write(dict(row))
@@ -66,8 +46,7 @@ def data(arguments: argparse.Namespace) -> int:
     for name in _OF_SHOW:
         value = getattr(arguments, name)
         if value is not None and value is not False and value != "auto":
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} is of `fastpo data show`: drop it")
+            raise ValueError(f"--{name} is of `fastpo data show`: drop it")
     if arguments.out is None:
         raise ValueError(f"name what to write: fastpo data {arguments.action} DATASET OUT")
     out = Path(arguments.out)

@@ -7,21 +7,23 @@ import importlib.metadata
 import importlib.util
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastpo import __version__
 from fastpo.cli import EXTRAS
-from fastpo.head.functional import linear_logps
-from fastpo.head.head import Head
-from fastpo.head.schedule import Workload
-from fastpo.head.select import choose_backend, most_kept_tokens, plan_head, workspace_in_mib
-from fastpo.head.spec import BackendName, HeadOptions, Workspace, check_workspace
+from fastpo.head.select import choose_backend
+from fastpo.head.spec import check_workspace
 from fastpo.model.device import default_device, native_bf16
+from fastpo.model.installation import (
+    Verdict,
+    attention_verdicts,
+    chosen_attention,
+    head_costs,
+    head_verdicts,
+)
 from fastpo.optional import PackageError, require_transformers
 
 VERSIONS = ("torch", "triton", "transformers", "accelerate", "peft", "datasets", "numpy")
@@ -38,99 +40,13 @@ def _line(name: str, text: str) -> None:
     print(f"  {name:<13}{text}")
 
 
-def _step(
-    hidden: Tensor, weight: Tensor, labels: Tensor, backend: BackendName | None
-) -> tuple[Tensor, Tensor]:
-    """Log-probs and their gradient to the hidden states; None is plain PyTorch."""
-    h = hidden.detach().requires_grad_()
-    if backend is None:
-        logps = (h @ weight.T).log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
-    else:
-        logps = linear_logps(h, weight, labels, backend=backend)
-    (grad,) = torch.autograd.grad(logps.sum(), h)
-    return logps.detach(), grad
-
-
-def check_backend(backend: BackendName, device: torch.device) -> tuple[float, float]:
-    """(error, bound) of a back end's log-probs and gradients against float64.
-
-    The bound is twice the error of plain PyTorch in the same dtype plus one rounding.
-    """
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(24, 48, generator=generator)
-    weight = torch.randn(96, 48, generator=generator) / 3
-    labels = torch.randint(0, 96, (24,), generator=generator)
-    truth = _step(hidden.double(), weight.double(), labels, None)
-    inputs = (hidden.to(device), weight.to(device), labels.to(device))
-    ours, plain = _step(*inputs, backend), _step(*inputs, None)
-    return _worst(ours, plain, truth, torch.finfo(hidden.dtype).eps)
-
-
-def check_attention(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """(error, bound) of one attention back end, forward and backward, against float64.
-
-    Two groups and five responses, in a layer of two key heads for four query heads; the bound is
-    twice the error of separate calls in the same dtype plus one rounding.
-    """
-    from fastpo.batch import GroupSpan, Layout
-    from fastpo.model.attention.dispatch import BACKENDS
-    from fastpo.model.attention.shared_row import AttentionOptions, SharedRow
-
-    layout = Layout(
-        (
-            GroupSpan((0, 40), ((40, 60), (60, 95), (95, 100))),
-            GroupSpan((100, 130), ((130, 133), (133, 150))),
-        ),
-        150,
-    )
-    generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(1, h, 150, 32, generator=generator).to(dtype) for h in (4, 2, 2)]
-
-    def run(name: str, place: torch.device, precision: torch.dtype) -> list[Tensor]:
-        leaves = [t.to(place, precision).requires_grad_() for t in inputs]
-        out = BACKENDS[name](SharedRow(layout), *leaves, AttentionOptions())  # pyright: ignore
-        grads = torch.autograd.grad(out.float().square().sum(), leaves)
-        return [t.detach().double().cpu() for t in (out, *grads)]
-
-    truth = run("segments", torch.device("cpu"), torch.float64)
-    ours, plain = run(backend, device, dtype), run("segments", device, dtype)
-    return _worst(ours, plain, truth, torch.finfo(dtype).eps)
-
-
-def _worst(
-    ours: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor], eps: float
-) -> tuple[float, float]:
-    """The largest error and bound of several results, each in units of its own scale."""
-    error = bound = 0.0
-    for value, same, exact in zip(ours, plain, truth, strict=True):
-        scale = exact.abs().max().item()
-        error = max(error, (value.double().cpu() - exact).abs().max().item() / scale)
-        own = (same.double().cpu() - exact).abs().max().item()
-        bound = max(bound, 2 * (own / scale + eps))
-    return error, bound
-
-
-def _attention(device: torch.device) -> bool:
-    """Print what each attention back end does here; False where one that runs is wrong."""
-    from fastpo.model.attention.dispatch import BACKENDS, choose_attention
-
-    print("\nattention of shared prompts")
+def _verdicts(title: str, verdicts: Iterable[Verdict]) -> bool:
+    """Print how backends fare; return False where one that runs is wrong."""
+    print(f"\n{title}")
     sound = True
-    half = device.type == "cuda" and native_bf16(device)
-    dtype = torch.bfloat16 if half else torch.float32
-    facts: dict[str, Any] = {"device": device, "dtype": dtype, "width": 32}
-    for backend in BACKENDS:
-        try:
-            choose_attention(backend, **facts)
-        except ValueError as refusal:
-            _line(backend, f"not here: {refusal}")
-            continue
-        error, bound = check_attention(backend, device, dtype)
-        verdict = "works" if error <= bound else "WRONG"
-        sound = sound and error <= bound
-        _line(backend, f"{verdict}: relative error {error:.1e}, rounding explains {bound:.1e}")
-    for case, capped in (("auto", False), ("auto, capped", True)):
-        _line(case, ": ".join(choose_attention(**facts, softcap=capped)))
+    for verdict in verdicts:
+        _line(verdict.backend, str(verdict))
+        sound = sound and verdict.sound
     return sound
 
 
@@ -149,24 +65,6 @@ def _environment(device: torch.device) -> None:
     _line("bfloat16", "native" if yes else "emulated here: models are loaded in float32")
 
 
-def _backends(device: torch.device) -> bool:
-    """Print what each back end does here; False where one that runs is wrong."""
-    print("\nback ends of the head")
-    sound = True
-    for backend in ("torch", "triton"):
-        try:
-            choose_backend(backend, device)
-        except ValueError as refusal:
-            _line(backend, f"not here: {refusal}")
-            continue
-        error, bound = check_backend(backend, device)
-        verdict = "works" if error <= bound else "WRONG"
-        sound = sound and error <= bound
-        _line(backend, f"{verdict}: relative error {error:.1e}, rounding explains {bound:.1e}")
-    _line("auto", choose_backend("auto", device)[1])
-    return sound
-
-
 def _extras() -> None:
     print("\nextras")
     for extra, modules in EXTRAS.items():
@@ -178,32 +76,6 @@ def _extras() -> None:
             except PackageError as old:
                 text = f"{old}; {text}" if missing else str(old)
         _line(extra, text)
-
-
-def _head_costs(head: Head, device: torch.device, tokens: int, workspace_mib: Workspace) -> None:
-    vocabulary, width = head.weight.shape
-    product, mib = 2 * tokens * vocabulary * width / 1e12, workspace_in_mib(workspace_mib, device)
-    print(f"\nhead, {tokens} target tokens x {width} x {vocabulary}; 2NDV is {product:.3g} TFLOP")
-    dtype = head.weight.dtype if native_bf16(device) else torch.float32
-    cases: dict[str, dict[str, Any]] = {
-        "scoring": {"needs_hidden": False},
-        "frozen": {},
-        "trained": {"needs_head": True},
-        "frozen + KL": {
-            "want": ("logps", "kl_ref_policy"),
-            "num_grad_stats": 2,
-            "with_reference": True,
-        },
-    }
-    for name, needs in cases.items():
-        work = Workload(tokens, vocabulary, width, dtype, **needs)
-        backend, schedule, _ = plan_head(work, HeadOptions(workspace_mib=mib), device=device)
-        matmuls = f"{schedule.matmuls:.3g} x 2NDV"
-        _line(name, f"{matmuls}, schedule {schedule.name}, {backend}: {schedule.reason}")
-    most = most_kept_tokens(vocabulary, width, device=device, dtype=dtype, workspace_mib=mib)
-    _line("by groups", f"a loss on a trained head costs 3 x 2NDV for groups of up to {most} tokens")
-    full = tokens * vocabulary * 4 / 2**20
-    _line("logits", f"{full:,.0f} MiB in float32 if they were stored; {mib:g} MiB are used")
 
 
 def _chat_template(arguments: argparse.Namespace) -> None:
@@ -259,7 +131,11 @@ def _model(arguments: argparse.Namespace, device: torch.device) -> None:
     _line("head", ", ".join([embeddings, *facts]))
     able, reason = can_share_prompt(model)
     _line("prompts", f"{'shared' if able else 'one copy per response'}: {reason}")
-    _head_costs(head, device, arguments.tokens, arguments.workspace_mib)
+    tokens, (vocabulary, width) = arguments.tokens, head.weight.shape
+    matmul = 2 * tokens * vocabulary * width / 1e12
+    print(f"\nhead, {tokens} target tokens x {width} x {vocabulary}; 2NDV is {matmul:.3g} TFLOP")
+    for name, text in head_costs(head, device, tokens, arguments.workspace_mib):
+        _line(name, text)
 
 
 def doctor(arguments: argparse.Namespace) -> int:
@@ -276,9 +152,12 @@ def doctor(arguments: argparse.Namespace) -> int:
         check_place(arguments.model)
     device = default_device()
     _environment(device)
-    sound = _backends(device)
+    sound = _verdicts("back ends of the head", head_verdicts(device))
+    _line("auto", choose_backend("auto", device)[1])
     if importlib.util.find_spec("transformers") is not None:
-        sound = _attention(device) and sound
+        sound = _verdicts("attention of shared prompts", attention_verdicts(device)) and sound
+        for case, text in chosen_attention(device):
+            _line(case, text)
     _extras()
     if arguments.model is not None:
         _model(arguments, device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import json
 import os
@@ -10,14 +9,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 
 from fastpo.run.folder import belongs
-
-
-def partial_of(path: Path) -> Path:
-    """Where a file is written before it has its name."""
-    return path.with_name(f"{path.name}.partial")
+from fastpo.run.partial import hold, partial_of
 
 
 def _plain(path: Path) -> bool:
@@ -74,22 +69,6 @@ def check_outputs(
                     f"{held} is there already: name another file, remove it, or write over it with "
                     "--overwrite"
                 )
-
-
-def hold(file: TextIO | BinaryIO, path: Path) -> None:
-    """Keep other processes from writing this file too, until it is closed.
-
-    Raises:
-        ValueError: another process writes it.
-    """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(
-            f"{path} is being written by another process: let it end, or name another file"
-        ) from None
-    except OSError:  # a file system without locks
-        return
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -19,13 +20,13 @@ from fastpo.scoring.rules import get_rule
 from fastpo.scoring.weigh import weigh as weighed
 
 
-def _arguments_of(text: str) -> dict[str, Any]:
+def _arguments_of(text: str) -> Mapping[str, float]:
     try:
         args = json.loads(text)
     except json.JSONDecodeError:
         args = None
     if not isinstance(args, dict):
-        raise ValueError(f'--rule-args {text!r} is no JSON such as {{"mu": 0.5}}')
+        raise ValueError(f'--rule_args {text!r} is no JSON such as {{"mu": 0.5}}')
     return args
 
 
@@ -39,14 +40,14 @@ def weigh(arguments: argparse.Namespace) -> int:
         goes_on=True,
     )
     if arguments.batch_size < 1:
-        raise ValueError(f"--batch-size {arguments.batch_size} must be at least 1")
+        raise ValueError(f"--batch_size {arguments.batch_size} must be at least 1")
     rule = get_rule(arguments.rule, _arguments_of(arguments.rule_args))
     negative = arguments.negative or arguments.positive
     prompts = (arguments.positive_prompt, arguments.negative_prompt)
     if negative == arguments.positive and prompts[0] == prompts[1]:
         raise ValueError(
             "both scorers are the same model after the same prompt: give --negative, or "
-            "--positive-prompt and --negative-prompt"
+            "--positive_prompt and --negative_prompt"
         )
     rows: Any = load_rows(
         arguments.dataset, split=arguments.split, name=arguments.dataset_name, origin=True

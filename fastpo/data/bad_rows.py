@@ -1,4 +1,4 @@
-"""Rows that cannot be trained on: where they are, what is wrong, and what is done about them."""
+"""Report rows that cannot be trained on: where they are, what is wrong, and what is done."""
 
 from __future__ import annotations
 

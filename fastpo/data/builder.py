@@ -26,7 +26,7 @@ from fastpo.data.templates import Encoded, Encoder
 from fastpo.data.token_weights import check_length, multiplied, span_weights, weighted
 from fastpo.data.truncation import fit_prompt, kept_chunks
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class Builder:
@@ -273,7 +273,7 @@ class Builder:
             )
         for what, text in said.items():
             if what not in self._told:
-                logger.warning("%s: %s", self.source, text)
+                log.warning("%s: %s", self.source, text)
         self._told |= said.keys()
 
 

@@ -155,7 +155,7 @@ def read_tools(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def read_template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
+def read_template_kwargs(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a row's own arguments of its chat template, tools included."""
     kwargs = parsed("chat_template_kwargs", row.get("chat_template_kwargs", {}))
     if not isinstance(kwargs, Mapping):

@@ -1,4 +1,4 @@
-"""From scored lists to pairs: which answers are kept, which are compared, and in which order.
+"""Make pairs of scored lists: which responses are kept and compared, and in which order.
 
 Functions of rows (dicts with `prompt`, `responses`, `scores`), to be written to a file before
 training, as `fastpo data` does: what a run then sees is on disk and can be looked at.
@@ -6,10 +6,14 @@ training, as `fastpo data` does: what a run then sees is on disk and can be look
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
+
+from fastpo.data.bad_rows import BadField, OnBadRow
+from fastpo.data.source_rows import good_rows
 
 
 def rejection_sample(
@@ -54,7 +58,7 @@ def rejection_sample(
 
 def sampled(
     row: Mapping[str, Any], count: int, *, beta: float = 0.5, seed: int | Sequence[int] = 0
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return the row with `count` of its responses, chosen by `rejection_sample`."""
     kept = rejection_sample(row["scores"], count, beta=beta, seed=seed)
     return {
@@ -64,7 +68,7 @@ def sampled(
     }
 
 
-def curriculum(rows: Iterable[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
+def curriculum(rows: Iterable[Mapping[str, Any]]) -> list[list[dict[str, object]]]:
     """Make stages of pairs, easy to hard: the best response against the worst, and so on.
 
     Stage i pairs every list's best with its i-th worst, so the grades' gap shrinks from stage to
@@ -76,7 +80,7 @@ def curriculum(rows: Iterable[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
     >>> [(r["chosen"], r["rejected"]) for stage in curriculum([row]) for r in stage]
     [('b', 'a'), ('b', 'c')]
     """
-    stages: list[list[dict[str, Any]]] = []
+    stages: list[list[dict[str, object]]] = []
     for row in rows:
         order = np.argsort(row["scores"], kind="stable")
         best = int(order[-1])
@@ -95,3 +99,28 @@ def curriculum(rows: Iterable[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
                 }
             )
     return stages
+
+
+def scored_lists(rows: Any, source: str, on_bad_row: OnBadRow) -> Iterator[dict[str, object]]:
+    """Yield rows without null columns, each with `responses` and as many `scores`.
+
+    Args:
+        rows: of `load_rows`; sized.
+        source: name of the data for messages.
+        on_bad_row: whether a row without such lists is an error or left out.
+
+    Raises:
+        BadRow: the first bad row, unless they are left out.
+    """
+    good = good_rows(rows, _check, source=source, on_bad_row=on_bad_row)
+    for row, _ in tqdm(good, total=len(rows), desc="lists", unit="row", disable=None):
+        yield {name: value for name, value in row.items() if value is not None}
+
+
+def _check(row: Mapping[str, Any]) -> None:
+    responses, scores = row.get("responses"), row.get("scores")
+    if not responses or not scores or len(responses) != len(scores):
+        raise BadField(
+            "responses, scores",
+            "no lists of one length; grade the answers of `fastpo sample` first",
+        )

@@ -19,7 +19,7 @@ from fastpo.data.mismatched import with_mismatched
 from fastpo.data.options import DataOptions
 from fastpo.data.source_rows import source_rows
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class Spread(NamedTuple):
@@ -144,6 +144,6 @@ def build_groups(
     dataset = GroupDataset(groups, skipped, num_rows)
     builder.tell()
     if skipped:
-        logger.warning("%s: %s", source, dataset.skipped_report())
-    logger.info("%s: %s", source, dataset.statistics)
+        log.warning("%s: %s", source, dataset.skipped_report())
+    log.info("%s: %s", source, dataset.statistics)
     return dataset

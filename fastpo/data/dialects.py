@@ -57,10 +57,10 @@ class Reading:
 
     def __init__(self, row: Row):
         self.row = row
-        self.columns: dict[str, Any] = {}
+        self.columns: dict[str, object] = {}
         self.names: dict[str, str] = {}
         self.used: set[str] = set()
-        self.inside: dict[str, Any] = {}
+        self.inside: dict[str, object] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self.row
@@ -503,14 +503,17 @@ class Columns:
         if dialect not in ("auto", *DIALECTS):
             raise ValueError(f"dialect={dialect!r}: choose one of auto, {', '.join(DIALECTS)}")
         renamed = dict(renamed or {})
-        for name, own in renamed.items():
-            if not isinstance(name, str) or not (own is None or (isinstance(own, str) and own)):
+        for name, heading in renamed.items():
+            if not isinstance(name, str) or not (
+                heading is None or (isinstance(heading, str) and heading)
+            ):
                 raise ValueError(
-                    f"columns={renamed}: give a column's own name, or null to drop it, not {own!r}"
+                    f"columns={renamed}: give a column's own name, or null to drop it, not "
+                    f"{heading!r}"
                 )
         self.dialect, self.text_as_messages = dialect, text_as_messages
-        self.taken = {name: own for name, own in renamed.items() if own is not None}
-        self.dropped = {name for name, own in renamed.items() if own is None}
+        self.taken = {name: heading for name, heading in renamed.items() if heading is not None}
+        self.dropped = {name for name, heading in renamed.items() if heading is None}
         self.unseen = set(self.taken.values()) | self.dropped
         self.ignored: dict[str, None] = {}
 
@@ -540,7 +543,11 @@ class Columns:
         self.unseen -= row.keys()
         moved = self.dropped | set(self.taken.values())
         kept = {name: value for name, value in row.items() if name not in moved}
-        taken = {name: row[own] for name, own in self.taken.items() if row.get(own) is not None}
+        taken = {
+            name: row[heading]
+            for name, heading in self.taken.items()
+            if row.get(heading) is not None
+        }
         for name in taken.keys() & kept.keys():
             if kept[name] is not None:  # the row has a column of that name already
                 self.ignored[name] = None
@@ -558,11 +565,11 @@ class Columns:
         Raises:
             ValueError: names the data set and the column.
         """
-        for name, own in self.taken.items():
-            if own in self.unseen:
+        for name, heading in self.taken.items():
+            if heading in self.unseen:
                 raise ValueError(
-                    f"{source}: columns={{{name}: {own}}}, but no row has a column {own!r}: write "
-                    "its name there, or leave it out"
+                    f"{source}: columns={{{name}: {heading}}}, but no row has a column "
+                    f"{heading!r}: write its name there, or leave it out"
                 )
 
     def _hint(self, row: Row) -> str:
@@ -585,7 +592,7 @@ class Columns:
         Raises:
             BadField: a column that looks like one that is read, or holds something to train on.
         """
-        unread = {
+        unread: Mapping[str, Any] = {
             column: value
             for column, value in (*reading.row.items(), *reading.inside.items())
             if column not in reading.used and column not in optional and column not in prompts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -59,7 +59,7 @@ class Example:
     chunk_spans: list[tuple[int, int]] | None = None  # characters of the prompt's (last) text
     per_token: dict[str, list[np.ndarray]] = field(default_factory=dict)  # column -> [R] each
     order: list[int] = field(default_factory=list)  # a list's responses as the row has them
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     append_eos: bool | None = None  # None: as the run says, here and below
     continue_final_message: bool | None = None
     fields: dict[str, str] = field(default_factory=dict)  # column -> its name in the file

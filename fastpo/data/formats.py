@@ -1,4 +1,4 @@
-"""What a row says: prompt, responses best first, grades and weight, whatever columns it came in.
+"""Read what a row says: prompt, responses best first, grades, weight, from whatever columns.
 
 Nothing here knows a tokenizer. `docs/data.md` shows each format with an example.
 """
@@ -158,11 +158,12 @@ def _whole(name: str, reading: Reading) -> Example:
     formats = FORMATS if FORMATS.keys() & row.keys() else TOKENISED
     named = [key for key in formats if key in row]
     if len({formats[key] for key in named}) != 1:
-        own = [reading.names.get(key, key) for key in named]
+        sources = [reading.names.get(key, key) for key in named]
         reason = f"no row of the dialect {name}: need {DIALECTS[name].shape}"
         if named:
-            reason = f"answers of more than one format: `columns: {{{own[-1]}: null}}` drops some"
-        raise BadField(", ".join(own) or "columns", reason, sorted(reading.row))
+            drop = f"`columns: {{{sources[-1]}: null}}` drops some"
+            reason = f"answers of more than one format: {drop}"
+        raise BadField(", ".join(sources) or "columns", reason, sorted(reading.row))
     example = formats[named[0]](row)
     if "prompt" in row:
         example.prompt = content_of("prompt", row["prompt"])
@@ -296,7 +297,7 @@ def _read_row(
     example.dialect = name
     optional = OPTIONAL_OF_PAIRS if example.is_pair else OPTIONAL
     columns.check_unread(name, reading, optional, prompts)
-    names = {column: columns.taken.get(own, own) for column, own in reading.names.items()}
+    names = {column: columns.taken.get(source, source) for column, source in reading.names.items()}
     example.fields = {**columns.taken, **names}
     try:
         _take_optional(example, reading, extras, prompts, needs, chunks)

@@ -1,4 +1,4 @@
-"""Rows of JSON files, each exactly what its own text says.
+"""Read rows of JSON files, each exactly what its own text says.
 
 The JSON reader of `datasets` guesses one type for all rows from the first of them: it refuses what
 comes later, and gives every object the keys of all others. Here Python's parser reads row by row.
@@ -28,7 +28,7 @@ class JsonRow(NamedTuple):
     """Hold a row of a file, its number there, from 0, and what is wrong with it or ""."""
 
     index: int
-    row: dict[str, Any]
+    row: dict[str, object]
     fault: str
     size: int  # characters, or bytes
 
@@ -68,7 +68,7 @@ class _Decoder(json.JSONDecoder):
         self.twice: str | None = None
         super().__init__(object_pairs_hook=self._object)
 
-    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def _object(self, pairs: list[tuple[str, object]]) -> dict[str, object]:
         made = dict(pairs)
         if len(made) < len(pairs) and self.twice is None:
             self.twice = Counter(key for key, _ in pairs).most_common(1)[0][0]

@@ -1,4 +1,4 @@
-"""Rows of JSON as a `datasets.Dataset`, whose table keeps values of mixed kinds as their text."""
+"""Make of JSON rows a `datasets.Dataset`, whose table keeps values of mixed kinds as their text."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def _widen(kinds: dict[str, str | None], rows: Iterable[Mapping[str, Any]]) -> N
             kind = kinds.setdefault(name, None)
             if kind == "json" or value is None:
                 continue
-            own = KINDS.get(type(value), "json")
-            if own == "int64" and not -(2**63) <= value < 2**63:
-                own = "json"
-            if kind != own:
-                kinds[name] = own if kind is None else "json"
+            value_kind = KINDS.get(type(value), "json")
+            if value_kind == "int64" and not -(2**63) <= value < 2**63:
+                value_kind = "json"
+            if kind != value_kind:
+                kinds[name] = value_kind if kind is None else "json"
 
 
 def _features(kinds: Mapping[str, str | None]) -> datasets.Features:
@@ -86,9 +86,11 @@ def _table(rows: Sequence[Mapping[str, Any]], features: datasets.Features) -> pa
     return pa.Table.from_arrays(columns, schema=schema)
 
 
-def _batches(files: Sequence[str], naming: Callable[[str], Any]) -> Iterator[list[dict[str, Any]]]:
+def _batches(
+    files: Sequence[str], naming: Callable[[str], Any]
+) -> Iterator[list[dict[str, object]]]:
     """Yield the rows of files in lists; `naming(file)` is a context in which a file is read."""
-    batch: list[dict[str, Any]] = []
+    batch: list[dict[str, object]] = []
     size = 0
     for file in files:
         with naming(file):
@@ -203,8 +205,8 @@ def objects_dataset(rows: Sequence[Any], mark_torn: bool) -> datasets.Dataset:
     kinds: dict[str, str | None] = {}
     _widen(kinds, good)
     foreign = {n: [row.get(n) for row in good] for n in kinds if not _all_json(good, n)}
-    own = {name: kind for name, kind in kinds.items() if name not in foreign}
-    parts = [_exactly(datasets.Dataset(_table(good, _features(own))))] if own else []
+    simple = {name: kind for name, kind in kinds.items() if name not in foreign}
+    parts = [_exactly(datasets.Dataset(_table(good, _features(simple))))] if simple else []
     for name, values in foreign.items():  # dates, images: what Arrow makes of them
         try:
             parts.append(datasets.Dataset.from_dict({name: values}))

@@ -1,4 +1,4 @@
-"""Long documents to LOGO's rows: chunks, a question, which of them matter, and three answers.
+"""Make LOGO's rows of long documents: chunks, a question, which of them matter, and three answers.
 
 After arXiv 2410.18533. Chosen is the model's answer to all critical chunks, the first rejected one
 (`prefix`, half right as a rule) to the first half of them, the second (`suffix`) to none; chunks
@@ -15,14 +15,29 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypedDict
 
 import numpy as np
 
 from fastpo.data.logo_columns import joined_chunks
-from fastpo.data.messages import Content
+from fastpo.data.messages import Content, assistant, user
 
 Generate: TypeAlias = Callable[[Sequence[Content], int], list[str]]
+
+Document: TypeAlias = Mapping[str, Any]
+"""A row with `text`, and perhaps a `question` with its `answer`."""
+
+
+class LogoRow(TypedDict):
+    """Hold a row as it is written, its three responses best first."""
+
+    prompt: Content
+    responses: list[Content]
+    ranks: list[int]
+    chunk_spans: list[tuple[int, int]]
+    document: int
+    question: str
+
 
 ASK = (
     "Write one question about this passage that can be answered from it alone, and its answer, in "
@@ -117,9 +132,11 @@ def _rng(options: LogoOptions, number: int, stage: int) -> np.random.Generator:
     return np.random.default_rng([options.seed, number, stage])
 
 
-def _prompt(chunks: Sequence[str], question: str, chat: bool) -> tuple[Content, list]:
+def _prompt(
+    chunks: Sequence[str], question: str, chat: bool
+) -> tuple[Content, list[tuple[int, int]]]:
     text, spans = joined_chunks(chunks, question)
-    return ([{"role": "user", "content": text}] if chat else f"{text}\n\n"), spans
+    return ([user(text)] if chat else f"{text}\n\n"), spans
 
 
 class _Item(NamedTuple):
@@ -144,7 +161,7 @@ def _item(
     chunks: Sequence[str],
     question: str,
     answer: str,
-    own: str | None,
+    known: str | None,
     options: LogoOptions,
 ) -> _Item:
     scores = overlaps(f"{question} {answer}", chunks)
@@ -164,7 +181,7 @@ def _item(
     return _Item(
         number,
         question,
-        own,
+        known,
         texts(critical, others[: options.context_chunks - len(critical)]),
         [
             texts(critical),
@@ -174,16 +191,16 @@ def _item(
     )
 
 
-def _row(item: _Item, answers: Sequence[str], chat: bool) -> dict[str, Any]:
-    answers = [answer.strip() for answer in answers]
-    if not all(answers):
+def _row(item: _Item, responses: Sequence[str], chat: bool) -> LogoRow:
+    texts = [response.strip() for response in responses]
+    if not all(texts):
         raise _Drop("an empty answer")
-    if answers[0] in answers[1:]:
+    if texts[0] in texts[1:]:
         raise _Drop("the same answer without all critical chunks")
     prompt, spans = _prompt(item.context, item.question, chat)
     return {
         "prompt": prompt,
-        "responses": [[{"role": "assistant", "content": a}] if chat else a for a in answers],
+        "responses": [[assistant(text)] if chat else text for text in texts],
         "ranks": [0, 1, 1],  # the two may be alike
         "chunk_spans": spans,
         "document": item.number,
@@ -192,14 +209,14 @@ def _row(item: _Item, answers: Sequence[str], chat: bool) -> dict[str, Any]:
 
 
 def logo_rows(
-    documents: Sequence[Mapping[str, Any]],
+    documents: Sequence[Document],
     chunk: Callable[[str], list[str]],
     generate: Generate,
     options: LogoOptions,
     *,
     first: int = 0,
     chat: bool = True,
-) -> tuple[list[dict[str, Any]], list[Dropped]]:
+) -> tuple[list[LogoRow], list[Dropped]]:
     """Make the rows of a block of documents, and list those that gave none.
 
     Args:
@@ -223,23 +240,23 @@ def logo_rows(
     unasked = [i for i, document in enumerate(documents) if not document.get("question")]
     written = dict(zip(unasked, ask([passage(i) for i in unasked], 2), strict=True))
 
-    rows: list[dict[str, Any]] = []
+    rows: list[LogoRow] = []
     items: list[_Item] = []
     dropped: list[Dropped] = []
     for i, document in enumerate(documents):
-        own = None if i in written else document.get("answer") or None
+        known = None if i in written else document.get("answer") or None
         try:
             question, answer = (
-                _asked(written[i]) if i in written else (document["question"], own or "")
+                _asked(written[i]) if i in written else (document["question"], known or "")
             )
-            items.append(_item(first + i, chunks[i], question, answer, own, options))
+            items.append(_item(first + i, chunks[i], question, answer, known, options))
         except _Drop as reason:
             dropped.append(Dropped(first + i, str(reason)))
 
     prompts = [_prompt(each, item.question, chat)[0] for item in items for each in item.contexts]
-    answers = iter(ask(prompts, 3))
+    responses = iter(ask(prompts, 3))
     for item in items:
-        chosen, *rejected = next(answers), next(answers), next(answers)
+        chosen, *rejected = next(responses), next(responses), next(responses)
         try:
             rows.append(_row(item, [item.answer or chosen, *rejected], chat))
         except _Drop as reason:

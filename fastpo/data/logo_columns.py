@@ -1,4 +1,4 @@
-"""Rows of LOGO's official code (arXiv 2410.18533), and prompts that are made of chunks."""
+"""Read rows of LOGO's official code (arXiv 2410.18533), and prompts that are made of chunks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a message is, and how what is not written as messages becomes some.
+"""Read messages, and make some of what is not written as messages.
 
 A message is a dict of `role` and `content`, text or a list of text parts, and whatever else a chat
 template reads. ShareGPT's `from` and `value` are read as the same thing.
@@ -9,13 +9,32 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Required, TypeAlias, TypedDict
 
 import numpy as np
 
 from fastpo.data.bad_rows import BadField
 
-Messages: TypeAlias = list[dict[str, Any]]
+
+class TextPart(TypedDict):
+    """Hold a part of a message's content; its type is `text`."""
+
+    type: str
+    text: str
+
+
+class Message(TypedDict, total=False):
+    """Hold what somebody says in a conversation; templates may read further keys."""
+
+    role: Required[str]
+    content: str | list[TextPart] | None
+    tool_calls: Sequence[Any]
+    reasoning_content: str
+    reasoning: str
+    thinking: str
+
+
+Messages: TypeAlias = list[Message]
 Content: TypeAlias = str | Messages
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -74,11 +93,13 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def user(text: str) -> dict[str, Any]:
+def user(text: str) -> Message:
+    """Return a message of the user."""
     return {"role": "user", "content": text}
 
 
-def assistant(text: str) -> dict[str, Any]:
+def assistant(text: str) -> Message:
+    """Return a message of the assistant."""
     return {"role": "assistant", "content": text}
 
 
@@ -88,7 +109,7 @@ def message_text(message: Mapping[str, Any]) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
-def _call(name: str, text: Any) -> dict[str, Any]:
+def _call(name: str, text: Any) -> Message:
     """Make an assistant's message of ShareGPT's `function_call`, JSON of one call or several."""
     calls = parsed(name, text)
     calls = calls if is_sequence(calls) else [calls]
@@ -102,9 +123,9 @@ def _call(name: str, text: Any) -> dict[str, Any]:
     }
 
 
-def _message(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
+def _message(name: str, value: Mapping[str, Any]) -> Message:
     # Columnar storage gives every message the union of all keys and fills the rest with None.
-    message: dict[str, Any] = {
+    message: Any = {
         key: item if isinstance(item, str) else plain(item)
         for key, item in value.items()
         if item is not None

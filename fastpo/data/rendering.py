@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 from fastpo.data.bad_rows import BadField
 from fastpo.data.example import Example
 from fastpo.data.kept import check_headers, check_typed
-from fastpo.data.messages import BESIDE_CONTENT, REASONING, Messages, common_messages, message_text
+from fastpo.data.messages import (
+    BESIDE_CONTENT,
+    REASONING,
+    Content,
+    Message,
+    Messages,
+    common_messages,
+    message_text,
+)
 from fastpo.data.template_facts import TemplateFacts, common_prefix, refusal, render
 
 
@@ -117,7 +125,7 @@ def rendered(
     )
 
 
-def every_response(example: Example) -> dict[str, Any]:
+def every_response(example: Example) -> dict[str, Content]:
     """Return responses and extras by the field that each came from."""
     return {**dict(zip(example.names, example.responses, strict=True)), **example.extras}
 
@@ -221,9 +229,7 @@ def _before_answer(where: str, template: Template) -> str:
         ) from error
 
 
-def _joined(
-    name: str, begun: dict[str, Any], message: dict[str, Any], facts: TemplateFacts
-) -> dict[str, Any]:
+def _joined(name: str, begun: Message, message: Message, facts: TemplateFacts) -> Message:
     """Join the message that ends the prompt and how a response goes on with it."""
     if begun.get("tool_calls"):
         raise BadField(

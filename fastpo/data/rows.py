@@ -1,4 +1,4 @@
-"""Rows from wherever they are: the Hub, files, folders, globs, or objects already in memory.
+"""Read rows from wherever they are: the Hub, files, folders, globs, or objects already in memory.
 
 JSON is read by `fastpo.data.json_rows`, all else by the `datasets` library; this file finds out
 which reader to call. Only functions that read import it, since groups already made are trained on
@@ -13,7 +13,7 @@ import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 from fastpo.data.source_rows import CANNOT, FILE, ROW, TORN, without_nulls
 from fastpo.optional import require
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 READERS = {
     ".jsonl": "json",
@@ -57,27 +57,39 @@ def _reader(files: list[str]) -> str:
     return reader
 
 
-def _load_file(reader: str, file: str, streaming: bool) -> Any:
+class _CsvOptions(TypedDict, total=False):
+    sep: str
+    features: datasets.Features
+    keep_default_na: bool
+    na_values: list[str]
+
+
+def _csv_options(file: str) -> _CsvOptions:
+    """Return how `datasets` reads a CSV or TSV file as text; refuse what pandas would mend."""
     import datasets
     import pandas
 
-    options: dict[str, Any] = {}
-    if reader == "csv":
-        sep = "\t" if _suffix(file) == ".tsv" else ","
-        columns = pandas.read_csv(file, sep=sep, nrows=0).columns
-        # pandas would make an index of cells beyond the header, and other names of equal ones.
-        if not isinstance(pandas.read_csv(file, sep=sep, nrows=1).index, pandas.RangeIndex):
-            raise ValueError("its rows have more cells than its header has names")
-        names = pandas.read_csv(file, sep=sep, nrows=1, header=None, dtype=str).iloc[0].dropna()
-        if len(twice := names[names.duplicated()]):
-            raise ValueError(f"it has the column {twice.iloc[0]!r} twice")
-        # A guessed type would make the answer "2" a number, and "NA" or "None" a missing one.
-        options = {
-            "sep": sep,
-            "features": datasets.Features({name: datasets.Value("string") for name in columns}),
-            "keep_default_na": False,
-            "na_values": [""],
-        }
+    sep = "\t" if _suffix(file) == ".tsv" else ","
+    columns = pandas.read_csv(file, sep=sep, nrows=0).columns
+    # pandas would make an index of cells beyond the header, and other names of equal ones.
+    if not isinstance(pandas.read_csv(file, sep=sep, nrows=1).index, pandas.RangeIndex):
+        raise ValueError("its rows have more cells than its header has names")
+    names = pandas.read_csv(file, sep=sep, nrows=1, header=None, dtype=str).iloc[0].dropna()
+    if len(twice := names[names.duplicated()]):
+        raise ValueError(f"it has the column {twice.iloc[0]!r} twice")
+    # A guessed type would make the answer "2" a number, and "NA" or "None" a missing one.
+    return {
+        "sep": sep,
+        "features": datasets.Features({name: datasets.Value("string") for name in columns}),
+        "keep_default_na": False,
+        "na_values": [""],
+    }
+
+
+def _load_file(reader: str, file: str, streaming: bool) -> Any:
+    import datasets
+
+    options: _CsvOptions = _csv_options(file) if reader == "csv" else {}
     return datasets.load_dataset(
         reader, data_files=[file], split="train", streaming=streaming, **options
     )
@@ -101,7 +113,7 @@ def _naming(file: str) -> Iterator[None]:
         raise ValueError(f"{CANNOT} {file}: {reason}; {REPAIR}") from error
 
 
-def _read(reader: str, files: list[str], origin: bool) -> Iterator[dict[str, Any]]:
+def _read(reader: str, files: list[str], origin: bool) -> Iterator[Mapping[str, object]]:
     for file in files:
         with _naming(file):
             rows = (
@@ -111,7 +123,7 @@ def _read(reader: str, files: list[str], origin: bool) -> Iterator[dict[str, Any
                 yield {**row, FILE: file, ROW: index} if origin else row
 
 
-def _read_json(file: str, origin: bool) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_json(file: str, origin: bool) -> Iterator[tuple[int, Mapping[str, object]]]:
     from fastpo.data.json_rows import read_json
 
     for index, row, fault, _ in read_json(file):
@@ -125,7 +137,7 @@ def _refuse_reserved(names: Iterable[str]) -> None:
         raise ValueError(f"the column name {min(reserved)!r} is reserved: give it another")
 
 
-def _stream(reader: str, file: str) -> Iterator[dict[str, Any]]:
+def _stream(reader: str, file: str) -> Iterator[Mapping[str, object]]:
     # By batches, since row by row a loader's process would take its share of a share.
     for batch in _load_file(reader, file, streaming=True).iter(batch_size=100):
         _refuse_reserved(batch)
@@ -250,7 +262,7 @@ def _tell_of_others(folder: Path, read: list[str]) -> None:
         and file.resolve() not in known
     ]
     if others:
-        logger.warning("%s: not read, since no split has them: %s", folder, ", ".join(others[:10]))
+        log.warning("%s: not read, since no split has them: %s", folder, ", ".join(others[:10]))
 
 
 def _load_dataset(source: str, name: str | None, split: str, streaming: bool) -> Rows:

@@ -1,4 +1,4 @@
-"""Rows one after the other, each as it was written, and with the place that it came from.
+"""Yield rows one after the other, each as it was written, and with the place that it came from.
 
 A row's file, its number there and the fault of a broken line are columns of the data set: those of
 Arrow and of a stream alone survive `select`, `shuffle`, `map` and a loader's processes. They are
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from fastpo.data.bad_rows import BadRow, OnBadRow, naming, report
 from fastpo.reading import REPAIR, told
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -47,8 +47,8 @@ class SourceRow(NamedTuple):
             return cls(row, source, index)
         if row.get(FILE) is not None:
             source, index = row[FILE], row[ROW]
-        own = {name: value for name, value in row.items() if name not in (FILE, ROW, TORN)}
-        return cls(own, source, index, row.get(TORN))
+        columns = {name: value for name, value in row.items() if name not in (FILE, ROW, TORN)}
+        return cls(columns, source, index, row.get(TORN))
 
     @contextmanager
     def naming(self) -> Iterator[None]:
@@ -67,11 +67,11 @@ def source_rows(rows: Iterable[Any], source: str = "rows") -> Iterator[SourceRow
 
 def good_rows(
     rows: Iterable[Any],
-    check: Callable[[dict[str, Any]], T],
+    check: Callable[[Mapping[str, Any]], T],
     *,
     source: str,
     on_bad_row: OnBadRow,
-) -> Iterator[tuple[dict[str, Any], T]]:
+) -> Iterator[tuple[Mapping[str, Any], T]]:
     """Yield rows, as the file has them, and what `check` makes of each: work without groups.
 
     Raises:
@@ -94,7 +94,7 @@ def good_rows(
     if len(skipped) == num_rows:
         raise ValueError(f"{source}: no usable row; {report(skipped, num_rows, 10)}")
     if skipped:
-        logger.warning("%s: %s", source, report(skipped, num_rows, 10))
+        log.warning("%s: %s", source, report(skipped, num_rows, 10))
 
 
 def exact_rows(rows: Iterable[Any], source: str = "rows") -> Iterator[Any]:

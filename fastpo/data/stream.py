@@ -17,7 +17,7 @@ from fastpo.data.mismatched import stream_mismatched
 from fastpo.data.options import DataOptions
 from fastpo.data.source_rows import source_rows
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class GroupStream(torch.utils.data.IterableDataset[Group]):
@@ -100,7 +100,7 @@ class GroupStream(torch.utils.data.IterableDataset[Group]):
             builder.columns.check_seen(self.source)
         builder.tell()
         if num_bad:
-            logger.warning("%s: %s", self.source, self.skipped_report())
+            log.warning("%s: %s", self.source, self.skipped_report())
 
     def _skip(self, bad: BadRow) -> None:
         self._skipped[bad.source, bad.row] = bad

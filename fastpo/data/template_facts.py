@@ -1,4 +1,4 @@
-"""What a chat template does with a conversation, learnt by rendering small ones.
+"""Learn what a chat template does with a conversation by rendering small ones.
 
 A template says nowhere which keys of a message it reads, or in which form. So each fact is asked
 for once, with words that stand in no template, and kept for all rows with the same arguments.
@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fastpo.data.bad_rows import BadField
-from fastpo.data.messages import REASONING, Messages, assistant, message_text, user
+from fastpo.data.messages import REASONING, Message, Messages, assistant, message_text, user
 
 Form = Literal["text", "parts", "dict", "wrapped", "flat", "either"]
 
@@ -117,10 +117,11 @@ class TemplateFacts:
         except Exception:  # a template raises what it likes
             return ""
 
-    def message(self, role: str, text: str, **keys: Any) -> dict[str, Any]:
+    def message(self, role: str, text: str, **keys: Any) -> Message:
         """Make a message with its content in the form that the template takes."""
         content = [{"type": "text", "text": text}] if self.content == "parts" else text
-        return {"role": role, "content": content, **keys}
+        message: Any = {"role": role, "content": content, **keys}
+        return message
 
     # Messages
 
@@ -139,7 +140,7 @@ class TemplateFacts:
         return _form(text, "text", parts, "parts")
 
     @cached_property
-    def _question(self) -> dict[str, Any]:
+    def _question(self) -> Message:
         return self.message("user", _USER)
 
     @cached_property
@@ -211,7 +212,7 @@ class TemplateFacts:
         function = {"name": _NAME, "arguments": arguments}
         call = {"type": "function", "id": "call00001"}
         call |= function if self.calls == "flat" else {"function": function}
-        bare = {"role": "assistant", "tool_calls": [call]}
+        bare: Message = {"role": "assistant", "tool_calls": [call]}
         return (
             not self._rendered([self._question, bare])
             and self._rendered([self._question, {**bare, "content": ""}]) != ""
@@ -354,8 +355,8 @@ class TemplateFacts:
         """
         return [self._adapted(name, message) for message in messages]
 
-    def _adapted(self, name: str, message: dict[str, Any]) -> dict[str, Any]:
-        changed = dict(message)
+    def _adapted(self, name: str, message: Message) -> Message:
+        changed: Any = dict(message)
         if message.get("content") is not None:
             text = message_text(message)
             if message["role"] == "assistant":
@@ -370,8 +371,8 @@ class TemplateFacts:
             if others and key not in self.reasoning:
                 changed[others[0]] = changed.pop(key)
                 break
-        if message.get("tool_calls"):
-            changed["tool_calls"] = self._adapted_calls(name, message["tool_calls"])
+        if calls := message.get("tool_calls"):
+            changed["tool_calls"] = self._adapted_calls(name, calls)
         return changed
 
     def without_end(self, text: str) -> str:

@@ -95,8 +95,8 @@ class Encoder:
         """
         if example.tokens is not None:
             return self._take(example.tokens, example.names)
-        own = example.append_eos
-        ends = self.append_eos if own is None else own
+        wanted = example.append_eos
+        ends = self.append_eos if wanted is None else wanted
         encode = self._encode_messages if example.conversational else self._encode_text
         return encode(example, ends, prompt_offsets)
 
@@ -276,10 +276,11 @@ class Encoder:
         return self._encoded(head[:border], encoded, spans, asked)
 
     def _conversation(self, example: Example, where: str) -> Conversation:
-        own = example.continue_final_message
-        continues = self.continue_final_message if own is None else own
+        wanted = example.continue_final_message
+        continues = self.continue_final_message if wanted is None else wanted
         prompt = cast("Messages | None", example.prompt)
-        prompt, every = split_prompt(prompt, every_response(example), continues)
+        responses = cast("dict[str, Messages]", every_response(example))
+        prompt, every = split_prompt(prompt, responses, continues)
         return rendered(self._template(example.template_kwargs), where, prompt, every, continues)
 
 

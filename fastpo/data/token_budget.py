@@ -12,7 +12,7 @@ from fastpo.data.groups import Group
 
 
 def row_size(group: Group, share_prompt: bool) -> tuple[int, int]:
-    """(longest, entries): a batch costs the product of its greatest `longest` and all `entries`.
+    """Return (longest, entries): a batch costs its greatest `longest` times all `entries`.
 
     Shared rows have one entry a token, all of length 1; padded ones an entry a response.
     """
@@ -27,7 +27,7 @@ def row_size(group: Group, share_prompt: bool) -> tuple[int, int]:
 
 
 def check_budget(groups: Iterable[Group], max_tokens: int, *, share_prompt: bool = True) -> None:
-    """Nothing, or all groups that fit no row.
+    """Refuse groups that fit no row.
 
     Raises:
         ValueError: how many, and source, row and tokens of the first five.
@@ -45,7 +45,7 @@ def check_budget(groups: Iterable[Group], max_tokens: int, *, share_prompt: bool
 def token_rows(
     groups: Sequence[Group], max_tokens: int, *, share_prompt: bool = True, at_least: int = 1
 ) -> list[list[int]]:
-    """Indices of the groups of each row: first-fit decreasing, equally long ones in their order.
+    """Return indices of each row's groups: first-fit decreasing, equally long ones in order.
 
     First-fit decreasing needs at most 11/9 of the fewest rows possible, plus 6/9 (Dosa, 2007).
 

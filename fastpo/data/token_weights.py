@@ -154,8 +154,8 @@ def weighted(
             continue
         weights = SCHEMES[name](responses, float(value), np.random.default_rng([seed, row]))
         responses = [
-            replace(r, token_weights=multiplied(r.token_weights, own))
-            for r, own in zip(responses, weights, strict=True)
+            replace(r, token_weights=multiplied(r.token_weights, factor))
+            for r, factor in zip(responses, weights, strict=True)
         ]
     return list(responses)
 

@@ -1,4 +1,4 @@
-"""Rows that were tokenised elsewhere: the columns of LongPO's official code."""
+"""Read rows that were tokenised elsewhere: the columns of LongPO's official code."""
 
 from __future__ import annotations
 
@@ -43,21 +43,21 @@ def _token_rows(row: Mapping[str, Any], side: str) -> list[tuple[np.ndarray, np.
     ids, labels = column("input_ids"), column("labels")
     masks = column("attention_mask") if f"{side}_attention_mask" in row else map(np.ones_like, ids)
     sequences = []
-    for i, (own, label, mask) in enumerate(itertools.zip_longest(ids, labels, masks)):
+    for i, (sequence, label, mask) in enumerate(itertools.zip_longest(ids, labels, masks)):
         where = f"[{i}]" if len(ids) > 1 else ""
-        sizes = [0 if each is None else len(each) for each in (own, label, mask)]
+        sizes = [0 if each is None else len(each) for each in (sequence, label, mask)]
         if len(set(sizes)) != 1:
             reason = "{} tokens, {} labels and a mask of {}".format(*sizes)
             raise BadField(f"{side}_input_ids{where}", reason)
-        own, label = own[mask != 0], label[mask != 0]
+        sequence, label = sequence[mask != 0], label[mask != 0]
         scored = label != UNSCORED
-        wrong = np.flatnonzero(scored & (label != own))
+        wrong = np.flatnonzero(scored & (label != sequence))
         if len(wrong):
             reason = f"label {wrong[0]} is neither the token in its place nor {UNSCORED}"
             raise BadField(f"{side}_labels{where}", reason, int(label[wrong[0]]))
-        if len(own) and not 0 <= own.min() <= own.max() < 2**31:
+        if len(sequence) and not 0 <= sequence.min() <= sequence.max() < 2**31:
             raise BadField(f"{side}_input_ids{where}", "not all are token ids")
-        sequences.append((own.astype(np.int32), scored))
+        sequences.append((sequence.astype(np.int32), scored))
     return sequences
 
 
@@ -96,20 +96,23 @@ def read_turns(row: Mapping[str, Any], tokens: Tokens) -> list[Turn]:
     """Return the answers of both responses in order, each after the prompt of its short row."""
     turns = []
     for side, (ids, scored) in zip(SIDES, tokens.responses, strict=True):
-        answers = np.split(ids, np.flatnonzero(np.diff(scored)) + 1)[::2]  # every other is context
+        # Every other piece is context.
+        responses = np.split(ids, np.flatnonzero(np.diff(scored)) + 1)[::2]
         short, name = _token_rows(row, f"ref_{side}"), f"ref_{side}_input_ids"
-        if len(short) != len(answers):
-            reason = f"{len(short)} short rows for the {len(answers)} answers in {side}_labels"
+        if len(short) != len(responses):
+            reason = f"{len(short)} short rows for the {len(responses)} answers in {side}_labels"
             raise BadField(name, reason)
-        for i, (answer, (own, marked)) in enumerate(zip(answers, short, strict=True)):
+        for i, (response, (sequence, marked)) in enumerate(zip(responses, short, strict=True)):
             # The row may end with more: its tokenizer was asked for the header of a next answer.
             start = int(marked.argmax())
-            if not start or not np.array_equal(own[start : start + len(answer)], answer):
+            if not start or not np.array_equal(sequence[start : start + len(response)], response):
                 reason = f"its labels do not begin with answer {i} of {side}_input_ids"
                 raise BadField(f"{name}[{i}]", reason)
             # The rejected answer's page is as a rule the chosen one's, and kept once.
-            page = twin = own[:start]
+            page = twin = sequence[:start]
             if i < len(turns):
                 twin = turns[i].prompt
-            turns.append(Turn(f"{name}[{i}]", twin if np.array_equal(page, twin) else page, answer))
+            turns.append(
+                Turn(f"{name}[{i}]", twin if np.array_equal(page, twin) else page, response)
+            )
     return turns

@@ -1,4 +1,4 @@
-"""Rows of any dialect as TRL takes them: pairs, or single completions with a label."""
+"""Write rows of any dialect as TRL takes them: pairs, or single completions with a label."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastpo.data.bad_rows import BadField
-from fastpo.data.columns import KNOWN
+from fastpo.data.columns import EXTRA_COLUMNS, KNOWN, PROMPT_COLUMNS
 from fastpo.data.example import Example
+from fastpo.data.formats import read_row
+from fastpo.data.options import DataOptions
 
 # They say the same of the written row as of the read one.
 _AS_THEY_ARE = frozenset(
@@ -15,7 +17,9 @@ _AS_THEY_ARE = frozenset(
 )
 
 
-def to_trl(example: Example, row: Mapping[str, Any], lists: str | None) -> Iterator[dict[str, Any]]:
+def to_trl(
+    example: Example, row: Mapping[str, Any], lists: str | None
+) -> Iterator[dict[str, object]]:
     """Write a row as TRL's trainers read it, with fastpo's optional columns and unknown ones.
 
     Args:
@@ -50,7 +54,7 @@ def to_trl(example: Example, row: Mapping[str, Any], lists: str | None) -> Itera
     if len(responses) > 2 and lists is None:
         raise BadField(
             example.names[0].partition("[")[0],
-            f"a list of {len(responses)}, and TRL takes pairs: --list-to-pairs best_worst or "
+            f"a list of {len(responses)}, and TRL takes pairs: --list_to_pairs best_worst or "
             "best_rest makes them",
         ).called(example.fields)
     for k in worse[-1:] if lists == "best_worst" else worse:
@@ -61,9 +65,9 @@ def to_trl(example: Example, row: Mapping[str, Any], lists: str | None) -> Itera
         yield pair | _of_tokens(example, [0, k], "chosen_spans", "rejected_spans")
 
 
-def _of_tokens(example: Example, places: Sequence[int], *spans: str) -> dict[str, Any]:
+def _of_tokens(example: Example, places: Sequence[int], *spans: str) -> dict[str, object]:
     """Return the token weights of some responses; `spans` name the columns for theirs."""
-    columns: dict[str, Any] = {
+    columns: dict[str, object] = {
         name: [arrays[k].tolist() for k in places] for name, arrays in example.per_token.items()
     }
     if example.spans is not None:
@@ -71,7 +75,26 @@ def _of_tokens(example: Example, places: Sequence[int], *spans: str) -> dict[str
     return columns
 
 
-def _kwargs(own: Mapping[str, Any]) -> dict[str, Any]:
-    tools, others = own.get("tools"), {k: v for k, v in own.items() if k != "tools"}
+def _kwargs(kwargs: Mapping[str, Any]) -> dict[str, object]:
+    tools, others = kwargs.get("tools"), {k: v for k, v in kwargs.items() if k != "tools"}
     columns = {"tools": tools, "chat_template_kwargs": others}
     return {name: value for name, value in columns.items() if value}
+
+
+class TrlWriter:
+    """Read rows and write each in TRL's form.
+
+    Args:
+        options: how rows are read, and which pairs a list becomes.
+    """
+
+    def __init__(self, options: DataOptions) -> None:
+        self.columns, self.lists = options.reader(), options.list_to_pairs
+
+    def __call__(self, row: Mapping[str, Any]) -> list[dict[str, object]]:
+        """Return the rows that one row becomes; errors as those of `to_trl`."""
+        named = self.columns.renamed(row)
+        extras = [column for column in EXTRA_COLUMNS if named.get(column) is not None]
+        prompts = [column for column in PROMPT_COLUMNS if named.get(column) is not None]
+        example = read_row(row, extras, prompts, columns=self.columns)
+        return list(to_trl(example, named, self.lists))

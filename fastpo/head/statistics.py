@@ -25,7 +25,7 @@ from fastpo.head.types import (
 )
 from fastpo.head.vocab_parallel import Shard, is_cut, own_rows, whole
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 TokenStats: TypeAlias = dict[str, Tensor]
 
@@ -278,4 +278,4 @@ def _compute(
 def _log_once(message: str) -> None:
     if message not in _logged:
         _logged.add(message)
-        logger.info(message)
+        log.info(message)

@@ -72,7 +72,7 @@ def _saved(model: nn.Module) -> list[tuple[Any, torch.dtype]]:
     return saved
 
 
-def _cast_inputs(module: nn.Module, args: tuple, keywords: dict[str, Any]) -> tuple[Any, Any]:
+def _cast_inputs(module: nn.Module, args: tuple, keywords: dict[str, object]) -> tuple[Any, Any]:
     return _cast((args, keywords), next(module.parameters()).dtype)
 
 
@@ -114,9 +114,9 @@ def adapter_off(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def adapter_effect(model: nn.Module, head: Head, batch: Batch) -> float:
-    """Largest difference in log-probs that the adapter makes; 0 for one that does nothing yet."""
+    """Return the largest difference in log-probs by the adapter; 0 if it does nothing yet."""
     with mode(model, training=False):
-        own = head.logps(target_hidden(model, batch), batch.tokens.targets)
+        on = head.logps(target_hidden(model, batch), batch.tokens.targets)
         with adapter_off(model):
             off = head.logps(target_hidden(model, batch), batch.tokens.targets)
-    return (own - off).abs().max().item()
+    return (on - off).abs().max().item()

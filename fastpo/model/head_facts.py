@@ -69,7 +69,7 @@ def read_head(model: nn.Module) -> Head:
 
 
 class _AdaptedHead(Head):
-    """A head inside peft's LoRA layer, whose `weight` and `bias` are the base layer's."""
+    """Read a head inside peft's LoRA layer, whose `weight` and `bias` are the base layer's."""
 
     @property
     def lora(self) -> Lora | None:

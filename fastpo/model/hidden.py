@@ -32,7 +32,7 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass
 class _Attached:
-    """State for `detach`: the forward that the instance had before, if any, and our hooks."""
+    """Keep what `detach` needs: the forward that the instance had before, if any, and our hooks."""
 
     forward: Callable | None
     hooks: list = field(default_factory=list)
@@ -166,7 +166,7 @@ def target_hidden(model: nn.Module, batch: Batch) -> Tensor:
 def _call(model: nn.Module, batch: Batch, **options: bool) -> Any:
     if "_fastpo" not in causal_lm(model).__dict__:
         raise ValueError(f"fastpo.model.hidden.attach({type(model).__name__}) comes first")
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+    inputs: dict[str, object] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
     if batch.layout is None:
         inputs["attention_mask"] = batch.attention_mask
     else:
@@ -280,7 +280,7 @@ def _hidden_of(output: Any, model: PreTrainedModel, mask: Tensor | None, balance
     return hidden, loss
 
 
-def _drop_unused_positions(decoder: PreTrainedModel, inputs: dict[str, Any]) -> None:
+def _drop_unused_positions(decoder: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
     """Drop position_ids for models without positions (Mamba, ALiBi), which cannot honour jumps."""
     positions = inputs.get("position_ids")
     if positions is None or "position_ids" in inspect.signature(decoder.forward).parameters:
@@ -306,7 +306,7 @@ def _implementation(config: PretrainedConfig, name: str) -> Iterator[None]:
         config._attn_implementation_internal = outer
 
 
-def _enter_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def _enter_attention(module: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
     """Switch to shared prompts, also when backward recomputes a layer long after the forward."""
     row = kwargs.get("fastpo_layout")
     if isinstance(row, SharedRow):
@@ -316,7 +316,7 @@ def _enter_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> 
 
 
 def _leave_attention(
-    module: nn.Module, args: tuple, kwargs: dict[str, Any], output: object
+    module: nn.Module, args: tuple, kwargs: dict[str, object], output: object
 ) -> None:
     row = kwargs.get("fastpo_layout")
     if isinstance(row, SharedRow):

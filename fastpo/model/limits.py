@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 from fastpo.data.groups import Group
 from fastpo.model.hidden import causal_lm, decoder_of
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 # GPT-J and CodeGen look their rotations up, CTRL its waves, in a buffer of so many rows.
 _TABLES = ("embed_positions", "pos_encoding")
@@ -44,7 +44,7 @@ def vocabulary_size(tokenizer: Any) -> int:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The token ids that all of several models take.
+    """Hold the token ids that all of several models take.
 
     Args:
         rows: number of rows of the smallest embedding.
@@ -99,20 +99,20 @@ class Vocabulary:
 
 @dataclass
 class Positions:
-    """The reach of a model's positions.
+    """Hold the reach of a model's positions.
 
     Args:
         limit: tokens in a row that the model was made for, or None where any length will do, as
             without positions or with ALiBi.
         name: name of the model's type.
         table: whether it looks positions up in a table, so that nothing runs beyond the limit.
-        told: whether a warning was given.
+        warned: whether a warning was given.
     """
 
     limit: int | None
     name: str
     table: bool = False
-    told: bool = False
+    warned: bool = False
 
     @classmethod
     def of(cls, *models: nn.Module | None) -> Positions:
@@ -165,10 +165,10 @@ class Positions:
         """
         if not self.beyond(tokens):
             return
-        self.told = True
+        self.warned = True
         if self.table:
             raise ValueError(self.told_of(what, remedy))
-        logger.warning("%s", self.told_of(what, remedy))
+        log.warning("%s", self.told_of(what, remedy))
 
     def check_groups(self, groups: Iterable[Group]) -> None:
         """Run `check` on the group that reaches furthest."""
@@ -194,7 +194,7 @@ def _reach(group: Group) -> int:
     )
 
 
-def _scaled(parameters: dict[str, Any], limit: int) -> int:
+def _scaled(parameters: Mapping[str, Any], limit: int) -> int:
     """Return the limit under rope parameters; some configurations give the one before scaling."""
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     reaches = [limit]

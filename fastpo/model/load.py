@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 import yaml
@@ -21,6 +22,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fastpo.model.adapters import raise_saved_modules
 from fastpo.model.attention.dispatch import NAME
@@ -31,11 +33,11 @@ from fastpo.model.random_init import model_config, random_model
 from fastpo.optional import require
 from fastpo.reading import check_json, opening, reading, told
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class Adapter(NamedTuple):
-    """The base model of an adapter in a folder.
+    """Name the base model of an adapter in a folder.
 
     Args:
         base: name or folder of the base model.
@@ -71,11 +73,11 @@ def trained_adapter(name_or_path: str) -> Adapter | None:
     # peft's file has no place for it; a checkpoint's recipe lies one folder up.
     run = folder.parent if folder.name.startswith("checkpoint-") else folder
     recipe = run / "recipe.yaml"
-    asked: dict[str, Any] = {}
+    gguf_file = None
     if recipe.is_file():
         with reading(recipe):
-            asked = dict(yaml.safe_load(recipe.read_bytes()) or {})
-    return Adapter(base, revision, asked.get("gguf_file"))
+            gguf_file = dict(yaml.safe_load(recipe.read_bytes()) or {}).get("gguf_file")
+    return Adapter(base, revision, gguf_file)
 
 
 def adapter_rows(name_or_path: str, model: Any) -> int | None:
@@ -109,9 +111,15 @@ def check_place(name: str) -> None:
             raise ValueError(f"{entry} is no file: remove it or put the file in its place")
 
 
-def _source(revision: str | None, trust_remote_code: bool, gguf_file: str | None) -> dict[str, Any]:
+class _Source(TypedDict, total=False):
+    revision: str | None
+    trust_remote_code: bool
+    gguf_file: str
+
+
+def _source(revision: str | None, trust_remote_code: bool, gguf_file: str | None) -> _Source:
     """Return the arguments by which transformers finds files of a model or tokenizer."""
-    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    source: _Source = {"revision": revision, "trust_remote_code": trust_remote_code}
     if gguf_file is not None:
         require("gguf", f"gguf_file={gguf_file!r}")
         source["gguf_file"] = gguf_file
@@ -125,9 +133,9 @@ def load_model(
     gguf_file: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    quantization: str | dict[str, Any] | Any | None = None,
+    quantization: str | Mapping[str, object] | QuantizationConfigMixin | None = None,
     attn_implementation: str | None = None,
-    lora: dict[str, Any] | None = None,
+    lora: Mapping[str, Any] | None = None,
     device: str | torch.device | None = None,
     random_init: bool = False,
     vocabulary: int | None = None,
@@ -173,15 +181,16 @@ def load_model(
     _check_causal(config, name_or_path)
     # transformers would go on without it.
     check_json(Path(name_or_path) / "generation_config.json")
-    options: dict[str, Any] = {"dtype": _resolve_dtype(dtype, device)}
+    resolved = _resolve_dtype(dtype, device)
+    options: dict[str, object] = {"dtype": resolved}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if random_init:
-        logger.warning("%s has random weights: for memory and speed alone", name_or_path)
-        packed = None if quantization is None else _quantization(quantization, options["dtype"])
+        log.warning("%s has random weights: for memory and speed alone", name_or_path)
+        packed = None if quantization is None else _quantization(quantization, resolved)
         model = random_model(
             config,
-            dtype=torch.bfloat16 if options["dtype"] == "auto" else options["dtype"],
+            dtype=resolved if isinstance(resolved, torch.dtype) else torch.bfloat16,
             quantization=packed,
             attn_implementation=attn_implementation,
             device=default_device() if device is None else torch.device(device),
@@ -194,7 +203,7 @@ def load_model(
     else:
         options["use_safetensors"] = True
         if quantization is not None:
-            options["quantization_config"] = _quantization(quantization, options["dtype"])
+            options["quantization_config"] = _quantization(quantization, resolved)
     if device is not None:
         options["device_map"] = {"": device}
     try:
@@ -217,7 +226,7 @@ def load_model(
     return _extended(model, vocabulary, lora)
 
 
-def _extended(model: Any, vocabulary: int | None, lora: dict[str, Any] | None) -> nn.Module:
+def _extended(model: Any, vocabulary: int | None, lora: Mapping[str, Any] | None) -> nn.Module:
     """Add rows for a larger vocabulary to the model, then an adapter."""
     if vocabulary is not None and vocabulary > embedding_rows(model):
         resize_embeddings(model, vocabulary)
@@ -263,7 +272,7 @@ def resize_embeddings(model: Any, rows: int) -> None:
             f"the embedding of {name} was resized from {before} to {rows} rows, its head was not: "
             "name the tokenizer that it was trained with, or save a resized model"
         )
-    logger.info("%s: the embedding has %d rows instead of %d", name, rows, before)
+    log.info("%s: the embedding has %d rows instead of %d", name, rows, before)
 
 
 # The names by which peft finds an embedding whose copies it should tie.
@@ -281,7 +290,7 @@ def _tied(model: Any) -> bool:
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-def _with_embeddings(model: Any, lora: dict[str, Any]) -> dict[str, Any]:
+def _with_embeddings(model: Any, lora: Mapping[str, Any]) -> Mapping[str, Any]:
     """Extend an adapter's arguments so that new rows of embedding and head are trained.
 
     Raises:
@@ -300,7 +309,7 @@ def _with_embeddings(model: Any, lora: dict[str, Any]) -> dict[str, Any]:
     missing = [end for end in wanted if end not in {*asked, *(lora.get("target_modules") or ())}]
     if not missing:
         return lora
-    logger.info(
+    log.info(
         "beside the adapter %s is trained whole, for the rows of new tokens", " and ".join(missing)
     )
     return {"ensure_weight_tying": tied, **lora, "modules_to_save": [*asked, *missing]}
@@ -329,11 +338,11 @@ def load_tokenizer(
         if tokenizer.eos_token is None:
             raise ValueError(f"{name_or_path}: neither a padding nor an end-of-sequence token")
         tokenizer.pad_token = tokenizer.eos_token
-        logger.info("%s has no padding token: padding with %r", name_or_path, tokenizer.eos_token)
+        log.info("%s has no padding token: padding with %r", name_or_path, tokenizer.eos_token)
     return tokenizer
 
 
-def add_lora(model: nn.Module, lora: dict[str, Any]) -> nn.Module:
+def add_lora(model: nn.Module, lora: Mapping[str, Any]) -> nn.Module:
     """Add a fresh LoRA adapter from keyword arguments of peft.LoraConfig to `model`.
 
     Trained weights, `modules_to_save` too, are float32; all others keep their dtype.
@@ -395,7 +404,7 @@ def _resolve_dtype(
         return named
     where = default_device() if device is None else torch.device(device)
     if where.type == "cpu" and not native_bf16(where):
-        logger.info("float32: this CPU has no native bfloat16")
+        log.info("float32: this CPU has no native bfloat16")
         return torch.float32
     return "auto"
 

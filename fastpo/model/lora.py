@@ -13,8 +13,8 @@ from fastpo.objectives.domain import Count, Misfit, Positive, ProperShare, fitte
 # Drawn from data by functions of peft, whose tensors no recipe can hold.
 _FROM_DATA = ("eva", "corda", "lora_ga")
 # By the pattern of a module's name.
-PATTERNS: dict[str, Any] = {"rank_pattern": Count, "alpha_pattern": Positive}
-NUMBERS: dict[str, Any] = {"r": Count, "lora_alpha": Positive, "lora_dropout": ProperShare}
+PATTERNS: dict[str, object] = {"rank_pattern": Count, "alpha_pattern": Positive}
+NUMBERS: dict[str, object] = {"r": Count, "lora_alpha": Positive, "lora_dropout": ProperShare}
 
 
 def lora_faults(arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -69,7 +69,7 @@ def layer_states(model: nn.Module, index: Tensor) -> Iterator[list[Tensor]]:
 
 
 class LearnedMask(nn.Module):
-    """One mask [N], not negative, from the states of all layers; see the module's table.
+    """Compute one mask [N], not negative, from the states of all layers; see the module's table.
 
     Args:
         num_layers, hidden_size: sizes of the reference.
@@ -117,7 +117,7 @@ def activation_mask(states: Sequence[Tensor], segments: Segments) -> Tensor:
 
 
 class TokenMasks(nn.Module):
-    """Weights of tokens, as `PreferenceLoss` takes them, from a reference's layers.
+    """Compute weights of tokens, as `PreferenceLoss` takes them, from a reference's layers.
 
     Args:
         kind: see the module's table; `activation` has no parameters.

@@ -21,7 +21,7 @@ _TOKENS = 32  # length of the row whose logits are compared
 
 
 class _Logits(NamedTuple):
-    """Logits of a model on a few tokens, and a bound of what rounding may change."""
+    """Hold logits of a model on a few tokens, and a bound of what rounding may change."""
 
     ids: Tensor  # [1, T]
     values: Tensor  # [1, T, V]

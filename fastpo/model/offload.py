@@ -23,7 +23,7 @@ _IN_FLIGHT = 2
 
 @dataclass(eq=False)
 class _Saved:
-    """A tensor in host memory, and its copy on the device while backward is about to use it."""
+    """Hold a tensor in host memory, and its copy on the device when backward is about to use it."""
 
     offload: LayerInputOffload
     host: Tensor  # uint8, at least as long as the tensor
@@ -42,7 +42,7 @@ class _Saved:
 
 
 class LayerInputOffload(saved_tensors_hooks):
-    """Context around a forward whose layers are checkpointed: their inputs wait in host memory.
+    """Surround a forward of checkpointed layers: their inputs wait in host memory.
 
     Gradients keep every bit, because values are only copied. What the layers save inside a
     checkpoint never comes here: its own hooks are the inner ones, and only the innermost apply.

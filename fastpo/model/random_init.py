@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from transformers.quantizers import AutoHfQuantizer
 from fastpo.optional import require
 from fastpo.reading import opening, reading
 
-_LLAMA3: dict[str, Any] = {
+_LLAMA3: Mapping[str, Any] = {
     "model_type": "llama",
     "vocab_size": 128256,
     "num_key_value_heads": 8,
@@ -31,7 +33,7 @@ _LLAMA3: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
     "tie_word_embeddings": False,
 }
-_SMOLLM2: dict[str, Any] = {
+_SMOLLM2: Mapping[str, Any] = {
     "model_type": "llama",
     "vocab_size": 49152,
     "max_position_embeddings": 8192,
@@ -41,8 +43,8 @@ _SMOLLM2: dict[str, Any] = {
 
 
 def _llama(
-    base: dict[str, Any], width: int, inner: int, layers: int, heads: int, **more: Any
-) -> dict[str, Any]:
+    base: Mapping[str, Any], width: int, inner: int, layers: int, heads: int, **more: int
+) -> Mapping[str, Any]:
     return {
         **base,
         "hidden_size": width,
@@ -54,7 +56,7 @@ def _llama(
 
 
 # The published config.json of each, as far as it decides shapes; context lengths are Llama-3.1's.
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, Mapping[str, Any]] = {
     "llama-3-8b": _llama(_LLAMA3, 4096, 14336, 32, 32),
     "llama-3-70b": _llama(_LLAMA3, 8192, 28672, 80, 64),
     "qwen2.5-0.5b": {
@@ -146,17 +148,22 @@ def random_model(
         ValueError: a quantisation other than bitsandbytes' four bits.
         PackageError: bitsandbytes is not installed.
     """
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
+    build = partial(
+        AutoModelForCausalLM.from_config,
+        config,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+    )
     if quantization is None:
         with device:
-            return AutoModelForCausalLM.from_config(config, **options)
+            return build()
     if not quantization.load_in_4bit:
         raise ValueError("random weights are quantised to four bits only: quantization: nf4")
     require("bitsandbytes", "quantization='nf4'")
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, **options)
+        model: Any = build()
     quantizer: Any = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
     quantizer.preprocess_model(model=model, device_map={"": device})
     for module in tqdm(list(model.modules()), desc="random weights", unit="module", leave=False):

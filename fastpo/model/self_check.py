@@ -21,7 +21,7 @@ from fastpo.model.attention.shared_row import SharingError
 from fastpo.model.device import seeded_draws
 from fastpo.model.hidden import attach, causal_lm, decoder_of, mode, target_hidden
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 CHECKED = 8
 """Number of groups that are looked at before a model's first batch."""
@@ -33,12 +33,12 @@ _LARGEST = 2**20  # elements at most of a parameter whose gradient is compared
 
 
 class SelfCheckError(RuntimeError, ValueError):
-    """A model that would train on wrong numbers; a ValueError, since another model is the cure."""
+    """Refuse a model that would train on wrong numbers; another model is the cure."""
 
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """Results of `self_check`.
+    """Hold results of `self_check`.
 
     Args:
         share_prompt: True where the shared row gave the padded rows' log-probs.
@@ -194,14 +194,14 @@ def self_check(
                         f"explains {explained:.2e}"
                     )
     if share_prompt and not able:
-        logger.warning("prompts are not shared, every response gets its own row: %s", reason)
+        log.warning("prompts are not shared, every response gets its own row: %s", reason)
     return SelfCheck(
         able, reason, error, bound, head_error, head_bound, gradient_error, gradient_bound
     )
 
 
 class _Gradients:
-    """Gradients of a weighted sum of log-probs to a few small trained parameters."""
+    """Compute gradients of a weighted sum of log-probs to a few small trained parameters."""
 
     def __init__(self, model: nn.Module, head: Head) -> None:
         self.model, self.head = model, head
@@ -211,7 +211,7 @@ class _Gradients:
         self.parameters = small if len(small) <= 8 else [*small[:4], *small[-4:]]
 
     def __call__(self, batch: Batch, *, training: bool = False) -> list[Tensor]:
-        """One float64 tensor a parameter; none without any gradient, or where it is not finite."""
+        """Return a float64 tensor a parameter; none without a gradient or if not finite."""
         if not self.parameters:
             return []
         targets = batch.tokens.targets
@@ -325,15 +325,15 @@ def _sharing_bound(model: nn.Module, head: Head, batch: Batch, logps: Tensor) ->
 
 
 def _compare_head(model: nn.Module, head: Head, batch: Batch, jumps: bool) -> tuple[float, float]:
-    """(largest difference in log-probs, what rounding explains); `jumps`: positions have some."""
+    """Return (largest difference in log-probs, bound by rounding); `jumps`: positions have some."""
     targets, index = batch.tokens.targets, batch.head_positions
     # Not every family takes position_ids: without jumps a padded row counts from 0 by itself.
     names = ("input_ids", "attention_mask", *(["position_ids"] if jumps else []))
     inputs = {name: getattr(batch, name) for name in names}
     logits = causal_lm(model)(**inputs, use_cache=False).logits.flatten(0, 1)[index]
     logits = logits[:, : head.vocab_size]
-    own = logps_from_logits(logits, targets, temperature=head.temperature).double()
-    if bool(own.isnan().any()):
+    plain = logps_from_logits(logits, targets, temperature=head.temperature).double()
+    if bool(plain.isnan().any()):
         name = type(causal_lm(model)).__name__
         broken = [n for n, p in model.named_parameters() if not bool(p.isfinite().all())]
         raise SelfCheckError(
@@ -344,7 +344,7 @@ def _compare_head(model: nn.Module, head: Head, batch: Batch, jumps: bool) -> tu
             "dtype=float32"
         )
     hidden = target_hidden(model, batch)
-    error = largest(head.logps(hidden, targets).double() - own)
+    error = largest(head.logps(hidden, targets).double() - plain)
 
     weight = head.weight
     raw = (hidden.to(weight.dtype) @ weight.T).abs().max().item() * abs(head.logit_scale)
@@ -356,5 +356,5 @@ def _compare_head(model: nn.Module, head: Head, batch: Batch, jumps: bool) -> tu
     eps = torch.finfo(torch.float32).eps
     summation = eps * norms.item() * abs(head.logit_scale) / head.temperature
     # Where the weights are small, the log-probs are near -log V and their own rounding is most.
-    logps = eps * own.abs().max().item()
+    logps = eps * plain.abs().max().item()
     return error, rounding / head.temperature + 2 * (summation + logps)

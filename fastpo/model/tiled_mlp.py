@@ -23,11 +23,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastpo.model.hidden import causal_lm, decoder_of
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class _Keep(torch.autograd.Function):
-    """The identity; saves x before the MLP has run, where `_Tiles` could only do so after."""
+    """Return x and save it before the MLP has run, where `_Tiles` could only do so after."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class _Keep(torch.autograd.Function):
 
 
 class _Tiles(torch.autograd.Function):
-    """mlp(x) by tiles; parameters are inputs, so that hooks of DDP and FSDP see one gradient."""
+    """Compute mlp(x) by tiles; parameters are inputs: hooks of DDP and FSDP see one gradient."""
 
     @staticmethod
     def forward(ctx: Any, mlp: Any, tile: int, x: Tensor, *parameters: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def tile_mlps(model: nn.Module, tile: int | str) -> int:
                 _tile(child, tile)
                 count += 1
     if skipped:
-        logger.info("not in tiles: %s, a mixture of experts", ", ".join(sorted(skipped)))
+        log.info("not in tiles: %s, a mixture of experts", ", ".join(sorted(skipped)))
     if not count:
         raise ValueError(
             f"mlp_tile: no layer of {type(decoder).__name__} has an MLP that sees one token at a "

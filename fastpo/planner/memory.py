@@ -1,4 +1,4 @@
-r"""What a training step will take, before the first step: GPU and host bytes by part, and seconds.
+r"""Plan a training step before the first one: GPU and host bytes by part, and seconds.
 
 Nothing is loaded: the model's shape comes from its configuration, built on PyTorch's meta device.
 With T tokens a row, D hidden, L layers and one prompt copy (T = P + K R),
@@ -15,8 +15,6 @@ A peak is everything that lasts plus the larger of the last two, which are never
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -34,7 +32,7 @@ GIB = 2**30
 
 
 class Card(NamedTuple):
-    """Memory that a process can use in GiB, dense bf16 TFLOP/s, GB/s to the host in one direction.
+    """Hold usable memory in GiB, dense bf16 TFLOP/s, and GB/s to the host in one direction.
 
     The figures are those of the vendors' data sheets, memory less what the driver keeps.
     """
@@ -62,7 +60,7 @@ CONTEXT, PROCESS = int(0.7 * GIB), 3 * GIB
 
 
 class _Layer(NamedTuple):
-    """Bytes a token at three moments of one layer's backward, by widths (hidden, queries, keys).
+    """Hold bytes a token at three moments of a layer's backward, by widths (hidden, queries, keys).
 
     `mlp`, and `inner` of its inner width, rules until the MLP runs in tiles; then the backward of
     the norms or of attention does.
@@ -107,7 +105,7 @@ _STATES = {
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a model decides memory and time; widths in elements, weights in numbers of them."""
+    """Hold what of a model decides memory and time; widths in elements, weights in numbers."""
 
     hidden: int
     inner: int
@@ -124,12 +122,12 @@ class Shape:
 
     @property
     def matrices(self) -> int:
-        """Weights of the layers' matrices: what is quantised, and multiplied by every token."""
+        """Count weights of the layers' matrices, which are quantised and multiply every token."""
         return sum(out * into for _, out, into in self.linears)
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> Shape:
-        """The shape of a dense causal language model.
+        """Return the shape of a dense causal language model.
 
         Raises:
             ValueError: a mixture of experts, whose memory depends on the routing.
@@ -172,7 +170,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Job:
-    """One training step.
+    """Describe one training step.
 
     Args:
         shape: the model's.
@@ -221,7 +219,7 @@ class Job:
 
     @property
     def warning(self) -> str | None:
-        """One line where the context reaches beyond the positions that the model was made for."""
+        """Return one line where the context reaches beyond the positions the model was made for."""
         positions = self.shape.positions
         if positions is None or not positions.beyond(self.context):
             return None
@@ -229,18 +227,18 @@ class Job:
 
     @property
     def prompt(self) -> int:
-        """P."""
+        """Return P, the tokens of a prompt."""
         return self.context - self.response
 
     @property
     def tokens(self) -> int:
-        """T, of all groups of a micro-batch."""
+        """Return T, the tokens of all groups of a micro-batch."""
         copies = 1 if self.share_prompt else self.candidates
         return self.groups * (copies * self.prompt + self.candidates * self.response)
 
 
 class Plan(NamedTuple):
-    """Bytes by part, on the device and on the host, and what a step computes and moves."""
+    """Hold bytes by part, on the device and on the host, and what a step computes and moves."""
 
     device: dict[str, int]
     host: dict[str, int]
@@ -249,16 +247,16 @@ class Plan(NamedTuple):
 
     @property
     def peak(self) -> int:
-        """Most device bytes at once: the head's buffers and a layer's never meet."""
+        """Return the most device bytes at once: the head's buffers and a layer's never meet."""
         return sum(self.device.values()) - min(self.device[p] for p in _TRANSIENT)
 
     @property
     def host_peak(self) -> int:
-        """Most host bytes at once."""
+        """Return the most host bytes at once."""
         return sum(self.host.values())
 
     def seconds(self, card: Card) -> float:
-        """A step's time: computing at the assumed efficiency, or the link where that is slower."""
+        """Return a step's seconds: computing at the assumed efficiency, or the link if slower."""
         return max(self.flop / (card.tflops * 1e12 * EFFICIENCY), self.moved / (card.link * 1e9))
 
 
@@ -266,7 +264,7 @@ _TRANSIENT = ("working set of one layer", "head")
 
 
 def plan(job: Job) -> Plan:
-    """What a step of `job` takes."""
+    """Add up what a step of `job` takes."""
     shape, tokens, size = job.shape, job.tokens, _SIZES[job.weights]
     width, full = _SIZES[job.computed], job.method == "full"
     trained, trained_size = (shape.parameters, size) if full else (_adapter(job), 4)
@@ -346,7 +344,7 @@ def plan(job: Job) -> Plan:
 
 
 def _adapter(job: Job) -> int:
-    """Weights of a LoRA adapter, and of what is trained beside it."""
+    """Count the weights of a LoRA adapter, and of what is trained beside it."""
     shape = job.shape
     ends = shape.vocabulary * shape.hidden + shape.head if job.embeddings else 0
     chosen = [
@@ -357,8 +355,8 @@ def _adapter(job: Job) -> int:
     return ends + sum(job.rank * (out + into) for out, into in chosen)
 
 
-def _flop(job: Job, head_products: float) -> float:
-    """Of a step: forward, recomputation, backward, head, and a live reference's forward."""
+def _flop(job: Job, head_matmuls: float) -> float:
+    """Count a step: forward, recomputation, backward, head, and a live reference's forward."""
     shape = job.shape
     linear = 2 * shape.matrices * job.tokens
     pairs = 0
@@ -371,7 +369,7 @@ def _flop(job: Job, head_products: float) -> float:
     live = job.reference in ("adapter", "copy")
     # A flash backward is 2.5 forwards; frozen matrices need no gradient of their own.
     backward = (2 if job.method == "full" else 1) * linear + 2.5 * attention
-    head = 2 * head_products * shape.hidden * shape.vocabulary
+    head = 2 * head_matmuls * shape.hidden * shape.vocabulary
     return (2 + live) * (linear + attention) + backward + head
 
 
@@ -379,111 +377,3 @@ def _pairs(length: int, window: int | None) -> int:
     if window is None or window >= length:
         return length * (length + 1) // 2
     return window * (window + 1) // 2 + (length - window) * window
-
-
-class Lever(NamedTuple):
-    """A switch of the recipe that makes room.
-
-    Args:
-        switch: as the recipe says it.
-        changes: what it changes in a job.
-        alone: it takes the place of others that are `alone`.
-    """
-
-    switch: str
-    changes: dict[str, Any]
-    alone: bool = False
-
-    def after(self, switches: tuple[str, ...]) -> tuple[str, ...]:
-        """These switches without those of the same keys, and this one."""
-        keys = {part.partition(":")[0] for part in self.switch.split(", ")}
-        kept = (each for each in switches if each.partition(":")[0] not in keys)
-        return (*kept, self.switch)
-
-
-def levers(job: Job) -> Iterator[Lever]:
-    """Switches that `job` has not used, the cheapest first: free ones, then those that round."""
-    if not job.share_prompt:
-        yield Lever("share_prompt: auto", {"share_prompt": True})
-    if job.reference == "copy":
-        yield Lever("reference: store", {"reference": "store"})
-    if job.mlp_tile is None:
-        yield Lever("mlp_tile: auto", {"mlp_tile": "auto"})
-    if not job.offload:
-        yield Lever("offload_activations: true", {"offload": True})
-    if job.workspace_mib > 256:
-        yield Lever("workspace_mib: 256", {"workspace_mib": 256})
-    whole, half = job.method == "full", job.weights == "bfloat16"
-    if "8bit" not in job.optim and not (whole and half):
-        yield Lever("optim: paged_adamw_8bit", {"optim": "paged_adamw_8bit"})
-    if whole:
-        # Only optimisers that round at random, or sum remainders, move bfloat16 weights.
-        for optim in ("adamw_torch_8bit", "adamw_torch_4bit"):
-            if not (half and job.optim in (optim, "adamw_torch_4bit")):
-                switch = f"optim: {optim}" if half else f"dtype: bfloat16, optim: {optim}"
-                yield Lever(switch, {"weights": "bfloat16", "optim": optim}, alone=True)
-        lora = {"method": "lora", "weights": "bfloat16"}
-        yield Lever("lora: true", {**lora, "reference": _without_copy(job)}, alone=True)
-    if job.method != "qlora":
-        nf4 = {"method": "qlora", "weights": "bfloat16", "reference": _without_copy(job)}
-        yield Lever("lora: true, quantization: nf4", nf4, alone=True)
-
-
-def _without_copy(job: Job) -> str:
-    return "adapter" if job.reference == "copy" else job.reference
-
-
-class Advice(NamedTuple):
-    """Switches that make a job fit, none where it fits as it is, None where none do."""
-
-    switches: tuple[str, ...] | None
-    job: Job  # with the switches set
-    longest: int  # largest context that fits with them, in tokens; 0 where not even 1024 do
-
-
-def fits(job: Job, device: float, host: float) -> bool:
-    """Whether a step stays within so many device and host bytes."""
-    planned = plan(job)
-    return planned.peak <= device and planned.host_peak <= host
-
-
-def advise(job: Job, device: float, host: float = float("inf")) -> Advice:
-    """The first lever that makes `job` fit alone, else the fewest of them from the cheapest on.
-
-    Args:
-        job: what is to be run.
-        device, host: bytes there are.
-    """
-    if fits(job, device, host):
-        return Advice((), job, _longest(job, device, host))
-    available = list(levers(job))
-    for lever in available:
-        changed = dataclasses.replace(job, **lever.changes)
-        if fits(changed, device, host):
-            return Advice((lever.switch,), changed, _longest(changed, device, host))
-    switches: tuple[str, ...] = ()
-    changed = job
-    for lever in available:
-        changed, said = dataclasses.replace(job, **lever.changes), lever.after(switches)
-        if fits(changed, device, host):
-            return Advice(said, changed, _longest(changed, device, host))
-        if not lever.alone:
-            job, switches = changed, said
-    return Advice(None, changed, _longest(changed, device, host))
-
-
-def _longest(job: Job, device: float, host: float) -> int:
-    """Largest context that fits, in steps of 1024 tokens."""
-
-    def at(thousands: int) -> bool:
-        return fits(dataclasses.replace(job, context=thousands * 1024), device, host)
-
-    low = high = job.response // 1024 + 1
-    if not at(low):
-        return 0
-    while high < 2**14 and at(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if at(middle) else (low, middle)
-    return low * 1024

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastpo.data.groups import Group
+from fastpo.data.show import token_texts
 from fastpo.redact import redact
 from fastpo.report.templates import fill
 from fastpo.run.folder import write_text
@@ -46,15 +47,6 @@ class Shade(NamedTuple):
     tone: str
     share: int
     title: str
-
-
-def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """Return what each token adds; decoded alone, SentencePiece's lose the blank before them."""
-    texts = []
-    for before, token in zip([ids[:0], *([i] for i in ids[:-1])], ids, strict=True):
-        known = tokenizer.decode(before)
-        texts.append(str(tokenizer.decode([*before, token]))[len(known) :])
-    return texts
 
 
 def token_rows(

@@ -13,6 +13,7 @@ from fastpo.batch import Batch
 from fastpo.data.groups import Group
 from fastpo.data.packing import collate
 from fastpo.head.head import Head
+from fastpo.model.adapters import adapter_off
 from fastpo.model.head_facts import read_head
 from fastpo.model.hidden import target_hidden
 from fastpo.model.limits import Positions, Vocabulary
@@ -20,14 +21,14 @@ from fastpo.model.self_check import CHECKED, self_check
 
 
 class HasHead(Protocol):
-    """Anything with a model and its head."""
+    """Hold a model and its head."""
 
     model: Any
     head: Head
 
 
 class Scorer:
-    """A frozen model in evaluation mode that returns log-probabilities."""
+    """Run a frozen model in evaluation mode that returns log-probabilities."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.requires_grad_(False).eval()
@@ -35,21 +36,33 @@ class Scorer:
 
     @torch.no_grad()
     def hidden(self, batch: Batch) -> Tensor:
-        """[N, D] states that predict the batch's target tokens."""
+        """Return the [N, D] states that predict the batch's target tokens."""
         return target_hidden(self.model, batch).to(self.head.weight.dtype)
 
     @torch.no_grad()
     def logps(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """[N] log-probabilities of the batch's target tokens."""
+        """Return [N] log-probabilities of the batch's target tokens."""
         return self.head.logps(hidden, batch.tokens.targets)
 
     def __call__(self, batch: Batch) -> Tensor:
-        """[N] log-probabilities of the batch's target tokens."""
+        """Return [N] log-probabilities of the batch's target tokens."""
         return self.logps(self.hidden(batch), batch)
 
 
+class AdapterOff(Scorer):
+    """Run the model of another scorer, its adapter switched off."""
+
+    def __init__(self, adapted: Scorer) -> None:
+        self.model, self.head = adapted.model, adapted.head
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Return the base model's [N] log-probabilities of the batch's target tokens."""
+        with adapter_off(self.model):
+            return super().__call__(batch)
+
+
 class Packer:
-    """Packs groups into batches on the scorers' device, each of which is checked first.
+    """Pack groups into batches on the scorers' device, each of which is checked first.
 
     Attributes:
         vocabulary: the token ids that every scorer takes.

@@ -1,4 +1,4 @@
-"""Rows to rows with a column of numbers for single tokens, from two scorers.
+"""Add to rows a column of numbers for single tokens, from two scorers.
 
 Both scorers run packed, as references do, and their log-probs go to a `ReferenceStore`: a run that
 was killed goes on, and other arguments of a rule cost no forward pass. The rules themselves are
@@ -36,7 +36,7 @@ from fastpo.scoring.scorer import Packer
 
 
 class Contrast:
-    r"""Two scorers as one of twice the width: logits $2 z^+ - z^-$ are a head on $(2h^+, -h^-)$.
+    r"""Run two scorers as one of twice the width: logits $2 z^+ - z^-$, a head on $(2h^+, -h^-)$.
 
     Raises:
         ValueError: heads of other facts or vocabularies, or a soft-cap, which is not linear.
@@ -78,7 +78,7 @@ def _filled(
     batch_size: int,
     progress: bool,
 ) -> ReferenceStore:
-    """The log-probs of all groups under one scorer, or under the contrast of two."""
+    """Return the log-probs of all groups under one scorer, or under the contrast of two."""
     pack = Packer(scorers, groups, tokenizer)
 
     def key_of(scorer: LiveReference) -> dict[str, str]:
@@ -120,8 +120,8 @@ def weigh(
     batch_size: int = 4,
     source: str = "rows",
     progress: bool = True,
-) -> Iterator[dict[str, Any]]:
-    """The rows, each with a list of numbers a response in the rule's column; all is scored first.
+) -> Iterator[dict[str, object]]:
+    """Return the rows with a list of numbers a response in the rule's column; score all first.
 
     Args:
         rows: of any format; read more than once, so no generator.
@@ -166,19 +166,19 @@ def weigh(
             (filled("negative", prompts[1], negative()), prompts[1]),
         ]
 
-    def columns() -> Iterator[dict[str, Any]]:
+    def columns() -> Iterator[dict[str, object]]:
         for i, row in enumerate(source_rows(rows, source)):
             responses = groups[prompts[0]][i].responses
             ends = np.cumsum([r.loss_mask.sum() for r in responses])[:-1]
             scores = [np.split(store[groups[prompt][i]], ends) for store, prompt in stores]
             order = read_row(row.columns, columns=columns_of).order  # best first, as here
             column: list[list[float]] = [[]] * len(responses)
-            for place, response, *given in zip(
+            for place, response, *scored in zip(
                 order or range(len(responses)), responses, *scores, strict=True
             ):
                 numbers = np.full(len(response.input_ids), rule.absent)
-                found = rule.fn(*(each.astype(np.float64) for each in given), response.label)
-                numbers[response.loss_mask] = found
+                per_token = [each.astype(np.float64) for each in scored]
+                numbers[response.loss_mask] = rule.fn(*per_token, response.label)
                 column[place] = numbers.round(6).tolist()
             yield {**row.columns, rule.column: column}
 

@@ -137,7 +137,7 @@ class Collator:
         packed = groups or filler
         if self.vocabulary is not None:
             self.vocabulary.check_groups(packed)
-        if self.positions is not None and not self.positions.told:
+        if self.positions is not None and not self.positions.warned:
             self.positions.check_groups(packed)
         pack = partial(collate, share_prompt=self.share_prompt, pad_token_id=self.pad_token_id)
         stored = self.store is not None or self.store2 is not None

@@ -85,7 +85,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--overwrite", "/nowhere.yaml"], "/nowhere.yaml: No such file"),
         (["train", "--lora", "/nowhere.yaml"], "/nowhere.yaml: No such file"),
         (["train", "--model", "m", "--dataset", "d", "--bta", "1"], "Did you mean 'beta'?"),
-        (["sample", "--model", "m", "--prompts", "p", "--num-samples", "0"], "--num-samples 0"),
+        (["sample", "--model", "m", "--prompts", "p", "--num-samples", "0"], "--num_samples 0"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else None,
 )
@@ -185,10 +185,10 @@ def test_doctor(capsys: pytest.CaptureFixture[str], tiny: Path) -> None:
 def test_doctor_fails_on_wrong_numbers(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastpo.cli import doctor
+    from fastpo.model import installation
 
-    right = doctor.linear_logps
-    monkeypatch.setattr(doctor, "linear_logps", lambda *a, **k: right(*a, **k) * 1.0001)
+    right = installation.linear_logps
+    monkeypatch.setattr(installation, "linear_logps", lambda *a, **k: right(*a, **k) * 1.0001)
     status, out, _ = run(capsys, "doctor")
     assert status == 1
     assert "WRONG" in out

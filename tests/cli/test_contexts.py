@@ -38,6 +38,7 @@ def steps(folder: Path) -> list[dict]:
     return [line for line in lines(folder / "metrics.jsonl") if "loss" in line]
 
 
+# The authors' rows come as text and as token ids; both must reach the same recipe.
 @pytest.mark.parametrize("form", ["text", "token ids"])
 def test_longpo_recipe_trains(capsys, tiny: Path, tmp_path: Path, rows: Path, form: str) -> None:
     if form == "token ids":

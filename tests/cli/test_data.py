@@ -67,6 +67,7 @@ def test_a_broken_line_is_a_bad_row(
     assert "no usable row; 1 of 1 rows were skipped" in capsys.readouterr().err
 
 
+# A row that is no list, a list that gives no pair, and a flag: each stops before a file appears.
 @pytest.mark.parametrize(
     ("row", "words", "message"),
     [

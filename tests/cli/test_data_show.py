@@ -142,6 +142,7 @@ def test_a_named_column_that_no_row_has(rows: Path, capsys: pytest.CaptureFixtur
     assert text.endswith("columns={system: sytem}: no row so far has a column 'sytem'\n")
 
 
+# Flags of another action are refused, and so are values that would be ignored in silence.
 @pytest.mark.parametrize(
     ("words", "message"),
     [

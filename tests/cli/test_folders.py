@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from fastpo.cli import main
-from fastpo.cli.output import check_outputs, json_lines, partial_of
-from fastpo.cli.prepare import Progress
+from fastpo.cli.output import check_outputs, json_lines
 from fastpo.cli.train import introduction
 from fastpo.run.folder import claim
+from fastpo.run.partial import partial_of
 from fastpo.run.record import Run
+from fastpo.scoring.logo import Progress
 from fastpo.train.trainer import PreferenceTrainer
 from tests.cli.test_cli import lines, run
 from tests.run.test_folder import content

@@ -87,21 +87,6 @@ def test_a_context_beyond_the_positions_is_warned_of(
     assert "made for 131072" in planned(str(tmp_path / "config.json"), 131073)[1]["warning"]
 
 
-def test_an_objective_says_how_many_responses_and_whether_a_reference(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    found = {}
-    for objective in ("dpo", "logo", "kto", "npo", "tdpo1"):
-        words = ["--model", "llama-3-8b", "--context", "4096", "--objective", objective, "--json"]
-        assert main(["plan", *words, "--method", "full"]) == 0
-        job = json.loads(capsys.readouterr().out)["job"]
-        found[objective] = (job["candidates"], job["reference"])
-    # KTO brings a mismatched response.
-    want = {"dpo": (2, "store"), "logo": (3, "none"), "kto": (2, "store"), "npo": (1, "store")}
-    # A divergence needs the reference's whole distribution.
-    assert found == {**want, "tdpo1": (2, "copy")}
-
-
 def test_all_weights_are_planned_in_float32(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -109,8 +94,8 @@ def test_all_weights_are_planned_in_float32(
 
     def job(*words: str) -> tuple[str, ...]:
         assert main(["plan", "--context", "4096", "--json", *words]) == 0
-        found = json.loads(capsys.readouterr().out)["job"]
-        return found["method"], found["weights"], found["optim"]
+        fields = json.loads(capsys.readouterr().out)["job"]
+        return fields["method"], fields["weights"], fields["optim"]
 
     by_flags = ("--model", "llama-3-8b")
     assert job(*by_flags)[:2] == ("lora", "bfloat16")
@@ -129,6 +114,7 @@ def test_all_weights_are_planned_in_float32(
     assert job("--recipe", str(path), "--method", "full")[:2] == ("full", "float32")
 
 
+# Each row ends at another line of `resolve_kind`: what is there is taken, in its order.
 @pytest.mark.parametrize(
     ("keys", "reference"),
     [
@@ -150,12 +136,13 @@ def test_the_reference_is_the_one_that_training_takes(
     assert job_of(load_recipe(path)).reference == reference
 
 
+# One row for each refusal: of the command, of the card, of a value, of the job and of the model.
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([], "--model and --context are needed"),
         (["--model", "llama-3-8b", "--context", "4096", "--gpu", "h10"], "h10 is not one of h100"),
-        (["--model", "llama-3-8b", "--context", "4096", "--mlp-tile", "x"], "--mlp-tile x is nei"),
+        (["--model", "llama-3-8b", "--context", "4096", "--mlp-tile", "x"], "--mlp_tile x is nei"),
         (["--model", "llama-3-8b", "--context", "100"], "has no room for a response of 512"),
         (["--model", "./nowhere", "--context", "4096"], "no folder './nowhere'"),
         (["--model", "x", "--recipe", "y.yaml"], "drop the other flag"),
@@ -166,6 +153,7 @@ def test_errors(words: list[str], message: str, capsys: pytest.CaptureFixture[st
     assert message in capsys.readouterr().err
 
 
+# Every recipe whose plan the documents print.
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_documents_show_what_the_planner_says(
     name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -181,6 +169,7 @@ def test_the_documents_show_what_the_planner_says(
     assert said in (EXAMPLES.parent / "docs" / "long-context.md").read_text()
 
 
+# The same recipes: what is planned for must also run.
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_run_on_a_tiny_shape(
@@ -253,6 +242,7 @@ def test_a_recipe_becomes_a_job(tmp_path: Path) -> None:
         job_of(load_recipe(path))
 
 
+# A card with plenty of memory has the largest default, one of 23 GiB the share of its size.
 @pytest.mark.parametrize(("gpu", "mib"), [("h200", 1024), ("rtx4090", 471)])
 def test_the_default_workspace_is_the_cards(
     gpu: str, mib: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -262,9 +252,9 @@ def test_the_default_workspace_is_the_cards(
     text = (EXAMPLES / "long_context_logo.yaml").read_text()
     recipe = {**yaml.safe_load(text), "model": "llama-3-8b"}
     ways = [["--model", "llama-3-8b", "--context", "4096"], ["--recipe", str(path)]]
-    found = []
+    planned = []
     for words, more in ((ways[0], {}), (ways[1], {}), (ways[1], {"workspace_mib": 300})):
         path.write_text(yaml.safe_dump(recipe | more))
         assert main(["plan", *words, "--gpu", gpu, "--json"]) == 0
-        found.append(json.loads(capsys.readouterr().out)["job"]["workspace_mib"])
-    assert found == [mib, mib, 300]
+        planned.append(json.loads(capsys.readouterr().out)["job"]["workspace_mib"])
+    assert planned == [mib, mib, 300]

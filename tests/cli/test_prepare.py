@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from fastpo.cli import main, prepare
-from fastpo.cli.models import open_tokenizer
+from fastpo.cli import main
+from fastpo.scoring import logo
+from fastpo.scoring.logo import Progress
 from tests.cli.test_cli import lines, run
-from tests.train.child import start
 
 FACTS = [
     ["The rare owl lives in Arden.", "The rare bee sings in Arden."],
@@ -52,42 +48,45 @@ def words(tiny: Path, documents: Path, out: Path, **more: Any) -> list[str]:
     return ["prepare", "logo", str(documents), str(out), *given]
 
 
-def die_after_two(arguments: list[str]) -> None:
-    """Blocks of two documents; the second is half written when the process is gone."""
-    prepare.BLOCK = 2
-    add = prepare.Progress.add
+class Killed(BaseException):
+    """Stand for SIGKILL: nothing of the command handles it."""
 
-    def add_or_die(self: prepare.Progress, block: dict) -> None:
+
+def die_after_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write the second block by half and die."""
+    add = Progress.add
+
+    def add_or_die(self: Progress, block: Any) -> None:
         if not self.blocks:
             return add(self, block)
         with self.path.open("a") as file:
             file.write('{"rows": [{"prompt": "tor')
-            file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
+        self._file.close()  # as the system closes it, and with it the lock
+        raise Killed
 
-    prepare.Progress.add = add_or_die  # type: ignore[method-assign]
-    main(arguments)
+    monkeypatch.setattr(Progress, "add", add_or_die)
 
 
 def test_killed_run_writes_the_same_rows(
     capsys: Any, tiny: Path, documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("datasets")  # of a process of its own
     out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
-    process = start(die_after_two, words(tiny, documents, out))
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL
+    monkeypatch.setattr(logo, "BLOCK", 2)
+    with monkeypatch.context() as patched:
+        die_after_one(patched)
+        with pytest.raises(Killed):
+            main(words(tiny, documents, out))
     assert not out.exists()
-    monkeypatch.setattr(prepare, "BLOCK", 2)
+    assert not (tmp_path / "out.jsonl.partial").read_text().endswith("\n")
 
     status, _, err = run(capsys, *words(tiny, documents, out, seed=1))
     assert status == 2
     assert "out.jsonl.partial was begun with another seed" in err
 
     asked: list[int] = []
-    made = prepare.logo_rows
+    made = logo.logo_rows
     monkeypatch.setattr(
-        prepare, "logo_rows", lambda *a, **k: (asked.append(k["first"]), made(*a, **k))[1]
+        logo, "logo_rows", lambda *a, **k: (asked.append(k["first"]), made(*a, **k))[1]
     )
     status, _, err = run(capsys, *words(tiny, documents, out))
     assert status == 0, err
@@ -123,6 +122,7 @@ def test_text_files_are_documents_and_a_random_model_asks_nothing(
     assert (tmp_path / "out.partial").exists()
 
 
+# One row each: a count, the draw, the options of rows, an engine that is not installed.
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -146,32 +146,3 @@ def test_documents_without_text(capsys: Any, tiny: Path, tmp_path: Path) -> None
     status, _, err = run(capsys, *words(tiny, path, tmp_path / "out.jsonl"))
     assert status == 2
     assert "documents.jsonl, row 1: `text` must be a document, got ' '" in err
-
-
-def test_vllm_is_called_as_it_is_documented(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts as token ids, a seed for each; the engine itself has not been run."""
-    calls: dict[str, Any] = {}
-
-    class LLM:
-        def __init__(self, model: str, **engine: Any) -> None:
-            calls["engine"] = {"model": model, **engine}
-
-        def generate(self, prompts: Any, params: Any, use_tqdm: bool) -> list:
-            calls["prompts"] = prompts
-            return [
-                SimpleNamespace(outputs=[SimpleNamespace(text=f"seed {p.seed}")]) for p in params
-            ]
-
-    module = ModuleType("vllm")
-    module.LLM, module.SamplingParams = LLM, SimpleNamespace  # type: ignore[attr-defined]
-    module.__spec__ = SimpleNamespace(name="vllm")  # type: ignore[assignment]
-    monkeypatch.setitem(sys.modules, "vllm", module)
-    tokenizer = open_tokenizer(str(tiny / "model"), None, None)
-    generate = prepare.vllm_generator(
-        "name", tokenizer, max_new_tokens=5, temperature=0.7, dtype="auto"
-    )
-    assert generate(["a b", "c"], 7) == ["seed 7", "seed 8"]
-    assert calls["engine"] == {"model": "name", "dtype": "auto"}
-    assert calls["prompts"] == [
-        {"prompt_token_ids": tokenizer(t)["input_ids"]} for t in ("a b", "c")
-    ]

@@ -69,6 +69,8 @@ def train(larger: Path, out: Path, model: str = "untied", *flags: object, **keys
     return main(["train", str(path), *map(str, flags)])
 
 
+# Tied and untied ends, with and without adapters, each reference once, and quantised weights:
+# every way in which new rows are trained, saved, and found again by score, sample and merge.
 @pytest.mark.parametrize(
     ("model", "keys"),
     [
@@ -129,6 +131,7 @@ def test_the_rows_of_new_tokens_are_trained_and_kept(
             torch.testing.assert_close(whole(ids).logits, trained(ids).logits, rtol=0, atol=1e-4)
 
 
+# Checkpoints of a whole model and of an adapter are written by different code.
 @pytest.mark.parametrize("keys", [{}, {"lora": {"r": 2}}], ids=str)
 def test_a_resumed_run_ends_where_a_whole_one_does(
     larger: Path, tmp_path: Path, keys: dict[str, Any]
@@ -141,6 +144,7 @@ def test_a_resumed_run_ends_where_a_whole_one_does(
         torch.testing.assert_close(a, b, msg=name)
 
 
+# Every command that feeds rows to a model.
 @pytest.mark.parametrize("command", ["train", "score", "sample", "weigh", "prepare"])
 def test_without_resizing_every_command_names_the_token(
     larger: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
@@ -203,6 +207,7 @@ def test_gguf_weights_grow_too(larger: Path, tmp_path: Path) -> None:
     assert main(["merge", str(tmp_path / "run"), str(tmp_path / "merged")]) == 0
 
 
+# Fewer and more rows than the base model's 259.
 @pytest.mark.parametrize("rows", [250, 300])
 def test_an_adapter_of_another_tool_brings_its_rows(
     larger: Path, tmp_path: Path, rows: int

@@ -1,4 +1,4 @@
-"""What `fastpo score` finds beyond log-probs, against transformers on one sequence at a time."""
+"""The files and tables of `fastpo score`, against transformers on one sequence at a time."""
 
 from __future__ import annotations
 
@@ -6,35 +6,15 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastpo.cli import main
 from tests.numerics import assert_three_way
-
-ROWS = 3
-DTYPES = (torch.float32, torch.float64)
-
-
-class Sequences(NamedTuple):
-    """States that predict the answer's tokens, and their log-probs."""
-
-    hidden: Tensor  # [R, D]
-    logps: Tensor  # [R]
-
-
-def plainly(folder: Path, prompt: str, ids: list[int], dtype: torch.dtype) -> Sequences:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    start = AutoTokenizer.from_pretrained(folder)(prompt)["input_ids"]
-    with torch.no_grad():
-        out = model(torch.tensor([start + ids]), output_hidden_states=True)
-    at = slice(len(start) - 1, -1)
-    logps = out.logits[0, at].log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
-    return Sequences(out.hidden_states[-1][0, at], logps)
+from tests.scoring.plain import DTYPES, ROWS, plainly, response_ids, sources
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +37,6 @@ def score(tiny: Path, out: Path, *words: object) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-def sources(tiny: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (tiny / "prefs.jsonl").read_text().splitlines()][:ROWS]
-
-
-def answer_ids(tiny: Path, text: str, *, end: bool = True) -> list[int]:
-    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
-    return tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] * end
-
-
 def test_token_rewards_are_scaled_log_ratios_that_add_up(
     tiny: Path, other: Path, tmp_path: Path
 ) -> None:
@@ -79,7 +50,7 @@ def test_token_rewards_are_scaled_log_ratios_that_add_up(
     for row in rows:
         source = sources(tiny)[row["row"]]
         name = "chosen" if row["label"] else "rejected"
-        ids = answer_ids(tiny, source[name])
+        ids = response_ids(tiny, source[name])
         assert row["ids"] == ids
         assert "".join(row["tokens"]) == source[name] + "</s>"
         ours, plain, truth = (
@@ -117,53 +88,6 @@ def test_the_page_shows_every_token_in_its_colour(tiny: Path, other: Path, tmp_p
     assert "http" not in page.replace("http-equiv", "")
 
 
-def test_ches_and_entanglement_of_separate_forwards(tiny: Path, tmp_path: Path) -> None:
-    rows = score(tiny, tmp_path / "scores.jsonl", "--ches", "--entanglement")
-    weights = [
-        AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=d).lm_head.weight.detach()
-        for d in DTYPES
-    ]
-    for row, source in zip(rows, sources(tiny), strict=True):
-        found, square = [], 0.0
-        for dtype, weight in zip(DTYPES, weights, strict=True):
-            states, gradients = [], []
-            for name in ("chosen", "rejected"):
-                ids = answer_ids(tiny, source[name])
-                hidden = plainly(tiny / "model", source["prompt"], ids, dtype).hidden
-                hot = torch.nn.functional.one_hot(torch.tensor(ids), len(weight)).to(dtype)
-                states.append(hidden.sum(0))
-                gradients.append(((hot - (hidden @ weight.T).softmax(-1)) @ weight).sum(0))
-            (w, l), (g, h) = states, gradients
-            square = (w @ w).item()  # at last in float64
-            found.append({"ches": w @ l - w @ w, "inner": g @ h, "chosen_norm": g.norm()})
-        plain, truth = found
-        pair = row["pair"]
-        for name in truth:
-            mine, terms = torch.tensor(pair[name]), square if name == "ches" else 0.0
-            assert_three_way(mine, plain[name], truth[name], name, terms=terms)
-        assert pair["rejected_falls"] == (pair["inner"] <= pair["rejected_norm"] ** 2)
-
-
-def test_follow_up_rewards_are_those_of_the_next_line(tiny: Path, tmp_path: Path) -> None:
-    own = tmp_path / "own.json"
-    own.write_text(json.dumps({"positive": ["Thanks!", "Right."], "negative": ["No"]}))
-    rows = score(tiny, tmp_path / "scores.jsonl", "--follow-up", own)
-    for row, source in zip(rows, sources(tiny), strict=True):
-        for response, name in zip(row["responses"], ("chosen", "rejected"), strict=True):
-
-            def mean(text: str, dtype: torch.dtype, before: str) -> Tensor:
-                ids = answer_ids(tiny, text, end=False)
-                return plainly(tiny / "model", before + "\n", ids, dtype).logps.mean()
-
-            said = source["prompt"] + source[name]
-            plain, truth = (
-                (mean("Thanks!", d, said) + mean("Right.", d, said)) / 2 - mean("No", d, said)
-                for d in DTYPES
-            )
-            ours = torch.tensor(response["follow_up"])
-            assert_three_way(ours, plain, truth, terms=math.log(259))
-
-
 def test_the_summary_counts_pairs(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,10 +100,11 @@ def test_the_summary_counts_pairs(
     assert shown["follow_up"][2] == f"{sum(a > b for a, b in pairs) / ROWS:.4f}"
 
 
+# Refused before a model is opened: by flags alone, by the rows, by the file of follow-ups.
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--token-rewards", "t.jsonl"], "name one with --ref-model"),
+        (["--token-rewards", "t.jsonl"], "name one with --ref_model"),
         (["--ches"], "has one response: drop the flag"),
         (["--follow-up", "{own}"], "`negative` must be a list of texts and not empty"),
     ],

@@ -1,4 +1,4 @@
-"""`fastpo weigh`: what two scorers say of every token, against whole logits, and into a run."""
+"""`fastpo weigh`: what two scorers say of every token, stopped and gone on with, and into a run."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import fastpo.reference.live
 from fastpo.cli.models import open_model
 from tests.cli.test_cli import lines, run
 from tests.numerics import assert_three_way
+from tests.scoring.plain import by_hand
 
 
 @pytest.fixture(scope="module")
@@ -28,61 +29,6 @@ def worse(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         parameter.data += 0.05 * torch.randn_like(parameter)
     model.save_pretrained(folder)
     return folder
-
-
-@torch.no_grad()
-def logits_of(model: Any, folder: Path, prompt: str, answer: str, dtype: torch.dtype) -> Any:
-    """(logits [R, V] that predict the answer's tokens, the tokens [R])."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = torch.tensor(tokenizer(prompt + answer)["input_ids"] + [tokenizer.eos_token_id])
-    start = len(ids) - len(answer) - 1  # a byte a token
-    logits = model.to(dtype)(ids[None]).logits[0].to(dtype)
-    return logits[start - 1 : -1], ids[start:]
-
-
-def by_hand(rule: str, model: Path, other: Path, row: dict, dtype: torch.dtype) -> list:
-    """[chosen, rejected] numbers, from whole logits."""
-    found = []
-    for name in ("chosen", "rejected"):
-        sides = []
-        for folder, column in ((model, "better_prompt"), (other, "worse_prompt")):
-            loaded = AutoModelForCausalLM.from_pretrained(folder)
-            prompt = row.get(column, row["prompt"])
-            sides.append(logits_of(loaded, folder, prompt, row[name], dtype))
-        (plus, ids), (minus, _) = sides
-        at = ids[:, None]
-        if rule == "critical":
-            c = (2 * plus - minus).softmax(-1).gather(1, at)[:, 0]
-            found.append(c if name == "chosen" else 1 - c)
-            continue
-        logps = [z.log_softmax(-1).gather(1, at)[:, 0] for z in (plus, minus)]
-        if rule == "treg":
-            found.append(torch.sigmoid(logps[0] - logps[1]) - 0.5)
-        else:
-            sign = 1 if name == "chosen" else -1
-            found.append(torch.exp(sign * (logps[0] - logps[1]).clamp(-1.5, 1.5)))
-    return found
-
-
-@pytest.mark.parametrize("rule", ["tis", "critical", "treg"])
-def test_two_models(capsys, tiny: Path, worse: Path, tmp_path: Path, rule: str) -> None:
-    out = tmp_path / "weighted.jsonl"
-    words = ["--dataset", tiny / "prefs.jsonl", "--positive", tiny / "model", "--negative", worse]
-    words += ["--rule", rule, "--out", out, "--batch-size", 3]
-    status, _, err = run(capsys, "weigh", *words)
-    assert status == 0, err
-    column = "token_rewards" if rule == "treg" else "token_weights"
-    assert f"8 rows with `{column}`" in err
-    before = lines(tiny / "prefs.jsonl")
-    for row, weighted in list(zip(before, lines(out), strict=True))[::3]:
-        assert {k: v for k, v in weighted.items() if k != column} == row
-        plain, truth = (
-            by_hand(rule, tiny / "model", worse, row, dtype)
-            for dtype in (torch.float32, torch.float64)
-        )
-        for ours, a, b in zip(weighted[column], plain, truth, strict=True):
-            # The file keeps six decimals.
-            assert_three_way(torch.tensor(ours), a, b, column, terms=0.5e-6 / 2 / 1.2e-7)
 
 
 def test_stopped_runs_go_on_and_other_arguments_cost_nothing(
@@ -172,12 +118,13 @@ def test_base_is_the_adapter_switched_off(
     assert any(reward for row in found[0] for response in row for reward in response)
 
 
+# In the order of the command: the rule, its arguments, the two scorers, and the prompts they read.
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--rule", "tsi"], "unknown rule 'tsi': did you mean 'tis'"),
         (["--rule", "tis"], "both scorers are the same model after the same prompt"),
-        (["--rule", "tis", "--rule-args", "mu"], "--rule-args 'mu' is no JSON such as"),
+        (["--rule", "tis", "--rule-args", "mu"], "--rule_args 'mu' is no JSON such as"),
         (["--rule", "tis", "--negative", "base"], "has no adapter to switch off; name a model"),
         (["--rule", "tis", "--negative-prompt", "text"], "a column that ends with '_prompt'"),
         (["--rule", "tis", "--negative-prompt", "x_prompt"], "row 0, field 'x_prompt': missing"),

@@ -12,6 +12,7 @@ from tests.data.test_formats import PAIR, one, texts
 LIST = {"prompt": "p", "responses": [" a", " b", " c", " d"], "scores": [2, 3, 1, 3], "weight": 2.0}
 
 
+# One list of four grades: as a list, its two ends, and its best against all others.
 @pytest.mark.parametrize(
     ("mode", "pairs"),
     [(None, ["bdac"]), ("best_worst", ["bc"]), ("best_rest", ["ba", "bc"])],

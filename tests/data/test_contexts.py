@@ -96,6 +96,7 @@ def test_further_prompts_are_cut_like_the_prompt(tokenizers):
         build({**PAIR, **long}, tokenizers(), max_length=20, truncation="error")
 
 
+# Text and messages each fail in their own way: divided otherwise, empty, or of another form.
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -139,6 +140,7 @@ def spelled_out(group: Group) -> list[Group]:
     ]
 
 
+# A shared row and padded rows place the further prompt by different code.
 @pytest.mark.parametrize("share_prompt", [True, False])
 def test_another_prompt_is_packed_as_a_further_group(share_prompt):
     ours = collate(GROUPS, share_prompt=share_prompt, pad_token_id=0)
@@ -188,6 +190,7 @@ def test_an_empty_prompt_is_refused():
         collate([broken], pad_token_id=0)
 
 
+# A shared row and padded rows place the reference's prompt by different code.
 @pytest.mark.parametrize("share_prompt", [True, False])
 def test_the_reference_sees_the_short_prompt_and_the_same_label_tokens(share_prompt):
     long = collate(GROUPS, share_prompt=share_prompt, pad_token_id=0)

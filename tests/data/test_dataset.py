@@ -28,6 +28,7 @@ def test_skipped_rows_are_listed(tokenizers):
     assert clean.skipped_report() == "no row of 1 was skipped"
 
 
+# No rows at all, and bad ones alone: both leave nothing to train on.
 @pytest.mark.parametrize("rows", [[], [BAD["empty"][0]] * 2])
 def test_no_good_row(tokenizers, rows):
     options = DataOptions(on_bad_row="skip")

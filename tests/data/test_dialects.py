@@ -203,6 +203,7 @@ def claimed(row):
     return [name for name, _ in Columns().readings(row)]
 
 
+# Each dialect's row of the same pair.
 @pytest.mark.parametrize("case", PAIRS)
 def test_pairs_of_every_dialect(case):
     dialect, row = PAIRS[case]
@@ -220,6 +221,7 @@ def test_pairs_of_every_dialect(case):
     assert example.labels == [True, False]
 
 
+# Each dialect's row of one rated completion.
 @pytest.mark.parametrize("case", POINTS)
 def test_rated_completions_of_every_dialect(case):
     dialect, row = POINTS[case]
@@ -228,6 +230,7 @@ def test_rated_completions_of_every_dialect(case):
     assert (example.prompt, example.responses, example.labels) == ([Q], [[GOOD]], [True])
 
 
+# Each dialect whose texts name their speakers.
 @pytest.mark.parametrize("case", TEXTS)
 def test_texts_with_speakers_stay_text_or_become_messages(case):
     dialect, row = TEXTS[case]
@@ -316,6 +319,7 @@ def test_lists_of_any_length():
     assert example.ranks == [0, 1, 2, 3]
 
 
+# Every word of the tables in one spelling, and booleans, integers and floats.
 @pytest.mark.parametrize(
     ("label", "good"),
     [
@@ -336,6 +340,7 @@ CONFLICTS = [
 ]
 
 
+# Pairs of dialects whose columns overlap; the order of the names is that of the message.
 @pytest.mark.parametrize(("row", "names"), CONFLICTS)
 def test_a_row_that_two_dialects_read_differently(row, names):
     if len(names) > 1:
@@ -387,6 +392,7 @@ def test_faults_are_told_in_the_row_s_own_words():
         assert caught.value.field == field
 
 
+# All rows of the three tables above: no reader may drop the column.
 @pytest.mark.parametrize("case", [*PAIRS, *POINTS, *TEXTS])
 def test_every_dialect_has_a_system_message(case):
     row = (PAIRS | POINTS | TEXTS)[case][1]
@@ -394,6 +400,7 @@ def test_every_dialect_has_a_system_message(case):
     assert example.parts()[0] == [{"role": "system", "content": "Be brief."}, Q]
 
 
+# A column that another reader would use, beside each dialect that does not.
 @pytest.mark.parametrize(
     ("case", "more", "field"),
     [
@@ -471,6 +478,7 @@ def test_an_hh_row_s_further_responses():
         assert caught.value.field in more
 
 
+# Every dialect by name, on a row that has none of its columns.
 @pytest.mark.parametrize("name", DIALECTS)
 def test_a_dialect_that_a_row_is_not_of(name):
     row = {"problem": "Which metal is liquid?", "good_one": "Mercury.", "bad_one": "Lead."}
@@ -552,12 +560,14 @@ def test_a_renamed_column_that_no_row_has(tokenizers):
         build_groups(some, tokenizers(), options, progress=False)
 
 
+# Neither side of the mapping may be anything but a name.
 @pytest.mark.parametrize("columns", [{"prompt": 3}, {"prompt": ""}, {3: "prompt"}, {"chose": "x"}])
 def test_columns_that_are_no_names(columns):
     with pytest.raises(ValueError, match="columns="):
         DataOptions(columns=columns)
 
 
+# Typing errors of each kind of column, and media that nothing reads.
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [

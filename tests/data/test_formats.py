@@ -91,6 +91,7 @@ FORMATS = {
 }
 
 
+# Every format of fastpo's own columns, with what it must become.
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats(tokenizers, name):
     row, prompt, responses = FORMATS[name]
@@ -132,6 +133,7 @@ def test_labels_and_weight(tokenizers):
         assert response.label is bool(label)
 
 
+# No grades, scores, ranks and both, with and without ties: the order is best first and stable.
 @pytest.mark.parametrize(
     ("grades", "order", "ranks", "scores"),
     [
@@ -324,6 +326,7 @@ BAD = {
 }
 
 
+# One row for each refusal of a format.
 @pytest.mark.parametrize("name", BAD)
 def test_bad_rows(tokenizers, name):
     row, field, reason = BAD[name]
@@ -346,6 +349,7 @@ FOREIGN = {
 }
 
 
+# Columns that mean something in one format and nothing in another.
 @pytest.mark.parametrize("name", FOREIGN)
 def test_a_column_is_judged_where_it_is_read(tokenizers, name):
     need, values = FOREIGN[name]
@@ -368,6 +372,7 @@ def test_what_nothing_reads_is_left_out(tokenizers):
     assert (group.margin, group.responses[0].score) == (1.0, 2.0)
 
 
+# CSV has no null: an empty cell of any optional column is one.
 @pytest.mark.parametrize("blank", ["", "  "])
 @pytest.mark.parametrize(
     "name", ["tools", "chosen_spans", "scores", "weight", "margin", "group", "token_weights"]

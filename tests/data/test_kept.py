@@ -30,6 +30,7 @@ def test_reasoning_that_is_also_the_answer(tokenizers):
     refused(tokenizers, "chatml", "'chosen': the chat template leaves out reasoning", chosen=answer)
 
 
+# Keys of vendors' messages whose text a template would drop.
 @pytest.mark.parametrize("key", ["function_call", "refusal", "audio", "thoughts"])
 def test_further_keys_with_text(tokenizers, key):
     for value in ("No.", {"name": "rain", "arguments": "{}"}, [{"text": "No."}]):
@@ -37,6 +38,7 @@ def test_further_keys_with_text(tokenizers, key):
         refused(tokenizers, "chatml", message, chosen=[assistant("blue", **{key: value})])
 
 
+# Bookkeeping, a flag, an empty text and a number: no template has to write them.
 @pytest.mark.parametrize(
     "keys", [{"name": "Ann", "id": "a1"}, {"prefix": True}, {"audio": ""}, {"weight": 0.5}]
 )
@@ -44,6 +46,7 @@ def test_keys_that_say_nothing(tokenizers, keys):
     assert scored(tokenizers, "chatml", [assistant("blue", **keys)]) == "blue<|im_end|>"
 
 
+# A key at the top, and a number nested in a list.
 @pytest.mark.parametrize(
     ("arguments", "key"),
     [

@@ -101,6 +101,7 @@ def test_draws_depend_on_seed_and_number_alone() -> None:
     assert other != first
 
 
+# Each way in which a document is dropped, in the order of the steps.
 @pytest.mark.parametrize(
     ("document", "question", "reason"),
     [
@@ -145,6 +146,7 @@ def test_chunks_keep_the_text_and_the_size() -> None:
     ]
 
 
+# Each bound of the options, at its edge.
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -55,6 +55,7 @@ def test_mismatched_needs_two_prompts(tokenizers):
         GroupStream(rows, tokenizers(), extras=("bronze",))
 
 
+# A list and a stream look for donors by different code.
 @pytest.mark.parametrize("build", [build_groups, GroupStream])
 def test_mismatched_fits_or_makes_a_bad_row(tokenizers, build):
     """Whole, from further on where the nearest does not fit; never cut."""

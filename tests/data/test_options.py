@@ -7,6 +7,7 @@ import pytest
 from fastpo.data.options import DataOptions
 
 
+# One value outside the domain of each checked field.
 @pytest.mark.parametrize(
     ("options", "message"),
     [

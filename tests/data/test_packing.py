@@ -57,6 +57,7 @@ CASES = {
 }
 
 
+# Both forms of a batch, over groups that are ragged, weighted, nested or of one token.
 @pytest.mark.parametrize("share_prompt", [True, False])
 @pytest.mark.parametrize("case", CASES)
 def test_every_label_token(case, share_prompt):
@@ -109,6 +110,7 @@ def test_every_label_token(case, share_prompt):
         assert batch.tokens.token_weights.dtype == torch.float32
 
 
+# The same groups: whatever is scored must not depend on the form.
 @pytest.mark.parametrize("case", CASES)
 def test_packed_equals_padded(case):
     groups = make_groups(**CASES[case])
@@ -129,6 +131,7 @@ def test_packed_equals_padded(case):
     assert len(packed.tokens.targets) == packed.counts.target_tokens
 
 
+# Further responses share the prompt's copy too.
 @pytest.mark.parametrize("extras", [False, True])
 def test_layout_tiles_the_row(extras):
     groups = make_groups(extras=extras)

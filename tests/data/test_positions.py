@@ -80,6 +80,7 @@ def test_no_room_no_jump() -> None:
         synthetic_positions(even, 12, 11, rng)
 
 
+# A template shifts the characters of the chunks.
 @pytest.mark.parametrize("chat", [False, True])
 def test_rows_jump_between_their_chunks_alone(tokenizers: Any, chat: bool) -> None:
     tokenizer = tokenizers("chatml")
@@ -116,6 +117,7 @@ def test_draws_are_a_function_of_seed_row_and_variant(tokenizers: Any) -> None:
     assert drawn(0, 2, count=1) == two[:2]
 
 
+# The authors' files spell the column in both ways.
 @pytest.mark.parametrize("suffix", ["suffix_a", "siffix_a"])
 def test_the_authors_columns_are_our_row(tokenizers: Any, suffix: str) -> None:
     tokenizer = tokenizers("chatml")
@@ -135,6 +137,7 @@ def test_wrong_answers_may_be_alike_but_not_right(tokenizers: Any) -> None:
         row_to_group({**alike, "prefix_a": ANSWERS[0]}, tokenizer, options())
 
 
+# Each of their columns, missing, blank or of another type.
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -149,6 +152,7 @@ def test_bad_rows_of_the_authors(tokenizers: Any, change: dict, message: str) ->
         row_to_group({**authors_row(), **change}, tokenizers("chatml"), options())
 
 
+# Spans that are absent, empty, overlapping, torn, or beyond the text.
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -203,6 +207,7 @@ def test_chunks_that_truncation_took_away_have_no_slot(tokenizers: Any) -> None:
         row_to_group(row(), tokenizer, short)
 
 
+# One refusal for each field.
 @pytest.mark.parametrize(
     ("values", "message"),
     [

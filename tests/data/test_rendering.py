@@ -57,6 +57,7 @@ def refused(tokenizers, source, message, **row):
 # The forms that a template takes
 
 
+# Templates that take text, parts, or strip what they take, times both forms in the row.
 @pytest.mark.parametrize("content", ["a b", [{"type": "text", "text": "a"}, {"text": " b"}]])
 @pytest.mark.parametrize(
     "source", ["chatml", PARTS, CHATML.replace("m['content']", "m.content|trim")]
@@ -70,6 +71,7 @@ def test_text_and_parts_are_the_same_content(tokenizers, source, content):
 ARGUMENTS = {"city": 'Os"lo', "days": 3}
 
 
+# Both forms of arguments and of calls in the row, times every form that a template takes.
 @pytest.mark.parametrize("given", ["dict", "text"])
 @pytest.mark.parametrize("wrapped", [True, False])
 @pytest.mark.parametrize(
@@ -107,6 +109,7 @@ def test_reasoning_under_the_key_that_the_template_reads(tokenizers):
     refused(tokenizers, "chatml", "leaves out reasoning_content of message 0", chosen=answer)
 
 
+# Without a thought, and with one.
 @pytest.mark.parametrize("thought", ["", "why"])
 def test_a_thought_that_the_header_writes_too(tokenizers, thought):
     """Qwen3 without thinking: an answer may begin with the empty thought that the prompt has."""
@@ -126,6 +129,7 @@ def test_a_thought_that_the_header_writes_too(tokenizers, thought):
 # What a template or a tokenizer cannot take is a bad row
 
 
+# Errors of type, of memory, of a name and of arithmetic inside a template.
 @pytest.mark.parametrize(
     "expression", ["1 + m['content']", "m['content'] * 10**30", "nothing.at.all", "[][1:] + 1"]
 )
@@ -153,6 +157,7 @@ def test_memory_errors_pass(tokenizers, monkeypatch):
         encoder.encode(read_row(CHAT))
 
 
+# In the prompt, and in a response.
 @pytest.mark.parametrize("field", ["prompt", "chosen"])
 def test_a_lone_surrogate_is_a_bad_row(tokenizers, field):
     bad = "a \ud800 b"
@@ -169,6 +174,7 @@ def test_a_lone_surrogate_is_a_bad_row(tokenizers, field):
 TEXT_ENDS = ["</s>", "</s>\n", "</s> ", "</s></s>", "\n</s> \n", "<|im_end|>", "<|im_end|>\n"]
 
 
+# Texts that end with nothing, an end of turn, or both, times whether an EOS is wanted.
 @pytest.mark.parametrize("end", TEXT_ENDS)
 @pytest.mark.parametrize("append_eos", [True, False])
 def test_a_text_that_was_rendered_beforehand_ends_once(tokenizers, end, append_eos):
@@ -181,6 +187,7 @@ def test_a_text_that_was_rendered_beforehand_ends_once(tokenizers, end, append_e
     assert shown(tokenizer, rejected) == (" green.</s>" if append_eos else " green.")
 
 
+# EOS and the end of turn: each would cut the response.
 @pytest.mark.parametrize("end", ["</s>", "<|im_end|>"])
 def test_an_end_in_the_middle(tokenizers, end):
     with pytest.raises(
@@ -220,6 +227,7 @@ ENDLESS = {
 }
 
 
+# One template for each way in which an answer ends.
 @pytest.mark.parametrize("template", ENDLESS)
 def test_conversations_without_their_end(tokenizers, template):
     tokenizer = tokenizers(template)
@@ -247,6 +255,7 @@ STEP = {
 }
 
 
+# Templates that differ in header, stripping and thoughts, times whether an EOS is wanted.
 @pytest.mark.parametrize("template", ["chatml", "llama2", "phi", "generation", "thinking", "plain"])
 @pytest.mark.parametrize("append_eos", [True, False])
 def test_a_message_that_goes_on(tokenizers, template, append_eos):
@@ -281,6 +290,7 @@ def test_a_message_that_goes_on_and_more(tokenizers):
     )
 
 
+# Roles, tools, reasoning and rows where nothing has begun.
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -298,6 +308,7 @@ def test_what_cannot_go_on(tokenizers, row, message):
         one(row, tokenizers("chatml"))
 
 
+# Arguments of `apply_chat_template` that would change what is returned.
 @pytest.mark.parametrize("key", ["tokenize", "add_generation_prompt", "return_dict", "messages"])
 def test_arguments_that_are_not_the_template_s(tokenizers, key):
     with pytest.raises(ValueError, match=f"chat_template_kwargs: {key}"):
@@ -337,6 +348,7 @@ def test_conversations_without_a_question(tokenizers):
 # Characters
 
 
+# Templates that keep, divide, or strip the text.
 @pytest.mark.parametrize(
     "source", ["chatml", PARTS, CHATML.replace("m['content']", "m.content|trim")]
 )

@@ -66,6 +66,7 @@ CLEAN = [
 ]
 
 
+# Eager and streamed.
 @pytest.mark.parametrize("streaming", [False, True])
 def test_null_keys_that_arrow_adds_are_taken_away(tmp_path, streaming):
     dataset = datasets.Dataset.from_list(NESTED)
@@ -91,6 +92,7 @@ def test_null_keys_of_a_stream_without_types(monkeypatch):
     assert list(load_rows("owner/some", streaming=True)) == CLEAN
 
 
+# Every format of `datasets` that changes types.
 @pytest.mark.parametrize("form", ["numpy", "torch", "pandas", "arrow"])
 def test_the_format_of_a_data_set_changes_no_row(form):
     dataset = datasets.Dataset.from_list([{**row, "n": 1} for row in NESTED])
@@ -114,6 +116,7 @@ def test_a_transform_has_the_last_word():
     assert list(exact_rows(own)) == [{"a": {"b": None}}] * 2
 
 
+# A row alone, and one in a batch of a hundred.
 @pytest.mark.parametrize("size", [1, 250])
 def test_an_error_while_a_row_is_read_names_the_row(size):
     dataset = datasets.Dataset.from_dict({"a": [*range(size)]})
@@ -138,6 +141,7 @@ def test_an_error_while_a_row_is_read_names_the_row(size):
 # Where a row came from
 
 
+# Each reader, eager and streamed.
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 def test_bad_rows_name_their_file(tmp_path, suffix, streaming, tokenizers):

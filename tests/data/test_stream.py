@@ -24,6 +24,7 @@ def keys(groups):
 MIXED = [PAIR, LIST, BAD["empty"][0], LONG, {**PAIR, "prompt": "hi", "weight": 3.0}]
 
 
+# Rows as they are, and lists that become several groups.
 @pytest.mark.parametrize("mode", [None, "best_rest"])
 def test_stream_equals_map_style(tokenizers, mode):
     tokenizer, options = tokenizers(), DataOptions(on_bad_row="skip", list_to_pairs=mode)

@@ -29,6 +29,7 @@ def test_facts(tokenizers):
     assert TemplateFacts(tokenizers("thinking"), {}).thought == "<think>"
 
 
+# A template that fails, and one that writes something else.
 @pytest.mark.parametrize(
     ("source", "reason"),
     [("{% for", "the chat template refuses it: "), ("hello", "it leaves out the question or")],

@@ -26,6 +26,7 @@ def shown(tokenizer, response):
 # Plain text: BOS and EOS
 
 
+# What tokenizers add to texts, times texts that end themselves once or twice.
 @pytest.mark.parametrize("adds", EOS_KINDS)
 @pytest.mark.parametrize("ending", ["", "</s>", "</s></s>"])
 def test_text_has_one_bos_and_one_eos(tokenizers, adds, ending):
@@ -86,6 +87,7 @@ def test_every_sequence_is_the_tokenisation_of_its_text(tokenizers, caplog):
     assert "in 1 rows a token spans the border" in caplog.text
 
 
+# The common part ends at a token's border, within a word, a letter, and a letter's bytes.
 @pytest.mark.parametrize(
     ("chosen", "rejected", "prompt"),
     [
@@ -125,6 +127,7 @@ SINGLE = {
 }
 
 
+# What tokenizers add, times templates that write their own BOS and ends.
 @pytest.mark.parametrize("adds", EOS_KINDS)
 @pytest.mark.parametrize("template", SINGLE)
 def test_single_turn(tokenizers, template, adds):

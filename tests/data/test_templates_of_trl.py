@@ -298,6 +298,7 @@ def is_justified(name, row, bad) -> bool:
 KEYS = ("content", "refusal", "tools", "tool_calls", *REASONING, "chat template")
 
 
+# Every template that TRL ships: other people wrote them, and people train with them.
 @pytest.mark.parametrize("name", PATHS)
 def test_read_whole_or_refused_by_name(name):
     rows = [row_of(kind, seed) for seed, kind in enumerate(KINDS, start=1)]

@@ -29,6 +29,7 @@ def cost(batch: list[Group], shared: bool) -> int:
     return collate(batch, share_prompt=shared, pad_token_id=0).input_ids.numel()
 
 
+# Shared and padded rows cost differently; ten draws of lengths.
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("seed", range(10))
 def test_rows_fit_and_lose_nothing(seed: int, shared: bool) -> None:

@@ -34,6 +34,7 @@ def span(text: str, part: str, weight: float) -> list[float]:
     return [start, start + len(part), weight]
 
 
+# Text, and messages whose template moves the characters.
 @pytest.mark.parametrize("conversational", [False, True])
 def test_spans_count_characters_of_the_response(tokenizers, conversational: bool) -> None:
     tokenizer = tokenizers("chatml")
@@ -111,6 +112,7 @@ def test_columns_reach_the_batch(tokenizers) -> None:
     assert collate([plain], pad_token_id=0).tokens.token_rewards is None
 
 
+# Each misfit of length or type, in both columns.
 @pytest.mark.parametrize("column", ["token_weights", "token_rewards"])
 @pytest.mark.parametrize(
     ("values", "part"),
@@ -132,6 +134,7 @@ def test_a_wrong_column_names_the_row(tokenizers, column: str, values, part: str
         row_to_group({**LIST, column: values}, tokenizers(), needs={"token_rewards"}, index=7)
 
 
+# Each misfit of a span: its place, its form, its weight.
 @pytest.mark.parametrize(
     ("spans", "part"),
     [
@@ -210,6 +213,7 @@ def test_schemes_multiply_and_spans_are_kept(tokenizers) -> None:
     assert chosen.token_weights.tolist() == expected
 
 
+# Names first, then types, then domains.
 @pytest.mark.parametrize(
     ("schemes", "message"),
     [

@@ -225,6 +225,7 @@ BAD = {
 }
 
 
+# One row for each refusal of tokenised columns.
 @pytest.mark.parametrize("name", BAD)
 def test_bad_rows(tokenizers: Any, name: str) -> None:
     row, field, reason = BAD[name]
@@ -234,6 +235,7 @@ def test_bad_rows(tokenizers: Any, name: str) -> None:
     assert reason in str(caught.value)
 
 
+# Each limit where token ids cannot be cut.
 @pytest.mark.parametrize(
     ("options", "field", "reason"),
     [

@@ -16,6 +16,7 @@ def row(prompt, chosen="x", rejected="y"):
 LONG = row("The sky is blue and the sea is blue", " as well.", " green at night, and the sky too.")
 
 
+# With and without a BOS to keep, each end to keep, each limit.
 @pytest.mark.parametrize("adds", ["$A", "<s> $A"])
 @pytest.mark.parametrize("truncation", ["keep_end", "keep_start", "cut_middle"])
 @pytest.mark.parametrize("limit", ["max_length", "max_prompt_length"])

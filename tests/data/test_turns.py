@@ -32,6 +32,7 @@ SPANS = {
 }
 
 
+# Templates that differ in how a turn begins and ends.
 @pytest.mark.parametrize("template", SPANS)
 def test_multi_turn_scores_the_assistant(tokenizers, template):
     tokenizer = tokenizers(template)
@@ -130,6 +131,7 @@ def test_an_earlier_answer_is_written_without_its_empty_thought(tokenizers):
     assert shown(tokenizer, rejected) == "<think>\n\n</think>\n\ngreen<|im_end|>"
 
 
+# Templates that drop, renumber or replace what an earlier turn said.
 @pytest.mark.parametrize(
     ("template", "row", "message"),
     [

@@ -54,6 +54,7 @@ def text(content: str) -> Callable[[Path], Any]:
     return lambda path: path.write_text(content)
 
 
+# Every file of a model, emptied, torn, of another type or removed.
 @pytest.mark.parametrize(
     ("name", "damage", "reason"),
     [
@@ -91,6 +92,7 @@ def test_an_attention_that_is_none(folder: Path) -> None:
         load_model(str(folder / "model"), attn_implementation="fa2")
 
 
+# Every file of an adapter, likewise.
 @pytest.mark.parametrize(
     ("name", "damage", "reason"),
     [
@@ -131,6 +133,7 @@ def test_what_is_no_file_is_not_waited_for(folder: Path) -> None:
         check_place(str(folder / "model"))
 
 
+# Names that can only be a path, and names that are none.
 @pytest.mark.parametrize("name", ["", "  ", "a\0b", "/dev/nowhere", "~/nowhere", "a/b/c"])
 def test_names_of_nothing(name: str) -> None:
     with pytest.raises(ValueError, match=r"names no model|no folder"):

@@ -27,6 +27,7 @@ FACTS: dict[str, dict[str, Any]] = {
 }
 
 
+# One family for each fact of a head.
 @pytest.mark.parametrize("name", FACTS)
 def test_fused_is_the_models_log_softmax(name: str) -> None:
     model = attach(family(name)).eval()
@@ -77,6 +78,7 @@ BASE: dict[str, Any] = {
 }
 
 
+# The same key divides in one family and multiplies in another.
 @pytest.mark.parametrize(
     ("model_type", "options", "scale"),
     [

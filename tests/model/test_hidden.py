@@ -95,6 +95,7 @@ def assert_shared_is_padded(model: nn.Module, *, jump: bool = False) -> None:
     assert (every(run(exact, shared), truth) - units[2]).abs().max() < 1e-11
 
 
+# Every family: windows, soft-caps, sinks, experts, other names of the decoder.
 @pytest.mark.parametrize("name", FAMILIES)
 def test_shared_equals_padded(name: str) -> None:
     assert_shared_is_padded(attach(family(name)))
@@ -103,6 +104,7 @@ def test_shared_equals_padded(name: str) -> None:
 JUMPS = ["llama", "qwen2", "qwen3", "gpt2", "mistral-window", "gemma2"]
 
 
+# Families that would take a jump for the border of a sequence.
 @pytest.mark.parametrize("name", JUMPS)
 def test_position_jumps_are_no_borders(name: str) -> None:
     model = attach(family(name))
@@ -123,6 +125,7 @@ def test_a_leak_between_responses_would_show() -> None:
     assert (logps(model, leaky) - logps(model, inputs)).abs().max() > 0.1
 
 
+# Both implementations, on layers with one mask, with two, and with other arguments.
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
@@ -157,10 +160,10 @@ def test_compiled() -> None:
     model = attach(family("llama"))
     expected = run(model, batch(shared=True))
     model.compile(backend="aot_eager")
-    found = run(model, batch(shared=True))
+    compiled = run(model, batch(shared=True))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     exact = run(attach(family("llama").double()), batch(shared=False))
-    ours, plain, truth = (every(results, exact) for results in (found, expected, exact))
+    ours, plain, truth = (every(results, exact) for results in (compiled, expected, exact))
     assert_three_way(ours.float(), plain.float(), truth, what="compiled")
 
 
@@ -174,6 +177,7 @@ def router_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     return {"loss": loss.detach(), **dict(zip(routers, grads, strict=True))}
 
 
+# Routers with and without bias; recomputed layers count once.
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_load_balance_counts_distinct_tokens(name: str, checkpointed: bool) -> None:
@@ -321,6 +325,7 @@ def test_a_trained_head_beside_the_adapter_is_read_at_every_call() -> None:
     assert adapted.grad is not None
 
 
+# Every family that cannot share a prompt.
 @pytest.mark.parametrize("name", UNSHARED)
 def test_families_without_sharing_run_padded(name: str) -> None:
     model_type, config, _ = UNSHARED[name]

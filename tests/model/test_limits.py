@@ -37,6 +37,7 @@ def rope(kind: str, **options: Any) -> dict[str, Any]:
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
+# Each kind of rope scaling, families that name the limit otherwise, tables and none.
 @pytest.mark.parametrize(
     ("model_type", "options", "limit", "table"),
     [
@@ -114,7 +115,7 @@ def test_the_longest_row_is_named_once(caplog: pytest.LogCaptureFixture) -> None
         found.check_groups(groups[:3])
         assert not caplog.records
         found.check_groups(groups)
-    assert found.told
+    assert found.warned
     said = f"tiny.jsonl, row 3: {size} tokens of prompt and response, llama was made for 120: lower"
     assert [r.getMessage().startswith(said) for r in caplog.records] == [True]
     assert "max_position_embeddings" in caplog.text
@@ -166,23 +167,3 @@ def test_ids_with_gaps_need_rows_up_to_the_last() -> None:
 
     assert vocabulary_size(Gaps(a=0, b=9)) == 10
     assert vocabulary_size(tiny.tokenizer()) == tiny.VOCAB
-
-
-def test_answers_that_may_leave_the_positions(caplog: pytest.LogCaptureFixture) -> None:
-    """One warning of rotations; a table would fail in the midst of the answers."""
-    from fastpo.cli.sample import check_prompts
-
-    tokens = Vocabulary(64, "the model", tiny.tokenizer())
-    prompts = [[5] * 3, [5] * 15]
-    with caplog.at_level(logging.WARNING):
-        rotary = Positions(20, "llama")
-        check_prompts(tokens, rotary, prompts, "p.jsonl", 5)
-        assert not caplog.records
-        for _ in range(2):
-            check_prompts(tokens, rotary, prompts, "p.jsonl", 6)
-    (record,) = caplog.records
-    assert record.getMessage().startswith("p.jsonl, prompt 1: 15 tokens and 6 new ones, llama was")
-    table = Positions(20, "gpt2", table=True)
-    check_prompts(tokens, table, prompts, "p.jsonl", 5)
-    with pytest.raises(ValueError, match=r"prompt 1: 15 tokens and 6 new ones.* fewer new tokens"):
-        check_prompts(tokens, table, prompts, "p.jsonl", 6)

@@ -76,6 +76,7 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
         load_model(str(tmp_path))
 
 
+# An encoder-decoder, and a model without a language head.
 @pytest.mark.parametrize(
     ("config", "message"),
     [(T5Config(), "encoder-decoder"), (ViTConfig(), "no causal language model")],

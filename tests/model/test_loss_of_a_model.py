@@ -44,6 +44,7 @@ def by_logits(model: Any) -> Found:
     return gradients(model, simpo_loss(*means.chunk(2), beta=2.0).losses.mean())
 
 
+# A soft-cap, a logit scale, and its inverse.
 @pytest.mark.parametrize("name", ["gemma2", "cohere", "granite"])
 def test_a_model_brings_its_facts(name: str) -> None:
     plain, truth = by_logits(family(name)), by_logits(family(name).double())
@@ -73,6 +74,7 @@ def wrapped(kind: str) -> Any:
     return wrapper
 
 
+# Each wrapper that hides the head one attribute deeper.
 @pytest.mark.parametrize("kind", ["peft", "compiled", "module"])
 def test_wrapped_models(kind: str) -> None:
     model = wrapped(kind)
@@ -100,6 +102,7 @@ def refused() -> dict[str, Any]:
     }
 
 
+# One model for each refusal.
 @pytest.mark.parametrize("message", list(refused()))
 def test_what_is_no_head(message: str) -> None:
     with pytest.raises(ValueError, match=message) as raised:

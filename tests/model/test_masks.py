@@ -74,6 +74,7 @@ def test_dropout_acts_in_training_alone() -> None:
     assert torch.equal(mask(states()), mask(states()))
 
 
+# One mask for both terms, and one for each.
 @pytest.mark.parametrize("kind", ["common", "independent"])
 def test_gradients_through_the_loss(kind: str) -> None:
     """gradcheck of every mask parameter and of the policy's states through SparsePO."""
@@ -153,6 +154,7 @@ def test_given_weights_multiply() -> None:
         assert torch.equal(weighted[name], plain[name] * weights)
 
 
+# Under peft the layers lie deeper; padded rows index them otherwise.
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("share_prompt", [False, True])
 def test_states_of_every_layer_at_the_label_tokens(wrapped: bool, share_prompt: bool) -> None:
@@ -182,6 +184,7 @@ def test_states_of_every_layer_at_the_label_tokens(wrapped: bool, share_prompt: 
     assert len(seen) == 3  # nothing is collected outside
 
 
+# Every family names its layers itself.
 @pytest.mark.parametrize("name", sorted(families.FAMILIES))
 def test_layers_are_found(name: str) -> None:
     assert len(layers_of(families.family(name))) == families.LAYERS

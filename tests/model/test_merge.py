@@ -38,6 +38,7 @@ def adapted(family: str, **lora: Any) -> PeftModel:
     return model
 
 
+# Untied, tied, and tied under other names, times every kind of adapter that changes the ends.
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
 @pytest.mark.parametrize(
     "lora",

@@ -31,6 +31,7 @@ def checkpointed(name: str, lora: bool = False) -> Any:
     return add_lora(model, {"r": 2, "init_lora_weights": False}) if lora else model
 
 
+# Layers that differ in arguments, trained whole or by adapters, shared rows or padded.
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
 @pytest.mark.parametrize("share", [True, False], ids=["packed", "padded"])

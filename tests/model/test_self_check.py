@@ -24,6 +24,7 @@ from fastpo.model.self_check import SelfCheckError, can_share_prompt, self_check
 from tests.model.tiny import FAMILIES, PAD, UNSHARED, family, group, groups, tiny
 
 
+# Every family, in an exact and in a coarse dtype.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_right_models_pass(name: str, dtype: torch.dtype) -> None:
@@ -51,6 +52,7 @@ def leak(module: Any, *tensors: Any, fastpo_layout: SharedRow, **kwargs: Any) ->
     return shared_prompt_attention(module, *tensors, fastpo_layout=layout, **kwargs)
 
 
+# A leak must stand out from bfloat16's rounding too; experts are the noisiest.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 def test_a_leak_between_responses_falls_back(
@@ -116,6 +118,7 @@ def test_a_broken_model_is_named_before_anything_else(caplog: pytest.LogCaptureF
     assert not caplog.records  # nothing about shared prompts
 
 
+# Seeds whose rounding came closest to the bound, of fifty.
 @pytest.mark.parametrize("seed", [14, 15, 24, 33, 39])
 def test_small_weights_are_no_wrong_head(seed: int) -> None:
     """Untrained, log-probs are near -log V and the logits near 0: the sums round, not those."""
@@ -125,6 +128,7 @@ def test_small_weights_are_no_wrong_head(seed: int) -> None:
     assert self_check(model, read_head(model), groups(), PAD).share_prompt
 
 
+# Every family that cannot share a prompt.
 @pytest.mark.parametrize("name", UNSHARED)
 def test_families_that_cannot(name: str) -> None:
     model_type, config, word = UNSHARED[name]
@@ -137,6 +141,7 @@ def test_families_that_cannot(name: str) -> None:
     assert found.reason == reason
 
 
+# Configurations whose attention rule the function is never told.
 @pytest.mark.parametrize(
     ("model_type", "options", "word"),
     [
@@ -180,6 +185,7 @@ def one_way(module: Any, *tensors: Any, fastpo_layout: SharedRow, **kwargs: Any)
     return outputs
 
 
+# An exact and a coarse dtype.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_wrong_gradient_of_shared_prompts_falls_back(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -204,6 +210,7 @@ class Repacked(nn.Linear):
         return super().forward(input.detach() if self.packed else input)
 
 
+# Whole models and adapters, with recomputation or without.
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("adapter", [False, True])
 def test_a_forward_that_changes_gradients_stops(adapter: bool, checkpointing: bool) -> None:

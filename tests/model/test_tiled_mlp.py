@@ -34,6 +34,7 @@ def made(name: str, lora: bool) -> Any:
     return add_lora(model, {"r": 2, "init_lora_weights": False}) if lora else model
 
 
+# MLPs with two and three matrices, fused ones and convolutions, trained whole or by adapters.
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "gpt2"])
@@ -69,6 +70,7 @@ def test_bfloat16_weights_are_rounded_once() -> None:
         assert_three_way(value, same, exact)
 
 
+# Without and with a norm behind the MLP.
 @pytest.mark.parametrize(("name", "runs"), [("llama", 2), ("gemma2", 3)])
 def test_a_checkpointed_layer_runs_its_mlp_no_more_often(name: str, runs: int) -> None:
     """Forward and once for the backward; a norm behind the MLP needs its output once more."""

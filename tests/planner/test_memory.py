@@ -1,4 +1,4 @@
-"""The planner: against the tensors that are alive in a real step, closed forms, and its advice."""
+"""The planner against the tensors that are alive in a real step, and against closed forms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from bench.long_context import LiveBytes, Step, planned, predicted_extra
 from fastpo.model.random_init import model_config
 from fastpo.optional import require
-from fastpo.planner.memory import CARDS, GIB, Job, Lever, Shape, advise, fits, levers, plan
+from fastpo.planner.memory import CARDS, GIB, Job, Shape, plan
 from tests.model.tiny import FAMILIES
 
 CPU = torch.device("cpu")
@@ -51,6 +51,7 @@ BF16 = {"weights": "bfloat16", "computed": "bfloat16"}
 AUTOCAST = {"weights": "float32", "computed": "bfloat16"}
 
 
+# Each term of the sum decides at least one of these: method, dtypes, tiles, offload, soft-cap.
 @pytest.mark.parametrize(
     "given",
     [
@@ -135,6 +136,7 @@ def test_full_training_and_references() -> None:
     assert mixed["weights cast by autocast"] == 2 * count
 
 
+# Plain AdamW, and each optimiser that rounds its states.
 @pytest.mark.parametrize(
     ("weights", "optim", "want"),
     [
@@ -153,6 +155,7 @@ def test_bytes_of_a_trained_weight(weights: str, optim: str, want: float) -> Non
     assert total / LLAMA_8B.parameters == pytest.approx(want + scales, rel=1e-6)
 
 
+# Both widths of torchao's states.
 @pytest.mark.parametrize("bits", [8, 4])
 def test_torchaos_states_are_as_large_as_planned(bits: int) -> None:
     optim = require("torchao.optim", "8-bit states", "torchao")
@@ -180,43 +183,6 @@ def test_time() -> None:
     assert away.seconds(CARDS["h100"]) == plan(LONG).seconds(CARDS["h100"])
     slow = CARDS["h100"]._replace(link=1)
     assert away.seconds(slow) == away.moved / 1e9
-
-
-def test_advice_is_the_cheapest_that_fits() -> None:
-    memory = 78 * GIB
-    fine = advise(LONG, memory)
-    assert fine.switches == ()
-    assert fits(dataclasses.replace(LONG, context=fine.longest), memory, float("inf"))
-    assert not fits(dataclasses.replace(LONG, context=fine.longest + 1024), memory, float("inf"))
-    copied = dataclasses.replace(LONG, context=8192, method="full", reference="copy")
-    assert advise(copied, memory).switches == ("reference: store",)
-    big = Job(LLAMA_70B, context=65536, method="qlora")
-    assert advise(big, memory).switches == ("mlp_tile: auto", "offload_activations: true")
-    assert advise(big, memory, 64 * GIB).switches is None  # the host is too small for the inputs
-    nothing = advise(big, GIB)
-    assert nothing.switches is None
-    assert nothing.longest == 0
-    whole = advise(dataclasses.replace(big, method="full", context=4096), memory)
-    assert whole.switches == ("lora: true, quantization: nf4",)
-    trained = Job(LLAMA_8B, context=4096, method="full", weights="float32")
-    assert advise(trained, memory).switches == ("dtype: bfloat16, optim: adamw_torch_8bit",)
-    half = Lever("dtype: bfloat16, optim: adamw_torch_8bit", {})
-    assert half.after(("mlp_tile: auto", "optim: paged_adamw_8bit")) == (
-        "mlp_tile: auto",
-        half.switch,
-    )
-    # Ways to hold the weights exclude each other; the others add up.
-    said = [each.switch for each in levers(trained)]
-    assert said[-5:] == [
-        "optim: paged_adamw_8bit",
-        "dtype: bfloat16, optim: adamw_torch_8bit",
-        "dtype: bfloat16, optim: adamw_torch_4bit",
-        "lora: true",
-        "lora: true, quantization: nf4",
-    ]
-    long = advise(dataclasses.replace(trained, context=131072), memory).switches
-    assert long is not None
-    assert sum("lora" in s or "dtype" in s for s in long) == 1
 
 
 def test_what_is_not_planned() -> None:

@@ -30,6 +30,7 @@ def joined(tokenizers, template: str | None, row: dict = ROW) -> list[tuple[str,
     return found
 
 
+# Templates that differ in how a turn ends and the user's begins.
 @pytest.mark.parametrize("template", ["chatml", "chatml_bare", "bos", "llama2", "phi", "plain"])
 def test_the_whole_is_what_the_template_writes(tokenizers, template: str) -> None:
     """One tokenisation of the conversation, up to the last word of the follow-up."""

@@ -21,6 +21,7 @@ def test_docstring_examples() -> None:
     assert doctest.testmod(module).failed == 0
 
 
+# The sign of the exponent is the label's.
 @pytest.mark.parametrize("label", [True, False])
 def test_tis_is_exponential_within_its_bounds(label: bool) -> None:
     args = {"k": 2.0, "mu": 0.5, "low": -0.5, "high": 1.0}
@@ -49,6 +50,7 @@ def test_treg_is_a_centred_sigmoid() -> None:
     assert RULES["treg"].column == "token_rewards"
 
 
+# Names first, then arguments, then their types.
 @pytest.mark.parametrize(
     ("name", "args", "message"),
     [

@@ -28,7 +28,7 @@ from fastpo.model.attention.segments import segment_attention
 from fastpo.model.attention.shared_row import AttentionOptions, SharedRow, SharingError
 from fastpo.model.attention.varlen import flash_source, varlen_attention
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 NAME = "fastpo"
 
@@ -134,7 +134,7 @@ def choose_attention(
 
 @functools.cache
 def _announce(name: str, reason: str) -> None:
-    logger.info("attention of packed rows: %s: %s", name, reason)
+    log.info("attention of packed rows: %s: %s", name, reason)
 
 
 def shared_prompt_attention(

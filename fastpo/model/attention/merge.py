@@ -28,7 +28,7 @@ from fastpo.model.attention.shared_row import AttentionOptions, SharedRow, SpanP
 
 
 class Band(NamedTuple):
-    """The keys that a query sees; the queries stand at the last positions of the keys.
+    """Say which keys a query sees; the queries stand at the last positions of the keys.
 
     Args:
         causal: only keys up to the query's own position.
@@ -40,7 +40,7 @@ class Band(NamedTuple):
 
 
 class Kernel(Protocol):
-    """Attention of n queries and m keys: a forward, and a backward that takes its results."""
+    """Compute attention of n queries and m keys: a forward, a backward that takes its results."""
 
     @staticmethod
     def forward(
@@ -65,7 +65,7 @@ class Kernel(Protocol):
 
 
 class Plain:
-    """The kernel in plain PyTorch, with a matrix of scores: any device, dtype, width and window."""
+    """Run the kernel in plain PyTorch, with a matrix of scores: any device, dtype or window."""
 
     @staticmethod
     def _scores(query: Tensor, key: Tensor, scaling: float, band: Band) -> Tensor:
@@ -112,7 +112,7 @@ class Plain:
 
 
 class Flash:
-    """The kernel by PyTorch's flash attention: CUDA, half precision."""
+    """Run the kernel by PyTorch's flash attention: CUDA, half precision."""
 
     @staticmethod
     def _lengths(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, int, int]:
@@ -173,7 +173,7 @@ class Flash:
 
 
 class HostFlash:
-    """The kernel by PyTorch's flash attention for CPUs: any dtype, equal head widths, no window.
+    """Run PyTorch's flash attention for CPUs: any dtype, equal head widths, no window.
 
     A causal part must have as many queries as keys, as every causal part here has.
     """
@@ -220,7 +220,7 @@ def _band(pair: SpanPair, window: int | None) -> Band:
 
 
 class MergedAttention(torch.autograd.Function):
-    """Attention over a row by parts whose results are merged: see the module's docstring."""
+    """Attend over a row by parts whose results are merged: see the module's docstring."""
 
     @staticmethod
     def forward(

@@ -54,7 +54,7 @@ def segment_attention(
 
 @dataclass
 class _CausalAttention:
-    """Causal attention of queries that stand at the last positions of their keys."""
+    """Attend causally with queries that stand at the last positions of their keys."""
 
     row: SharedRow
     options: AttentionOptions

@@ -13,11 +13,11 @@ from fastpo.batch import Layout
 
 
 class SharingError(ValueError):
-    """A model whose attention cannot, or does not, go through the shared-prompt function."""
+    """Refuse a model whose attention cannot, or does not, go through the shared-prompt function."""
 
 
 class SpanPair(NamedTuple):
-    """A span of queries and a span of keys: query q sees the keys k with q - k - gap >= 0.
+    """Pair a span of queries with a span of keys: query q sees the keys k with q - k - gap >= 0.
 
     That difference is the distance within the prompt and the own response, which a sliding window
     limits.
@@ -33,7 +33,7 @@ class SpanPair(NamedTuple):
 
 
 class AttentionOptions(NamedTuple):
-    """Scaling, window, soft-cap and sinks of one layer's attention.
+    """Hold scaling, window, soft-cap and sinks of one layer's attention.
 
     Args:
         scaling: factor on the scores, or None for 1/sqrt(D).
@@ -49,7 +49,7 @@ class AttentionOptions(NamedTuple):
 
 
 class SharedRow:
-    """A layout on its way through one forward, with what the layers have in common.
+    """Carry a layout on its way through one forward, with what the layers have in common.
 
     This is no dataclass: FSDP2 rebuilds those when it casts a layer's inputs, and each layer would
     count its calls on a copy.

@@ -122,7 +122,7 @@ def flash_varlen(
 
         # PyTorch 2.11 takes fewer key heads than query heads without being told.
         has_flag = _accepts(varlen_attn, "enable_gqa")
-        grouped: dict[str, Any] = {"enable_gqa": True} if has_flag else {}
+        grouped: Any = {"enable_gqa": True} if has_flag else {}
         return varlen_attn(
             *inputs, scale=scaling, window_size=(-1 if window is None else window - 1, 0), **grouped
         )  # pyright: ignore[reportReturnType]

@@ -53,6 +53,8 @@ def results(
     return [out, *(t.grad for t in (q, k, v))]  # pyright: ignore[reportReturnType]
 
 
+# Both backends without a mask of scores, each window; values of another width for those that take
+# them.
 @pytest.mark.parametrize(
     ("attend", "window", "value_width"),
     [
@@ -76,6 +78,7 @@ def test_equals_the_dense_mask(attend: Any, window: int | None, value_width: int
         assert_three_way(*three, what=name, terms=terms if name in ("dq", "dk") else 0.0)
 
 
+# Each window, times what alone FlexAttention does beside it.
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("extra", ["plain", "softcap", "sinks"])
 def test_flex_equals_the_dense_mask(window: int | None, extra: str) -> None:
@@ -102,6 +105,7 @@ LONG = Layout(
 )
 
 
+# Windows below, at and above a block of 128 keys.
 @pytest.mark.parametrize("window", [None, 1, 40, 200, 400])
 def test_flex_skips_exactly_the_blocks_without_a_pair(window: int | None) -> None:
     mask = block_mask(SharedRow(LONG), window, torch.device("cpu"))
@@ -205,6 +209,7 @@ HOST = {"device": CPU, "dtype": torch.float32, "width": 64}
 BIG = {"device": CUDA, "dtype": torch.bfloat16, "width": 128}
 
 
+# One case for each line of the choice, in its order.
 @pytest.mark.parametrize(
     ("case", "name", "word"),
     [
@@ -262,6 +267,7 @@ INSTALLED = torch.nn.attention.varlen.varlen_attn
 as_installed.__signature__ = inspect.signature(INSTALLED)  # pyright: ignore
 
 
+# Signatures before and after `enable_gqa`, and the installed one.
 @pytest.mark.parametrize(
     ("kernel", "result"),
     [
@@ -278,6 +284,7 @@ def test_arguments_of_torchs_kernel(
     assert flash_varlen(q, kv, kv, starts, starts, 5, 5, scaling=0.3, window=7) == result
 
 
+# float32 and float64 keep the result's dtype, bfloat16 casts it.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_merged_attention_compiles(dtype: torch.dtype) -> None:
     """Forward and backward are eager's to the bit, whether the result is cast or not."""
@@ -304,6 +311,7 @@ def test_a_named_back_end_never_falls_back() -> None:
     assert self_check(model, read_head(model), groups(), PAD).share_prompt
 
 
+# With and without a window, every backend, right and wrong.
 @pytest.mark.parametrize("wrong", [False, True])
 @pytest.mark.parametrize("name", ["llama", "mistral-window"])
 @pytest.mark.parametrize("backend", attention.BACKENDS)

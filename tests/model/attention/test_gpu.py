@@ -16,6 +16,8 @@ from tests.numerics import assert_three_way
 pytestmark = pytest.mark.gpu
 
 
+# Windows of one key, within a response, of a response and beyond; every backend and what it alone
+# does.
 @pytest.mark.parametrize("window", [None, 1, 3, 9, 12])
 @pytest.mark.parametrize(
     ("backend", "extra"),

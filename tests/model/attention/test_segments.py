@@ -19,6 +19,7 @@ from tests.numerics import assert_three_way
 MODULE: Any = SimpleNamespace(is_causal=True)
 
 
+# Each window, times what forms scores; blocks of 2 queries cut every segment.
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize(
     ("extra", "block"),  # blocks are for materialised scores
@@ -70,6 +71,7 @@ def test_no_mask_is_quadratic_in_the_row() -> None:
     assert not masks(merged)
 
 
+# Each path through which scores are formed.
 @pytest.mark.parametrize("extra", ["plain", "softcap", "sinks"])
 def test_autocast_rounds_inputs_and_no_score(extra: str) -> None:
     """Rotary embeddings leave float32 queries and keys beside bfloat16 values."""
@@ -88,6 +90,7 @@ def test_autocast_rounds_inputs_and_no_score(extra: str) -> None:
     assert torch.equal(ours, plain)
 
 
+# One argument for each thing that a shared row cannot honour.
 @pytest.mark.parametrize(
     ("options", "message"),
     [
