@@ -69,7 +69,7 @@ def load(reference: str, beside: Path | None = None) -> Any:
 def spelled(reference: str, beside: Path | None) -> str:
     """Return a reference that names the same from the working directory, without `beside`."""
     where, name = _parts(reference)
-    file = None if beside is None else _find(where, [beside])
+    file = None if beside is None else _find(where, [beside.resolve()])
     if file is None or _find(where, _folders(None)) == file:
         return reference
     here = Path.cwd()

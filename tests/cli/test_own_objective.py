@@ -53,7 +53,7 @@ def test_it_trains_and_goes_on(folder: Path, capsys: pytest.CaptureFixture[str])
     assert "resumes " in capsys.readouterr().out
     steps = [json.loads(x) for x in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert max(line.get("step", 0) for line in steps) == 3
-    assert main(["plan", "--recipe", "run/recipe.yaml"]) == 0
+    assert main(["plan", "--recipe", "run/recipe.yaml", "--context", "1024"]) == 0
     assert main(["objectives", "experiments/my_module.py:my_loss"]) == 0
     assert "(1 - beta (u_w - u_l))^2" in capsys.readouterr().out
 
