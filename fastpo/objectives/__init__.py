@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
+from fastpo.errors import similar
 
 from .base import Objective
 from .batchwise import BATCHWISE
@@ -49,7 +49,7 @@ def unknown_objective(name: object) -> str:
     if here != str(name):
         said = here.removeprefix(NOTHING) if here.startswith(NOTHING) else f"here it is {here}"
         return f"unknown objective {name!r}: {said}"
-    near = get_close_matches(plain(name), OBJECTIVES, n=5, cutoff=0)
+    near = similar(plain(name), OBJECTIVES, count=5, cutoff=0)
     listed = ", ".join(map(repr, near[:-1]))
     return (
         f"unknown objective {name!r}: did you mean {listed} or {near[-1]!r}? `fastpo objectives` "
