@@ -25,6 +25,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from fastpo.cli.models import open_model, open_tokenizer, show_log, table
+from fastpo.cli.parser import parse_train
 from fastpo.cli.plan import host_needs
 from fastpo.data.dataset import GroupDataset, build_groups
 from fastpo.data.packing import counts_of
@@ -37,8 +38,8 @@ from fastpo.model.limits import vocabulary_size
 from fastpo.model.load import trained_adapter
 from fastpo.model.merge import blend
 from fastpo.objectives import OBJECTIVES
-from fastpo.recipe.recipe import Recipe, fields_of_recipe, load_recipe
-from fastpo.recipe.values import describe
+from fastpo.recipe.keys import show_keys
+from fastpo.recipe.recipe import Recipe, load_recipe
 from fastpo.redact import is_secret, redact
 from fastpo.report.chart import short
 from fastpo.report.diagnosis import warnings_text
@@ -134,42 +135,6 @@ class StopCleanly(TrainerCallback):
             self.asked = bool(flag.item())
         if self.asked:
             control.should_save = control.should_training_stop = True
-
-
-def _split_words(words: Sequence[str]) -> tuple[str | None, list[str], set[str]]:
-    """The recipe's path, the recipe's flags, and the flags of the command itself."""
-    rest = list(words)
-    recipes = [w for w in rest if w.endswith((".yaml", ".yml")) and not w.startswith("--")]
-    path = rest[0] if rest and not rest[0].startswith("--") else next(iter(recipes), None)
-    if path is not None:
-        rest.remove(path)
-    # `debug` is also a key of the Trainer's: with a value it is the key, bare it is ours.
-    bare = {
-        w
-        for i, w in enumerate(rest)
-        if w in ("--overwrite", "--debug") and (i + 1 == len(rest) or rest[i + 1].startswith("--"))
-    }
-    return path, [w for w in rest if w not in bare], bare
-
-
-def show_keys(word: str) -> str:
-    """Every key of a recipe with its type and default, or those that contain a word."""
-    import dataclasses
-
-    from fastpo.train.sections import DataSection, ModelSection, ReportSection
-
-    defaults: dict[str, str] = {}
-    for cls in (ModelSection, DataSection, ReportSection, PreferenceConfig):
-        for f in dataclasses.fields(cls):
-            missing = f.default is dataclasses.MISSING
-            defaults[f.name] = "" if missing else f"{getattr(f.default, 'value', f.default)}"
-    rows = [
-        (name, defaults[name].replace("None", "null"), describe(kind))
-        for name, kind in fields_of_recipe().items()
-        if word in name
-    ]
-    width = max((len(name) for name, *_ in rows), default=0)
-    return "\n".join(f"{n:<{width}}  {d or '-':<20}  {t}"[:140] for n, d, t in rows)
 
 
 # --- data ----------------------------------------------------------------------------------------
@@ -461,19 +426,18 @@ def refuse_own_data(output_dir: Path, *sources: str | None) -> None:
 
 def train(words: Sequence[str]) -> int:
     """Train from the words after `fastpo train`; the exit status."""
-    if "--keys" in words:
-        after = words[list(words).index("--keys") + 1 :]
-        print(show_keys(after[0] if after else ""))
+    asked = parse_train(words)
+    if asked.keys is not None:
+        print(show_keys(asked.keys))
         return 0
-    path, flags, bare = _split_words(words)
-    recipe = load_recipe(path, flags)
+    path, fresh = asked.recipe, asked.overwrite
+    recipe = load_recipe(path, asked.flags)
     config = recipe.config()
     require_optimizer(config)
     output_dir = Path(str(config.output_dir))
     main = config.process_index == 0
     show_log(logging.INFO if main else logging.ERROR)
 
-    fresh = "--overwrite" in bare
     folder = RunFolder.at(output_dir)
     with config.main_process_first(local=False):
         if main:
