@@ -53,15 +53,15 @@ def show_keys(word: str) -> str:
                 missing = field.default is dataclasses.MISSING
                 default = "" if missing else f"{getattr(field.default, 'value', field.default)}"
                 kind = describe(kinds[field.name])
-                told = field.metadata.get("help", "")
-                lines += _entry(field.name, default.replace("None", "null"), kind, told, bool(word))
+                text = field.metadata.get("help", "")
+                lines += _entry(field.name, default.replace("None", "null"), kind, text, bool(word))
     return "\n".join(lines)
 
 
-def _entry(name: str, default: str, kind: str, told: str, whole: bool) -> list[str]:
+def _entry(name: str, default: str, kind: str, text: str, whole: bool) -> list[str]:
     """Return a key's lines: its first sentence, or the whole help of keys that were asked for."""
     head = f"{name:<38}  {default or '-':<20}  {kind}"[: _WIDTH + 40]
-    text = " ".join(told.split())
+    text = " ".join(text.split())
     if not whole:
         return [head, *([f"    {summary(text)}"[:_WIDTH]] if text else [])]
     return [head, *textwrap.wrap(text, _WIDTH, initial_indent="    ", subsequent_indent="    ")]

@@ -1,4 +1,4 @@
-"""What a run is told: `transformers.TrainingArguments` plus the few things preferences add."""
+"""The configuration of a run: `transformers.TrainingArguments` and what preferences add."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _published: ContextVar[bool] = ContextVar("published", default=False)
 
 @contextmanager
 def published() -> Iterator[None]:
-    """Pickled in here, a `PreferenceConfig` leaves its secrets out; elsewhere they go along."""
+    """Leave secrets out of a `PreferenceConfig` that is pickled in here; elsewhere they stay."""
     before = _published.set(True)
     try:
         yield
@@ -60,7 +60,7 @@ def published() -> Iterator[None]:
 
 
 def batch_words(batch: dict[str, int]) -> str:
-    """`batch_facts` as one would say it."""
+    """Return `batch_facts` as one would say it."""
     ranks = f"{batch['ranks']} rank{'s' if batch['ranks'] > 1 else ''}"
     return (
         f"{batch['groups']} groups a device x {batch['accumulated']} accumulated x {ranks} = "
@@ -68,8 +68,12 @@ def batch_words(batch: dict[str, int]) -> str:
     )
 
 
-def _mapping(name: str, value: dict | str | None) -> dict[str, Any]:
-    """Flags arrive as JSON and are parsed in `__post_init__`; any other text is an error."""
+def _mapping(name: str, value: dict | str | None) -> dict[str, object]:
+    """Return a mapping that a flag may bring as JSON, which `__post_init__` parses.
+
+    Raises:
+        ValueError: any other text.
+    """
     if value is not None and not isinstance(value, Mapping):
         raise ValueError(f"{name}={value!r} is no mapping of names to values")
     return {str(key): item for key, item in (value or {}).items()}
@@ -179,7 +183,7 @@ class PreferenceConfig(DataSettings, TrainingArguments):
     bf16: bool | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __new__(cls, *args: Any, **keywords: Any) -> PreferenceConfig:
-        """Unknown keywords are answered here, where `__init__` would only name them."""
+        """Answer unknown keywords here, where `__init__` would only name them."""
         refuse_keywords(cls, keywords, partial(unknown_setting, keywords.get("objective")))
         return super().__new__(cls)
 
@@ -224,12 +228,12 @@ class PreferenceConfig(DataSettings, TrainingArguments):
                 self.bf16 = False
 
     @classmethod
-    def annotations(cls) -> dict[str, Any]:
-        """Field -> type, with the domain of its numbers."""
+    def annotations(cls) -> dict[str, object]:
+        """Return field -> type, with the domain of its numbers."""
         return get_type_hints(cls, include_extras=True) | RANGES
 
     def _check_numbers(self) -> None:
-        """Before the Trainer's own checks, which compare text and let NaN pass."""
+        """Check domains before the Trainer's own checks, which compare text and let NaN pass."""
         for name, expected in self.annotations().items():
             if domain_of(expected) is not None:
                 value = getattr(self, name)
@@ -345,7 +349,7 @@ class PreferenceConfig(DataSettings, TrainingArguments):
             )
 
     def _check_forms(self) -> None:
-        """Values that TrainingArguments takes in any form and fails on much later."""
+        """Refuse values that TrainingArguments takes in any form and fails on much later."""
         for name in ("log_level", "log_level_replica"):
             self._refuse_others(name, [*trainer_log_levels])
         for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs"):
@@ -380,7 +384,7 @@ class PreferenceConfig(DataSettings, TrainingArguments):
             )
 
     def batch_facts(self) -> dict[str, int]:
-        """What a step consists of: groups a device, accumulated batches and ranks with own data."""
+        """Return what a step has: groups a device, accumulated batches, ranks with their own data."""
         tensor_parallel = getattr(self.parallelism_config, "tp_size", None) or 1
         return {
             "groups": self.per_device_train_batch_size,
@@ -389,9 +393,9 @@ class PreferenceConfig(DataSettings, TrainingArguments):
         }
 
     @property
-    def hyper(self) -> dict[str, Any]:
-        """Hyper-parameters of the objective, `beta` included."""
-        hyper: dict[str, Any] = {**_mapping("objective_args", self.objective_args)}
+    def hyper(self) -> dict[str, object]:
+        """Return the hyper-parameters of the objective, `beta` included."""
+        hyper = _mapping("objective_args", self.objective_args)
         if self.beta is not None:
             if "beta" in hyper and hyper["beta"] != self.beta:
                 raise ValueError(
@@ -401,29 +405,29 @@ class PreferenceConfig(DataSettings, TrainingArguments):
         return hyper
 
     def build_loss(self, head: Head | None = None) -> PreferenceLoss:
-        """The loss module of `objective`; an unknown objective or argument raises ValueError."""
+        """Return the loss module of `objective`; an unknown one, or argument, raises ValueError."""
         if self.objective is None:
             raise ValueError("objective is None: name one, such as 'dpo'")
         return PreferenceLoss(self.objective, head, **self.hyper)
 
     @property
     def update_rule(self) -> UpdateRule | None:
-        """How the reference follows the policy, or None where it stays."""
+        """Return how the reference follows the policy, or None where it stays."""
         values = _mapping("reference_update", self.reference_update)
         return UpdateRule.of(values) if values else None
 
     def storable(self, loss: PreferenceLoss) -> bool:
-        """Whether log-probs of the data, taken once, are all that a run needs of its reference."""
+        """Return whether log-probs, taken once, are all that a run needs of its reference."""
         whole = loss.needs_kl or loss.needs_second_reference or self.token_masks != "none"
         return loss.needs_reference and not whole and self.update_rule is None
 
     @property
     def store_dir(self) -> str:
-        """Where the reference store lies."""
+        """Return where the reference store lies."""
         return self.reference_store or f"{self.output_dir}/reference"
 
     def data_options(self) -> DataOptions:
-        """The fields that say how rows become groups."""
+        """Return the fields that say how rows become groups."""
         options: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(DataSettings)}
         for name in ("chat_template_kwargs", "token_weights", "columns", "position_synthesis"):
             options[name] = _mapping(name, options[name])
@@ -432,8 +436,8 @@ class PreferenceConfig(DataSettings, TrainingArguments):
             options["position_synthesis"] = PositionSynthesis.of(synthesis)
         return DataOptions(**options, seed=self.seed)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Every field, JSON and YAML safe; secrets are left out."""
+    def to_dict(self) -> dict[str, object]:
+        """Return every field, JSON and YAML safe; secrets are left out."""
         return redact({**super().to_dict(), "hub_token": None})
 
     def __repr__(self) -> str:
@@ -441,19 +445,19 @@ class PreferenceConfig(DataSettings, TrainingArguments):
 
     __str__ = __repr__
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return redact({**vars(self), "hub_token": None}) if _published.get() else vars(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> PreferenceConfig:
-        """The configuration with these fields; an unknown one raises ValueError."""
+    def from_dict(cls, values: Mapping[str, Any]) -> PreferenceConfig:
+        """Return the configuration with these fields; an unknown one raises ValueError."""
         for name, value in values.items():
             refuse_redacted(name, value, "from_dict")
         return cls(**values)
 
 
 def unknown_argument(name: str, value: Any) -> str:
-    """What to tell somebody whose keyword `PreferenceTrainer` does not take."""
+    """Return an answer to a keyword that `PreferenceTrainer` does not take."""
     if name in TRAINER:
         said = TRAINER[name]
     elif name in {f.name for f in fields(PreferenceConfig)}:
@@ -466,7 +470,7 @@ def unknown_argument(name: str, value: Any) -> str:
 
 
 def unknown_setting(objective: Any, name: str, value: Any) -> str:
-    """What to tell somebody whose keyword is no field of `PreferenceConfig`."""
+    """Return an answer to a keyword that is no field of `PreferenceConfig`."""
     from fastpo.train.sections import OUTSIDE
 
     named = objective if isinstance(objective, Mapping) else [objective or "dpo"]

@@ -87,7 +87,7 @@ class DataSection:
 
     @property
     def evaluates(self) -> bool:
-        """Whether any rows are kept for evaluation."""
+        """Return whether any rows are kept for evaluation."""
         return bool(self.eval_dataset or self.eval_split or self.eval_fraction)
 
 
