@@ -1,5 +1,7 @@
 """How rows become groups: one set of options for recipes, command lines and your own code."""
 
+# pyright: reportIncompatibleVariableOverride=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -86,7 +88,6 @@ class DataOptions(DataSettings):
         ValueError: a value that no field of that name can have; names both.
     """
 
-    # pyright: reportIncompatibleVariableOverride=false
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     reference_prompt: str = "prompt"
     columns: Mapping[str, str | None] = field(default_factory=dict)

@@ -22,11 +22,13 @@ from fastpo.recipe.reading import read_file, read_flags
 from fastpo.recipe.values import RecipeError, checked
 from fastpo.redact import redact, refuse_redacted
 from fastpo.run.folder import RECIPE, write_sealed
-from fastpo.train.sections import SECTIONS, DataSection, ModelSection, ReportSection
+from fastpo.train.sections import DataSection, ModelSection, ReportSection
 from fastpo.yaml_text import written
 
 if typing.TYPE_CHECKING:
     from fastpo.train.config import PreferenceConfig
+
+S = typing.TypeVar("S")
 
 
 @dataclass
@@ -127,14 +129,19 @@ def load_recipe(path: str | Path | None, argv: Sequence[str] = ()) -> Recipe:
         settings["lora"] = check_lora(values["lora"])
     try:
         model, data, report = (
-            cls(**{name: settings[name] for name in types_of(cls) if name in settings})
-            for cls in SECTIONS
+            _section(ModelSection, settings),
+            _section(DataSection, settings),
+            _section(ReportSection, settings),
         )
     except ValueError as error:
         raise RecipeError(_placed(str(error), places)) from error
     complete_model(model, settings, values)
     complete(data, settings, values, Path(path).stem if path is not None else "-".join(objectives))
     return Recipe(model, data, report, settings, hyper, places)
+
+
+def _section(cls: type[S], settings: Mapping[str, Any]) -> S:
+    return cls(**{name: settings[name] for name in types_of(cls) if name in settings})
 
 
 def _placed(message: str, places: Mapping[str, str]) -> str:

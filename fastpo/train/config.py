@@ -384,7 +384,7 @@ class PreferenceConfig(DataSettings, TrainingArguments):
             )
 
     def batch_facts(self) -> dict[str, int]:
-        """Return what a step has: groups a device, accumulated batches, ranks with their own data."""
+        """Return what a step has: groups a device, accumulated batches, ranks with other data."""
         tensor_parallel = getattr(self.parallelism_config, "tp_size", None) or 1
         return {
             "groups": self.per_device_train_batch_size,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from fastpo.fields import documented
 from fastpo.objectives.domain import Count, ProperShare
@@ -46,7 +46,7 @@ class ModelSection:
     quantization: str | dict[str, object] | None = None
     random_init: bool = False
     attn_implementation: str | None = None
-    lora: bool | dict[str, object] | None = None
+    lora: bool | dict[str, Any] | None = None
     tokenizer: str | None = None
     resize_embeddings: bool = False
     chat_template: str | None = None
