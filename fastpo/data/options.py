@@ -116,11 +116,11 @@ class DataOptions(DataSettings):
                 "'_prompt'"
             )
         self.reader()
-        for name, own in self.columns.items():
-            if own is not None and name not in KNOWN and not name.endswith("_prompt"):
+        for name, column in self.columns.items():
+            if column is not None and name not in KNOWN and not name.endswith("_prompt"):
                 close = "".join(f", is {n!r} meant?" for n in similar(name, KNOWN))
                 raise ValueError(
-                    f"columns={{{name}: {own}}}: nothing reads a column {name!r}"
+                    f"columns={{{name}: {column}}}: nothing reads a column {name!r}"
                     + (close or "; docs/data.md lists the columns")
                 )
         for name in ("max_length", "max_prompt_length", "max_response_length"):

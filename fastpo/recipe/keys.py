@@ -19,8 +19,8 @@ _WIDTH = 100
 
 def types_of(cls: type) -> dict[str, object]:
     """Return the fields of a dataclass and their types, domains included."""
-    own = getattr(cls, "annotations", None)  # PreferenceConfig's, with TrainingArguments' domains
-    hints = own() if own is not None else typing.get_type_hints(cls, include_extras=True)
+    made = getattr(cls, "annotations", None)  # PreferenceConfig's, with TrainingArguments' domains
+    hints = made() if made is not None else typing.get_type_hints(cls, include_extras=True)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
 
 

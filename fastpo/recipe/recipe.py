@@ -64,9 +64,9 @@ class Recipe:
         """
         from fastpo.train.config import PreferenceConfig
 
-        own = {f.name for f in dataclasses.fields(PreferenceConfig) if f.init}
+        names = {f.name for f in dataclasses.fields(PreferenceConfig) if f.init}
         try:
-            return PreferenceConfig(**{k: v for k, v in self.settings.items() if k in own})
+            return PreferenceConfig(**{k: v for k, v in self.settings.items() if k in names})
         except (TypeError, ValueError) as error:
             raise RecipeError(_placed(str(error), self.places)) from error
 
