@@ -21,7 +21,7 @@ from fastpo.run.folder import claim
 from fastpo.run.record import Run
 from fastpo.train.trainer import PreferenceTrainer
 from tests.cli.test_cli import lines, run
-from tests.train.test_folder import content
+from tests.run.test_folder import content
 
 SECRET = "xyzzy-Plugh-1234"
 
