@@ -62,7 +62,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--overwrite", "/nowhere.yaml"], "/nowhere.yaml: No such file"),
         (["train", "--lora", "/nowhere.yaml"], "/nowhere.yaml: No such file"),
         (["train", "--model", "m", "--dataset", "d", "--bta", "1"], "Did you mean 'beta'?"),
-        (["sample", "--model", "m", "--prompts", "p", "--num-samples", "0"], "samples 0 must be at least 1"),
+        (["sample", "--model", "m", "--prompts", "p", "--num-samples", "0"], "samples 0 must be"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else None,
 )
