@@ -202,7 +202,8 @@ class PreferenceConfig(DataSettings, TrainingArguments):
         if isinstance(self.share_prompt, bool):
             self.share_prompt = "true" if self.share_prompt else "false"
         super().__post_init__()
-        if optimizer_name(self) in TORCHAO and RANDOM_ROUNDING not in optimizer_options(self):
+        options = optimizer_options(self)  # refuses what the optimiser does not take
+        if optimizer_name(self) in TORCHAO and RANDOM_ROUNDING not in options:
             # Rounded to nearest, which is torchao's default, bfloat16 weights would stay.
             before = [self.optim_args] if self.optim_args else []
             self.optim_args = ",".join([*before, f"{RANDOM_ROUNDING}=True"])
