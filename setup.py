@@ -14,6 +14,7 @@ train = [
     "datasets>=4.8",
     "peft>=0.18",
     "safetensors>=0.8",
+    "pydantic>=2.8",
     "pyyaml>=6.0.1",
     "jinja2>=3.1.6",
     "gguf>=0.16",

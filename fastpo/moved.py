@@ -64,6 +64,8 @@ MOVED: dict[str, tuple[str, ...]] = {
     "fastpo.train.folder": ("fastpo.run.folder",),
     "fastpo.train.recipe": (
         "fastpo.recipe.recipe",
+        "fastpo.recipe.keys",
+        "fastpo.recipe.reading",
         "fastpo.train.sections",
     ),
     "fastpo.train.reference": ("fastpo.reference.live",),

@@ -66,8 +66,8 @@ class Dumper(yaml.SafeDumper):
     }
 
 
-def written(values: Mapping[str, Any]) -> str:
-    """A mapping as YAML, which `parse` reads back as it was."""
+def written(values: Mapping[str, object]) -> str:
+    """Return a mapping as YAML, which `parse` reads back as it was."""
     return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
@@ -75,7 +75,7 @@ _MOST_NODES = 100_000
 
 
 def _nodes(node: yaml.Node, counts: dict[int, int]) -> int:
-    """How many nodes a node has once its aliases are written out."""
+    """Count the nodes that a node has once its aliases are written out."""
     if id(node) not in counts:
         counts[id(node)] = 0  # meanwhile: an alias inside itself
         children: Iterable[yaml.Node] = ()
@@ -90,7 +90,7 @@ def _nodes(node: yaml.Node, counts: dict[int, int]) -> int:
 
 
 def parse(text: str) -> tuple[yaml.Node | None, Any]:
-    """The node and the value of a YAML text.
+    """Return the node and the value of a YAML text.
 
     Raises:
         yaml.YAMLError: not YAML, or YAML that no recipe can mean.
@@ -107,7 +107,7 @@ def parse(text: str) -> tuple[yaml.Node | None, Any]:
 
 
 def scalar(text: str) -> Any:
-    """The value of a flag: YAML, and plain text where YAML sees no value (`a: b: c`, `@x`)."""
+    """Return a flag's value: YAML, and plain text where YAML sees no value (`a: b: c`, `@x`)."""
     try:
         return parse(text)[1]
     except yaml.YAMLError:

@@ -600,7 +600,7 @@ def fuzz(
     import transformers
 
     from fastpo.objectives import OBJECTIVES
-    from fastpo.recipe.recipe import fields_of_recipe
+    from fastpo.recipe.keys import fields_of_recipe
 
     torch.set_num_threads(1)
     datasets.disable_progress_bars()

@@ -40,7 +40,7 @@ def test_own_objective_of_the_docs_runs(capsys, monkeypatch, tmp_path):
     exec(own["loop"], {})
     assert float(capsys.readouterr().out) > 0
     recipe = load_recipe("r.yaml")
-    assert recipe.given["objective"] == "my_module:my_loss"
+    assert recipe.settings["objective"] == "my_module:my_loss"
     assert recipe.hyper == {"my_loss": {"beta": 0.3}}
     monkeypatch.delitem(sys.modules, "my_module")
 

@@ -9,7 +9,7 @@ import pytest
 from peft import LoraConfig
 
 from fastpo.objectives import OBJECTIVES
-from fastpo.recipe.recipe import fields_of_recipe
+from fastpo.recipe.keys import fields_of_recipe
 from fastpo.redact import REDACTED, is_secret, redact
 
 

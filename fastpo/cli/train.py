@@ -10,57 +10,20 @@ from pathlib import Path
 import yaml
 
 from fastpo.cli.models import show_log, table
+from fastpo.cli.parser import parse_train
 from fastpo.cli.plan import host_needs
 from fastpo.recipe.facts import Facts
+from fastpo.recipe.keys import show_keys
 from fastpo.recipe.launch import Launch, claimed
-from fastpo.recipe.recipe import fields_of_recipe, load_recipe
-from fastpo.recipe.values import describe
+from fastpo.recipe.recipe import load_recipe
 from fastpo.redact import redact
 from fastpo.report.diagnosis import warnings_text
 from fastpo.report.text import metrics, short
 from fastpo.run.checkpoint import latest_complete
 from fastpo.run.record import Run
-from fastpo.train.config import PreferenceConfig
 from fastpo.train.optimizers import require_optimizer
 
 INTERRUPTED = 130
-
-
-def _split_words(words: Sequence[str]) -> tuple[str | None, list[str], set[str]]:
-    """Split into the recipe's path, the recipe's flags, and the flags of the command itself."""
-    flags = list(words)
-    recipes = [w for w in flags if w.endswith((".yaml", ".yml")) and not w.startswith("--")]
-    path = flags[0] if flags and not flags[0].startswith("--") else next(iter(recipes), None)
-    if path is not None:
-        flags.remove(path)
-    # `debug` is also a key of the Trainer's: with a value it is the key, bare it is ours.
-    bare = {
-        w
-        for i, w in enumerate(flags)
-        if w in ("--overwrite", "--debug")
-        and (i + 1 == len(flags) or flags[i + 1].startswith("--"))
-    }
-    return path, [w for w in flags if w not in bare], bare
-
-
-def show_keys(word: str) -> str:
-    """Return every key of a recipe that contains a word, with its type and default."""
-    import dataclasses
-
-    from fastpo.train.sections import DataSection, ModelSection, ReportSection
-
-    defaults: dict[str, str] = {}
-    for cls in (ModelSection, DataSection, ReportSection, PreferenceConfig):
-        for f in dataclasses.fields(cls):
-            missing = f.default is dataclasses.MISSING
-            defaults[f.name] = "" if missing else f"{getattr(f.default, 'value', f.default)}"
-    rows = [
-        (name, defaults[name].replace("None", "null"), describe(kind))
-        for name, kind in fields_of_recipe().items()
-        if word in name
-    ]
-    width = max((len(name) for name, *_ in rows), default=0)
-    return "\n".join(f"{n:<{width}}  {d or '-':<20}  {t}"[:140] for n, d, t in rows)
 
 
 def introduction(facts: Facts, resume: str | None, output_dir: str) -> str:
@@ -141,15 +104,15 @@ def _interrupted(launch: Launch, words: Sequence[str]) -> str:
 
 def train(words: Sequence[str]) -> int:
     """Train from the words after `fastpo train`; the exit status."""
-    if "--keys" in words:
-        after = words[list(words).index("--keys") + 1 :]
-        print(show_keys(after[0] if after else ""))
+    asked = parse_train(words)
+    if asked.keys is not None:
+        print(show_keys(asked.keys))
         return 0
-    path, flags, bare = _split_words(words)
-    recipe = load_recipe(path, flags)
+    path, fresh = asked.recipe, asked.overwrite
+    recipe = load_recipe(path, asked.flags)
     config = recipe.config()
     require_optimizer(config)
-    main, fresh = config.process_index == 0, "--overwrite" in bare
+    main = config.process_index == 0
     show_log(logging.INFO if main else logging.ERROR)
     with claimed(recipe, config, path=path, command=command_line(words), fresh=fresh) as launch:
         if launch.start.finished:

@@ -1,10 +1,11 @@
 """How rows become groups: one set of options for recipes, command lines and your own code."""
 
+# pyright: reportIncompatibleVariableOverride=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from difflib import get_close_matches
+from dataclasses import FrozenInstanceError, dataclass, field
 from typing import Any, Literal, get_args
 
 from fastpo.data.bad_rows import OnBadRow
@@ -12,46 +13,46 @@ from fastpo.data.columns import KNOWN
 from fastpo.data.dialects import Columns
 from fastpo.data.positions import PositionSynthesis
 from fastpo.data.token_weights import check_schemes
+from fastpo.errors import similar
+from fastpo.fields import documented
 
 Truncation = Literal["keep_end", "keep_start", "cut_middle", "cut_chunks", "error"]
 ListToPairs = Literal["best_worst", "best_rest"]
 
 
-@dataclass(frozen=True)
-class DataOptions:
-    """Say how rows become groups.
+@documented
+@dataclass
+class DataSettings:
+    """How rows become groups, as recipes and flags have it: a mapping may be text.
 
     Args:
-        max_length: most tokens of the prompt plus any one of its responses; None: no limit.
+        max_length: most tokens of the prompt plus any one of its responses; null: no limit.
         max_prompt_length: most tokens of a prompt.
         max_response_length: most tokens of a response, EOS included.
         truncation: what happens to a prompt that exceeds its budget, the lesser of
-            `max_prompt_length` and what `max_length` leaves beside the longest response:
+            `max_prompt_length` and what `max_length` leaves beside the longest response.
             "keep_end" and "keep_start" cut it (BOS stays), "cut_middle" keeps as much of its start
-            as of its end, "cut_chunks" every chunk of the row's `chunk_spans` to the same length,
-            "error" makes the row a bad row. A response is never cut: too long a response always
-            makes a bad row.
+            as of its end, "cut_chunks" cuts every chunk of the row's `chunk_spans` to the same
+            length, "error" makes the row a bad row. A response is never cut: too long a response
+            always makes a bad row.
         on_bad_row: "error" stops at the first bad row, "skip" leaves bad rows out and lists them.
-        chat_template_kwargs: passed to every `apply_chat_template`.
-        list_to_pairs: None keeps ranked lists, "best_worst" makes one pair of each, "best_rest"
+        chat_template_kwargs: arguments of the chat template.
+        list_to_pairs: null keeps ranked lists, "best_worst" makes one pair of each, "best_rest"
             pairs the best response with every lower ranked one.
         assistant_only: in a response of several messages score the assistant's alone.
-        reference_prompt: column with the prompt after which the reference scores the responses,
-            `prompt` itself or one whose name ends with `_prompt`.
-        dialect: name of the reader of `fastpo.data.dialects` that every row is for; "auto" looks at
-            each row's columns.
-        columns: {name: the file's own name} renames columns before they are read, {name: None}
-            drops them.
+        reference_prompt: column with the prompt that the reference reads.
+        dialect: how rows are read (trl, openai, alpaca, ...); "auto" looks at each row's columns.
+        columns: {prompt: question} reads that column as prompt, {old: null} drops one.
         text_as_messages: make messages of rows of text, for the tokenizer's chat template.
-        append_eos: end responses with EOS, or the template's end of turn; a row's own column of
+        append_eos: end responses with EOS, or the template's end of turn. A row's own column of
             that name wins.
-        continue_final_message: responses go on with the assistant's message that ends the prompt;
-            a row's own column of that name wins.
+        continue_final_message: responses go on with the assistant's message that ends the prompt.
+            A row's own column of that name wins.
         bos: put the tokenizer's BOS before texts, also where the tokenizer itself puts none.
-        token_weights: schemes that weigh single tokens, such as {"ld": 0.5}; the table is in
+        token_weights: schemes that weigh single tokens, such as {ld: 0.5}; the table is in
             `fastpo.data.token_weights`.
-        position_synthesis: prompts of chunks (`chunk_spans`) get the positions of a longer context.
-        seed: of the random scheme among the token weights, and of synthetic positions.
+        position_synthesis: prompts of chunks (`chunk_spans`) get the positions of a longer context
+            (LOGO), such as {length: 65536, variants: 2}.
     """
 
     max_length: int | None = None
@@ -59,19 +60,45 @@ class DataOptions:
     max_response_length: int | None = None
     truncation: Truncation = "keep_end"
     on_bad_row: OnBadRow = "error"
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    chat_template_kwargs: dict | str | None = None
     list_to_pairs: ListToPairs | None = None
     assistant_only: bool = True
-    reference_prompt: str = "prompt"
+    reference_prompt: Literal["prompt", "short_prompt"] = "prompt"
     dialect: str = "auto"
-    columns: Mapping[str, str | None] = field(default_factory=dict)
+    columns: dict | str | None = None
     text_as_messages: bool = False
     append_eos: bool = True
     continue_final_message: bool = False
     bos: bool = False
+    token_weights: dict | str | None = None
+    position_synthesis: dict | str | None = None
+
+
+@dataclass
+class DataOptions(DataSettings):
+    """Say how rows become groups; checked when made, and not changed afterwards.
+
+    Args:
+        reference_prompt: `prompt`, or a column whose name ends with `_prompt`.
+        seed: of the random scheme among the token weights, and of synthetic positions.
+
+    The other fields are those of `DataSettings`, with mappings for text.
+
+    Raises:
+        ValueError: a value that no field of that name can have; names both.
+    """
+
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    reference_prompt: str = "prompt"
+    columns: Mapping[str, str | None] = field(default_factory=dict)
     token_weights: Mapping[str, Any] = field(default_factory=dict)
     position_synthesis: PositionSynthesis | None = None
     seed: int = 0
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if "seed" in vars(self):  # the last field: all are set
+            raise FrozenInstanceError(f"cannot assign to field {name!r}")
+        super().__setattr__(name, value)
 
     def __post_init__(self) -> None:
         check_schemes(self.token_weights)
@@ -89,12 +116,12 @@ class DataOptions:
                 "'_prompt'"
             )
         self.reader()
-        for name, own in self.columns.items():
-            if own is not None and name not in KNOWN and not name.endswith("_prompt"):
-                near = get_close_matches(name, KNOWN, n=1)
+        for name, column in self.columns.items():
+            if column is not None and name not in KNOWN and not name.endswith("_prompt"):
+                close = "".join(f", is {n!r} meant?" for n in similar(name, KNOWN))
                 raise ValueError(
-                    f"columns={{{name}: {own}}}: nothing reads a column {name!r}"
-                    + (f", is {near[0]!r} meant?" if near else "; docs/data.md lists the columns")
+                    f"columns={{{name}: {column}}}: nothing reads a column {name!r}"
+                    + (close or "; docs/data.md lists the columns")
                 )
         for name in ("max_length", "max_prompt_length", "max_response_length"):
             value = getattr(self, name)

@@ -28,6 +28,7 @@ import numpy as np
 from fastpo.data.bad_rows import BadField
 from fastpo.data.example import Span
 from fastpo.data.groups import Response
+from fastpo.errors import did_you_mean
 
 Responses: TypeAlias = Sequence[Response]
 
@@ -124,11 +125,8 @@ def check_schemes(schemes: Mapping[str, Any]) -> None:
     """Refuse an unknown scheme, or a value that it cannot have, with ValueError."""
     for name, value in schemes.items():
         if name not in SCHEMES:
-            near = difflib.get_close_matches(str(name), SCHEMES, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(
-                f"token_weights: unknown scheme {name!r}: {hint}choose from {', '.join(SCHEMES)}"
-            )
+            hint = f"{did_you_mean(name, SCHEMES)} choose from {', '.join(SCHEMES)}"
+            raise ValueError(f"token_weights: unknown scheme {name!r}: {hint.strip()}")
         if isinstance(value, bool) is not (name == "sampo") or not isinstance(value, int | float):
             wanted = "true or false" if name == "sampo" else "a number"
             raise ValueError(f"token_weights: {name} takes {wanted}, not {value!r}")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from fastpo.errors import did_you_mean
 from fastpo.objectives import get_objective
 from fastpo.objectives.base import Objective
 from fastpo.objectives.domain import Misfit, Positive, fitted
@@ -78,5 +78,4 @@ def _hint(key: str, value: Any, components: list[Component], owners: Iterable[st
     """Say what an unknown hyper-parameter is called here, or the nearest name, or all names."""
     known = sorted(owners)
     hint = answer(key, value, [c.objective.name for c in components], known)
-    close = difflib.get_close_matches(key, known, n=1)
-    return hint or (f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}")
+    return hint or did_you_mean(key, known, f"it has {', '.join(known)}")

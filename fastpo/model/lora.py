@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
+from fastpo.errors import did_you_mean
 from fastpo.objectives.domain import Count, Misfit, Positive, ProperShare, fitted
 
 # Drawn from data by functions of peft, whose tensors no recipe can hold.
@@ -24,8 +24,7 @@ def lora_faults(arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     known = [f.name for f in fields(LoraConfig) if f.init]
     for name, value in arguments.items():
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(known))}"
+            hint = did_you_mean(name, known, f"it has {', '.join(sorted(known))}", cutoff=0.5)
             yield name, f"lora has no argument {name!r}; {hint}"
         elif name == "init_lora_weights" and str(value).lower() in _FROM_DATA:
             yield (

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from difflib import get_close_matches
 from pathlib import Path
+
+from fastpo.errors import similar
 
 from . import user
 from .base import Family, Objective, Outcome, catalogue
@@ -53,7 +54,7 @@ def unknown_objective(name: object) -> str:
     if here != str(name):
         said = here.removeprefix(NOTHING) if here.startswith(NOTHING) else f"here it is {here}"
         return f"unknown objective {name!r}: {said}"
-    near = get_close_matches(plain(name), OBJECTIVES, n=5, cutoff=0)
+    near = similar(plain(name), OBJECTIVES, count=5, cutoff=0)
     listed = ", ".join(map(repr, near[:-1]))
     return (
         f"unknown objective {name!r}: did you mean {listed} or {near[-1]!r}? `fastpo objectives` "

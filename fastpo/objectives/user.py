@@ -11,9 +11,10 @@ import inspect
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
+
+from fastpo.errors import did_you_mean
 
 from .base import Family, Objective
 from .vocabulary import UNKNOWN, scores_with
@@ -196,5 +197,5 @@ def _check_signature(objective: Objective, reference: str) -> None:
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
-    near = get_close_matches(name, list(names), n=1)
-    return f": did you mean {near[0]!r}?" if near else ""
+    question = did_you_mean(name, names)
+    return f": {question}" if question else ""

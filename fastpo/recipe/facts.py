@@ -130,7 +130,7 @@ def data_facts(
 
 def objective_facts(recipe: Recipe) -> ObjectiveFacts:
     """Return name or mixture, formula, hyper-parameters in force and papers."""
-    named = recipe.given["objective"]
+    named = recipe.settings["objective"]
     chosen = [get_objective(name) for name in ([named] if isinstance(named, str) else named)]
     mixed = len(chosen) > 1
     return {
@@ -215,5 +215,5 @@ def run_facts(
         "schedule": schedule_words(trainer, tokens * config.per_device_train_batch_size),
         "environment": environment(),
         "arguments": config.to_dict(),
-        "recipe": recipe.given,
+        "recipe": recipe.settings,
     }

@@ -93,7 +93,8 @@ def judge_start(recipe: Recipe, config: PreferenceConfig, before: Run, *, fresh:
         return Start(checkpoint, continues, finished=False)
     refuse_mixture(recipe, config, before)
     same_length = all(
-        before.recipe.get(key) == recipe.given.get(key) for key in ("max_steps", "num_train_epochs")
+        before.recipe.get(key) == recipe.settings.get(key)
+        for key in ("max_steps", "num_train_epochs")
     )
     if finished and not same_length and not continues:
         raise ValueError(
@@ -132,7 +133,8 @@ def refuse_mixture(recipe: Recipe, config: PreferenceConfig, before: Run) -> Non
         ValueError: a key, or the number of ranks, that changes what the steps compute.
     """
     earlier, now = (
-        json.loads(json.dumps(redact(keys), default=str)) for keys in (before.recipe, recipe.given)
+        json.loads(json.dumps(redact(keys), default=str))
+        for keys in (before.recipe, recipe.settings)
     )
     start_over = "take another output_dir, or start over with --overwrite"
     batch_before, batch = batch_of(before.facts), config.batch_facts()
@@ -166,7 +168,7 @@ def read_by(recipe: Recipe) -> list[str]:
     """Return every file, folder and name that a run of this recipe reads."""
     model, data = recipe.model, recipe.data
     names = [model.model, model.tokenizer, model.chat_template, data.dataset, data.eval_dataset]
-    checkpoint = recipe.given.get("resume_from_checkpoint")
+    checkpoint = recipe.settings.get("resume_from_checkpoint")
     names += [checkpoint] if isinstance(checkpoint, str) else []
     for reference in (model.ref_model, model.ref_model2):
         names += [reference] if isinstance(reference, str) else [*(reference or ())]

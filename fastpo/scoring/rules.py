@@ -16,12 +16,13 @@ logits, which takes both at once.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from fastpo.errors import did_you_mean
 
 
 def tis(
@@ -92,9 +93,8 @@ def get_rule(name: str, args: Mapping[str, Any]) -> Rule:
         ValueError: no such rule or argument, with the nearest name.
     """
     if name not in RULES:
-        near = difflib.get_close_matches(name, RULES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown rule {name!r}: {hint}choose from {', '.join(RULES)}")
+        hint = f"{did_you_mean(name, RULES)} choose from {', '.join(RULES)}"
+        raise ValueError(f"unknown rule {name!r}: {hint.strip()}")
     rule = RULES[name]
     known = inspect.getfullargspec(rule.fn).kwonlydefaults or {}
     for key, value in args.items():

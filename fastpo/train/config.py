@@ -1,15 +1,14 @@
-"""What a run is told: `transformers.TrainingArguments` plus the few things preferences add."""
+"""The configuration of a run: `transformers.TrainingArguments` and what preferences add."""
 
 from __future__ import annotations
 
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
@@ -19,8 +18,10 @@ from transformers import TrainingArguments
 from transformers.training_args import trainer_log_levels
 from transformers.utils import is_torch_bf16_gpu_available
 
-from fastpo.data.options import DataOptions
+from fastpo.data.options import DataOptions, DataSettings
 from fastpo.data.positions import PositionSynthesis
+from fastpo.errors import did_you_mean
+from fastpo.fields import documented
 from fastpo.head.head import Head
 from fastpo.head.spec import check_workspace
 from fastpo.loss.preference_loss import PreferenceLoss
@@ -41,7 +42,7 @@ from fastpo.redact import learn, redact, refuse_redacted
 from fastpo.reference.moving import UpdateRule
 from fastpo.train.elsewhere import TRAINER, refuse_keywords, unknown
 from fastpo.train.optimizers import RANDOM_ROUNDING, TORCHAO, optimizer_name, optimizer_options
-from fastpo.train.ranges import TRAINING
+from fastpo.train.ranges import RANGES
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ _published: ContextVar[bool] = ContextVar("published", default=False)
 
 @contextmanager
 def published() -> Iterator[None]:
-    """Pickled in here, a `PreferenceConfig` leaves its secrets out; elsewhere they go along."""
+    """Leave secrets out of a `PreferenceConfig` that is pickled in here; elsewhere they stay."""
     before = _published.set(True)
     try:
         yield
@@ -59,13 +60,8 @@ def published() -> Iterator[None]:
         _published.reset(before)
 
 
-def _nearest(value: object, names: Iterable[str]) -> str:
-    near = get_close_matches(str(value), list(names), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
 def batch_words(batch: dict[str, int]) -> str:
-    """`batch_facts` as one would say it."""
+    """Return `batch_facts` as one would say it."""
     ranks = f"{batch['ranks']} rank{'s' if batch['ranks'] > 1 else ''}"
     return (
         f"{batch['groups']} groups a device x {batch['accumulated']} accumulated x {ranks} = "
@@ -73,20 +69,64 @@ def batch_words(batch: dict[str, int]) -> str:
     )
 
 
-def _mapping(name: str, value: dict | str | None) -> dict[str, Any]:
-    """Flags arrive as JSON and are parsed in `__post_init__`; any other text is an error."""
+def _mapping(name: str, value: dict | str | None) -> dict[str, object]:
+    """Return a mapping that a flag may bring as JSON, which `__post_init__` parses.
+
+    Raises:
+        ValueError: any other text.
+    """
     if value is not None and not isinstance(value, Mapping):
         raise ValueError(f"{name}={value!r} is no mapping of names to values")
     return {str(key): item for key, item in (value or {}).items()}
 
 
+@documented
 @dataclass(repr=False)
-class PreferenceConfig(TrainingArguments):
+class PreferenceConfig(DataSettings, TrainingArguments):
     """Arguments of `PreferenceTrainer`.
 
     Batch sizes count groups (one prompt with its responses), not rows of the packed batch.
     Every field can be given in YAML or as a flag; `to_dict` is the resolved configuration, JSON
-    and YAML safe, and `from_dict` reads it back.
+    and YAML safe, and `from_dict` reads it back. How rows become groups: `DataSettings`.
+
+    Args:
+        objective: name of an objective, or a mixture {name: weight} (JSON on the CLI).
+        objective_args: hyper-parameters of the objective; 'dpo.beta' addresses one of a mixture.
+        beta: short for objective_args: {beta: ...}.
+        token_masks: token weights from the reference's hidden states (SparsePO): learned, common
+            or one for divergences too, or fixed (activation).
+        share_prompt: one prompt copy per group: auto (when the model can), true or false.
+        max_tokens_per_row: a device's batch runs in rows of at most so many tokens, one after the
+            other; the step stays the same. null: one row.
+        attention_backend: implementation of attention with shared prompts.
+        router_aux_loss_coef: weight of the load-balance loss of a mixture of experts; null: the
+            model's own where its config has output_router_logits on, else 0.
+        backend: implementation of the head.
+        workspace_mib: memory for logits in MiB, whatever the vocabulary is; auto: 256, on a GPU the
+            smaller of 1024 and a fiftieth of its memory.
+        offload_activations: inputs of checkpointed layers wait in pinned host memory.
+        mlp_tile: MLPs run in tiles of so many tokens; auto: the hidden size.
+        layer_kernels: liger-kernel's norms, RoPE and activations; auto: where they can.
+        batch_statistics: statistics (KTO's z0, ...) of a micro-batch, or exactly of the whole step
+            for one more forward pass.
+        disable_dropout: dropout off in policy and reference.
+        self_check: compare packed with padded and fused with plain before step one.
+        reference: adapter is the model with it switched off, copy a frozen one, store log-probs on
+            disk from one pass before the first step; auto: the first of adapter, store and copy
+            that can be.
+        reference_store: folder of the store; null: <output_dir>/reference.
+        reference_update: the reference follows the policy: {every: 512, mixup: 0.6} (TR-DPO) or
+            {rule: bema, every: 400}.
+        early_stopping_patience: stop after this many evaluations without improvement.
+        kl_budget: stop when kl/chosen or kl/rejected, nats a response, exceeds this.
+        num_samples: generate for this many prompts before and after training.
+        sample_tokens: longest such response in tokens.
+        learning_rate: initial learning rate.
+        logging_steps: log every so many steps.
+        logging_nan_inf_filter: unused: a loss that is not finite stops the run.
+        remove_unused_columns: must stay off: a dataset item is a group.
+        report_to: trackers; metrics.jsonl is always written.
+        bf16: bfloat16 mixed precision; null: where the device has it.
 
     Raises:
         ValueError: a value is unknown, out of range, or contradicts another one; the message
@@ -105,201 +145,46 @@ class PreferenceConfig(TrainingArguments):
     ]
 
     # What is optimised.
-    objective: dict | str | None = field(
-        default="dpo",
-        metadata={"help": "Name of an objective, or a mixture {name: weight} (JSON on the CLI)."},
-    )
-    objective_args: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "Hyper-parameters of the objective; 'dpo.beta' addresses one of a mixture."
-        },
-    )
-    beta: float | None = field(
-        default=None, metadata={"help": "Short for objective_args: {beta: ...}."}
-    )
-
-    # The data: see fastpo.data.options.DataOptions.
-    max_length: Count | None = field(
-        default=None, metadata={"help": "Longest prompt + response in tokens; None: no limit."}
-    )
-    max_prompt_length: Count | None = field(
-        default=None, metadata={"help": "Longest prompt in tokens."}
-    )
-    max_response_length: Count | None = field(
-        default=None, metadata={"help": "Longest response in tokens."}
-    )
-    truncation: Literal["keep_end", "keep_start", "cut_middle", "cut_chunks", "error"] = field(
-        default="keep_end", metadata={"help": "Which part of a too long prompt is kept."}
-    )
-    on_bad_row: Literal["error", "skip"] = field(
-        default="error", metadata={"help": "Stop at a malformed row or leave it out."}
-    )
-    list_to_pairs: Literal["best_worst", "best_rest"] | None = field(
-        default=None, metadata={"help": "Turn lists into pairs; None keeps lists."}
-    )
-    assistant_only: bool = field(
-        default=True, metadata={"help": "Score only the assistant's turns of a response."}
-    )
-    chat_template_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Extra arguments of the chat template."}
-    )
-    dialect: str = field(
-        default="auto",
-        metadata={"help": "How rows are read: trl, openai, alpaca, ...; auto asks their columns."},
-    )
-    columns: dict | str | None = field(
-        default=None,
-        metadata={"help": "{prompt: question} reads that column as prompt, {old: null} drops one."},
-    )
-    text_as_messages: bool = field(
-        default=False, metadata={"help": "Make messages of rows of text, for the chat template."}
-    )
-    append_eos: bool = field(
-        default=True, metadata={"help": "End responses with EOS or the template's end of turn."}
-    )
-    continue_final_message: bool = field(
-        default=False,
-        metadata={"help": "Responses go on with the assistant's message that ends the prompt."},
-    )
-    bos: bool = field(
-        default=False, metadata={"help": "Put BOS before texts where the tokenizer puts none."}
-    )
-    token_weights: dict | str | None = field(
-        default=None,
-        metadata={"help": "Schemes that weigh tokens: {ld: 0.5}, decay, sampo, diff."},
-    )
-    position_synthesis: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "Prompts of chunks get the positions of a longer context (LOGO): {length: "
-            "65536, variants: 2}."
-        },
-    )
-
-    token_masks: Literal["none", "common", "independent", "activation"] = field(
-        default="none",
-        metadata={
-            "help": "Token weights from the reference's hidden states (SparsePO): learned, common "
-            "or one for divergences too, or fixed (activation)."
-        },
-    )
+    objective: dict | str | None = "dpo"
+    objective_args: dict | str | None = None
+    beta: float | None = None
+    token_masks: Literal["none", "common", "independent", "activation"] = "none"
 
     # How the model is run.
-    share_prompt: bool | str = field(
-        default="auto",
-        metadata={"help": "One prompt copy per group: auto (when the model can), true or false."},
-    )
-    max_tokens_per_row: Count | None = field(
-        default=None,
-        metadata={
-            "help": "A device's batch runs in rows of at most so many tokens, one after the other; "
-            "the step stays the same. None: one row."
-        },
-    )
-    attention_backend: Literal["auto", "segments", "varlen", "merge", "flex"] = field(
-        default="auto", metadata={"help": "Implementation of attention with shared prompts."}
-    )
-    router_aux_loss_coef: NonNegative | None = field(
-        default=None,
-        metadata={
-            "help": "Weight of the load-balance loss of a mixture of experts; None: the model's "
-            "own where its config has output_router_logits on, else 0."
-        },
-    )
-    backend: Literal["auto", "torch", "triton"] = field(
-        default="auto", metadata={"help": "Implementation of the head."}
-    )
-    workspace_mib: Count | str = field(
-        default="auto",
-        metadata={
-            "help": "Memory for logits in MiB, whatever the vocabulary is; auto: 256, on a GPU the "
-            "smaller of 1024 and 2 % of its memory."
-        },
-    )
-    offload_activations: bool = field(
-        default=False,
-        metadata={"help": "Inputs of checkpointed layers wait in pinned host memory."},
-    )
-    mlp_tile: Count | str | None = field(
-        default=None,
-        metadata={"help": "MLPs run in tiles of so many tokens; auto: the hidden size."},
-    )
-    layer_kernels: Literal["none", "auto", "liger"] = field(
-        default="none",
-        metadata={"help": "liger-kernel's norms, RoPE and activations; auto: where they can."},
-    )
-    batch_statistics: Literal["local", "exact"] = field(
-        default="local",
-        metadata={
-            "help": "Statistics (KTO's z0, ...) of a micro-batch, or exactly of the whole step "
-            "for one more forward pass."
-        },
-    )
-    disable_dropout: bool = field(
-        default=True, metadata={"help": "Dropout off in policy and reference."}
-    )
-    self_check: bool = field(
-        default=True,
-        metadata={"help": "Compare packed with padded and fused with plain before step one."},
-    )
+    share_prompt: bool | str = "auto"
+    max_tokens_per_row: Count | None = None
+    attention_backend: Literal["auto", "segments", "varlen", "merge", "flex"] = "auto"
+    router_aux_loss_coef: NonNegative | None = None
+    backend: Literal["auto", "torch", "triton"] = "auto"
+    workspace_mib: Count | str = "auto"
+    offload_activations: bool = False
+    mlp_tile: Count | str | None = None
+    layer_kernels: Literal["none", "auto", "liger"] = "none"
+    batch_statistics: Literal["local", "exact"] = "local"
+    disable_dropout: bool = True
+    self_check: bool = True
 
     # The reference.
-    reference: Literal["auto", "adapter", "copy", "store", "none"] = field(
-        default="auto",
-        metadata={
-            "help": "adapter: switched off; copy: frozen; store: log-probs on disk, from one pass "
-            "before the first step. auto: adapter, store or copy, the first that can be."
-        },
-    )
-    reference_store: str | None = field(
-        default=None, metadata={"help": "Folder of the store; None: <output_dir>/reference."}
-    )
-
-    reference_prompt: Literal["prompt", "short_prompt"] = field(
-        default="prompt",
-        metadata={"help": "Column with the prompt that the reference sees (LongPO: short_prompt)."},
-    )
-    reference_update: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "The reference follows the policy: {every: 512, mixup: 0.6} (TR-DPO) or "
-            "{rule: bema, every: 400}."
-        },
-    )
+    reference: Literal["auto", "adapter", "copy", "store", "none"] = "auto"
+    reference_store: str | None = None
+    reference_update: dict | str | None = None
 
     # What is watched.
-    early_stopping_patience: Count | None = field(
-        default=None, metadata={"help": "Stop after this many evaluations without improvement."}
-    )
-    kl_budget: Positive | None = field(
-        default=None,
-        metadata={"help": "Stop when kl/chosen or kl/rejected, nats a response, exceeds this."},
-    )
-    num_samples: Natural = field(
-        default=0, metadata={"help": "Generate for this many prompts before and after training."}
-    )
-    sample_tokens: Count = field(default=96, metadata={"help": "Longest such response in tokens."})
+    early_stopping_patience: Count | None = None
+    kl_budget: Positive | None = None
+    num_samples: Natural = 0
+    sample_tokens: Count = 96
 
     # Defaults of TrainingArguments that preferences change.
-    learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Unused: a loss that is not finite stops the run."}
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay off: a dataset item is a group."}
-    )
-    report_to: str | list[str] | None = field(
-        default="none", metadata={"help": "Trackers; metrics.jsonl is always written."}
-    )
-    bf16: bool | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
-        default=None,
-        metadata={"help": "bfloat16 mixed precision; None: where the device has it."},
-    )
+    learning_rate: float = 1e-6
+    logging_steps: float = 10
+    logging_nan_inf_filter: bool = False
+    remove_unused_columns: bool = False
+    report_to: str | list[str] | None = "none"
+    bf16: bool | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __new__(cls, *args: Any, **keywords: Any) -> PreferenceConfig:
-        """Unknown keywords are answered here, where `__init__` would only name them."""
+        """Answer unknown keywords here, where `__init__` would only name them."""
         refuse_keywords(cls, keywords, partial(unknown_setting, keywords.get("objective")))
         return super().__new__(cls)
 
@@ -318,11 +203,11 @@ class PreferenceConfig(TrainingArguments):
         if isinstance(self.share_prompt, bool):
             self.share_prompt = "true" if self.share_prompt else "false"
         super().__post_init__()
-        told = optimizer_options(self)
-        if optimizer_name(self) in TORCHAO and RANDOM_ROUNDING not in told:
+        options = optimizer_options(self)  # refuses what the optimiser does not take
+        if optimizer_name(self) in TORCHAO and RANDOM_ROUNDING not in options:
             # Rounded to nearest, which is torchao's default, bfloat16 weights would stay.
-            given = [self.optim_args] if self.optim_args else []
-            self.optim_args = ",".join([*given, f"{RANDOM_ROUNDING}=True"])
+            before = [self.optim_args] if self.optim_args else []
+            self.optim_args = ",".join([*before, f"{RANDOM_ROUNDING}=True"])
         if self.accelerator_config.dispatch_batches is None:  # pyright: ignore
             # Dispatching slices batches along their first axis; a packed row has only one entry.
             self.accelerator_config.dispatch_batches = False  # pyright: ignore
@@ -345,12 +230,12 @@ class PreferenceConfig(TrainingArguments):
                 self.bf16 = False
 
     @classmethod
-    def annotations(cls) -> dict[str, Any]:
-        """Field -> type, with the domain of its numbers."""
-        return get_type_hints(cls, include_extras=True) | TRAINING
+    def annotations(cls) -> dict[str, object]:
+        """Return field -> type, with the domain of its numbers."""
+        return get_type_hints(cls, include_extras=True) | RANGES
 
     def _check_numbers(self) -> None:
-        """Before the Trainer's own checks, which compare text and let NaN pass."""
+        """Check domains before the Trainer's own checks, which compare text and let NaN pass."""
         for name, expected in self.annotations().items():
             if domain_of(expected) is not None:
                 value = getattr(self, name)
@@ -360,6 +245,22 @@ class PreferenceConfig(TrainingArguments):
                     raise ValueError(f"{name}={value!r} {misfit}") from None
 
     def _validate(self) -> None:
+        self._check_choices()
+        self._check_forms()
+        self._check_switches()
+        self.data_options()
+        loss = self.build_loss()
+        self._check_masks(loss)
+        self._check_reference(loss)
+        own_loop = sorted(name for name, score in loss.scores.items() if score.own_loop)
+        if own_loop:
+            raise ValueError(
+                f"objective={self.objective!r} needs {own_loop[0]!r}, which no data set has: call "
+                "fastpo.PreferenceLoss, or the objective's function, from your own loop"
+            )
+
+    def _check_choices(self) -> None:
+        """Refuse words that are none of a field's own."""
         for name, hint in get_type_hints(PreferenceConfig).items():
             choices = [
                 c for a in (hint, *get_args(hint)) if get_origin(a) is Literal for c in get_args(a)
@@ -374,6 +275,9 @@ class PreferenceConfig(TrainingArguments):
             if isinstance(value, str) and value != "auto":
                 raise ValueError(f"{name}={value!r} is neither a number of {what} nor 'auto'")
         check_workspace(self.workspace_mib)  # pyright: ignore[reportArgumentType]
+
+    def _check_switches(self) -> None:
+        """Refuse settings of `TrainingArguments` that preferences cannot have."""
         if self.offload_activations and not self.activation_checkpointing:
             raise ValueError(
                 "offload_activations=True moves the inputs of checkpointed layers: it needs "
@@ -398,48 +302,29 @@ class PreferenceConfig(TrainingArguments):
                 f"early_stopping_patience={self.early_stopping_patience} needs evaluations: "
                 "set eval_strategy to 'steps' or 'epoch'"
             )
-        self._check_forms()
         if self.train_sampling_strategy == "batch_rebalance":
             raise ValueError(
                 "train_sampling_strategy='batch_rebalance' is not supported for groups: use "
                 "'random', 'group_by_length' or 'sequential'"
             )
+
+    def _check_reference(self, loss: PreferenceLoss) -> None:
+        """Refuse a reference that the objective cannot use, or one that it lacks."""
         if self.reference_store is not None and self.reference not in ("auto", "store"):
             raise ValueError(
                 f"reference_store={self.reference_store!r} is given but reference="
                 f"{self.reference!r}: set reference to 'store' or drop the folder"
             )
-        self.data_options()
-        loss = self.build_loss()
-        self._check_masks(loss)
-        rule = self.update_rule
-        if rule is not None and (
-            not loss.needs_reference or self.reference not in ("auto", "copy")
-        ):
+        moves = self.update_rule is not None
+        if moves and (not loss.needs_reference or self.reference not in ("auto", "copy")):
             raise ValueError(
                 f"reference_update={self.reference_update} needs a reference that can move: "
                 "reference='copy', and an objective that compares with one"
-            )
-        own_loop = sorted(name for name, score in loss.scores.items() if score.own_loop)
-        if own_loop:
-            raise ValueError(
-                f"objective={self.objective!r} needs {own_loop[0]!r}, which no data set has: call "
-                "fastpo.PreferenceLoss, or the objective's function, from your own loop"
             )
         if loss.needs_reference and self.reference == "none":
             raise ValueError(
                 f"reference='none', but objective={self.objective!r} compares with a reference: "
                 "use 'auto', or a reference-free objective such as 'simpo', 'cpo' or 'orpo'"
-            )
-        if self.reference_prompt != "prompt" and not loss.needs_reference:
-            raise ValueError(
-                f"reference_prompt={self.reference_prompt!r}, but objective={self.objective!r} "
-                "compares with no reference: drop it, or use one that does, such as 'dpo'"
-            )
-        if self.kl_budget is not None and not loss.needs_reference:
-            raise ValueError(
-                f"kl_budget={self.kl_budget}, but objective={self.objective!r} compares with no "
-                "reference: drop it, or use one that does, such as 'dpo'"
             )
         if loss.needs_kl and self.reference == "store":
             raise ValueError(
@@ -447,16 +332,26 @@ class PreferenceConfig(TrainingArguments):
                 f"objective={self.objective!r} needs the reference's whole distribution: use "
                 "reference='adapter' or 'copy'"
             )
+        idle = {
+            f"reference_prompt={self.reference_prompt!r}": self.reference_prompt != "prompt",
+            f"kl_budget={self.kl_budget}": self.kl_budget is not None,
+        }
+        for setting in (s for s, set_ in idle.items() if set_ and not loss.needs_reference):
+            raise ValueError(
+                f"{setting}, but objective={self.objective!r} compares with no reference: drop it, "
+                "or use one that does, such as 'dpo'"
+            )
 
     def _refuse_others(self, name: str, choices: list[str]) -> None:
         value = getattr(self, name)
         if value not in choices:
+            near = did_you_mean(value, choices)
             raise ValueError(
-                f"{name}={value!r} is not one of {', '.join(choices)}{_nearest(value, choices)}"
+                f"{name}={value!r} is not one of {', '.join(choices)}{'; ' if near else ''}{near}"
             )
 
     def _check_forms(self) -> None:
-        """Values that TrainingArguments takes in any form and fails on much later."""
+        """Refuse values that TrainingArguments takes in any form and fails on much later."""
         for name in ("log_level", "log_level_replica"):
             self._refuse_others(name, [*trainer_log_levels])
         for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs"):
@@ -491,7 +386,7 @@ class PreferenceConfig(TrainingArguments):
             )
 
     def batch_facts(self) -> dict[str, int]:
-        """What a step consists of: groups a device, accumulated batches and ranks with own data."""
+        """Return what a step has: groups a device, accumulated batches, ranks with other data."""
         tensor_parallel = getattr(self.parallelism_config, "tp_size", None) or 1
         return {
             "groups": self.per_device_train_batch_size,
@@ -500,9 +395,9 @@ class PreferenceConfig(TrainingArguments):
         }
 
     @property
-    def hyper(self) -> dict[str, Any]:
-        """Hyper-parameters of the objective, `beta` included."""
-        hyper: dict[str, Any] = {**_mapping("objective_args", self.objective_args)}
+    def hyper(self) -> dict[str, object]:
+        """Return the hyper-parameters of the objective, `beta` included."""
+        hyper = _mapping("objective_args", self.objective_args)
         if self.beta is not None:
             if "beta" in hyper and hyper["beta"] != self.beta:
                 raise ValueError(
@@ -512,40 +407,39 @@ class PreferenceConfig(TrainingArguments):
         return hyper
 
     def build_loss(self, head: Head | None = None) -> PreferenceLoss:
-        """The loss module of `objective`; an unknown objective or argument raises ValueError."""
+        """Return the loss module of `objective`; an unknown one, or argument, raises ValueError."""
         if self.objective is None:
             raise ValueError("objective is None: name one, such as 'dpo'")
         return PreferenceLoss(self.objective, head, **self.hyper)
 
     @property
     def update_rule(self) -> UpdateRule | None:
-        """How the reference follows the policy, or None where it stays."""
+        """Return how the reference follows the policy, or None where it stays."""
         values = _mapping("reference_update", self.reference_update)
         return UpdateRule.of(values) if values else None
 
     def storable(self, loss: PreferenceLoss) -> bool:
-        """Whether log-probs of the data, taken once, are all that a run needs of its reference."""
+        """Return whether log-probs, taken once, are all that a run needs of its reference."""
         whole = loss.needs_kl or loss.needs_second_reference or self.token_masks != "none"
         return loss.needs_reference and not whole and self.update_rule is None
 
     @property
     def store_dir(self) -> str:
-        """Where the reference store lies."""
+        """Return where the reference store lies."""
         return self.reference_store or f"{self.output_dir}/reference"
 
     def data_options(self) -> DataOptions:
-        """The fields that say how rows become groups."""
-        shared = {f.name for f in fields(DataOptions)} & {f.name for f in fields(self)}
-        options = {name: getattr(self, name) for name in shared}
-        for name in ("chat_template_kwargs", "token_weights", "columns"):
-            options[name] = _mapping(name, getattr(self, name))
-        synthesis = _mapping("position_synthesis", self.position_synthesis)
-        options["position_synthesis"] = PositionSynthesis.of(synthesis) if synthesis else None
-        options["seed"] = self.seed
-        return DataOptions(**options)
+        """Return the fields that say how rows become groups."""
+        options: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(DataSettings)}
+        for name in ("chat_template_kwargs", "token_weights", "columns", "position_synthesis"):
+            options[name] = _mapping(name, options[name])
+        synthesis = options.pop("position_synthesis")
+        if synthesis:
+            options["position_synthesis"] = PositionSynthesis.of(synthesis)
+        return DataOptions(**options, seed=self.seed)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Every field, JSON and YAML safe; secrets are left out."""
+    def to_dict(self) -> dict[str, object]:
+        """Return every field, JSON and YAML safe; secrets are left out."""
         return redact({**super().to_dict(), "hub_token": None})
 
     def __repr__(self) -> str:
@@ -553,19 +447,19 @@ class PreferenceConfig(TrainingArguments):
 
     __str__ = __repr__
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return redact({**vars(self), "hub_token": None}) if _published.get() else vars(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> PreferenceConfig:
-        """The configuration with these fields; an unknown one raises ValueError."""
+    def from_dict(cls, values: Mapping[str, Any]) -> PreferenceConfig:
+        """Return the configuration with these fields; an unknown one raises ValueError."""
         for name, value in values.items():
             refuse_redacted(name, value, "from_dict")
         return cls(**values)
 
 
 def unknown_argument(name: str, value: Any) -> str:
-    """What to tell somebody whose keyword `PreferenceTrainer` does not take."""
+    """Return an answer to a keyword that `PreferenceTrainer` does not take."""
     if name in TRAINER:
         said = TRAINER[name]
     elif name in {f.name for f in fields(PreferenceConfig)}:
@@ -578,7 +472,7 @@ def unknown_argument(name: str, value: Any) -> str:
 
 
 def unknown_setting(objective: Any, name: str, value: Any) -> str:
-    """What to tell somebody whose keyword is no field of `PreferenceConfig`."""
+    """Return an answer to a keyword that is no field of `PreferenceConfig`."""
     from fastpo.train.sections import OUTSIDE
 
     named = objective if isinstance(objective, Mapping) else [objective or "dpo"]

@@ -1,6 +1,6 @@
-"""What other tools call our keys; only named in error messages.
+"""Names that other tools have for our keys; only error messages say them.
 
-The keys of losses are in `fastpo.objectives.elsewhere`. `{value}` stands for what was given.
+The keys of losses are in `fastpo.objectives.elsewhere`. `{value}` stands for the key's value.
 """
 
 from __future__ import annotations
@@ -697,11 +697,11 @@ TRAINER: dict[str, str] = {
 
 
 def answer(key: str, value: Any, chosen: Sequence[str], hyper: Iterable[str]) -> str | None:
-    """A sentence for another tool's key, or None for an unknown one.
+    """Return a sentence for another tool's key, or None for an unknown one.
 
     Args:
         key: its name there.
-        value: what was given for it.
+        value: its value there.
         chosen: the chosen objectives.
         hyper: their hyper-parameters.
     """
@@ -724,11 +724,11 @@ def answer(key: str, value: Any, chosen: Sequence[str], hyper: Iterable[str]) ->
 
 
 def _template(key: str, value: Any) -> str | None:
-    """The sentence for a key, with a place for its value."""
+    """Return the sentence for a key, with a place for its value."""
     if key in BY_VALUE:
         table = BY_VALUE[key]
-        found = next((said for each, said in table.items() if each == value), table.get(""))
-        return found or f"Here it is one of {', '.join(map(str, table))}."
+        sentence = next((said for each, said in table.items() if each == value), table.get(""))
+        return sentence or f"Here it is one of {', '.join(map(str, table))}."
     if key in NAMES:
         return f"Here it is {NAMES[key]}."
     if key in NOTES:
@@ -741,7 +741,7 @@ def _takes_value(said: str) -> bool:
 
 
 def _first(value: Any) -> str:
-    """The name of the first data set of a mixer or a list."""
+    """Return the name of the first data set of a mixer or a list."""
     if isinstance(value, Mapping) and value:
         named = next((value[k] for k in ("path", "id", "datasets") if k in value), None)
         return _first(named if named is not None else str(next(iter(value))))
@@ -751,11 +751,11 @@ def _first(value: Any) -> str:
 
 
 def unknown(key: str, value: Any, keys: Iterable[str], objectives: Mapping[str, Objective]) -> str:
-    """What to tell somebody whose key there is not: what it is called here, or the nearest.
+    """Return an answer to an unknown key: its name here, or the nearest.
 
     Args:
         key: the unknown key.
-        value: what was given for it.
+        value: its value.
         keys: the keys that there are.
         objectives: the chosen ones; their hyper-parameters are keys too.
     """
@@ -764,19 +764,23 @@ def unknown(key: str, value: Any, keys: Iterable[str], objectives: Mapping[str, 
     said = answer(key, value, list(objectives) or ["dpo"], hyper)
     owners = [name for name, o in OBJECTIVES.items() if key in o.hyper]
     if said is None and owners:
-        some = ", ".join(owners[:4]) + (", ..." if len(owners) > 4 else "")
-        said = f"It is a hyper-parameter of {some}; {chosen} has {', '.join(hyper) or 'none'}."
+        listed = ", ".join(owners[:4]) + (", ..." if len(owners) > 4 else "")
+        said = f"It is a hyper-parameter of {listed}; {chosen} has {', '.join(hyper) or 'none'}."
     # Near misses are typing errors; `train_batch_size` is none of `auto_find_batch_size`.
     hint = nearest(key, [*keys, *hyper], cutoff=0.75).strip()
     return f"unknown key {key!r}. {said or hint or '`fastpo train --keys` lists them.'}"
 
 
 def refuse_keywords(
-    cls: type, keywords: Mapping[str, Any], told: Callable[[str, Any], str]
+    cls: type, keywords: Mapping[str, object], explain: Callable[[str, object], str]
 ) -> None:
-    """ValueError with a line for every keyword that the constructor of `cls` does not take."""
+    """Refuse keywords that the constructor of `cls` does not take.
+
+    Raises:
+        ValueError: a line for every such keyword, made by `explain` of its name and value.
+    """
     parameters = inspect.signature(cls.__init__).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        wrong = [told(name, value) for name, value in keywords.items() if name not in parameters]
+        wrong = [explain(name, value) for name, value in keywords.items() if name not in parameters]
         if wrong:
             raise ValueError("\n".join(wrong))

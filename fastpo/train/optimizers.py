@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
-from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.utils import strtobool
 
+from fastpo.errors import did_you_mean
 from fastpo.objectives.domain import (
     Count,
     Misfit,
@@ -158,10 +158,8 @@ def _instead(name: str, optim: str, known: Mapping[str, Any]) -> str:
         key = {"beta1": "adam_beta1", "beta2": "adam_beta2", "eps": "adam_epsilon"}.get(name, name)
     if key in {field.name for field in fields(TrainingArguments)}:
         return f"{key} is a key of its own"
-    near = get_close_matches(name, known, n=1)
-    if near:
-        return f"did you mean {near[0]!r}?"
-    return f"it has {', '.join(known)}" if known else "it has none, so leave optim_args out"
+    otherwise = f"it has {', '.join(known)}" if known else "it has none, so leave optim_args out"
+    return did_you_mean(name, known, otherwise)
 
 
 def _read(value: str, expected: Any) -> Any:

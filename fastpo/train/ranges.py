@@ -1,4 +1,4 @@
-"""What numbers the settings of `transformers.TrainingArguments` may be; it has types alone."""
+"""What numbers settings may be whose own classes have types alone."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from fastpo.objectives.domain import (
 Seed = Annotated[int, Domain(0, 2**32 - 1)]
 
 
-class Training:
-    """Fields of `TrainingArguments` whose numbers have a domain."""
+class Ranges:
+    """Fields of `TrainingArguments` and `DataSettings` whose numbers have a domain."""
 
+    max_length: Count | None
+    max_prompt_length: Count | None
+    max_response_length: Count | None
     per_device_train_batch_size: Count
     per_device_eval_batch_size: Count
     gradient_accumulation_steps: Count
@@ -49,5 +52,5 @@ class Training:
     ddp_timeout: Count
 
 
-TRAINING = get_type_hints(Training, include_extras=True)
+RANGES = get_type_hints(Ranges, include_extras=True)
 """Those fields and their types."""

@@ -6,9 +6,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fastpo.fields import documented
 from fastpo.objectives.domain import Count, ProperShare
 
 
+@documented
 @dataclass
 class ModelSection:
     """Which model is trained, in which form.
@@ -41,7 +43,7 @@ class ModelSection:
     gguf_file: str | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     trust_remote_code: bool = False
-    quantization: str | dict[str, Any] | None = None
+    quantization: str | dict[str, object] | None = None
     random_init: bool = False
     attn_implementation: str | None = None
     lora: bool | dict[str, Any] | None = None
@@ -52,6 +54,7 @@ class ModelSection:
     ref_model2: str | dict[str, float] | None = None
 
 
+@documented
 @dataclass
 class DataSection:
     """Where the rows come from. How they become tokens is `PreferenceConfig`'s part.
@@ -84,10 +87,11 @@ class DataSection:
 
     @property
     def evaluates(self) -> bool:
-        """Whether any rows are kept for evaluation."""
+        """Return whether any rows are kept for evaluation."""
         return bool(self.eval_dataset or self.eval_split or self.eval_fraction)
 
 
+@documented
 @dataclass
 class ReportSection:
     """What is written beside the checkpoints.

@@ -62,9 +62,9 @@ def test_flags_and_refusals(folder: Path) -> None:
     path = folder / "experiments" / "r.yaml"
     path.write_text("model: m\ndataset: d.jsonl\nobjective: my_module:my_loss\nbeta: 0.3\n")
     recipe = load_recipe(path, ["--objective.sft", "0.1"])
-    assert recipe.given["objective"] == {"experiments/my_module.py:my_loss": 1.0, "sft": 0.1}
+    assert recipe.settings["objective"] == {"experiments/my_module.py:my_loss": 1.0, "sft": 0.1}
     recipe = load_recipe(None, ["--model", "m", "--dataset", "d.jsonl", "--objective", "simpo"])
-    assert recipe.given["objective"] == "simpo"
+    assert recipe.settings["objective"] == "simpo"
     for text, said in (
         ("objective: my_modul:my_loss", r"r.yaml:3: .*no my_modul, .*did you mean 'my_module'"),
         ("objective: my_module:my_los", r"r.yaml:3: .*has no 'my_los': did you mean 'my_loss'"),

@@ -39,7 +39,7 @@ def test_a_run_goes_on_with_other_ranks_where_its_steps_stay(
     if statistics == "exact":
         common += ["--batch_statistics", "exact"]
     flags = [word for key, value in given.items() for word in (f"--{key}", str(value))]
-    earlier = load_recipe(recipe, common).given
+    earlier = load_recipe(recipe, common).settings
     before = Run(recipe.parent, recipe={**earlier, "hub_token": "<redacted>"})
     before.facts["batch"] = {"groups": 3, "accumulated": 2, "ranks": 2}
     now = load_recipe(recipe, [*common[:2], *(flags or common[2:4]), *common[4:]])
@@ -53,7 +53,7 @@ def test_a_run_goes_on_with_other_ranks_where_its_steps_stay(
 def test_a_finished_run_is_longer_done_or_refused(recipe: Path, tmp_path: Path) -> None:
     """Done at the same length; longer it needs a checkpoint."""
     now, longer = load_recipe(recipe), load_recipe(recipe, ["--max_steps", "3"])
-    before = Run(tmp_path, recipe=now.given, facts={"status": "finished"})
+    before = Run(tmp_path, recipe=now.settings, facts={"status": "finished"})
     assert judge_start(now, now.config(), before, fresh=False) == (None, False, True)
     with pytest.raises(ValueError, match="is finished and has no checkpoint to go on from"):
         judge_start(longer, longer.config(), before, fresh=False)

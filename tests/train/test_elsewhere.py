@@ -19,7 +19,8 @@ from transformers import TrainingArguments
 from fastpo.data.rows import load_rows
 from fastpo.objectives import OBJECTIVES
 from fastpo.objectives.elsewhere import ADDED, HYPERS, LOSS_NAMES
-from fastpo.recipe.recipe import RecipeError, fields_of_recipe, load_recipe
+from fastpo.recipe.keys import fields_of_recipe
+from fastpo.recipe.recipe import RecipeError, load_recipe
 from fastpo.train.config import PreferenceConfig
 from fastpo.train.elsewhere import BY_VALUE, NAMES, NOTES, TRAINER, answer
 from fastpo.train.trainer import PreferenceTrainer

@@ -30,11 +30,11 @@ def refused(folder: Path, text: str = "", *flags: str) -> str:
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
     text = "learning_rate: 1e-5\nbeta: 0.2\nlora: {r: 8, lora_alpha: 4}\n"
     recipe = load(tmp_path, text, "--learning-rate", "2e-5", "--beta=0.3", "--lora.r", "16")
-    assert recipe.given["learning_rate"] == 2e-5
+    assert recipe.settings["learning_rate"] == 2e-5
     assert recipe.hyper["dpo"]["beta"] == 0.3
     assert recipe.hyper["dpo"]["label_smoothing"] == 0.0
     assert recipe.model.lora == {"r": 16, "lora_alpha": 4}
-    assert load(tmp_path, text).given["learning_rate"] == 1e-5
+    assert load(tmp_path, text).settings["learning_rate"] == 1e-5
 
 
 def test_a_hyper_parameter_may_move(tmp_path: Path) -> None:
@@ -73,11 +73,11 @@ def test_a_general_flag_wins_over_a_particular_key_of_the_file(tmp_path: Path) -
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )  # fmt: skip
 def test_scalars(tmp_path: Path, words: list[str], key: str, value: object) -> None:
-    assert load(tmp_path, "", *words).given[key] == value
+    assert load(tmp_path, "", *words).settings[key] == value
 
 
 def test_numbers_and_words_in_a_file_follow_yaml_1_2(tmp_path: Path) -> None:
-    given = load(tmp_path, "learning_rate: 1e-6\neval_strategy: no\nlora: true\n").given
+    given = load(tmp_path, "learning_rate: 1e-6\neval_strategy: no\nlora: true\n").settings
     assert given["learning_rate"] == 1e-6
     assert given["eval_strategy"] == "no"
     assert given["lora"] is True
@@ -185,7 +185,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 def test_a_byte_order_mark_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(f"{BASE}seed: 3\n", encoding="utf-8-sig")
-    assert load_recipe(path).given["seed"] == 3
+    assert load_recipe(path).settings["seed"] == 3
 
 
 def test_required_keys_and_files(tmp_path: Path) -> None:
@@ -200,9 +200,9 @@ def test_required_keys_and_files(tmp_path: Path) -> None:
 
 def test_mixtures(tmp_path: Path) -> None:
     recipe = load(tmp_path, "objective: dpo\nbeta: 0.2\n", "--objective.sft", "0.1")
-    assert recipe.given["objective"] == {"dpo": 1.0, "sft": 0.1}
+    assert recipe.settings["objective"] == {"dpo": 1.0, "sft": 0.1}
     assert recipe.hyper["dpo"]["beta"] == 0.2
-    assert recipe.given["objective_args"]["dpo.beta"] == 0.2
+    assert recipe.settings["objective_args"]["dpo.beta"] == 0.2
     assert recipe.config().build_loss().components[1].weight == 0.1
 
 
@@ -228,10 +228,10 @@ def test_the_workspace_is_a_number_or_auto(tmp_path: Path) -> None:
 
 def test_what_follows_from_other_keys(tmp_path: Path) -> None:
     plain, held = load(tmp_path), load(tmp_path, "eval_fraction: 0.1\n")
-    assert plain.given["output_dir"] == "runs/r"
-    assert "eval_strategy" not in plain.given
-    assert held.given["eval_strategy"] == "steps"
-    assert held.given["eval_steps"] == 0.2
+    assert plain.settings["output_dir"] == "runs/r"
+    assert "eval_strategy" not in plain.settings
+    assert held.settings["eval_strategy"] == "steps"
+    assert held.settings["eval_steps"] == 0.2
 
 
 def test_only_keys_of_a_recipe_are_suggested(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_the_best_evaluation_has_a_checkpoint(
     ).config()
     assert config.load_best_model_at_end
     assert (config.eval_steps, config.save_steps) == (eval_steps, save_steps)
-    by_epoch = load(tmp_path, f"eval_fraction: 0.1\n{text}eval_strategy: epoch\n").given
+    by_epoch = load(tmp_path, f"eval_fraction: 0.1\n{text}eval_strategy: epoch\n").settings
     assert by_epoch["save_strategy"] == "epoch"
 
 
@@ -267,9 +267,9 @@ def test_a_saved_recipe_is_the_same_recipe(tmp_path: Path) -> None:
     recipe = load(tmp_path, text, "--beta", "0.05", "--report_to", "none")
     path = recipe.save(tmp_path / "out")
     again = load_recipe(path)
-    assert again.given == recipe.given
+    assert again.settings == recipe.settings
     assert again.hyper == recipe.hyper
     assert (again.model.revision, again.data.split) == ("1e10", "0o17")
-    assert (again.given["run_name"], again.given["seed"]) == ("1:30", 10)
-    assert repr(again.given["lora"]["r"]) == "4"
+    assert (again.settings["run_name"], again.settings["seed"]) == ("1:30", 10)
+    assert repr(again.settings["lora"]["r"]) == "4"
     assert yaml.safe_load(path.read_text())["objective_args"]["dpo.beta"] == 0.05
