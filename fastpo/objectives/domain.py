@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import types
 import typing
-from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union
+from typing import Annotated, Any, Literal, Union
 
 from torch import Tensor
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class Misfit(ValueError):
@@ -99,21 +94,6 @@ Probabilities = Annotated[Tensor, Domain(0, 1)]
 NonNegatives = Annotated[Tensor, Domain(0)]
 Exponents = Annotated[Tensor, Domain(high=100)]
 Gains = Annotated[Tensor, Domain(0, 100)]
-
-
-def in_domain(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, which refuses keyword arguments outside the domains of its annotations."""
-    hints = typing.get_type_hints(function, include_extras=True)
-    domains = {name: found for name, hint in hints.items() if (found := domain_of(hint))}
-
-    @functools.wraps(function)
-    def checked(*args: P.args, **keywords: P.kwargs) -> R:
-        for name, domain in domains.items():
-            if name in keywords:
-                domain.check(name, keywords[name])  # pyright: ignore[reportArgumentType]
-        return function(*args, **keywords)
-
-    return checked
 
 
 def options(expected: Any) -> tuple[Any, ...]:

@@ -43,7 +43,7 @@ from torch import Tensor
 from . import OBJECTIVES
 from .arguments import WITHOUT_LENGTH, Argument, Reader, arguments_of
 from .base import Objective, Outcome
-from .domain import domain_of, in_words
+from .domain import Misfit, domain_of, in_words
 from .vocabulary import scores_with
 
 
@@ -100,8 +100,10 @@ def functional_form(objective: Objective) -> Callable[..., Loss]:
             except TypeError as error:
                 raise TypeError(f"{label}() {error}") from None
         for name in keywords.keys() & domains.keys():
-            if domain := domains[name]:
+            if domain := domains[name]:  # tensors too
                 domain.check(name, keywords[name])
+            else:
+                _check_option(objective, name, keywords[name])
         try:
             return _evaluate(objective, Reader(objective, table, call), call)
         except ValueError as error:
@@ -112,6 +114,13 @@ def functional_form(objective: Objective) -> Callable[..., Loss]:
     loss.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
     loss.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
     return loss
+
+
+def _check_option(objective: Objective, name: str, value: Any) -> None:
+    try:
+        objective.fitted(name, value)
+    except Misfit as misfit:
+        raise ValueError(f"{name}={value!r} {misfit}") from None
 
 
 def _evaluate(objective: Objective, reader: Reader, call: Mapping[str, Any]) -> Loss:

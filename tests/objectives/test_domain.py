@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from dataclasses import replace
 from typing import Any
@@ -186,11 +185,3 @@ def test_names_of_elsewhere_lead_to_names_here() -> None:
         assert name not in OBJECTIVES, f"{name} is one of ours"
         word = here.lstrip("{").split()[0].rstrip(",:;")
         assert word in OBJECTIVES or here.startswith("nothing: "), (name, here)
-
-
-def test_functional_defaults_are_those_of_the_objectives() -> None:
-    for name in ("dpo", "robust", "ipo", "simpo", "tdpo2", "kto", "plackett_luce"):
-        function = getattr(fastpo.objectives.functional, f"{name}_loss")
-        for parameter in inspect.signature(function).parameters.values():
-            if parameter.name in OBJECTIVES[name].hyper:
-                assert parameter.default == OBJECTIVES[name].hyper[parameter.name]

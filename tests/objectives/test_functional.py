@@ -202,6 +202,8 @@ REFUSED = {
     "no tensor": (lambda: functional.simpo_loss(1.0, ONE), "chosen_mean is a float"),
     "no bool": (lambda: functional.bco_loss(ONE, ONE, ONE, ONE[0]), "label has dtype torch.float"),
     "one length": (lambda: functional.ipo_loss(*[ONE] * 4, chosen_length=ONE), "go together"),
+    "no bool option": (lambda: functional.sppo_loss(*[ONE] * 4, half="no"), "half='no' must be t"),
+    "no choice": (lambda: functional.gpo_loss(*[ONE] * 4, link="x"), "link='x' must be one of log"),
     "an option": (lambda: functional.dpo_loss(*[ONE] * 4, beta=-1), r"beta=-1 must be above 0"),
 }
 

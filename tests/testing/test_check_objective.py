@@ -9,7 +9,7 @@ from torch import Tensor
 from fastpo import OBJECTIVES, Objective, Outcome, Statistic, Term
 from fastpo.objectives.links import live, logistic
 from fastpo.objectives.pairwise import dpo, margin_of, pair_outcome
-from fastpo.objectives.vocabulary import SCORES, scores_with
+from fastpo.objectives.vocabulary import scores_with
 from fastpo.testing import check_objective
 from fastpo.testing.scores import make_scores
 
@@ -118,4 +118,3 @@ def test_every_score_can_be_made() -> None:
         shape = scores_with(roles)[name].shape
         value = make_scores(objective, [2, 2])[name]
         assert value.dim() == {"[G, K]": 2, "[G]": 1, "[G, K, T]": 3}[shape], name
-    assert SCORES
