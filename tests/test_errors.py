@@ -9,7 +9,7 @@ from fastpo.errors import did_you_mean, nearest, similar
 NAMES = ["grokadamw", "adamw_torch", "chosen_spans", "chosen", "max_length", "sgd"]
 
 
-# A misspelling, names cut short (of two the nearer), another case and hyphens, no name, nothing similar.
+# A misspelling, names cut short (of two the nearer), case and hyphens, no name, nothing similar.
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
