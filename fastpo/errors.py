@@ -17,7 +17,8 @@ def similar(name: object, names: Iterable[str], count: int = 1, cutoff: float = 
     # `adamw` is adamw_torch cut short and no misspelt grokadamw.
     longer = [n for n in by_plain if len(plain) > 2 and n.startswith(plain)]
     close = difflib.get_close_matches(plain, by_plain, n=count, cutoff=cutoff)
-    return [by_plain[n] for n in dict.fromkeys([*longer, *close])][:count]
+    ranked = [*close, *longer] if set(close[:1]) & set(longer) else [*longer, *close]
+    return [by_plain[n] for n in dict.fromkeys(ranked)][:count]
 
 
 def _plain(name: object) -> str:

@@ -6,15 +6,16 @@ import pytest
 
 from fastpo.errors import did_you_mean, nearest, similar
 
-NAMES = ["grokadamw", "adamw_torch", "max_length", "sgd"]
+NAMES = ["grokadamw", "adamw_torch", "chosen_spans", "chosen", "max_length", "sgd"]
 
 
-# A misspelling, a name cut short, another case and hyphens, no name, nothing similar.
+# A misspelling, names cut short (of two the nearer), case and hyphens, no name, nothing similar.
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
         ("max_lenght", ["max_length"]),
         ("adamw", ["adamw_torch"]),
+        ("chose", ["chosen"]),
         ("MAX-LENGTH", ["max_length"]),
         (3, []),
         ("zzz", []),
