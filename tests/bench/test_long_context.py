@@ -10,7 +10,7 @@ import torch
 from bench.harness import RESULTS
 from bench.long_context import LiveBytes, cases, main, markdown, planned
 from fastpo.optional import OLDEST_TRANSFORMERS
-from tests.test_plan import case
+from tests.planner.test_memory import case
 
 
 def test_live_bytes_counts_storages_once() -> None:

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from fastpo.reference.live import adapter_parameters, num_targets
 from fastpo.reference.store import META, ReferenceStore, fingerprint
+from tests.run.test_checkpoint import run_child
 from tests.train import tiny
-from tests.train.test_checkpoint import run_child
 from tests.train.test_preflight import failing
 
 KEY = {

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastpo.loss import preference_loss
 from fastpo.loss.preference_loss import PreferenceLoss
 from fastpo.objectives import OBJECTIVES
+from fastpo.objectives.base import Objective
 from fastpo.train.trainer import PreferenceTrainer
 from tests.numerics import assert_three_way
 from tests.train import tiny
@@ -70,14 +71,31 @@ def assert_same_trajectory(
     assert not torch.equal(ours[1], before), "nothing was trained"
 
 
+def steps_of(name: str) -> int:
+    """Return 20 for the first objective that asks the head for its statistics, 3 for the others."""
+
+    def asks(objective: Objective) -> tuple[object, ...]:
+        scores = objective.scores.values()
+        statistics = sorted({score.statistic or "" for score in scores})
+        tokens = any(score.shape == "[G, K, T]" for score in scores)
+        return objective.family, objective.extras, objective.needs_reference, tokens, statistics
+
+    first = next(n for n, o in OBJECTIVES.items() if asks(o) == asks(OBJECTIVES[name]))
+    return 20 if name == first else 3
+
+
+# Every objective, because each has its own way through packing, references and extras. The two
+# runs share its function: the head's statistics differ. So one objective of each set of statistics
+# drifts apart for 20 steps (25 of 89); for the others 3 steps show that they are wired.
 @pytest.mark.parametrize("objective", sorted(OBJECTIVES))
-def test_twenty_steps(objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_steps(objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needs = PreferenceLoss(objective).needs
     if not needs.isdisjoint(("old_logps", "token_old_logps", "error", "ref_error")):
         with pytest.raises(ValueError, match="from your own loop"):
             tiny.config(tmp_path, objective=objective)
         return
-    assert_same_trajectory(tmp_path, objective, 20, monkeypatch, **SETTINGS.get(objective, {}))
+    settings = SETTINGS.get(objective, {})
+    assert_same_trajectory(tmp_path, objective, steps_of(objective), monkeypatch, **settings)
 
 
 def test_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
