@@ -1,5 +1,6 @@
 # make demo      train a real model on real preferences; table and report in under ten minutes
 # make test      the test suite
+# make test-fast   head, objectives and data, without what is marked slow; under a minute
 # make test-oldest  the same with the oldest releases that setup.py allows, in .venv-oldest
 # make lint      ruff, basedpyright, import-linter
 # make listwise  K-way lists on long prompts, one prompt copy each
@@ -21,7 +22,7 @@ TORCH := 2.13.0
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq  # errors only
 
-.PHONY: demo test test-oldest lint listwise families long bench gpu clean
+.PHONY: demo test test-fast test-oldest lint listwise families long bench gpu clean
 .DEFAULT_GOAL := demo
 
 demo: $(MADE)/train $(MADE)/smollm2
@@ -29,6 +30,10 @@ demo: $(MADE)/train $(MADE)/smollm2
 
 test: $(MADE)/dev $(MADE)/bench $(MADE)/smollm2
 	@$(BIN)/python -m pytest -q -n auto
+
+test-fast: $(MADE)/dev $(MADE)/bench
+	@$(BIN)/python -m pytest -q -n auto -m "not gpu and not slow" \
+	  tests/head tests/objectives tests/testing tests/data
 
 # pip reads PIP_CONSTRAINT, and so whatever is installed there has the version that is written here.
 test-oldest:

@@ -42,7 +42,7 @@ def test_own_objective_of_the_docs_runs(capsys, monkeypatch, tmp_path):
     recipe = load_recipe("r.yaml")
     assert recipe.settings["objective"] == "my_module:my_loss"
     assert recipe.hyper == {"my_loss": {"beta": 0.3}}
-    monkeypatch.delitem(sys.modules, "my_module")
+    del sys.modules["my_module"]
 
 
 def between(text: str, name: str) -> str:

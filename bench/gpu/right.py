@@ -68,7 +68,8 @@ FULL = Sizes(
 )
 # The interpreter takes milliseconds an instruction.
 _SMALL = {**_MODEL, "hidden_size": 64}
-TOY = Sizes((5, 1), (32, 31), (64, 65), ("float32",), 2, 3, _SMALL, (64, 65), 5e-5)
+# Nothing is compiled on a CPU, so only what a launch masks differs: odd sizes stand for all.
+TOY = Sizes((5,), (31,), (64, 65), ("float32",), 2, 3, _SMALL, (64, 65), 5e-5)
 
 Verdict = tuple[str, dict[str, Any]]
 Checks = Callable[[torch.device, Sizes], Iterator[Verdict]]

@@ -22,9 +22,11 @@ from fastpo.cli.models import open_model
 from fastpo.model.self_check import SelfCheckError
 from fastpo.objectives import OBJECTIVES
 from fastpo.run.folder import RunFolder
+from tests.cli.child import killed_at
 from tests.model.tiny import FAMILIES
 from tests.model.tiny import tiny as tiny_model
 from tests.numerics import assert_three_way, error
+from tests.train.child import start
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
@@ -171,37 +173,16 @@ def test_an_interrupt_saves_and_says_how_to_go_on(recipe: Path) -> None:
     assert "This run is interrupted" in (folder / "report.html").read_text()
 
 
-KILLED = """
-import os, signal, sys
-from fastpo.cli import main
-from fastpo.train.stop import StopCleanly
-
-step = int(sys.argv.pop(1))
-
-def kill(self, args, state, control, **kwargs):
-    if state.global_step == step:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-StopCleanly.on_step_end = kill
-sys.exit(main())
-"""
-
-
 def test_a_killed_run_ends_with_the_same_weights(
     capsys: pytest.CaptureFixture[str], recipe: Path
 ) -> None:
     """SIGKILL before the first checkpoint and after one: the fresh adapter is drawn again."""
-    pytest.importorskip("datasets")  # of a process of its own
     words = ["train", str(recipe), "--max_steps", "4", "--save_steps", "2", "--output_dir"]
     whole, killed = recipe.parent / "whole", recipe.parent / "killed"
     for step, checkpoints in ((1, []), (3, ["checkpoint-2"])):
-        done = subprocess.run(
-            [sys.executable, "-c", KILLED, str(step), *words, str(killed)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        )
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        process = start(killed_at, step, [*words, str(killed)], torch.get_num_threads())
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert [p.name for p in killed.glob("checkpoint-*")] == checkpoints
     assert "checkpoint-2" in run(capsys, *words, killed)[1]
     torch.manual_seed(123)  # what the process drew before is of no account

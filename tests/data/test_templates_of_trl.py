@@ -25,7 +25,10 @@ from fastpo.data.options import DataOptions
 FOUND = find_spec("trl")
 FOLDER = Path(FOUND.origin).parent / "chat_templates" if FOUND and FOUND.origin else Path("absent")
 PATHS = {path.stem: path for path in sorted(FOLDER.glob("*.jinja"))}
-pytestmark = pytest.mark.skipif(not PATHS, reason="no chat templates of TRL")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PATHS, reason="no chat templates of TRL"),
+]
 
 SPECIAL = re.compile(
     r"<\|\w+\|?>|<\w+\|>|<\uff5c[\w▁]+\uff5c>|<(?:start|end)_of_\w+>|</?s>|\[gMASK\]|<sop>|\[/?INST\]"

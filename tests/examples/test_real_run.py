@@ -20,8 +20,8 @@ def test_two_steps_of_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(ROOT)  # the recipe's paths start there
     model = smollm2.convert()
     assert AutoConfig.from_pretrained(model).model_type == "llama"
-    words = "--max_steps 2 --max_rows 4 --save_strategy no --num_samples 0 --eval_strategy no"
-    words += " --per_device_train_batch_size 4 --warmup_steps 0"  # the same four pairs twice
+    words = "--max_steps 2 --max_rows 2 --save_strategy no --num_samples 0 --eval_strategy no"
+    words += " --per_device_train_batch_size 2 --warmup_steps 0"  # the same two pairs twice
     recipe = str(ROOT / "examples" / "json_person.yaml")
     status = main(["train", recipe, *words.split(), "--output_dir", str(tmp_path)])
     assert status == 0

@@ -74,6 +74,7 @@ def _remember(operator, calls, *args):
     return operator(*args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ignored", [False, True])
 @kinds
 def test_compiles_to_one_graph(leaves, workspace, ignored):
@@ -114,7 +115,9 @@ def test_compiled_double_backward_is_refused():
     hidden = x["hidden"].requires_grad_()
     compiled = torch.compile(linear_logps, fullgraph=True, backend="aot_eager")
     loss = compiled(hidden, x["weight"], x["labels"]).square().sum()
-    with pytest.raises(RuntimeError, match="create_graph=False"):
+    with pytest.raises(
+        RuntimeError, match="create_graph=False|not currently support double backward"
+    ):
         torch.autograd.grad(loss, hidden, create_graph=True)[0].sum().backward()
 
 

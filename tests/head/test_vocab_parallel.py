@@ -17,7 +17,8 @@ from fastpo.head.torch_backend import TorchBackend
 from fastpo.head.types import DIFFERENTIABLE
 from tests.head.test_functional import LARGE, SMALL, D, N, V, inputs, plain
 from tests.numerics import assert_three_way
-from tests.train import child
+
+pytestmark = pytest.mark.slow  # processes of their own
 
 ALL = (*DIFFERENTIABLE, "log_p2", "top1", "ref_logps")
 # name -> (statistics, leaves, workspace, facts)
@@ -175,6 +176,8 @@ def preference_loss(rank: int, ranks: int, cut: bool = True, dtype=torch.float32
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request, tmp_path_factory) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("ranks")
+    from tests.train import child  # imports the trainer
+
     port = child.free_port()
     processes = [
         child.start(one_rank, rank, request.param, port, str(folder))

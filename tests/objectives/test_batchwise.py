@@ -207,6 +207,7 @@ def test_beta_dpo_draws_do_not_depend_on_order_or_ranks() -> None:
     assert not torch.equal(other, whole)
 
 
+@pytest.mark.slow
 def test_beta_dpo_draws_by_gaussian_weight() -> None:
     """One pair of three is kept, 3000 times: frequencies within 5 standard deviations."""
     ratio = torch.tensor([[0.0, 0.0], [2.0, 0.0], [4.0, 0.0]]).double()

@@ -143,8 +143,12 @@ def test_forward_kl_beyond_float32() -> None:
     assert grad.tolist() == [[0.0, 0.0], [-torch.inf, torch.inf], [-torch.inf, torch.tensor(0.1)]]
 
 
-@MARGINS
-@pytest.mark.parametrize("f_divergence", ["forward_kl", "alpha", "js"])
+# One function makes the ratios of all: every divergence once, and every objective's call of it.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "f_divergence"),
+    [("dpo", "forward_kl"), ("dpo", "alpha"), *((name, "js") for name in [*PLAIN, *MEANS])],
+)
 def test_divergences_compile(name: str, f_divergence: str) -> None:
     objective = OBJECTIVES[name]
     case = Case(objective, {**objective.hyper, "f_divergence": f_divergence})
