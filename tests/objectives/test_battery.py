@@ -108,7 +108,14 @@ def test_extreme_scores(case: Case) -> None:
 
 
 # All seven in one test: 293 cases times seven are two thousand, and pytest takes 10 ms for each.
-@CASES
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=repr(case), marks=() if i == 0 else pytest.mark.slow)
+        for objective in OBJECTIVES.values()
+        for i, case in enumerate(cases_of(objective))
+    ],
+)
 def test_properties(case: Case) -> None:
     for check in PROPERTIES:
         check(case)
