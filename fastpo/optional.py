@@ -42,10 +42,10 @@ def require_transformers(what: str) -> None:
     """
     from packaging.version import Version
 
-    found = importlib.metadata.version("transformers")
-    if Version(found) < Version(OLDEST_TRANSFORMERS):
+    installed = importlib.metadata.version("transformers")
+    if Version(installed) < Version(OLDEST_TRANSFORMERS):
         wanted = f"transformers>={OLDEST_TRANSFORMERS}"
         raise PackageError(
-            f'{what} needs {wanted}, {found} is installed: pip install "{wanted}"',
+            f'{what} needs {wanted}, {installed} is installed: pip install "{wanted}"',
             name="transformers",
         )

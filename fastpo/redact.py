@@ -51,7 +51,7 @@ _known: set[str] = set()
 
 
 def is_secret(key: str) -> bool:
-    """Whether the value of this key is a secret; dotted keys are judged by every part."""
+    """Return whether the value of this key is a secret; dotted keys are judged by every part."""
     return any(_is_secret(part) for part in re.split(r"[./]", key))
 
 
@@ -87,10 +87,10 @@ def learn(values: Any) -> None:
             else:
                 learn(value)
     elif isinstance(values, str):
-        for found in _USER.finditer(values):  # a path made of the address has another form
-            name, colon, password = found[1].partition(":")
+        for match in _USER.finditer(values):  # a path made of the address has another form
+            name, colon, password = match[1].partition(":")
             if colon or any(c.isdigit() for c in name):
-                _learn([found[1], password])
+                _learn([match[1], password])
     elif isinstance(values, Sequence) and not isinstance(values, bytes):
         for shown, hidden in _parted(values):
             if hidden is None:
@@ -100,7 +100,7 @@ def learn(values: Any) -> None:
 
 
 def _parted(words: Sequence[Any]) -> Iterator[tuple[Any, str | None]]:
-    """Of each word what may be shown, and what may not: the value of a flag that is secret."""
+    """Part each word into what may be shown and what may not, the value of a secret flag."""
     secret = False
     for word in words:
         if isinstance(word, str) and word.startswith("--" if secret else "-"):
@@ -116,31 +116,31 @@ def _parted(words: Sequence[Any]) -> Iterator[tuple[Any, str | None]]:
 def _after_keys(text: str) -> str:
     """`--hub_token x`, `hub_token=x` and `"hub_token": "x"` without x."""
     parts, done = [], 0
-    for found in _KEY.finditer(text):
-        key = found["flag"] or found["name"]
+    for match in _KEY.finditer(text):
+        key = match["flag"] or match["name"]
         # `a token: ...` is prose, and so is what is said about a flag, `--hub_token: ...`.
         prose = key.lower() in ("token", "tokens") or key.startswith("--")
-        prose = prose and found[0].rstrip().endswith(f"{key}:")
-        if found.start() < done or prose or not is_secret(key):
+        prose = prose and match[0].rstrip().endswith(f"{key}:")
+        if match.start() < done or prose or not is_secret(key):
             continue
-        value = _VALUE.match(text, found.end())
+        value = _VALUE.match(text, match.end())
         if value is None or value[0].strip("\"'") in ("null", "None", "true", "false", "True"):
             continue
         quote = value[0][0] if value[0][0] in "\"'" else ""
-        parts += [text[done : found.end()], quote, REDACTED, quote]
+        parts += [text[done : match.end()], quote, REDACTED, quote]
         done = value.end()
     return "".join([*parts, text[done:]])
 
 
-def _user(found: re.Match[str]) -> str:
-    ssh = found.string.endswith("ssh://", 0, found.start())  # ssh://git@host
-    return found[0] if ssh and ":" not in found[1] else f"{REDACTED}@"
+def _user(match: re.Match[str]) -> str:
+    ssh = match.string.endswith("ssh://", 0, match.start())  # ssh://git@host
+    return match[0] if ssh and ":" not in match[1] else f"{REDACTED}@"
 
 
-def _query(found: re.Match[str]) -> str:
-    key = found[2].lower().replace("-", "_")
+def _query(match: re.Match[str]) -> str:
+    key = match[2].lower().replace("-", "_")
     secret = _QUERY.match(key) or is_secret(key)
-    return f"{found[1]}{found[2]}={REDACTED}" if secret else found[0]
+    return f"{match[1]}{match[2]}={REDACTED}" if secret else match[0]
 
 
 def _text(text: str) -> str:

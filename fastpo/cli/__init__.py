@@ -64,7 +64,7 @@ def _extra_of(message: str) -> str | None:
 
 
 def _of_a_package(error: ImportError) -> bool:
-    """Whether a package is missing, or a library says so; else an import of ours is at fault."""
+    """Return whether a package is at fault, and not an import of this project."""
     if error.name is None:  # raised by hand: the import system gives a name
         return True
     return isinstance(error, ModuleNotFoundError) and error.name.partition(".")[0] != "fastpo"

@@ -30,7 +30,7 @@ _MEMORY = {"none": "of the batch", "mean": "of all steps", "ema": "averaged over
 
 
 def needs(objective: Objective) -> str:
-    """What an objective needs beside the policy, in words."""
+    """Return what an objective needs beside the policy, in words."""
     words = []
     if objective.needs_kl:
         words.append("reference distribution")
@@ -137,8 +137,8 @@ def _one(o: Objective) -> str:
     }
     lines = [o.name, ""]
     for name, text in rows.items():
-        first, *rest = text.split("\n")
-        lines += [f"  {name:<10}{first}", *(f"{'':12}{line}" for line in rest)]
+        first, *others = text.split("\n")
+        lines += [f"  {name:<10}{first}", *(f"{'':12}{line}" for line in others)]
     document = inspect.getdoc(o.fn)
     return "\n".join([*lines, "", textwrap.indent(document or "", "  ")])
 

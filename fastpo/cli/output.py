@@ -63,11 +63,11 @@ def check_outputs(
                 path.exists() and any(file.exists() and path.samefile(file) for file in files)
             ):
                 raise ValueError(f"{path} is read itself: name another file to write")
-        for held in [path] if goes_on else [path, partial_of(path)]:
-            if held.exists() and _plain(held) and not overwrite:
+        for existing in [path] if goes_on else [path, partial_of(path)]:
+            if existing.exists() and _plain(existing) and not overwrite:
                 raise ValueError(
-                    f"{held} is there already: name another file, remove it, or write over it with "
-                    "--overwrite"
+                    f"{existing} is there already: name another file, remove it, or write over it "
+                    "with --overwrite"
                 )
 
 

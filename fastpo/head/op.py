@@ -44,7 +44,7 @@ _EXPORTED_AS = {
 
 
 class BackwardInputs(NamedTuple):
-    """What the backward operator takes beside the forward operator's arguments."""
+    """Hold what the backward operator takes beside the forward operator's arguments."""
 
     saved: Sequence[Tensor]  # the forward operator's results
     cotangents: Sequence[Tensor]  # of `PassOptions.grads`

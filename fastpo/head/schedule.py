@@ -35,7 +35,7 @@ _KEPT_COLUMNS = 8192
 
 
 class Workload(NamedTuple):
-    """What one call of a head has to compute."""
+    """Hold what one call of a head has to compute."""
 
     num_tokens: int  # N
     vocab_size: int  # V
@@ -61,12 +61,12 @@ class Workload(NamedTuple):
 
     @property
     def trains_weight(self) -> bool:
-        """Whether dW is due."""
+        """Return whether dW is due."""
         return self.needs_head if self.needs_weight is None else self.needs_weight
 
 
 class Traits(NamedTuple):
-    """What a schedule has to know about a backend.
+    """Hold what a schedule has to know about a backend.
 
     Args:
         num_chunks: chunks of accumulators that are alive at once.
@@ -85,7 +85,7 @@ _PLAIN = Traits()
 
 
 class Schedule(NamedTuple):
-    """What `choose_schedule` decided, in the words of the module docstring."""
+    """Hold what `choose_schedule` decided, in the words of the module docstring."""
 
     name: str
     matmuls: float

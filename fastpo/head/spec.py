@@ -13,7 +13,7 @@ Workspace = float | Literal["auto"]
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """What turns the products of a head into logits: z = softcap(scale (W h + b)) / temperature.
+    """Hold what makes logits of a head's products: z = softcap(scale (W h + b)) / temperature.
 
     Args:
         softcap: cap of cap tanh(x / cap), or None.

@@ -113,7 +113,7 @@ def token_statistics(
 
 
 class _Asked(NamedTuple):
-    """What a call asks for."""
+    """Hold what a call asks for."""
 
     want: tuple[str, ...]
     grad: tuple[str, ...]
@@ -154,7 +154,7 @@ class _Asked(NamedTuple):
 
     @property
     def with_reference(self) -> bool:
-        """Whether a statistic compares with a reference."""
+        """Return whether a statistic compares with a reference."""
         return needs_reference(self.want)
 
 

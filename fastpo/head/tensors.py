@@ -48,7 +48,7 @@ class HeadTensors(NamedTuple):
 
 
 class ReferenceStates(NamedTuple):
-    """What the reference model brings to a pass; it gets no gradient."""
+    """Hold what the reference model brings to a pass; it gets no gradient."""
 
     hidden: Tensor  # [N, D']
     # None: the policy's own head without its low-rank delta.

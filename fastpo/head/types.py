@@ -110,7 +110,7 @@ class PassOptions(NamedTuple):
 
     @property
     def transform(self) -> LogitTransform:
-        """What turns products into logits."""
+        """Return what turns products into logits."""
         return LogitTransform(self.softcap, self.logit_scale, self.temperature)
 
     @property
@@ -120,7 +120,7 @@ class PassOptions(NamedTuple):
 
     @property
     def late(self) -> bool:
-        """Whether the backward pass goes through the vocabulary."""
+        """Return whether the backward pass goes through the vocabulary."""
         return self.schedule in ("kept", "recompute")
 
     @property
@@ -130,17 +130,17 @@ class PassOptions(NamedTuple):
 
     @property
     def with_reference(self) -> bool:
-        """Whether a second head's logits are formed too."""
+        """Return whether a second head's logits are formed too."""
         return needs_reference(self.want)
 
     @property
     def spends(self) -> bool:
-        """Whether coefficients can take the place of the products that were kept for them."""
+        """Return whether coefficients can take the place of the kept products."""
         return self.backend == "triton" and self.schedule == "kept" and not self.with_reference
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """What the forward pass returns: those wanted, and what `coefficients` takes."""
+        """Return what the forward pass returns: those wanted, and what `coefficients` takes."""
         if not self.late:
             return tuple(self.want)
         needed = (*self.want, "lse", "lse_rest", "logps")
@@ -295,7 +295,7 @@ class PassTensors(NamedTuple):
 
 
 class KeptChunk(NamedTuple):
-    """What of a chunk of the vocabulary, or of all of it, waits for the backward pass."""
+    """Hold what of a chunk of the vocabulary, or of all of it, waits for the backward pass."""
 
     logits: Tensor  # [N, Vc] z, or h.W by kernels; with a shift exp(z - shift), 0 at the target
     ref_logits: Tensor | None = None  # [N, Vc] of the reference
@@ -307,7 +307,7 @@ class KeptChunk(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What waits for the backward pass, so that it need not be recomputed.
+    """Hold what waits for the backward pass, so that it need not be recomputed.
 
     Where p alone makes the coefficients, exponentials do, and spare the backward pass its own. Each
     chunk of them is a tensor: an allocator reuses blocks of that size, while 192 MiB at once would

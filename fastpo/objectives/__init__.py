@@ -45,7 +45,7 @@ OBJECTIVES: dict[str, Objective] = catalogue(
 
 
 def unknown_objective(name: object) -> str:
-    """What to tell somebody who asks for an objective that there is not: its name, or the nearest.
+    """Return the answer to an unknown objective: its name here, or the nearest ones.
 
     >>> unknown_objective("sigmoid")
     "unknown objective 'sigmoid': here it is dpo"

@@ -33,7 +33,7 @@ class Domain:
     besides: float | None = None
 
     def holds(self, x: Any) -> Any:
-        """Whether a number is inside, or which numbers of a tensor are."""
+        """Return whether a number is inside, or which numbers of a tensor are."""
         above = x > self.low if self.open_low else x >= self.low
         below = x < self.high if self.open_high else x <= self.high
         return ((x > -math.inf) & (x < math.inf) & above & below) | (x == self.besides)
@@ -60,7 +60,7 @@ class Domain:
         return value
 
     def misfit(self, value: Any) -> str | None:
-        """What a number must be, or None where it is."""
+        """Return what a number must be, or None where it is."""
         try:
             as_float = float(value)
         except OverflowError:  # an integer of hundreds of digits
@@ -112,7 +112,7 @@ def domain_of(expected: Any) -> Domain | None:
 
 
 def in_words(expected: Any) -> str:
-    """What a value of this annotation must be: `a number above 0, or None`."""
+    """Return what a value of this annotation must be: `a number above 0, or None`."""
     words = []
     for option in options(expected):
         base = typing.get_args(option)[0] if domain_of(option) else option

@@ -187,10 +187,10 @@ def _loss(value: object) -> str:
 
     names = list(value) if isinstance(value, list | tuple | Mapping) else [value]
     here = [plain(n) if plain(n) in OBJECTIVES else called_here(n) for n in names]
-    for name, found in zip(names, here, strict=True):
-        if found.startswith(NOTHING):
-            return f"There is none: {found.removeprefix(NOTHING)}."
-        if found == str(name) and found not in OBJECTIVES:
+    for name, called in zip(names, here, strict=True):
+        if called.startswith(NOTHING):
+            return f"There is none: {called.removeprefix(NOTHING)}."
+        if called == str(name) and called not in OBJECTIVES:
             return f"Here it is objective; {unknown_objective(name)}."
     if not here:
         return UNSET
@@ -199,5 +199,5 @@ def _loss(value: object) -> str:
     if all(name in OBJECTIVES for name in here):
         mixture = ", ".join(f"{name}: 1" for name in dict.fromkeys(here))
         return f"Here it is objective: {{{mixture}}}."
-    known = "; ".join(f"{name} is {found}" for name, found in zip(names, here, strict=True))
+    known = "; ".join(f"{name} is {called}" for name, called in zip(names, here, strict=True))
     return f"Here it is objective, a mapping of names to weights: {known}."

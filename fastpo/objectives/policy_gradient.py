@@ -41,7 +41,7 @@ STD_EPSILON = 1e-4
 def group_advantages(
     score: Tensor, mask: Tensor, *, scale_rewards: ScaleRewards = "group"
 ) -> Tensor:
-    r"""$A = (q - \mathrm{mean}\,q) / (\mathrm{std}\,q + 10^{-4})$ over the group, detached.
+    r"""Return $A = (q - \mathrm{mean}\,q) / (\mathrm{std}\,q + 10^{-4})$ over the group, detached.
 
     The standard deviation has Bessel's correction. A group of one has advantage 0.
 
@@ -63,7 +63,7 @@ def group_advantages(
 
 
 def leave_one_out_advantages(reward: Tensor, mask: Tensor) -> Tensor:
-    r"""$A_i = r_i - \mathrm{mean}_{j \ne i}\,r_j$, detached; 0 in a group of one.
+    r"""Return $A_i = r_i - \mathrm{mean}_{j \ne i}\,r_j$, detached; 0 in a group of one.
 
     >>> import torch
     >>> leave_one_out_advantages(torch.tensor([[4.0, 1.0, 1.0]]), torch.ones(1, 3).bool())
@@ -116,7 +116,7 @@ def _length(tokens: Tensor) -> Tensor:
 def _divisor(
     tokens: Tensor, aggregation: Aggregation, max_length: int = 1
 ) -> tuple[Tensor | int, Per]:
-    """What each response's token losses are divided by, and then their sum over all responses."""
+    """Return the divisor of each response's token losses, and that of their sum over responses."""
     if aggregation == "sequence_mean":
         return _length(tokens), "responses"
     if aggregation == "token_mean":
@@ -695,7 +695,7 @@ def kl_penalty(
     estimator: Literal["k3", "k2"] = "k3",
     aggregation: Literal["sequence_mean", "token_mean"] = "sequence_mean",
 ) -> Outcome:
-    r"""What keeps a policy near its reference in mixtures: an estimate of KL(policy || reference).
+    r"""Return an estimate of KL(policy || reference), which keeps a policy near it in mixtures.
 
     $$\frac{1}{L}\sum_t e^{d_t} - d_t - 1, \quad d_t = \log\pi_{ref}(y_t) - \log\pi(y_t)$$
 

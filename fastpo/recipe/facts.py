@@ -60,14 +60,14 @@ class ObjectiveFacts(TypedDict):
 
 
 class SharingFacts(TypedDict):
-    """Whether responses share one copy of their prompt, or why not."""
+    """Say whether responses share one copy of their prompt, or why not."""
 
     on: bool
     reason: str
 
 
 class Facts(TypedDict):
-    """What run.json says about a run that has begun."""
+    """Hold what run.json says about a run that has begun."""
 
     status: str
     command: str

@@ -98,7 +98,7 @@ class Figure(NamedTuple):
 
 @dataclass(frozen=True)
 class Page:
-    """What the page of a run shows; all of it is text that the template escapes, but for SVG.
+    """Hold what the page of a run shows; all of it is text that the template escapes, but for SVG.
 
     Attributes:
         name: of the folder.

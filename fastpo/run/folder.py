@@ -106,7 +106,7 @@ def _text(path: Path) -> str:
 
 
 def _untouched(path: Path) -> bool:
-    """Whether a sealed file is as this tool wrote it.
+    """Return whether a sealed file is as this tool wrote it.
 
     In the folder of an earlier version, whose run.json has no list, its form is enough.
     """
@@ -159,7 +159,7 @@ def _listed(mapping: Mapping[str, object]) -> set[str]:
 
 
 def is_own_checkpoint(path: Path) -> bool:
-    """Whether this tool wrote the checkpoint, as its manifest says."""
+    """Return whether this tool wrote the checkpoint, as its manifest says."""
     if path.is_symlink() or not (path / MANIFEST).is_file():
         return False
     manifest = _mapping(path / MANIFEST)
@@ -205,7 +205,7 @@ def rotate(folder: Path, limit: int | None, best: str | None) -> None:
 
 
 class RunFolder:
-    """What this tool wrote into a folder, and what run.json says.
+    """Hold what this tool wrote into a folder, and what run.json says.
 
     Attributes:
         path: the folder; it may not exist yet.
@@ -298,7 +298,7 @@ class RunFolder:
         return names
 
     def leaves(self, path: Path) -> bool:
-        """Whether this is the recipe that was given."""
+        """Return whether this is the recipe that was given."""
         recipe = self.recipe
         return recipe is not None and path.exists() and recipe.exists() and path.samefile(recipe)
 
@@ -417,7 +417,7 @@ class RunFolder:
 
 
 def belongs(path: Path) -> bool:
-    """Whether a file is, or would be taken for, one of the run, checkpoint or model around it."""
+    """Return whether a file would be taken for one of the run, checkpoint or model around it."""
     folder = RunFolder(path.parent)
     if path.name in folder.files or (folder.known and path.name in _SEALED):
         return True

@@ -25,7 +25,7 @@ Curve = list[tuple[float, float]]
 
 
 class Environment(TypedDict):
-    """What a process runs on."""
+    """Hold what a process runs on."""
 
     versions: dict[str, str]
     python: str
@@ -34,7 +34,7 @@ class Environment(TypedDict):
 
 
 class Sample(NamedTuple):
-    """What the model wrote to one prompt before and after training, and the preferred response."""
+    """Hold the model's responses before and after training, and the one that the data prefers."""
 
     prompt: str
     before: str

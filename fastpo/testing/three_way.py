@@ -39,9 +39,9 @@ def assert_three_way(
     scale = max(terms, finite.abs().max().item() if finite.numel() else 0.0)
     eps = torch.finfo(ours.dtype).eps
     several = [plain] if isinstance(plain, Tensor) else plain
-    mine, theirs = error(ours, truth), max(error(each, truth) for each in several)
+    measured, theirs = error(ours, truth), max(error(each, truth) for each in several)
     bound = 2 * (theirs + eps * scale)
-    assert mine <= bound, (
-        f"{what}: error {mine:.3e} against float64, bound {bound:.3e} "
+    assert measured <= bound, (
+        f"{what}: error {measured:.3e} against float64, bound {bound:.3e} "
         f"(plain {theirs:.3e}, eps*scale {eps * scale:.3e})"
     )

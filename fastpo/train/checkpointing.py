@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class Carried(Protocol):
-    """What goes from step to step beside model and optimiser, in files of its own."""
+    """Hold what goes from step to step beside model and optimiser, in files of its own."""
 
     def save(self, folder: Path) -> None: ...
 

@@ -206,7 +206,7 @@ class LostSteps(NamedTuple):
 def lost_steps(
     model: nn.Module, args: TrainingArguments, optimizer: torch.optim.Optimizer | None = None
 ) -> LostSteps | None:
-    """What speaks against training these weights; None where half of each dtype can move.
+    """Return what speaks against training these weights; None where half of each dtype can move.
 
     Args:
         model: on any device; the weights that require a gradient are looked at.

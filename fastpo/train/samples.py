@@ -23,7 +23,7 @@ SAMPLES_FILE = "samples.jsonl"
 
 
 class Written(TypedDict):
-    """What the model wrote to a prompt, beside the response that the data prefers."""
+    """Hold what the model wrote to a prompt, beside the response that the data prefers."""
 
     row: int
     source: str

@@ -57,7 +57,7 @@ class ModelSection:
 @documented
 @dataclass
 class DataSection:
-    """Where the rows come from. How they become tokens is `PreferenceConfig`'s part.
+    """Hold where the rows come from. How they become tokens is `PreferenceConfig`'s part.
 
     Args:
         dataset: name on the hub, a .jsonl, .json, .csv or .parquet file, or a folder of them.
@@ -94,7 +94,7 @@ class DataSection:
 @documented
 @dataclass
 class ReportSection:
-    """What is written beside the checkpoints.
+    """Hold what is written beside the checkpoints.
 
     Args:
         report: write report.html and the model card at the end.

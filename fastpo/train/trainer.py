@@ -305,7 +305,7 @@ class PreferenceTrainer(Trainer):
 
     @property
     def collator(self) -> Collator:
-        """What packs groups into batches."""
+        """Return what packs groups into batches."""
         return self.data_collator  # pyright: ignore[reportReturnType]
 
     @property
