@@ -80,7 +80,7 @@ DTYPE = Flag("dtype", "auto, bfloat16, float16, float32", default="auto")
 TOKENIZER = Flag("tokenizer", "default: the model's")
 CHAT_TEMPLATE = Flag("chat_template", "a .jinja file or the template itself")
 TRUST_REMOTE_CODE = Flag("trust_remote_code", "run code of the checkpoint", bool)
-MODEL_FLAGS = (*(MODEL, REVISION, GGUF_FILE, DTYPE, TOKENIZER, CHAT_TEMPLATE, TRUST_REMOTE_CODE),)
+MODEL_FLAGS = (MODEL, REVISION, GGUF_FILE, DTYPE, TOKENIZER, CHAT_TEMPLATE, TRUST_REMOTE_CODE)
 
 DATASET = Flag("dataset", "file, folder or name on the hub", required=True)
 DATASET_NAME = Flag("dataset_name", "configuration of a hub data set")

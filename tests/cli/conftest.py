@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `model/` and `prefs.jsonl`."""
     folder = tmp_path_factory.mktemp("tiny")
     make(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def worse(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A second model with the tokenizer of the first."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("worse")
+    shutil.copytree(tiny / "model", folder, dirs_exist_ok=True)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
     return folder
 
 

@@ -9,26 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import fastpo.reference.live
 from fastpo.cli.models import open_model
 from tests.cli.test_cli import lines, run
 from tests.numerics import assert_three_way
 from tests.scoring.plain import by_hand
-
-
-@pytest.fixture(scope="module")
-def worse(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A second model with the tokenizer of the first."""
-    folder = tmp_path_factory.mktemp("worse")
-    shutil.copytree(tiny / "model", folder, dirs_exist_ok=True)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    return folder
 
 
 def test_stopped_runs_go_on_and_other_arguments_cost_nothing(

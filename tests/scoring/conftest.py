@@ -1,4 +1,4 @@
-"""The tokenizers of the data's tests and the tiny model of the commands'."""
+"""The tokenizers of the data's tests and the tiny models of the commands'."""
 
-from tests.cli.conftest import tiny  # noqa: F401
+from tests.cli.conftest import tiny, worse  # noqa: F401
 from tests.data.conftest import tokenizers  # noqa: F401

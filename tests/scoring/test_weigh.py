@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from fastpo.model.load import load_model, load_tokenizer
 from fastpo.reference.live import LiveReference, ModelReference
@@ -17,19 +15,6 @@ from fastpo.scoring.rules import get_rule
 from fastpo.scoring.weigh import weigh
 from tests.numerics import assert_three_way
 from tests.scoring.plain import DTYPES, by_hand, sources
-
-
-@pytest.fixture(scope="module")
-def worse(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A second model with the tokenizer of the first."""
-    folder = tmp_path_factory.mktemp("worse")
-    shutil.copytree(tiny / "model", folder, dirs_exist_ok=True)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    return folder
 
 
 def opened(folder: Path) -> LiveReference:
