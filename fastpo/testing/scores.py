@@ -5,6 +5,7 @@ A score that no objective took before needs a recipe here: its sign, in `SIGNS` 
 
 from __future__ import annotations
 
+import functools
 import typing
 import warnings
 from collections.abc import Collection, Mapping
@@ -112,8 +113,25 @@ def make_scores(
     Raises:
         AssertionError: the objective takes a score that has no recipe.
     """
+    point, roles = objective.family == "point", (*EXTRA_ROLES, *objective.extras)
+    scores = dict(_every_score(point, tuple(sizes), tuple(dict.fromkeys(roles)), seed, extreme))
+    hyper = {**objective.hyper, **(hyper or {})}
+    for name, statistic in objective.statistics.items():
+        values, where = statistic.of(scores, hyper)
+        scores[name] = statistic.reduce(values[where], hyper).float().double()
+    unknown = [name for name in objective.needs if name not in scores]
+    assert not unknown, f"{objective.name} takes {unknown}, of which no random ones can be made"
+    return {name: scores[name].clone() for name in dict.fromkeys((*objective.needs, "mask"))}
+
+
+# A battery of one objective asks for ten of them, again at each of its settings: 120 draws each.
+@functools.lru_cache(maxsize=64)
+def _every_score(
+    point: bool, sizes: tuple[int, ...], roles: tuple[str, ...], seed: int, extreme: bool
+) -> dict[str, Tensor]:
+    """Return every score that has a recipe, not to be written to; `point`: any label is good."""
     rng = torch.Generator().manual_seed(seed)
-    g, k = len(sizes), max(max(sizes), 2 if objective.family != "point" else 1)
+    g, k = len(sizes), max(max(sizes), 1 if point else 2)
 
     def magnitudes(*shape: int) -> Tensor:
         if extreme:
@@ -126,10 +144,9 @@ def make_scores(
     mask = torch.arange(k) < torch.tensor(sizes)[:, None]
     label = torch.zeros(g, k, dtype=torch.bool)
     label[:, 0] = True
-    if objective.family == "point":
+    if point:
         label = torch.randint(0, 2, (g, k), generator=rng).bool()
     scores = {"mask": mask, "label": label & mask}
-    roles = dict.fromkeys((*EXTRA_ROLES, *objective.extras))
     for name, sign in SIGNS.items():
         for full, shape in ((name, (g, k)), *((f"{role}_{name}", (g,)) for role in roles)):
             scores[full] = magnitudes(*shape) * (sign or signs(*shape))
@@ -154,13 +171,7 @@ def make_scores(
         scores[f"{role}_length"] = torch.randint(1, 9, (g,), generator=rng).double()
         for name in ("ref2_logps", "kl_estimate"):
             scores[f"{role}_{name}"] = magnitudes(g) * (1 if name == "kl_estimate" else -1)
-    hyper = {**objective.hyper, **(hyper or {})}
-    for name, statistic in objective.statistics.items():
-        values, where = statistic.of(scores, hyper)
-        scores[name] = statistic.reduce(values[where], hyper).float().double()
-    unknown = [name for name in objective.needs if name not in scores]
-    assert not unknown, f"{objective.name} takes {unknown}, of which no random ones can be made"
-    return {name: scores[name] for name in dict.fromkeys((*objective.needs, "mask"))}
+    return scores
 
 
 def evaluate(case: Case, scores: Mapping[str, Tensor]) -> Outcome:
