@@ -50,6 +50,8 @@ def unknown_objective(name: object) -> str:
     >>> unknown_objective("sigmoid")
     "unknown objective 'sigmoid': here it is dpo"
     """
+    if "{" in str(name):
+        return f"objective {name!r} is neither a name nor a mapping {{dpo: 1, sft: 0.1}}"
     here = plain(name) if plain(name) in OBJECTIVES else called_here(name)
     if here != str(name):
         said = here.removeprefix(NOTHING) if here.startswith(NOTHING) else f"here it is {here}"
@@ -87,10 +89,10 @@ def as_objective(
     """Return the objective that a function is, by the table or by `family`.
 
     Raises:
-        ValueError: neither a function nor an objective, an unknown family, or a signature that
-            cannot be read.
+        ValueError: neither a function nor an objective, a family that is unknown or another than
+            it says itself, or a signature that cannot be read.
     """
-    return _of(objective, getattr(objective, "__name__", repr(objective)), family)
+    return _of(objective, getattr(objective, "__name__", str(objective)), family)
 
 
 def register(
@@ -111,22 +113,20 @@ def register(
     >>> del OBJECTIVES["twice"]
     """
     made = as_objective(objective, family=family)
-    if OBJECTIVES.setdefault(made.name, made).fn is not made.fn:
+    known = OBJECTIVES.setdefault(made.name, made)
+    if known != made:
         raise ValueError(
             f"the name {made.name!r} is taken: give Objective(..., name=...) another, or del "
             f"fastpo.OBJECTIVES[{made.name!r}] first"
         )
-    return made
+    return known
 
 
 def _of(value: object, reference: str, family: Family | None = None) -> Objective:
-    """Return an objective; a function of the table is that one."""
-    fn = value.fn if isinstance(value, Objective) else value
-    for objective in OBJECTIVES.values():
-        if objective.fn is fn:
-            return objective
-    made = user.described(value, reference, family)
-    if user.is_reference(reference) and made.name in OBJECTIVES:
+    """Return an objective; a plain function of the table is that one."""
+    known = next((objective for objective in OBJECTIVES.values() if objective.fn is value), value)
+    made = user.described(known, reference, family)
+    if user.is_reference(reference) and OBJECTIVES.get(made.name, made) != made:
         raise ValueError(
             f"objective {reference!r}: another is called {made.name!r}: rename the function, or "
             "give Objective(..., name=...)"

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .base import DIVISORS, Family, Objective, Per
+from .base import DIVISORS, Family, Objective, Per, mean
 from .lipo import tie_keys
+from .listwise import logo
+from .pairwise import ipo
+from .reference_free import cpo, orpo
 from .vocabulary import Score, scores_with
 
 SHAPES: dict[Family, dict[str, str]] = {
@@ -24,9 +28,9 @@ SHAPES: dict[Family, dict[str, str]] = {
 }
 """A score's shape -> an argument's, by family."""
 
-OF_MEANS = ("orpo", "logo")
+OF_MEANS = (orpo, logo)
 """Their forms take means, of which `length` makes the sums of their likelihood term."""
-WITHOUT_LENGTH = ("ipo", "cpo", *OF_MEANS)
+WITHOUT_LENGTH = (ipo, cpo, *OF_MEANS)
 """Forms that can do without lengths: see `Reader.mean`."""
 
 # Those that may be left out have the shape of the others.
@@ -131,7 +135,7 @@ class Reader:
                 values = torch.where(tokens, self.score(f"token_{name}"), 0)
                 weights = torch.where(tokens, self.score("token_weights"), 0)
                 self.made[name] = (values * weights).sum(-1)
-            elif self.objective.name in OF_MEANS:
+            elif self.objective.fn in OF_MEANS:
                 length, mean = self.length(), self.mean(model)
                 self.made[name] = mean if length is None else mean * length
             else:
@@ -146,7 +150,7 @@ class Reader:
         name = f"mean_{model}logps"
         if name not in self.made:
             sums = {"logps", "ratio", "token_logps"} & self.needs
-            if not sums or self.objective.name in OF_MEANS:
+            if not sums or self.objective.fn in OF_MEANS:
                 self.made[name] = self.take(name)
             else:
                 total = self.sum(model)
@@ -156,7 +160,7 @@ class Reader:
 
     def length(self) -> Tensor | None:
         """Return the number of tokens [G, K]; None where none has to be passed and none is."""
-        if self.objective.name not in WITHOUT_LENGTH or "length" in self.made:
+        if self.objective.fn not in WITHOUT_LENGTH or "length" in self.made:
             return self.score("length")
         length = self.optional("length")
         if length is not None:
@@ -211,14 +215,30 @@ class Reader:
         taken = tuple(role for role in self.objective.extras if self._takes(f"{role}_"))
         required = statistic.memory == "mean" or taken != self.objective.extras
         self.arguments[name] = Argument(name, name, "", required)
-        if self.call is None:
+        if self.call is not None and self.call[name] is not None:
+            return self._number(name, self.call[name])
+        if required:
             return self._like().new_zeros(1)
-        if self.call[name] is not None:
-            return self.call[name]
-        hyper = {key: self.call[key] for key in self.objective.hyper}
-        values, where = statistic.of({**self.made, "mask": self.score("mask")}, hyper)
+        hyper = self.objective.hyper if self.call is None else self.call
+        hyper = {key: hyper[key] for key in self.objective.hyper}
+        values, where = statistic.of(_Scores(self), hyper)
         observed = values.detach()[where].double()
         return statistic.reduce(observed, hyper).to(values.dtype)
+
+    def _number(self, name: str, value: Any) -> Tensor:
+        """Return a statistic that was handed in, a plain number as a tensor []."""
+        like, statistic = self._like(), self.objective.statistics[name]
+        if isinstance(value, Real) and not isinstance(value, bool):
+            value = torch.tensor(value, dtype=like.dtype, device=like.device)
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} is a {type(value).__name__}: pass a number or a tensor")
+        size = statistic.size if statistic.memory == "ema" else 1
+        if statistic.memory == "none" and statistic.reduce is not mean:
+            return value  # of any shape
+        if value.dim() > 1 or value.numel() != size:
+            count = "one number" if size == 1 else f"{size} numbers"
+            raise ValueError(f"{name} has shape {list(value.shape)}: it is {count} of the batch")
+        return value if size > 1 else value.reshape(())
 
     def take(self, score: str) -> Tensor:
         """Return an argument as a score."""
@@ -278,6 +298,17 @@ class Reader:
     def _constant(self, value: bool) -> Tensor:
         like = self._like()
         return torch.full(like.shape[:2], value, dtype=torch.bool, device=like.device)
+
+
+class _Scores(dict[str, Tensor]):
+    """Hold an objective's scores, and make each further one that a statistic asks for."""
+
+    def __init__(self, reader: Reader) -> None:
+        super().__init__(reader.made)
+        self.reader = reader
+
+    def __missing__(self, name: str) -> Tensor:
+        return self.reader.score(name)
 
 
 def _bool(name: str, value: Tensor) -> Tensor:

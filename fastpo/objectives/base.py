@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastpo.segments import Where
 
-from .domain import FINITE, Domain, Misfit, domain_of, moved
+from .domain import FINITE, Domain, Misfit, domain_of, fitted, moved
 from .elsewhere import called_here
 from .vocabulary import UNKNOWN, Score, scores_with
 
@@ -277,6 +277,17 @@ class Objective:
             raise Misfit(
                 f"{misfit}; other losses are objectives: objective: {called_here(value)}"
             ) from None
+
+    def option(self, name: str, value: Any) -> Any:
+        """Return `value` as the hyper-parameter `name` has it in one call, where nothing moves.
+
+        Raises:
+            ValueError: names it and says what it must be.
+        """
+        try:
+            return fitted(value, self.expected(name))
+        except Misfit as misfit:
+            raise ValueError(f"{name}={value!r} {misfit}") from None
 
     def grades(self, hyper: Mapping[str, Any]) -> Domain:
         """Return what `score` must be under these hyper-parameters."""

@@ -111,6 +111,11 @@ def domain_of(expected: Any) -> Domain | None:
     return None
 
 
+def takes_number(expected: Any) -> bool:
+    """Return whether an annotation has numbers that are no integers."""
+    return any((typing.get_args(o) or (o,))[0] is float for o in options(expected))
+
+
 def in_words(expected: Any) -> str:
     """Return what a value of this annotation must be: `a number above 0, or None`."""
     words = []

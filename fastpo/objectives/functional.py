@@ -40,10 +40,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from . import OBJECTIVES
+from . import OBJECTIVES, as_objective
 from .arguments import WITHOUT_LENGTH, Argument, Reader, arguments_of
 from .base import Objective, Outcome
-from .domain import Misfit, domain_of, in_words
+from .domain import FINITE, domain_of, in_words, takes_number
+from .pairwise import ipo
 from .vocabulary import scores_with
 
 
@@ -76,19 +77,24 @@ def _has_likelihood(objective: Objective) -> bool:
     return "nll_reduction" in objective.hyper
 
 
-def functional_form(objective: Objective) -> Callable[..., Loss]:
-    """Return `<name>_loss` of an objective: a function of plain tensors.
+def functional_form(objective: Objective | Callable[..., Outcome]) -> Callable[..., Loss]:
+    """Return `<name>_loss` of an objective, or of its function: a function of plain tensors.
 
     >>> inspect.signature(functional_form(OBJECTIVES["hinge"])).parameters["ref_chosen"].default
     <class 'inspect._empty'>
     """
+    return _form(as_objective(objective))
+
+
+def _form(objective: Objective) -> Callable[..., Loss]:
     arguments = arguments_of(objective)
     signature = _signature(objective, arguments)
     positional = [argument.name for argument in arguments if argument.required]
     defaults = {
         p.name: p.default for p in signature.parameters.values() if p.default is not p.empty
     }
-    domains = {name: domain_of(objective.expected(name)) for name in objective.hyper}
+    numbers = {n: e for n in objective.hyper if takes_number(e := objective.expected(n))}
+    domains = {name: domain_of(expected) or FINITE for name, expected in numbers.items()}
     label, table = f"{objective.name}_loss", scores_with(objective.extras)
 
     def loss(*args: Any, **keywords: Any) -> Loss:
@@ -99,11 +105,15 @@ def functional_form(objective: Objective) -> Callable[..., Loss]:
                 signature.bind(*args, **keywords)
             except TypeError as error:
                 raise TypeError(f"{label}() {error}") from None
-        for name in keywords.keys() & domains.keys():
-            if domain := domains[name]:  # tensors too
-                domain.check(name, keywords[name])
+        for name in keywords.keys() & objective.hyper.keys():
+            value = keywords[name]
+            if name in domains and isinstance(value, float | Tensor):
+                domains[name].check(name, value)  # which a compiler can trace
             else:
-                _check_option(objective, name, keywords[name])
+                call[name] = objective.option(name, value)
+        only = call.get("preference_only", False)
+        if not isinstance(only, bool):
+            raise ValueError(f"preference_only={only!r} must be true or false")
         try:
             return _evaluate(objective, Reader(objective, table, call), call)
         except ValueError as error:
@@ -116,19 +126,12 @@ def functional_form(objective: Objective) -> Callable[..., Loss]:
     return loss
 
 
-def _check_option(objective: Objective, name: str, value: Any) -> None:
-    try:
-        objective.fitted(name, value)
-    except Misfit as misfit:
-        raise ValueError(f"{name}={value!r} {misfit}") from None
-
-
 def _evaluate(objective: Objective, reader: Reader, call: Mapping[str, Any]) -> Loss:
     """Return the losses of one call, whose mean is the objective's value."""
     scores = reader.scores()
-    only = bool(call.get("preference_only"))
-    lengthless = objective.name == "ipo" or (only and call.get("loss_type") != "ipo")
-    if objective.name in WITHOUT_LENGTH and not lengthless and reader.length() is None:
+    only = call.get("preference_only", False)
+    lengthless = objective.fn is ipo or (only and call.get("loss_type") != "ipo")
+    if objective.fn in WITHOUT_LENGTH and not lengthless and reader.length() is None:
         names = [a.name for a in reader.arguments.values() if a.score == "length"]
         raise ValueError(
             f"pass {' and '.join(names)}, of which the likelihood term is made, or "
@@ -209,7 +212,7 @@ def _definition(score: str, table: Mapping[str, Any]) -> str:
 
 
 FORMS: dict[str, Callable[..., Loss]] = {
-    f"{name}_loss": functional_form(objective) for name, objective in OBJECTIVES.items()
+    f"{name}_loss": _form(objective) for name, objective in OBJECTIVES.items()
 }
 """`<name>_loss` -> the form."""
 
@@ -226,6 +229,6 @@ if TYPE_CHECKING:
 
 
 globals().update(FORMS)
-for _form in FORMS.values():
-    _form.__module__ = __name__
-del _form
+for _made in FORMS.values():
+    _made.__module__ = __name__
+del _made

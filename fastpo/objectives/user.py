@@ -29,8 +29,12 @@ class _File(NamedTuple):
 
 
 def is_reference(name: object) -> bool:
-    """Return whether a name is one of a function in a file: `my_module:my_loss`."""
-    return isinstance(name, str) and ":" in name
+    """Return whether a name is one of a function in a file: `my_module:my_loss`.
+
+    >>> [is_reference(name) for name in ("my_module:my_loss", "dpo", '{"dpo": 1}')]
+    [True, False, False]
+    """
+    return isinstance(name, str) and ":" in name and "{" not in name
 
 
 def load(reference: str, beside: Path | None = None) -> Any:
@@ -78,6 +82,16 @@ def spelled(reference: str, beside: Path | None) -> str:
     return f"{os.path.relpath(file.path, here) if inside else file.path}:{name}"
 
 
+def without_folder(reference: str) -> str:
+    """Return a reference by its file's own name, wherever it is looked for.
+
+    >>> [without_folder(r) for r in ("losses:mine", "here/losses.py:mine", "pack.losses:mine")]
+    ['losses:mine', 'losses:mine', 'losses:mine']
+    """
+    where, name = _parts(reference)
+    return f"{where.removesuffix('.py').replace('/', '.').rpartition('.')[2]}:{name}"
+
+
 def described(value: object, reference: str, family: Family | None = None) -> Objective:
     """Return the objective that a function is.
 
@@ -87,8 +101,8 @@ def described(value: object, reference: str, family: Family | None = None) -> Ob
         family: what it compares, unless it is an attribute of the function.
 
     Raises:
-        ValueError: neither a function nor an objective, an unknown family, or a signature that
-            cannot be read.
+        ValueError: neither a function nor an objective, a family that is unknown or another than
+            it says itself, or a signature that cannot be read.
     """
     if not isinstance(value, Objective):
         if not inspect.isfunction(value):
@@ -96,7 +110,7 @@ def described(value: object, reference: str, family: Family | None = None) -> Ob
                 f"objective {reference!r} is a {type(value).__name__}: name a function of scores, "
                 "or an Objective"
             )
-        compared = family or getattr(value, "family", None)
+        compared = getattr(value, "family", family)
         if compared is None or compared not in get_args(Family):
             name = value.__name__
             said = "does not say what it compares" if compared is None else f"is {compared!r}"
@@ -105,13 +119,19 @@ def described(value: object, reference: str, family: Family | None = None) -> Ob
                 f"or 'list'), or name {name}_objective = Objective({name}, 'pair', name={name!r})"
             )
         value = Objective(value, compared)
+    if family not in (None, value.family):
+        raise ValueError(
+            f"family={family!r}: objective {reference!r} says that it compares {value.family!r}: "
+            "leave family out"
+        )
     _check_signature(value, reference)
     return value
 
 
 def _parts(reference: str) -> tuple[str, str]:
     where, _, name = reference.rpartition(":")
-    if not where or not name.isidentifier():
+    module = where.endswith(".py") or all(part.isidentifier() for part in where.split("."))
+    if not module or not name.isidentifier():
         raise ValueError(
             f"objective {reference!r}: write module:function, such as my_module:my_loss, or "
             "path/to/file.py:my_loss"
@@ -194,6 +214,11 @@ def _check_signature(objective: Objective, reference: str) -> None:
                 f"takes {name!r}, which is no score{_nearest(name, known)}; a "
                 "number of the whole batch is a Statistic"
             )
+    for name, default in objective.hyper.items():
+        try:
+            objective.option(name, default)
+        except ValueError as error:
+            refuse(f"has a default that its own annotation refuses: {error}")
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:

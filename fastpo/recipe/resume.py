@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from fastpo.model.load import trained_adapter
+from fastpo.objectives.user import is_reference, without_folder
 from fastpo.recipe.recipe import Recipe
 from fastpo.redact import is_secret, redact
 from fastpo.run.checkpoint import incomplete, latest_complete
@@ -152,7 +154,8 @@ def refuse_mixture(recipe: Recipe, config: PreferenceConfig, before: Run) -> Non
     )
     for key in {**earlier, **now}:
         old, new = earlier.get(key), now.get(key)
-        if key not in may_change and not is_secret(key) and old != new:
+        same = old == new or (key == "objective" and _names(old) == _names(new))
+        if key not in may_change and not is_secret(key) and not same:
             raise ValueError(
                 f"{before.folder} holds a run with {key} = {old!r}, now it is {new!r}: {start_over}"
             )
@@ -162,6 +165,13 @@ def refuse_mixture(recipe: Recipe, config: PreferenceConfig, before: Run) -> Non
             f"{before.folder} holds a run with {batch_words(batch_before)}, now it is "
             f"{batch_words(batch)}: take as many ranks{other if spreads else ''}, or {start_over}"
         )
+
+
+def _names(objective: object) -> object:
+    """Return names and weights; a file of one's own is spelled by the folder of each start."""
+    if isinstance(objective, Mapping):
+        return {_names(name): weight for name, weight in objective.items()}
+    return without_folder(str(objective)) if is_reference(objective) else objective
 
 
 def read_by(recipe: Recipe) -> list[str]:

@@ -41,13 +41,9 @@ def check_objective(
     checked = as_objective(objective, family=family)
     for name, value in hyper.items():
         if name not in checked.hyper:
-            raise ValueError(
-                f"{checked.name} has no hyper-parameter {name!r}: it has {', '.join(checked.hyper)}"
-            )
-        try:
-            checked.fitted(name, value)
-        except ValueError as misfit:
-            raise ValueError(f"{name}={value!r} {misfit}") from None
+            known = ", ".join(checked.hyper) or "none"
+            raise ValueError(f"{checked.name} has no hyper-parameter {name!r}: it has {known}")
+        hyper[name] = checked.option(name, value)
     cases = [Case(checked, {**checked.hyper, **hyper})] if hyper else cases_of(checked)
     for case in cases:
         for check in CHECKS:

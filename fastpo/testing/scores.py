@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastpo.data.columns import EXTRA_ROLES
 from fastpo.objectives.base import Hyper, Objective, Outcome
+from fastpo.objectives.domain import FINITE, domain_of, options
 
 # Roundings on the longest path from a score to a loss, eps / 2 each: the link's own polynomial
 # (torch's log1p, exp are good to 2-4 eps), the margin, products with beta and weights, and a sum
@@ -43,20 +44,37 @@ class Case(typing.NamedTuple):
 def cases_of(objective: Objective) -> list[Case]:
     """Return an objective at its defaults, with all numbers moved, and at every option.
 
-    Options are the bool and Literal hyper-parameters.
+    Numbers stay in their domains. Options are the bool and Literal hyper-parameters.
     """
     default = objective.hyper
-    hints = typing.get_type_hints(objective.fn)
+    numbers = {k: v for k, v in default.items() if isinstance(v, int | float)}
+    numbers = {k: v for k, v in numbers.items() if not isinstance(v, bool)}
     # Each by its own amount; 0 -> 0.02 and 0.1 -> 0.165 keep rates inside (0, 0.5).
-    floats = {k: v for k, v in default.items() if isinstance(v, float)}
-    moved = {k: 1.25 * v + 0.02 * (i + 1) for i, (k, v) in enumerate(floats.items())}
+    moved = {k: _moved(v, objective.expected(k), i + 1) for i, (k, v) in enumerate(numbers.items())}
     variants: list[Mapping[str, Hyper]] = [{}, moved] if moved else [{}]
     for key, value in default.items():
-        if isinstance(value, bool):
-            variants.append({key: not value})
-        elif typing.get_origin(hints.get(key)) is typing.Literal:
-            variants += [{key: v} for v in typing.get_args(hints[key]) if v != value]
+        others: list[Hyper] = []
+        for option in options(objective.expected(key)):
+            if option is bool:
+                others += [False, True]
+            elif option is type(None):
+                others.append(None)
+            elif typing.get_origin(option) is typing.Literal:
+                others += typing.get_args(option)
+        variants += [{key: other} for other in others if other != value]
     return [Case(objective, {**default, **variant}) for variant in variants]
+
+
+def _moved(value: float, expected: object, place: int) -> float:
+    """Return another number of a hyper-parameter's domain: greater, less, or halfway to an end."""
+    domain = domain_of(expected) or FINITE
+    if isinstance(value, int):
+        steps = [value + place, value + 1, value - 1]
+    else:
+        step = 0.02 * place
+        steps = [1.25 * value + step, 0.75 * value - step]
+        steps += [(value + end) / 2 for end in (domain.low, domain.high)]
+    return next((x for x in steps if domain.misfit(x) is None), value)
 
 
 # Scores [G, K] and sign of their values: -1 for log-probs, 1 for divergences, 0 for either. An

@@ -475,7 +475,7 @@ def unknown_setting(objective: Any, name: str, value: Any) -> str:
     """Return an answer to a keyword that is no field of `PreferenceConfig`."""
     from fastpo.train.sections import OUTSIDE
 
-    named = objective if isinstance(objective, Mapping) else [objective or "dpo"]
+    named = objective if isinstance(objective, Mapping) else [str(objective or "dpo")]
     chosen = {str(n): get_objective(n) for n in named if n in OBJECTIVES or is_reference(n)}
     recipe = "key of recipes: from Python, models and data are arguments of PreferenceTrainer."
     if name in OUTSIDE:

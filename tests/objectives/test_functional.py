@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastpo
-from fastpo import OBJECTIVES, Objective, Outcome, PreferenceLoss, Segments, Term
+from fastpo import OBJECTIVES, Objective, Outcome, PreferenceLoss, Segments, Statistic, Term
 from fastpo.objectives import functional
 from fastpo.objectives.base import Family
 
@@ -193,6 +193,13 @@ def test_lipo_form_takes_a_tie_key() -> None:
 
 
 ONE = torch.zeros(3)
+
+
+def grpo(**options: Any) -> functional.Loss:
+    tokens, grades = torch.zeros(1, 2, 3), torch.tensor([[1.0, 0.0]])
+    return functional.grpo_loss(tokens, tokens, grades, **options)
+
+
 REFUSED = {
     "another size": (
         lambda: functional.dpo_loss(ONE, ONE[:2], ONE, ONE),
@@ -204,6 +211,17 @@ REFUSED = {
     "one length": (lambda: functional.ipo_loss(*[ONE] * 4, chosen_length=ONE), "go together"),
     "no bool option": (lambda: functional.sppo_loss(*[ONE] * 4, half="no"), "half='no' must be t"),
     "no choice": (lambda: functional.gpo_loss(*[ONE] * 4, link="x"), "link='x' must be one of log"),
+    "two numbers": (lambda: functional.mdpo_loss(*[ONE] * 5, anchor=[0, 1]), "anchor=.0, 1. must"),
+    "no integer": (lambda: grpo(max_length=2.5), "max_length=2.5 must be an integer"),
+    "no bool of ours": (
+        lambda: functional.cpo_loss(ONE, ONE, preference_only="no"),
+        "preference_only='no' must be true or false",
+    ),
+    "numbers of the batch": (
+        lambda: functional.kto_loss(ONE, ONE, ONE > 0, ONE),
+        r"z0 has shape \[3\]: it is one number",
+    ),
+    "no number": (lambda: functional.kto_loss(ONE, ONE, ONE > 0, "0"), "z0 is a str: pass a num"),
     "an option": (lambda: functional.dpo_loss(*[ONE] * 4, beta=-1), r"beta=-1 must be above 0"),
 }
 
@@ -214,6 +232,25 @@ def test_refusals_are_one_line(kind: str) -> None:
     with pytest.raises(ValueError, match=said) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", [n for n in OBJECTIVES if n not in ("diffusion_dpo", "mapo")])
+def test_a_default_may_be_passed(name: str) -> None:
+    form = getattr(functional, f"{name}_loss")
+    defaults = {n: p.default for n, p in inspect.signature(form).parameters.items()}
+    hyper = OBJECTIVES[name].hyper
+    assert hyper == {n: OBJECTIVES[name].option(n, defaults[n]) for n in hyper}
+
+
+def test_numbers_may_be_tensors_or_whole() -> None:
+    pairs = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    plain = functional.dpo_loss(*pairs, beta=0.5).losses
+    assert torch.equal(functional.dpo_loss(*pairs, beta=torch.tensor(0.5)).losses, plain)
+    assert torch.equal(grpo(delta=None).losses, grpo().losses)
+    fixed = grpo(aggregation="fixed_length", max_length=20)
+    assert torch.equal(grpo(aggregation="fixed_length", max_length=20.0).losses, fixed.losses)
+    one = functional.kto_loss(*pairs[:2], ONE == 0, 0.25).losses
+    assert torch.equal(functional.kto_loss(*pairs[:2], ONE == 0, torch.tensor([0.25])).losses, one)
 
 
 def test_wrong_calls_name_the_form() -> None:
@@ -253,3 +290,21 @@ def test_a_form_of_ones_own() -> None:
 
     form = functional.functional_form(Objective(gap, "pair"))
     assert form(torch.tensor([-1.0]), torch.tensor([-3.0])).losses.tolist() == [-1.0]
+    assert list(inspect.signature(form).parameters) == ["chosen", "rejected", "beta"]
+    gap.family = "pair"  # pyright: ignore[reportFunctionMemberAccess]
+    assert functional.functional_form(gap)(ONE, ONE).losses.tolist() == [0.0] * 3
+    # Another function's name gives it none of that one's arguments.
+    called_orpo = functional.functional_form(Objective(gap, "pair", name="orpo"))
+    assert inspect.signature(called_orpo) == inspect.signature(form)
+
+
+def test_a_statistic_may_ask_for_what_the_function_does_not_take() -> None:
+    def longer(logps: Tensor, typical: Tensor, mask: Tensor) -> Outcome:
+        return Outcome((Term(logps[:, 0] - typical),), logps.detach())
+
+    typical = Statistic(lambda scores, hyper: (scores["length"], scores["mask"]))
+    form = functional.functional_form(Objective(longer, "pair", statistics={"typical": typical}))
+    lengths = {"chosen_length": torch.full((3,), 2.0), "rejected_length": torch.full((3,), 4.0)}
+    assert form(ONE, ONE, **lengths).losses.tolist() == [-3.0] * 3
+    with pytest.raises(TypeError, match=r"longer_loss\(\) missing .*chosen_length"):
+        form(ONE, ONE)

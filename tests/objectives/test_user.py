@@ -6,7 +6,9 @@ import copy
 import pickle
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from fastpo.objectives.user import spelled
 
 FILE = '''
 from fastpo import Objective, Outcome, Term
+from fastpo.objectives.domain import Positive
 
 def mine(ratio, mask, *, beta=0.1):
     """beta (u_l - u_w)"""
@@ -41,6 +44,8 @@ def scalar(ratio, mask): return Outcome((Term(ratio.sum()),), ratio.detach())
 scalar.family = "pair"
 def dpo(ratio, mask): ...
 dpo.family = "pair"
+def unfit(ratio, mask, *, beta: Positive = -1.0): ...
+unfit.family = "pair"
 '''
 
 
@@ -89,6 +94,36 @@ def test_beside_a_recipe_it_is_found_and_named_from_here(own: Path) -> None:
     assert spelled("own_losses:mine", None) == "own_losses:mine"
 
 
+def test_an_objective_that_is_handed_over_is_the_one_that_is_used() -> None:
+    """Whatever function it is of: one of the catalogue's may have another name or family."""
+    again = Objective(OBJECTIVES["dpo"].fn, "pair", name="again")
+    assert as_objective(again) is again
+    assert as_objective(again.fn) is OBJECTIVES["dpo"]
+    try:
+        assert register(again) is OBJECTIVES["again"] is register(replace(again))
+        with pytest.raises(ValueError, match="the name 'again' is taken"):
+            register(replace(again, family="list"))
+    finally:
+        del OBJECTIVES["again"]
+
+
+@pytest.mark.parametrize("family", ["list", "nonsense"])
+def test_a_family_that_contradicts_is_refused(family: Any) -> None:
+    def mine(ratio, mask): ...
+
+    vars(mine)["family"] = "pair"
+    for objective in (mine, OBJECTIVES["dpo"], OBJECTIVES["dpo"].fn):
+        with pytest.raises(ValueError, match=f"family='{family}': .* compares 'pair': leave"):
+            as_objective(objective, family=family)
+        assert as_objective(objective, family="pair").family == "pair"
+
+
+@pytest.mark.parametrize("text", ['{"dpo": 1, "sft": 0.1}', '{"dpo": 1', "{mine.py:mine: 1}"])
+def test_a_mixture_that_is_text_is_no_reference(text: str) -> None:
+    with pytest.raises(ValueError, match="is neither a name nor a mapping"):
+        get_objective(text)
+
+
 REFUSED = {
     "own_losse:mine": "there is no own_losse, .*: did you mean 'own_losses'?",
     "other/own_losses.py:mine": "there is no other/own_losses.py, looked for in ",
@@ -101,6 +136,10 @@ REFUSED = {
     "own_losses:misspelt": "takes 'ratios', which is no score: did you mean 'ratio'?",
     "own_losses:many": r"takes \*scores: name every score",
     "own_losses:unset": "hyper-parameter 'beta' without a default",
+    ".:mine": "write module:function",
+    ".own.losses:mine": "write module:function",
+    "runs/own_losses:mine": "write module:function, .*, or path/to/file.py:my_loss",
+    "own_losses:unfit": "default that its own annotation refuses: beta=-1.0 must be above 0",
     "own_losses:dpo": "another is called 'dpo': rename the function",
 }
 

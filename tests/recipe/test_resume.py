@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,24 @@ def test_a_finished_run_is_longer_done_or_refused(recipe: Path, tmp_path: Path) 
     with pytest.raises(ValueError, match="is finished and has no checkpoint to go on from"):
         judge_start(longer, longer.config(), before, fresh=False)
     assert judge_start(now, now.config(), Run(tmp_path), fresh=True) == (None, False, False)
+
+
+def test_an_objective_of_ones_own_is_the_same_from_any_folder(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = "def {0}(ratio, mask): ...\n{0}.family = 'pair'\n"
+    (recipe.parent / "of_resume.py").write_text(source.format("one") + source.format("two"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    named = ["--objective", "of_resume:one"]
+    monkeypatch.chdir(recipe.parent)
+    before = Run(recipe.parent, recipe=load_recipe(recipe, named).settings)
+    monkeypatch.chdir(recipe.parent.parent)
+    elsewhere = load_recipe(recipe, named)
+    assert elsewhere.settings["objective"] != before.recipe["objective"]
+    refuse_mixture(elsewhere, elsewhere.config(), before)
+    for other in ("of_resume:two", "dpo"):
+        now = load_recipe(recipe, ["--objective", other])
+        with pytest.raises(
+            ValueError, match=f"objective = 'of_resume:one', now it is .*{other[-3:]}"
+        ):
+            refuse_mixture(now, now.config(), before)

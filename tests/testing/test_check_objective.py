@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 import pytest
 import torch
 from torch import Tensor
 
 from fastpo import OBJECTIVES, Objective, Outcome, Statistic, Term
+from fastpo.objectives.domain import Count, Domain, FlipRate, ProperShare
 from fastpo.objectives.links import live, logistic
 from fastpo.objectives.pairwise import dpo, margin_of, pair_outcome
 from fastpo.objectives.vocabulary import scores_with
 from fastpo.testing import check_objective
-from fastpo.testing.scores import make_scores
+from fastpo.testing.scores import cases_of, make_scores
 
 
 def right(ratio: Tensor, mask: Tensor, *, beta: float = 0.1, square: bool = False) -> Outcome:
@@ -106,8 +109,35 @@ def test_misuse_is_refused() -> None:
         check_objective(right, family="pair", bet=0.1)
     with pytest.raises(ValueError, match="beta='a' must be a number"):
         check_objective(right, family="pair", beta="a")
+    with pytest.raises(ValueError, match=r"beta=\[0.1, 0.2\] must be a number"):
+        check_objective(right, family="pair", beta=[0.1, 0.2])
+    with pytest.raises(ValueError, match="no hyper-parameter 'beta': it has none"):
+        check_objective(attached, family="pair", beta=0.1)
+    with pytest.raises(ValueError, match="family='list': objective 'dpo' says .* compares 'pair'"):
+        check_objective(dpo, family="list")
     with pytest.raises(ValueError, match="does not say what it compares"):
         check_objective(right)
+
+
+def test_settings_stay_in_their_domains() -> None:
+    def many(
+        ratio,
+        mask,
+        *,
+        share: ProperShare = 0.9,
+        rate: FlipRate = 0.0,
+        least: Annotated[float, Domain(1, 1)] = 1.0,
+        count: Count = 3,
+        flag: bool = False,
+        kind: Literal["a", "b"] | None = None,
+    ): ...
+
+    objective = Objective(many, "pair")
+    default, moved, *others = cases_of(objective)
+    assert default.hyper == objective.hyper
+    assert moved.hyper == {**objective.hyper, "share": 0.655, "rate": 0.04, "count": 7}
+    assert [repr(case) for case in others] == ["many-flag=True", "many-kind=a", "many-kind=b"]
+    assert all(objective.option(name, value) == value for name, value in moved.hyper.items())
 
 
 def test_every_score_can_be_made() -> None:
