@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from fastpo.errors import did_you_mean
-from fastpo.objectives import get_objective
+from fastpo.objectives import get_objective, unknown_objective
 from fastpo.objectives.base import Objective
 from fastpo.objectives.domain import Misfit, Positive, fitted
 from fastpo.objectives.elsewhere import answer
@@ -33,7 +33,9 @@ def resolve(objective: str | Mapping[str, float], hyper: Mapping[str, Any]) -> l
     """
     if not isinstance(objective, str | Mapping):
         raise ValueError(
-            f"objective={objective!r} is neither a name nor a mapping of names to weights"
+            unknown_objective(objective)
+            if callable(objective)
+            else f"objective={objective!r} is neither a name nor a mapping of names to weights"
         )
     mixture = {objective: 1.0} if isinstance(objective, str) else dict(objective)
     if not mixture:

@@ -50,10 +50,17 @@ def unknown_objective(name: object) -> str:
     >>> unknown_objective("sigmoid")
     "unknown objective 'sigmoid': here it is dpo"
     """
-    if "{" in str(name):
+    if not isinstance(name, str):
+        return (
+            f"objective {name!r} is no name: write where it is, 'my_module:my_loss', or the name "
+            "that fastpo.register(it) gives it"
+        )
+    if "{" in name:
         return f"objective {name!r} is neither a name nor a mapping {{dpo: 1, sft: 0.1}}"
+    if "." in name:
+        return f"unknown objective {name!r}: one of your own is called module:function"
     here = plain(name) if plain(name) in OBJECTIVES else called_here(name)
-    if here != str(name):
+    if here != name:
         said = here.removeprefix(NOTHING) if here.startswith(NOTHING) else f"here it is {here}"
         return f"unknown objective {name!r}: {said}"
     near = similar(plain(name), OBJECTIVES, count=5, cutoff=0)

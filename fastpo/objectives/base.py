@@ -307,13 +307,22 @@ def _fault(outcome: object, scores: Mapping[str, Tensor]) -> str | None:
     if not isinstance(outcome, Outcome):
         return f"a {type(outcome).__name__}"
     mask = scores.get("mask")
+    if not isinstance(outcome.terms, tuple | list) or not outcome.terms:
+        return f"terms {outcome.terms!r}"
     for term in outcome.terms:
         if not isinstance(term, Term):
             return f"a {type(term).__name__} among its terms"
+        if not isinstance(term.values, Tensor):
+            return f"losses that are a {type(term.values).__name__}"
+        weight = term.weight
+        if getattr(weight, "shape", ()) or not isinstance(weight, float | int | Tensor):
+            return f"a term's weight {weight!r}, which is not one number"
         if term.per not in DIVISORS:
             return f"a term per {term.per!r}, which nothing counts ({', '.join(DIVISORS)})"
         if mask is not None and term.values.shape != mask.shape[:1]:
             return f"losses of shape {list(term.values.shape)} for {len(mask)} groups"
+    if not isinstance(outcome.rewards, Tensor):
+        return f"rewards that are a {type(outcome.rewards).__name__}"
     if mask is not None and outcome.rewards.shape != mask.shape:
         return f"rewards of shape {list(outcome.rewards.shape)} for a mask {list(mask.shape)}"
     return None

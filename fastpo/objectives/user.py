@@ -51,14 +51,23 @@ def load(reference: str, beside: Path | None = None) -> Any:
     file = _find(where, _folders(beside))
     if file is None and (where.endswith(".py") or not _importable(where)):
         looked = ", ".join(map(str, _folders(beside)))
-        hint = _nearest(where, [path.stem for f in _folders(beside) for path in f.glob("*.py")])
-        among = "" if where.endswith(".py") else " and among installed packages"
+        if where.endswith(".py"):
+            among, head = "", os.path.dirname(where)
+            near = [
+                os.path.join(head, p.name)
+                for f in _folders(beside)
+                for p in (f / head).glob("*.py")
+            ]
+        else:
+            among = " and among installed packages"
+            near = [path.stem for f in _folders(beside) for path in f.glob("*.py")]
+        hint = _nearest(where, near)
         raise ValueError(
             f"objective {reference!r}: there is no {where}, looked for in {looked}{among}{hint}"
         )
     try:
         module = importlib.import_module(where) if file is None else _import(file)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         said = str(error).partition("\n")[0]
         raise ValueError(
             f"objective {reference!r}: importing {file.path if file else where} failed: "
@@ -210,15 +219,23 @@ def _check_signature(objective: Objective, reference: str) -> None:
     known = scores_with(objective.extras)
     for name, score in scores.items():
         if score is UNKNOWN:
-            refuse(
-                f"takes {name!r}, which is no score{_nearest(name, known)}; a "
-                "number of the whole batch is a Statistic"
-            )
+            refuse(f"takes {name!r}, which is no score{_hint(name, known)}")
     for name, default in objective.hyper.items():
         try:
             objective.option(name, default)
         except ValueError as error:
             refuse(f"has a default that its own annotation refuses: {error}")
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    """Say what a parameter that is no score may have been meant for."""
+    parts = name.split("_")
+    for role in ("_".join(parts[:n]) for n in range(1, len(parts))):
+        if name in scores_with((role,)):
+            return f" of the prompt's own responses: Objective(..., extras=({role!r},)) has it"
+    return _nearest(name, known) or (
+        ": hyper-parameters come after a *, and a number of the whole batch is a Statistic"
+    )
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:

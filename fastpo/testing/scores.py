@@ -1,6 +1,6 @@
 """Make random scores for any objective from its signature, and bound the rounding of its losses.
 
-A score that no objective took before needs a recipe here: its sign, in `SIGNS` or `TOKENS`.
+A score that is new to the vocabulary needs a recipe here: its sign, in `SIGNS` or `TOKENS`.
 """
 
 from __future__ import annotations
@@ -132,14 +132,15 @@ def make_scores(
         AssertionError: the objective takes a score that has no recipe.
     """
     point, roles = objective.family == "point", (*EXTRA_ROLES, *objective.extras)
-    scores = dict(_every_score(point, tuple(sizes), tuple(dict.fromkeys(roles)), seed, extreme))
+    every = _every_score(point, tuple(sizes), tuple(dict.fromkeys(roles)), seed, extreme)
+    scores = {name: value.clone() for name, value in every.items()}
     hyper = {**objective.hyper, **(hyper or {})}
     for name, statistic in objective.statistics.items():
         values, where = statistic.of(scores, hyper)
         scores[name] = statistic.reduce(values[where], hyper).float().double()
     unknown = [name for name in objective.needs if name not in scores]
     assert not unknown, f"{objective.name} takes {unknown}, of which no random ones can be made"
-    return {name: scores[name].clone() for name in dict.fromkeys((*objective.needs, "mask"))}
+    return {name: scores[name] for name in dict.fromkeys((*objective.needs, "mask"))}
 
 
 # A battery of one objective asks for ten of them, again at each of its settings: 120 draws each.
@@ -222,10 +223,12 @@ def gradients(case: Case, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the gradient of all weighted terms' sum; zeros for scores that only rewards use.
 
     Raises:
-        AssertionError: a NaN anywhere in backward, even one that a `where` drops later.
+        AssertionError: no gradient at all, or a NaN anywhere in backward, even one that a `where`
+            drops later.
     """
     copy, roots = leaves(scores, case.objective.statistics)
     sums = [t.weight * t.values.sum() for t in evaluate(case, copy).terms]
+    assert any(value.requires_grad for value in sums), f"{case} has no gradient to any score"
     try:
         with warnings.catch_warnings(), torch.autograd.set_detect_anomaly(True):
             warnings.simplefilter("ignore")

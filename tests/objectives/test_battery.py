@@ -73,7 +73,7 @@ def test_table_entry(name: str) -> None:
     assert objective.paper
     assert objective.formula
     assert objective.formula.isascii()
-    assert name in FORMULAS, f"write {name}'s formula by hand in formulas.py"
+    assert name in FORMULAS, f"write {name}'s formula by hand in tests/objectives/formulas"
     doc = inspect.getdoc(objective.fn) or ""
     assert "$" in doc, "no formula in the docstring"
     assert ">>>" in doc, "no example in the docstring"

@@ -34,14 +34,14 @@ number = 3.0
 def unsaid(ratio, mask): ...
 def misspelt(ratios, mask): ...
 misspelt.family = "pair"
+def swapped(ratio, mask, beta): ...
+swapped.family = "pair"
+def golden(ratio, gold_logps, mask): ...
+golden.family = "pair"
 def many(*scores): ...
 many.family = "pair"
 def unset(ratio, *, beta): ...
 unset.family = "pair"
-def tensor(ratio, mask): return ratio.sum()
-tensor.family = "pair"
-def scalar(ratio, mask): return Outcome((Term(ratio.sum()),), ratio.detach())
-scalar.family = "pair"
 def dpo(ratio, mask): ...
 dpo.family = "pair"
 def unfit(ratio, mask, *, beta: Positive = -1.0): ...
@@ -56,7 +56,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield tmp_path
-    for name in ("own_losses", "broken_losses"):
+    for name in ("own_losses", "broken_losses", "leaving_losses"):
         sys.modules.pop(name, None)
 
 
@@ -134,6 +134,11 @@ REFUSED = {
     "own_losses:number": "is a float: name a function of scores",
     "own_losses:unsaid": "does not say what it compares: write unsaid.family = 'pair'",
     "own_losses:misspelt": "takes 'ratios', which is no score: did you mean 'ratio'?",
+    "own_losses:swapped": "takes 'beta', which is no score: hyper-parameters come after a *",
+    "own_losses:golden": r"no score of the prompt's own .*extras=\('gold',\)",
+    "runs/other.py:mine": "no runs/other.py, .*: did you mean 'runs/others.py'?",
+    "leaving_losses:mine": "leaving_losses.py failed: SystemExit: 3",
+    "own_losses.mine": "one of your own is called module:function",
     "own_losses:many": r"takes \*scores: name every score",
     "own_losses:unset": "hyper-parameter 'beta' without a default",
     ".:mine": "write module:function",
@@ -147,19 +152,47 @@ REFUSED = {
 @pytest.mark.parametrize("reference", REFUSED)
 def test_what_is_not_there_is_said_in_one_line(own: Path, reference: str) -> None:
     (own / "broken_losses.py").write_text("1 / 0\n")
+    (own / "leaving_losses.py").write_text("raise SystemExit(3)\n")
+    (own / "runs").mkdir()
+    (own / "runs" / "others.py").write_text("")
     with pytest.raises(ValueError, match=REFUSED[reference]) as error:
         get_objective(reference)
     assert reference in str(error.value)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "said"), [("tensor", "a Tensor"), ("scalar", r"shape \[\] for 2")]
-)
-def test_another_return_type_is_refused(name: str, said: str) -> None:
-    loss = PreferenceLoss(f"own_losses:{name}", torch.nn.Linear(8, 16, bias=False))
-    with pytest.raises(ValueError, match=f"{name} returned .*{said}.*: return Outcome"):
-        loss(torch.randn(4, 5, 8), torch.zeros(4, 5).long(), ref_logps=torch.zeros(4, 5))
+# Every field that is of another type, and sizes that are not the batch's.
+RETURNS = {
+    "a Tensor": lambda z, r: z,
+    "a tuple": lambda z, r: ((Term(z),), r),
+    "a NoneType": lambda z, r: None,
+    "terms None": lambda z, r: Outcome(None, r),
+    r"terms \(\)": lambda z, r: Outcome((), r),
+    "a Tensor among its terms": lambda z, r: Outcome((z,), r),
+    "losses that are a float": lambda z, r: Outcome((Term(1.0),), r),
+    "losses that are a list": lambda z, r: Outcome((Term([1.0, 2.0]),), r),
+    r"losses of shape \[\] for 2": lambda z, r: Outcome((Term(z.sum()),), r),
+    "a term's weight None": lambda z, r: Outcome((Term(z, weight=None),), r),
+    r"a term's weight tensor\(": lambda z, r: Outcome((Term(z, weight=z),), r),
+    "a term per 'pairs'": lambda z, r: Outcome((Term(z, "pairs"),), r),
+    "rewards that are a NoneType": lambda z, r: Outcome((Term(z),), None),
+    r"rewards of shape \[2\]": lambda z, r: Outcome((Term(z),), z.detach()),
+}
+
+
+@pytest.mark.parametrize("said", RETURNS)
+def test_another_return_type_is_refused(said: str) -> None:
+    def returns(ratio, mask):
+        return RETURNS[said](ratio.sum(-1), ratio.detach())
+
+    with pytest.raises(ValueError, match=f"returns returned {said}.*: return Outcome"):
+        Objective(returns, "pair")({"ratio": torch.zeros(2, 2), "mask": torch.ones(2, 2).bool()})
+
+
+def test_a_function_itself_is_no_name() -> None:
+    for objective in (test_register, {test_register: 1.0}):
+        with pytest.raises(ValueError, match=r"is no name: write .* fastpo.register\(it\)"):
+            PreferenceLoss(objective)  # pyright: ignore[reportArgumentType]
 
 
 def test_register() -> None:

@@ -76,7 +76,5 @@ def test_an_objective_of_ones_own_is_the_same_from_any_folder(
     refuse_mixture(elsewhere, elsewhere.config(), before)
     for other in ("of_resume:two", "dpo"):
         now = load_recipe(recipe, ["--objective", other])
-        with pytest.raises(
-            ValueError, match=f"objective = 'of_resume:one', now it is .*{other[-3:]}"
-        ):
+        with pytest.raises(ValueError, match=f"objective = .*:one', now it is .*{other[-3:]}'"):
             refuse_mixture(now, now.config(), before)
