@@ -50,7 +50,7 @@ class Domain:
             words = "finite"
         return words if self.besides is None else f"{words}, or {_short(self.besides)}"
 
-    def check(self, name: str, value: float) -> float:
+    def check(self, name: str, value: float | Tensor) -> float | Tensor:
         """`value`, or ValueError with its name: for functions that are called by themselves."""
         scalar = isinstance(value, Tensor) and value.dim() == 0
         if isinstance(value, bool) or not (scalar or isinstance(value, Real)):

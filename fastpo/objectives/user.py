@@ -119,7 +119,7 @@ def described(value: object, reference: str, family: Family | None = None) -> Ob
                 f"objective {reference!r} is a {type(value).__name__}: name a function of scores, "
                 "or an Objective"
             )
-        compared = getattr(value, "family", family)
+        compared: Any = getattr(value, "family", family)
         if compared is None or compared not in get_args(Family):
             name = value.__name__
             said = "does not say what it compares" if compared is None else f"is {compared!r}"

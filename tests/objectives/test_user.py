@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -161,22 +161,23 @@ def test_what_is_not_there_is_said_in_one_line(own: Path, reference: str) -> Non
     assert "\n" not in str(error.value)
 
 
+outcome, term = cast(Any, Outcome), cast(Any, Term)
 # Every field that is of another type, and sizes that are not the batch's.
 RETURNS = {
     "a Tensor": lambda z, r: z,
-    "a tuple": lambda z, r: ((Term(z),), r),
+    "a tuple": lambda z, r: ((term(z),), r),
     "a NoneType": lambda z, r: None,
-    "terms None": lambda z, r: Outcome(None, r),
-    r"terms \(\)": lambda z, r: Outcome((), r),
-    "a Tensor among its terms": lambda z, r: Outcome((z,), r),
-    "losses that are a float": lambda z, r: Outcome((Term(1.0),), r),
-    "losses that are a list": lambda z, r: Outcome((Term([1.0, 2.0]),), r),
-    r"losses of shape \[\] for 2": lambda z, r: Outcome((Term(z.sum()),), r),
-    "a term's weight None": lambda z, r: Outcome((Term(z, weight=None),), r),
-    r"a term's weight tensor\(": lambda z, r: Outcome((Term(z, weight=z),), r),
-    "a term per 'pairs'": lambda z, r: Outcome((Term(z, "pairs"),), r),
-    "rewards that are a NoneType": lambda z, r: Outcome((Term(z),), None),
-    r"rewards of shape \[2\]": lambda z, r: Outcome((Term(z),), z.detach()),
+    "terms None": lambda z, r: outcome(None, r),
+    r"terms \(\)": lambda z, r: outcome((), r),
+    "a Tensor among its terms": lambda z, r: outcome((z,), r),
+    "losses that are a float": lambda z, r: outcome((term(1.0),), r),
+    "losses that are a list": lambda z, r: outcome((term([1.0, 2.0]),), r),
+    r"losses of shape \[\] for 2": lambda z, r: outcome((term(z.sum()),), r),
+    "a term's weight None": lambda z, r: outcome((term(z, weight=None),), r),
+    r"a term's weight tensor\(": lambda z, r: outcome((term(z, weight=z),), r),
+    "a term per 'pairs'": lambda z, r: outcome((term(z, "pairs"),), r),
+    "rewards that are a NoneType": lambda z, r: outcome((term(z),), None),
+    r"rewards of shape \[2\]": lambda z, r: outcome((term(z),), z.detach()),
 }
 
 
