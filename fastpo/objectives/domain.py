@@ -12,6 +12,9 @@ from typing import Annotated, Any, Literal, Union
 from torch import Tensor
 
 
+Number = typing.TypeVar("Number", bound=float | Tensor)
+
+
 class Misfit(ValueError):
     """A value is outside its annotation; the text goes after the value: `must be above 0`."""
 
@@ -50,7 +53,7 @@ class Domain:
             words = "finite"
         return words if self.besides is None else f"{words}, or {_short(self.besides)}"
 
-    def check(self, name: str, value: float | Tensor) -> float | Tensor:
+    def check(self, name: str, value: Number) -> Number:
         """`value`, or ValueError with its name: for functions that are called by themselves."""
         scalar = isinstance(value, Tensor) and value.dim() == 0
         if isinstance(value, bool) or not (scalar or isinstance(value, Real)):
