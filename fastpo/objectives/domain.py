@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, Union
 
 from torch import Tensor
 
-
 Number = typing.TypeVar("Number", bound=float | Tensor)
 
 
