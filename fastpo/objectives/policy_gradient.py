@@ -63,7 +63,7 @@ def group_advantages(
 
 
 def leave_one_out_advantages(reward: Tensor, mask: Tensor) -> Tensor:
-    r"""Return $A_i = r_i - \mathrm{mean}_{j \ne i}\,r_j$, detached; 0 in a group of one.
+    r"""Return $A_i = r_i - \mathrm{mean}_{j \ne i}\,r_j$ [G, K], detached; 0 in a group of one.
 
     >>> import torch
     >>> leave_one_out_advantages(torch.tensor([[4.0, 1.0, 1.0]]), torch.ones(1, 3).bool())

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastpo.report.chart import MANY, Series, chart
-from fastpo.report.diagnosis import Warning, find_warnings
+from fastpo.report.diagnosis import RunWarning, find_warnings
 from fastpo.report.templates import fill
 from fastpo.report.text import Metric, count, duration, metrics, setting, short
 from fastpo.run.folder import REPORT, write_sealed
@@ -122,7 +122,7 @@ class Page:
     dataset: str
     formula: str
     tiles: list[Tile]
-    warnings: list[Warning]
+    warnings: list[RunWarning]
     logged: bool
     figures: list[Figure]
     smoothed: bool
