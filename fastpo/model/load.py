@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class Adapter(NamedTuple):
-    """Name the base model of an adapter in a folder.
+    """Hold the base model of an adapter in a folder.
 
     Args:
         base: name or folder of the base model.

@@ -20,7 +20,7 @@ _SURE = 3.0  # standard errors; noise passes it once in 370 looks
 
 
 class RunWarning(NamedTuple):
-    """Something that the reader should know before trusting the numbers."""
+    """Say something that the reader should know before trusting the numbers."""
 
     level: Literal["stop", "warn", "note"]
     title: str
