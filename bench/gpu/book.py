@@ -115,7 +115,7 @@ def tidy(device: torch.device) -> None:
 
 
 def each(cases: Iterable[Any], run: Callable[[Any], None], device: torch.device) -> int:
-    """Run every case, whatever becomes of the others; how many failed."""
+    """Run every case, whatever becomes of the others; return how many failed."""
     failed = 0
     for case in cases:
         try:

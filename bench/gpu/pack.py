@@ -147,7 +147,7 @@ def prepare(folder: Path) -> Path:
 
 
 def pack(folder: Path, root: Path, cache: bool = True, wheels: Sequence[str] = WHEELS) -> int:
-    """Fill the folder, print the size of every item; 1 and one line where it cannot be."""
+    """Fill the folder, print the size of every item; return 1, with a line, where it cannot be."""
     try:
         store = prepare(folder)
         for wheel in wheels:

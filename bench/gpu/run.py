@@ -135,7 +135,7 @@ def child_of(part: Part, out: Path, device: torch.device, limit: float) -> Ended
 
 
 def run(parts: Sequence[Part], out: Path, device: torch.device, budget: float) -> bool:
-    """Run every part that has not finished, in order, within the budget; whether none failed.
+    """Run every part that has not finished, in order, within the budget; say whether none failed.
 
     A part's limit is its own seconds, scaled to the budget, and what earlier parts left over.
     """
@@ -253,7 +253,7 @@ def _stop(number: int, frame: Any) -> NoReturn:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the parts, print the table last; 0 where none failed, 2 where none could start."""
+    """Run the parts, print the table last; return 0 where none failed, 2 where none could start."""
     options = parse(arguments)
     if options.list:
         for part in PARTS:

@@ -240,7 +240,7 @@ def counted(report: Path) -> tuple[dict[str, int], list[str]]:
 
 
 def tests(book: Book, options: Options) -> int:
-    """Run pytest and interrupt it in time for its report; its failures."""
+    """Run pytest and interrupt it in time for its report; return its failures."""
     report = options.out / "gpu_tests.xml"
     report.unlink(missing_ok=True)
     begin = time.monotonic()
