@@ -1,6 +1,6 @@
 # make demo      train a real model on real preferences; table and report in under ten minutes
 # make test      the test suite
-# make test-fast   head, objectives and data, without what is marked slow; under a minute
+# make test-fast   head, objectives, testing and data, without what is marked slow; under a minute
 # make test-oldest  the same with the oldest releases that setup.py allows, in .venv-oldest
 # make lint      ruff, basedpyright, import-linter
 # make listwise  K-way lists on long prompts, one prompt copy each

@@ -28,7 +28,7 @@ CHIP = "sm_90"
 
 
 class Peaks(NamedTuple):
-    """One GPU's ceilings."""
+    """Hold one GPU's ceilings."""
 
     multiprocessors: int
     flop_per_second: float
@@ -83,7 +83,7 @@ def work(report: Report, shape: tuple[int, int, int]) -> Work | None:
 
 
 def resident_blocks(report: Report, peaks: Peaks) -> int:
-    """Blocks that one multiprocessor holds: registers come in eights, a block costs 1 KiB more."""
+    """Count blocks that a multiprocessor holds: registers come in eights, a block costs 1 KiB."""
     registers = 8 * math.ceil(report.registers / 8) * 32 * report.config.warps
     return min(
         peaks.registers // registers,

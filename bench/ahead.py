@@ -90,7 +90,7 @@ def _attempt(call: Callable[[Any], object], job: Any) -> str | None:
 
 
 class Ahead:
-    """Processes that compile for a chip, alive while the context is.
+    """Run processes that compile for a chip, alive while the context is.
 
     Args:
         target: the chip, as triton's driver names it.

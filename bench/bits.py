@@ -158,7 +158,7 @@ def digest_of(folder: Path) -> dict[str, str]:
 
 
 def numerics() -> Iterator[tuple[str, str]]:
-    """Outputs and gradients of the head on the inputs of `bench.numerics`, each by a digest."""
+    """Yield outputs and gradients of the head on inputs of `bench.numerics`, each by a digest."""
     import torch
 
     from bench.contenders import OURS

@@ -39,13 +39,13 @@ def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def compiled(device: torch.device) -> TokenOp:
-    """`eager` under torch.compile, specialised on the shape."""
+    """Build `eager` under torch.compile, specialised on the shape."""
     torch._dynamo.reset()  # Every shape is its own specialisation, and there is a limit of eight.
     return torch.compile(eager, dynamic=False)
 
 
 def torch_chunked(device: torch.device) -> TokenOp:
-    """`F.linear_cross_entropy` on its chunked path."""
+    """Build `F.linear_cross_entropy` on its chunked path."""
     if not hasattr(F, "linear_cross_entropy"):
         raise Unavailable(f"torch {torch.__version__} has no linear_cross_entropy")
     from torch.nn import LinearCrossEntropyOptions
@@ -55,7 +55,7 @@ def torch_chunked(device: torch.device) -> TokenOp:
 
 
 def trl(device: torch.device) -> TokenOp:
-    """TRL's fused head; `outputs=()` spares it the statistics that nobody asked for."""
+    """Build TRL's fused head; `outputs=()` spares it the statistics that nobody asked for."""
     _require("trl", "trl")
     from trl.kernels import ChunkedLogProbFunction
 
@@ -66,7 +66,7 @@ def trl(device: torch.device) -> TokenOp:
 
 
 def cce(device: torch.device) -> TokenOp:
-    """Cut cross-entropy: its kernel on CUDA, its torch.compile form elsewhere."""
+    """Build cut cross-entropy: its kernel on CUDA, its torch.compile form elsewhere."""
     _require("cut_cross_entropy", "cut-cross-entropy")
     from cut_cross_entropy import linear_cross_entropy
 
@@ -92,7 +92,7 @@ def _on_token_op(build: Callable[[torch.device], TokenOp]) -> Callable[[torch.de
 
 
 def fastpo_step(device: torch.device, **options: Any) -> Step:
-    """`fastpo.PreferenceLoss`, padded layout; options of its call."""
+    """Build `fastpo.PreferenceLoss`, padded layout; options of its call."""
     loss = fastpo.PreferenceLoss("dpo", beta=BETA)
 
     def step(h: Tensor, w: Tensor, y: Tensor, ref_hidden: Tensor, num_pairs: int) -> Tensor:
@@ -110,7 +110,7 @@ def fastpo_step(device: torch.device, **options: Any) -> Step:
 
 
 def liger_step(device: torch.device) -> Step:
-    """Liger's chunked DPO, one pair at a time; its torch.compile needs a GPU to pay off."""
+    """Build Liger's chunked DPO, a pair at a time; its torch.compile needs a GPU to pay off."""
     _require("liger_kernel", "liger-kernel")
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 

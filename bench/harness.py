@@ -32,14 +32,14 @@ GATE = 10
 
 
 def device_slug(device: torch.device) -> str:
-    """`cpu-2-cores`, or the name of the GPU: where results are kept."""
+    """Return `cpu-2-cores`, or the name of the GPU: where results are kept."""
     if device.type == "cpu":
         return f"cpu-{torch.get_num_threads()}-cores"
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware; no host name, no path."""
+    """Return versions and hardware; no host name, no path."""
     cpu = device.type == "cpu"
     name = torch.backends.cpu.get_cpu_capability() if cpu else torch.cuda.get_device_name(device)
     stamp = {"device": name, "slug": device_slug(device), "threads": torch.get_num_threads()}
@@ -80,7 +80,7 @@ def interleaved(
     cold: bool = True,
     warmup: int = 1,
 ) -> dict[str, list[float]]:
-    """name -> seconds of each round. Every round runs everyone once, in an order that rotates.
+    """Return name -> seconds of each round. Everyone runs once a round, in an order that rotates.
 
     `cold` overwrites 256 MiB, more than a last-level cache holds, before each run.
     """
@@ -102,7 +102,7 @@ def interleaved(
 
 
 def summary(values: list[float]) -> dict[str, float]:
-    """Median and quantiles."""
+    """Return median and quantiles."""
     wanted = {"min": 0, "q25": 0.25, "median": 0.5, "q75": 0.75, "max": 1}
     return {name: round(float(np.quantile(values, q)), 6) for name, q in wanted.items()}
 
@@ -126,7 +126,7 @@ def _status_bytes(field: str) -> int:
 
 
 def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Most memory alive during a second call beyond what was there before it, outputs included.
+    """Return the most memory alive in a second call beyond what was there before, outputs included.
 
     CPU: the process' resident high-water mark, so give every contender a fresh process.
     """
@@ -144,7 +144,7 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 def memory_in_fresh_process(module: str, name: str, key: dict[str, Any], threads: int) -> int:
-    """`peak_extra_bytes` of one contender in an interpreter of its own: `module`'s --memory-of."""
+    """Return `peak_extra_bytes` of a contender in its own interpreter: `module`'s --memory-of."""
     command = [sys.executable, "-m", module, "--memory-of", json.dumps({**key, "name": name})]
     # glibc keeps freed blocks of up to 32 MiB, and a second call that reuses them looks free.
     settings = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -192,7 +192,7 @@ class Record:
             self.data = old
 
     def missing(self, keys: list[dict]) -> list[dict]:
-        """Those of `keys` that no finished case has."""
+        """Return those of `keys` that no finished case has."""
         have = [case["key"] for case in self.data["cases"]]
         return [key for key in keys if key not in have]
 

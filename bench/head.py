@@ -70,7 +70,7 @@ _TRUTH_ROWS = 512
 
 
 class Inputs(NamedTuple):
-    """Compacted label tokens whose softmax is as peaked as a language model's."""
+    """Hold compacted label tokens whose softmax is as peaked as a language model's."""
 
     hidden: Tensor  # [N, D]
     weight: Tensor  # [V, D]
@@ -118,7 +118,7 @@ def less_label(log_p: Tensor, labels: Tensor) -> Tensor:
 
 
 def by_hand(inputs: Inputs, task: str, mode: str, dtype: torch.dtype) -> tuple[Outputs, Tensor]:
-    """(outputs, p_y) from the closed form in `dtype`, a block of rows at a time.
+    """Return (outputs, p_y) by the closed form in `dtype`, a block of rows at a time.
 
     In float64 it is the truth, in the inputs' dtype the error that plain PyTorch makes.
     """
@@ -177,7 +177,7 @@ def bind(name: str, task: str, mode: str, inputs: Inputs) -> Callable[[], Output
 def called(
     op: Callable[..., Tensor], task: str, mode: str, inputs: Inputs, num_pairs: int = NUM_PAIRS
 ) -> Callable[[], Outputs]:
-    """`bind` of a token op or step that is there already."""
+    """Return what `bind` does, of a token op or step that is there already."""
     more = () if task == "logps" else (inputs.ref_hidden, num_pairs)
 
     def run() -> Outputs:
@@ -239,7 +239,7 @@ def planned_products(inputs: Inputs, task: str, mode: str) -> float:
 def measure(
     key: dict, device: torch.device, options: argparse.Namespace, progress: tqdm
 ) -> dict[str, Any]:
-    """One case: gate, count, time, memory of everyone who can run it."""
+    """Measure one case: gate, count, time, memory of everyone who can run it."""
     task, mode, shape = key["task"], key["mode"], tuple(key["shape"])
     dtype = getattr(torch, key["dtype"])
     inputs = make_inputs(shape, dtype, device)
@@ -318,7 +318,7 @@ def strongest_peer(contenders: dict[str, dict]) -> str | None:
 
 
 def table(cases: Sequence[dict]) -> str:
-    """Every case as Markdown; `x ours` is the median over rounds of the time next to fastpo's."""
+    """Return all cases as Markdown; `x ours` is the rounds' median of the time next to fastpo's."""
     lines = []
     for case in cases:
         key, contenders = case["key"], case["contenders"]
@@ -374,7 +374,7 @@ Device: {stamp["device"]}, {stamp["threads"]} threads. Versions: {versions}.
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.head", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     flag = argparse.BooleanOptionalAction

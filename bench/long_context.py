@@ -103,7 +103,7 @@ def cases(device: torch.device) -> list[dict[str, Any]]:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that are alive, on any device; `peak` is their most so far.
+    """Count the bytes of tensors that are alive, on any device; `peak` is their most so far.
 
     What exists already has to be named: `held` is not counted.
     """
@@ -139,7 +139,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class Step:
-    """A model with random weights and one batch: called, it is a forward and a backward.
+    """Hold a model with random weights and one batch: a call is a forward and a backward.
 
     Args:
         case: of `cases`.
@@ -222,7 +222,7 @@ def _group(case: dict[str, Any], vocabulary: int) -> Group:
 
 
 def planned(case: dict[str, Any]) -> Plan:
-    """The planner's word on a case, without optimiser states, which a `Step` does not have."""
+    """Return the planner's word on a case, without optimiser states, which a `Step` has not."""
     own = {k: v for k, v in case.items() if k not in ("model", "objective")}
     return plan(Job(_shape(case), **own, optim="sgd"))
 
@@ -242,7 +242,7 @@ def predicted_extra(case: dict[str, Any], device: torch.device) -> int:
 
 
 def measure(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Seconds and peak of a second step, in this process."""
+    """Measure seconds and peak of a second step, in this process."""
     step = Step(case, device)
     begin = time.perf_counter()
     try:
@@ -290,7 +290,7 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def _alone(case: dict[str, Any]) -> dict[str, Any]:
-    """`measure` in a fresh process."""
+    """Run `measure` in a fresh process."""
     command = [sys.executable, "-m", "bench.long_context", "--case", json.dumps(case)]
     # Else glibc keeps freed tensors of up to 32 MiB in its heap, and the process looks larger.
     own = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 17)}

@@ -88,7 +88,7 @@ def make_scores(shape: tuple[int, int], device: torch.device) -> dict[str, Tenso
 
 
 def contenders(name: str, device: torch.device) -> dict[str, Loss]:
-    """Named functions from scores to the losses [B] of the preference term."""
+    """Return named functions from scores to the losses [B] of the preference term."""
     objective = OBJECTIVES[name]
 
     def eager(scores: dict[str, Tensor]) -> Tensor:
@@ -109,7 +109,7 @@ def contenders(name: str, device: torch.device) -> dict[str, Loss]:
 
 
 def bind(name: str, loss: Loss, scores: dict[str, Tensor]) -> Callable[[], Outputs]:
-    """One call: losses, and the gradient of their sum."""
+    """Return one call: losses, and the gradient of their sum."""
     key = SCORE_OF.get(name, "ratio")
 
     def run() -> Outputs:
@@ -122,7 +122,7 @@ def bind(name: str, loss: Loss, scores: dict[str, Tensor]) -> Callable[[], Outpu
 
 
 def count_launches(run: Callable[[], object]) -> int:
-    """Kernels, copies and fills that one call starts on the GPU."""
+    """Count kernels, copies and fills that one call starts on the GPU."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         run()
@@ -134,7 +134,7 @@ def count_launches(run: Callable[[], object]) -> int:
 def measure(
     key: dict, device: torch.device, options: argparse.Namespace, progress: tqdm
 ) -> dict[str, Any]:
-    """One case: gate, count, time."""
+    """Measure one case: gate, count, time."""
     name = key["objective"]
     scores = make_scores((key["groups"], key["candidates"]), device)
     every = contenders(name, device)
@@ -166,7 +166,7 @@ def measure(
 
 
 def table(cases: Sequence[dict]) -> str:
-    """Every case as one row of Markdown: median microseconds, and how many times eager's speed."""
+    """Return all cases as rows of Markdown: median microseconds, and the speed in eager's."""
     lines = [
         "| objective | B | K | contender | median us | quartiles | x eager's speed | launches "
         "| relative error: losses, gradient |",
@@ -210,7 +210,7 @@ threads; {versions}.
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.losses", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     on_gpu = torch.cuda.is_available()

@@ -56,7 +56,7 @@ def peaked(
 
 
 def relative(outputs: Outputs, truth: Outputs) -> dict[str, float]:
-    """Largest error of each output over the truth's largest magnitude; NaN counts as inf."""
+    """Return the largest error of each output over the truth's magnitude; NaN counts as inf."""
     return {
         name: (
             (outputs[name].to(true) - true).abs().nan_to_num(nan=torch.inf).max() / true.abs().max()
@@ -66,7 +66,7 @@ def relative(outputs: Outputs, truth: Outputs) -> dict[str, float]:
 
 
 def measure(key: dict[str, Any], device: torch.device, without: Sequence[str]) -> dict[str, Any]:
-    """Errors of everyone in one case."""
+    """Return the errors of everyone in one case."""
     dtype = getattr(torch, key["dtype"])
     inputs = peaked(tuple(key["shape"]), key["p"], dtype, device)
     truth, p_label = by_hand(inputs, key["task"], "trained", torch.float64)

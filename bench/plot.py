@@ -91,7 +91,7 @@ def draw(data: dict, shape: list[int] | None = None) -> plt.Figure:
 
 
 def draw_losses(data: dict) -> plt.Figure:
-    """Microseconds over the number of groups, a panel for every objective and K with two or more.
+    """Draw microseconds over the number of groups, a panel for every objective and K >= 2.
 
     A record with a single number of groups everywhere gets points.
     """
@@ -136,7 +136,7 @@ def draw_losses(data: dict) -> plt.Figure:
 
 
 def draw_contexts(data: dict) -> plt.Figure:
-    """Peak of a step, measured and planned, a pair of bars for every case that fits."""
+    """Draw the peak of a step, measured and planned, a pair of bars for every case that fits."""
     cases = [case for case in data["cases"] if case["fits"]]
     names = []
     for case in cases:
@@ -166,7 +166,7 @@ def draw_contexts(data: dict) -> plt.Figure:
 
 
 def draw_steps(data: dict) -> plt.Figure:
-    """Distinct tokens a second of every contender that has a speed, a panel for every case."""
+    """Draw distinct tokens a second of all contenders that have a speed, a panel for every case."""
     cases = data["cases"]
     size = (7.2, 0.9 * len(cases) + 0.9)
     figure, grid = plt.subplots(len(cases), 1, figsize=size, layout="constrained", squeeze=False)

@@ -109,7 +109,7 @@ of weights, 12 of gradients, 9 of checkpoints and 13 of one layer's MLP: 50 GB i
 
 
 class Step:
-    """A trainer with one batch: called, it is a training step whose learning rate is 0.
+    """Hold a trainer with one batch: a call is a training step whose learning rate is 0.
 
     Args:
         trainer: of transformers' kind; its model is trained.
@@ -132,7 +132,7 @@ class Step:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)
 
     def outputs(self) -> Outputs:
-        """Loss and gradient of the mean over pairs; no optimiser step."""
+        """Return loss and gradient of the mean over pairs; no optimiser step."""
         with self.around():
             loss = self.trainer.training_step(self.model, self.inputs, self.counts)
         found = {"loss": loss.detach() / self.pairs, "gradient": _gradient(self.model) / self.pairs}
@@ -151,7 +151,7 @@ def _gradient(model: Any) -> Tensor:
 
 
 def make_model(model: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
-    """Random weights, the same at every call; every layer checkpointed."""
+    """Make random weights, the same at every call; every layer checkpointed."""
     torch.manual_seed(0)
     found: Any = random_model(AutoConfig.for_model(**model), dtype=dtype, device=device)
     found.activation_checkpointing_enable()
@@ -159,7 +159,7 @@ def make_model(model: dict[str, Any], dtype: torch.dtype, device: torch.device) 
 
 
 def make_group(key: dict[str, Any], vocabulary: int) -> tuple[Group, np.ndarray]:
-    """Random tokens, the first response preferred; reference log-probs near -log V, [K R]."""
+    """Make random tokens, the first response preferred; reference log-probs near -log V, [K R]."""
     rng = np.random.default_rng(0)
 
     def ids(count: int) -> np.ndarray:
@@ -175,7 +175,7 @@ def make_group(key: dict[str, Any], vocabulary: int) -> tuple[Group, np.ndarray]
 
 
 def fastpo_step(key: dict[str, Any], device: torch.device, shared: bool = True) -> Step:
-    """Ours: `dpo` of a pair, `pair_logistic` of a longer list, which sums its pairs."""
+    """Make our step: `dpo` of a pair, `pair_logistic` of a longer list, which sums its pairs."""
     model = make_model(key["model"], getattr(torch, key["dtype"]), device)
     group, ref = make_group(key, model.config.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
@@ -202,7 +202,7 @@ def fastpo_step(key: dict[str, Any], device: torch.device, shared: bool = True) 
 
 
 def trl_step(key: dict[str, Any], device: torch.device, compacted: bool = False) -> Step:
-    """TRL's DPOTrainer on K - 1 pairs."""
+    """Make TRL's DPOTrainer step on K - 1 pairs."""
     _require("trl", "trl")
     _require("datasets", "datasets")
     import trl
@@ -256,7 +256,7 @@ def causal_in_blocks(
     scaling: float,
     **unused: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention [1, T, H, Dv] by its definition, a block of queries at a time.
+    """Compute causal attention [1, T, H, Dv] by its definition, a block of queries at a time.
 
     A block's scores have `_TRUTH_SCORES` elements at most, and backward forms them again.
     """
@@ -289,7 +289,7 @@ AttentionInterface.register("causal_in_blocks", causal_in_blocks)
 def by_hand(
     key: dict[str, Any], dtype: torch.dtype, device: torch.device
 ) -> tuple[Outputs, dict[str, float]]:
-    r"""(loss and gradient in `dtype` by plain PyTorch, one sequence at a time; their terms).
+    r"""Return (loss and gradient in `dtype` by plain PyTorch, one sequence at a time; their terms).
 
     The margin is a difference of sums s of hundreds of nats, so that rounding them moves the loss
     by $\beta |s| \epsilon$ and the gradient by as large a share of itself.
@@ -334,7 +334,7 @@ CONTENDERS: dict[str, Callable[[dict[str, Any], torch.device], Step]] = {
 
 
 def _reason(error: Exception) -> str:
-    """Why something failed, on one line."""
+    """Say why something failed, on one line."""
     if isinstance(error, torch.OutOfMemoryError):
         return "does not fit"
     first = str(error).strip().partition("\n")[0]
@@ -344,7 +344,7 @@ def _reason(error: Exception) -> str:
 def measure(
     key: dict[str, Any], device: torch.device, options: argparse.Namespace, progress: tqdm
 ) -> dict[str, Any]:
-    """One case: gate, time and memory of everyone who can run it."""
+    """Measure one case: gate, time and memory of everyone who can run it."""
     what = f"{key['prompt']}/{key['response']}, K = {key['candidates']}"
     builders = {
         name: build
@@ -394,7 +394,7 @@ def measure(
 
 
 def table(cases: Sequence[dict]) -> str:
-    """Every contender of every case as one row of Markdown."""
+    """Return every contender of every case as one row of Markdown."""
     lines = [
         "| prompt | response | K | contender | median s | quartiles | tokens/s | x ours | peak MiB "
         "| relative error: loss, gradient |",
@@ -451,7 +451,7 @@ threads, load {"-".join(dict.fromkeys((loads[0], loads[-1])))}; {versions}.
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     on_gpu = torch.cuda.is_available()

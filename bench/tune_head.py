@@ -77,7 +77,7 @@ Timer = Callable[[Mapping[Any, Callable[[], object]], int], Mapping[Any, list[fl
 
 
 class Regime(NamedTuple):
-    """Name a row of the table to be."""
+    """Hold what names a row of the table to be."""
 
     kernel: str
     bits: int

@@ -30,7 +30,7 @@ class Layout(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Count what sums are divided by (`fastpo.objectives.base.Per`), and what is only reported.
+    """Hold what sums are divided by (`fastpo.objectives.base.Per`), and what is only reported.
 
     `responses` are candidates. `response_tokens` are scored tokens of the candidates less those of
     weight zero; `chosen_tokens` are those of desirable ones, `gold_tokens` of the extra `gold`.

@@ -92,7 +92,7 @@ MOVED: dict[str, tuple[str, ...]] = {
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds what no file has: a module under its old name, filled from the new ones."""
+    """Find what no file has: a module under its old name, filled from the new ones."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

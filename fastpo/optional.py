@@ -11,7 +11,7 @@ OLDEST_TRANSFORMERS = "5.23"
 
 
 class PackageError(ImportError):
-    """A package is missing or too old; the message is one line with the command that helps."""
+    """Say that a package is missing or too old, in one line with the command that helps."""
 
 
 def missing(what: str, package: str, reason: str = "not installed") -> PackageError:

@@ -12,7 +12,7 @@ AGAIN = "save or download it again"
 
 
 def told(error: BaseException) -> str:
-    """The first line of an error; with its class where that line is only a name."""
+    """Return the first line of an error; with its class where that line is only a name."""
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 text (byte {error.object[error.start]:#x} at {error.start})"
     if isinstance(error, OSError) and error.strerror:
@@ -42,7 +42,7 @@ def reading(place: str | Path, remedy: str = REPAIR) -> Iterator[None]:
 
 
 def read_text(path: str | Path, remedy: str = REPAIR) -> str:
-    """The text of a UTF-8 file, a byte order mark left out.
+    """Return the text of a UTF-8 file, a byte order mark left out.
 
     Raises:
         ValueError: no file that can be read, or bytes that are no UTF-8.
@@ -54,7 +54,7 @@ def read_text(path: str | Path, remedy: str = REPAIR) -> str:
 
 @contextmanager
 def opening(name: str) -> Iterator[None]:
-    """A library reads a model, tokenizer or adapter here: what is broken is named.
+    """Let a library read a model, tokenizer or adapter: what is broken is named.
 
     Raises:
         ValueError: a file of it is damaged, or is something else.

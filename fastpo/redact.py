@@ -114,7 +114,7 @@ def _parted(words: Sequence[Any]) -> Iterator[tuple[Any, str | None]]:
 
 
 def _after_keys(text: str) -> str:
-    """`--hub_token x`, `hub_token=x` and `"hub_token": "x"` without x."""
+    """Return `--hub_token x`, `hub_token=x` and `"hub_token": "x"` without x."""
     parts, done = [], 0
     for match in _KEY.finditer(text):
         key = match["flag"] or match["name"]
@@ -155,7 +155,7 @@ def _text(text: str) -> str:
 
 
 def redact(value: Any) -> Any:
-    """A copy with every secret replaced by `<redacted>`.
+    """Return a copy with every secret replaced by `<redacted>`.
 
     Args:
         value: mappings, sequences and text are searched, keys too; anything else stays as it is.

@@ -16,7 +16,7 @@ _OLDER = {f"tag:yaml.org,2002:{name}" for name in ("bool", "float", "int", "time
 
 
 class Loader(yaml.SafeLoader):
-    """YAML 1.2 core scalars: 5e-7 is a float, 010 is ten, 1:30 and 2026-01-01 are text."""
+    """Read YAML 1.2 core scalars: 5e-7 is a float, 010 is ten, 1:30 and 2026-01-01 are text."""
 
     yaml_implicit_resolvers: ClassVar = {
         first: [pair for pair in pairs if pair[0] not in _OLDER]
@@ -55,7 +55,7 @@ Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes text that PyYAML or `Loader` would read as something else, such as `1e10`."""
+    """Quote text that PyYAML or `Loader` would read as something else, such as `1e10`."""
 
     yaml_implicit_resolvers: ClassVar = {
         first: [

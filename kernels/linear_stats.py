@@ -106,7 +106,7 @@ def split_kernel(
     # int64: 7 S N passes 2^31 at 2.4M tokens of 128 splits.
     member = tl.cast(num_splits, tl.int64) * N
     out_ptrs = state_ptr + i_s.to(tl.int64) * N + o_n
-    for i in tl.static_range(7):
+    for i in tl.static_range(len(state)):
         if i < 3 or WANT[i]:
             tl.store(out_ptrs + i * member, state[i], mask=m_n)
 

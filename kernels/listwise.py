@@ -211,9 +211,8 @@ def list_kernel(
         if TARGETS == "softmax":
             top, total = soft_targets(c_q, m_c, TEMPERATURE)
         scale = tl.full([BG], 1.0, dtype=ACC)
-        if (
-            FORM.normalise
-        ):  # by the DCG of the best order; candidates of one grade add the same in any
+        if FORM.normalise:
+            # By the DCG of the best order; candidates of one grade add the same in any.
             c_rank = ranks(grade_ptr, None, mask_ptr, base, m_g, c_grade, c_x, m_c, K, ACC, BI, BK)
             ideal = live_sum(expm1(c_q * LN2) * discount(c_rank, LOG2), m_c)
             scale = 1.0 / tl.where(ideal == 0.0, 1.0, ideal)

@@ -180,7 +180,7 @@ def finish(state, V):
 @triton.jit
 def store_statistics(statistics, statistics_ptr, o_n, m_n):
     """Write the statistics of the rows o_n that have a pointer."""
-    for i in tl.static_range(7):
+    for i in tl.static_range(len(statistics)):
         if statistics_ptr[i] is not None:
             tl.store(statistics_ptr[i] + o_n, statistics[i], mask=m_n)
 

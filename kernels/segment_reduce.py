@@ -15,7 +15,7 @@ backward 8N read and 8N written, in float32.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import triton
@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from .tile import Config, Table, chip_of, on_device_of, pick, precision
 
 Reduction = Literal["sum", "mean", "normalised"]
-REDUCTIONS = ("sum", "mean", "normalised")
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
 
 @triton.jit
@@ -43,8 +43,7 @@ def reduce_kernel(
     """Write one response's reduced value, and 1 / divisor."""
     i_r = tl.program_id(0).to(tl.int64)
     first, end = tl.load(starts_ptr + i_r), tl.load(starts_ptr + i_r + 1)
-    # float64, which a kernel bound by memory has for nothing. BN sums side by side, folded once at
-    # the end: one reduction a response instead of one a step.
+    # BN sums side by side, folded once at the end: one reduction a response instead of one a step.
     total, count = tl.zeros([BN], dtype=tl.float64), tl.zeros([BN], dtype=tl.float64)
     # while: the interpreter of triton 3.6 cannot range over a runtime value with numpy >= 2.4.
     while first < end:
@@ -171,7 +170,8 @@ def segment_reduce(
         ValueError: an unknown reduction.
     """
     if reduction not in REDUCTIONS:
-        raise ValueError(f"unknown reduction {reduction!r}; use 'sum', 'mean' or 'normalised'")
+        names = ", ".join(map(repr, REDUCTIONS))
+        raise ValueError(f"unknown reduction {reduction!r}; use {names}")
     assert starts.dtype == torch.int64
     assert weights is None or (weights.shape == values.shape and weights.dtype == values.dtype)
     return _SegmentReduce.apply(values, weights, starts, reduction)

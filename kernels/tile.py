@@ -62,7 +62,7 @@ class Tile(NamedTuple):
 
 
 class Strides(NamedTuple):
-    """Count the elements between rows of h [N, D (+ R)], W [V, D] and B [V, R]; None without B."""
+    """Hold the elements between rows of h [N, D (+ R)], W [V, D] and B [V, R]; None without B."""
 
     h: int
     w: int

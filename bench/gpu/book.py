@@ -25,7 +25,7 @@ BOOK = "gpu.json"
 
 
 class Book:
-    """gpu.json: how every part ended, and the results that have no file of their own.
+    """Hold gpu.json: how every part ended, and the results that have no file of their own.
 
     Only one process writes at a time: the runner before and after a part, the part in between.
     """
@@ -35,7 +35,7 @@ class Book:
         self._lock = threading.Lock()
 
     def read(self) -> dict[str, Any]:
-        """The whole file; an empty book where there is none.
+        """Return the whole file; an empty book where there is none.
 
         Raises:
             ValueError: the file is not such a book.
@@ -51,7 +51,7 @@ class Book:
         raise ValueError(f"{self.path} is torn, or no book of bench.gpu: remove it")
 
     def part(self, name: str) -> dict[str, Any]:
-        """What is known of a part."""
+        """Return what is known of a part."""
         return self.read()["parts"].get(name, {})
 
     def put(self, name: str, **facts: Any) -> None:
@@ -84,7 +84,7 @@ class Book:
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[dict[str, Any]]:
-        """The content, to be changed; a torn file is never left behind."""
+        """Yield the content, to be changed; a torn file is never left behind."""
         with self._lock:
             data = self.read()
             yield data
@@ -95,7 +95,7 @@ class Book:
 
 
 class Options(NamedTuple):
-    """What the runner passes on."""
+    """Hold what the runner passes on."""
 
     out: Path
     device: torch.device
@@ -103,7 +103,7 @@ class Options(NamedTuple):
 
     @property
     def toy(self) -> bool:
-        """A CPU runs every part, on shapes that test the part and nothing else."""
+        """Say whether this is a CPU, which runs every part on shapes that test the part alone."""
         return self.device.type == "cpu"
 
 
@@ -115,7 +115,7 @@ def tidy(device: torch.device) -> None:
 
 
 def each(cases: Iterable[Any], run: Callable[[Any], None], device: torch.device) -> int:
-    """Run every case, whatever becomes of the others; how many failed."""
+    """Run every case, whatever becomes of the others; return how many failed."""
     failed = 0
     for case in cases:
         try:
@@ -137,7 +137,7 @@ def find_packed_kernels() -> None:
 def run_part(
     parts: Mapping[str, Callable[[Book, Options], int]], arguments: Sequence[str] | None = None
 ) -> int:
-    """The command line of a module of parts: run one of them; 1 if anything in it failed."""
+    """Run a part from the command line of its module; return 1 if anything in it failed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("part", choices=parts)
     parser.add_argument("--out", type=Path, required=True)

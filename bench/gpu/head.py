@@ -38,7 +38,7 @@ TRUTH_ROWS, TRUTH_BLOCK = 512, 512
 
 
 class Case(NamedTuple):
-    """One task of the head at one shape, and who is measured beside fastpo."""
+    """Hold one task of the head at one shape, and who is measured beside fastpo."""
 
     task: str
     mode: str
@@ -47,12 +47,12 @@ class Case(NamedTuple):
     sizes: tuple[str, ...] = (SMALLEST,)
 
     def key(self, dtype: str) -> dict[str, Any]:
-        """Of the record."""
+        """Return the key of the record."""
         return {"task": self.task, "mode": self.mode, "shape": list(self.shape), "dtype": dtype}
 
 
 def head_cases(part: str, toy: bool) -> list[Case]:
-    """In order of value."""
+    """Return the cases in order of value."""
     if part == "head_a":
         shape = (128, 32, 512) if toy else (8192, 4096, 131072)
         # Elsewhere than on CUDA CCE is a torch.compile of seconds.
@@ -76,7 +76,7 @@ def head_cases(part: str, toy: bool) -> list[Case]:
 def sampled(
     inputs: Inputs, task: str, mode: str, dtype: torch.dtype, rows: Tensor, columns: list[int]
 ) -> Outputs:
-    """`bench.head.by_hand` for some rows of the values and of dH, and some columns of dW."""
+    """Return `bench.head.by_hand` for some rows of the values and of dH, and some columns of dW."""
     weight = inputs.weight.to(dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -114,7 +114,7 @@ def sampled(
 
 
 def picked(outputs: Outputs, task: str, rows: Tensor, columns: list[int]) -> Outputs:
-    """What `sampled` has of a contender's outputs."""
+    """Return what `sampled` has of a contender's outputs."""
     found = dict(outputs)
     if task == "logps":
         found["value"] = found["value"][rows]
@@ -128,7 +128,7 @@ def picked(outputs: Outputs, task: str, rows: Tensor, columns: list[int]) -> Out
 def head_contenders(
     case: Case, inputs: Inputs, device: torch.device
 ) -> dict[str, Callable[[], Callable[[], Outputs]]]:
-    """name -> maker of the timed call; `fastpo` is the one with the smallest workspace."""
+    """Return name -> maker of the timed call; `fastpo` has the smallest workspace."""
     import fastpo
 
     def ours(mib: int) -> Callable[[], Outputs]:
@@ -167,7 +167,7 @@ def head_contenders(
 
 
 def predicted(case: Case, mib: int) -> float:
-    """Seconds that fastpo should take on an H200."""
+    """Return the seconds that fastpo should take on an H200."""
     n, d, v = case.shape
     if case.task == "logps":
         of_mode = {"forward": predict.forward, "frozen": predict.frozen, "trained": predict.late}
@@ -177,12 +177,12 @@ def predicted(case: Case, mib: int) -> float:
 
 
 def own_name(size: str) -> str:
-    """Of fastpo with a workspace."""
+    """Return the name of fastpo with a workspace."""
     return OURS if size == SMALLEST else f"{OURS}, {size}"
 
 
 def measure_head(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Gate, time and memory of everyone; who cannot run is recorded with the reason."""
+    """Gate, time and weigh everyone; who cannot run is recorded with the reason."""
     inputs = make_inputs(case.shape, dtype, device)
     n, d, v = case.shape
     rows = torch.linspace(0, n - 1, min(n, TRUTH_ROWS), device=device).long()
@@ -244,7 +244,7 @@ def measure_head(case: Case, dtype: torch.dtype, device: torch.device) -> dict[s
 
 
 def head_lines(cases: Iterable[dict[str, Any]]) -> list[str]:
-    """A line a case: milliseconds of everyone, fastest first.
+    """Return a line a case: milliseconds of everyone, fastest first.
 
     Beside fastpo's stand those predicted, and the share of it that its bare products take.
     """

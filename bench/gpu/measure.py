@@ -16,7 +16,7 @@ from bench.harness import Record
 
 
 def tune(book: Book, options: Options) -> int:
-    """Rows of the launch table, hottest first; the table itself stays as it is."""
+    """Tune rows of the launch table, hottest first; the table itself stays as it is."""
     if options.toy:
         book.put("tune", digest=["not timed: a CPU runs no kernels"])
         return 0
@@ -34,7 +34,7 @@ def tune(book: Book, options: Options) -> int:
 
 
 def numerics(book: Book, options: Options) -> int:
-    """`bench.numerics` case by case; ten compilations would take most of a minute."""
+    """Run `bench.numerics` case by case; ten compilations would take most of a minute."""
     from bench import numerics as bench
 
     without = ["torch.compile", *(["CCE"] if options.toy else [])]
@@ -73,7 +73,7 @@ def numerics(book: Book, options: Options) -> int:
 
 
 def losses(book: Book, options: Options) -> int:
-    """`bench.losses` at four shapes; torch.compile at the first of them alone."""
+    """Run `bench.losses` at four shapes; torch.compile at the first of them alone."""
     from bench import losses as bench
 
     cases = ["dpo,512,2", "dpo,16384,2", "lipo,4096,8", "plackett_luce,4096,8"]
@@ -104,7 +104,7 @@ def losses(book: Book, options: Options) -> int:
 
 
 def step(book: Book, options: Options) -> int:
-    """`bench.step` at a pair and at a list of eight."""
+    """Run `bench.step` at a pair and at a list of eight."""
     from bench import step as bench
 
     cases, grid = ["2048,128,2", "2048,256,8"], "gpu"
@@ -132,7 +132,7 @@ def step(book: Book, options: Options) -> int:
 
 
 def long_cases(part: str, toy: bool) -> list[dict[str, Any]]:
-    """Prompts of 32K and 64K less a response on 8B, of 16K on 70B."""
+    """Return prompts of 32K and 64K less a response on 8B, of 16K on 70B."""
     from bench import long_context as bench
 
     pair = dict(bench._PAIR)
@@ -149,7 +149,7 @@ def long_cases(part: str, toy: bool) -> list[dict[str, Any]]:
 
 
 def long_context(part: str, book: Book, options: Options) -> int:
-    """Seconds and peak of a step, next to the planner's word on it."""
+    """Measure seconds and peak of a step, next to the planner's word on it."""
     from bench import long_context as bench
 
     method = {"steps": "forward and backward of one group, the second of two", "note": bench._SLOW}

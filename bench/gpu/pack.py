@@ -63,7 +63,7 @@ mkdir -p "$TRITON_CACHE_DIR" && tar -xzf "$here"/{kernels} -C "$TRITON_CACHE_DIR
 
 
 def download(requirement: str, folder: Path) -> None:
-    """One wheel for 64-bit Linux on x86, by pip as it is set up here.
+    """Fetch one wheel for 64-bit Linux on x86, by pip as it is set up here.
 
     Raises:
         RuntimeError: there is none, with pip's last line.
@@ -113,7 +113,7 @@ def trim(wheel: Path, keep: str = f"libbitsandbytes_cuda{CUDA}.so") -> None:
 
 
 def repository_bytes(root: Path, folder: Path) -> int:
-    """Size of the files that git does not ignore, without the packed folder."""
+    """Return the size of the files that git does not ignore, without the packed folder."""
     command = ["git", "-C", str(root), "ls-files", "-z", "-co", "--exclude-standard"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     files = [root / name for name in done.stdout.split("\0") if name]
@@ -147,7 +147,7 @@ def prepare(folder: Path) -> Path:
 
 
 def pack(folder: Path, root: Path, cache: bool = True, wheels: Sequence[str] = WHEELS) -> int:
-    """Fill the folder, print the size of every item; 1 and one line where it cannot be."""
+    """Fill the folder, print the size of every item; return 1, with a line, where it cannot be."""
     try:
         store = prepare(folder)
         for wheel in wheels:

@@ -35,7 +35,7 @@ Ways = dict[str, Callable[[], Tensor]]
 
 
 def to_recompute(x: Inputs, stats: Mapping[str, Tensor]) -> Ways:
-    """Name -> C [N, Vs] of a slice, at the cotangents of the inputs."""
+    """Return name -> C [N, Vs] of a slice, at the cotangents of the inputs."""
     from fastpo.kernels.kept_coefficients import kept_coefficients
     from fastpo.kernels.linear_coefficients import linear_coefficients
     from fastpo.kernels.logits_epilogue import over
@@ -56,7 +56,7 @@ def to_recompute(x: Inputs, stats: Mapping[str, Tensor]) -> Ways:
 
 
 def to_write(x: Inputs, rows: int) -> Ways:
-    """Name -> dH of a frozen slab: a product, coefficients, a product."""
+    """Return name -> dH of a frozen slab: a product, coefficients, a product."""
     from fastpo.kernels.logits_epilogue import logits_epilogue, over
 
     hidden, labels = x.hidden[:rows], x.labels[:rows]
@@ -80,7 +80,7 @@ def measure(
     predicted: Mapping[str, float],
     device: torch.device,
 ) -> dict[str, Any]:
-    """Seconds of every way that is right at some rows, and what was predicted."""
+    """Time every way that is right at some rows, beside the seconds that were predicted."""
     truth, plain = {"value": dense(torch.float64)}, {"value": dense(torch.float32)}
     found: dict[str, dict[str, Any]] = {}
     for name, run in ways.items():
@@ -95,7 +95,7 @@ def measure(
 
 
 def line(what: str, found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Milliseconds of every way."""
+    """Return the milliseconds of every way."""
     said = []
     for name, way in found.items():
         if "seconds" not in way:
@@ -108,7 +108,7 @@ def line(what: str, found: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def recompute(dtype: torch.dtype, device: torch.device, toy: bool) -> dict[str, Any]:
-    """Which way to the coefficients of a late slab is faster?"""
+    """Ask which way to the coefficients of a late slab is faster."""
     from fastpo.kernels.linear_stats import linear_stats_reference
 
     n, d, v = shape = TOY_SLICE if toy else SLICE
@@ -132,7 +132,7 @@ def recompute(dtype: torch.dtype, device: torch.device, toy: bool) -> dict[str, 
 def slab(
     x: Inputs, rows: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, dict[str, Any]]:
-    """Does it cost anything to write coefficients elsewhere, or rows that fill no tile?"""
+    """Ask what it costs to write coefficients elsewhere, or rows that fill no tile."""
     v, d = x.weight.shape
     some = torch.arange(min(rows, GATED), device=device)
 
@@ -149,7 +149,7 @@ def slab(
 
 
 def missing_pieces(part: str, book: Book, toy: bool) -> list[str]:
-    """The names of those that the book lacks, or has as wrong."""
+    """Return the names of those that the book lacks, or has as wrong."""
     size = "x".join(map(str, TOY_SLICE if toy else SLICE))
     names = [f"recompute {size}: fused or products"]
     names += [f"{SLAB_OF} {rows} rows" for rows in (TOY_ROWS if toy else ROWS)]
@@ -178,5 +178,5 @@ def measure_piece(what: str, part: str, book: Book, options: Options) -> None:
 
 
 def piece_lines(part: str, book: Book) -> list[str]:
-    """A line for each that is there."""
+    """Return a line for each that is there."""
     return [line(what, found) for what, found in book.part(part).get("results", {}).items()]

@@ -30,7 +30,7 @@ from fastpo.segments import Segments
 
 
 class Sizes(NamedTuple):
-    """Sizes of the cases: ragged ones, and ones that launches specialise on."""
+    """Hold sizes of the cases: ragged ones, and ones that launches specialise on."""
 
     tokens: tuple[int, ...]
     widths: tuple[int, ...]
@@ -93,7 +93,7 @@ def verdict(
     plain: Outputs,
     terms: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """How a case ended: `ok`, or `wrong` and why."""
+    """Say how a case ended: `ok`, or `wrong` and why."""
     errors, why = check(ours, truth, plain, terms)
     moved = [name for name, value in ours.items() if not torch.equal(value, again[name])]
     if moved:
@@ -111,7 +111,7 @@ TIMES = 10
 
 
 def in_place(name: str, device: torch.device, sizes: Sizes) -> Iterator[Verdict]:
-    """Coefficients over their products, time after time: the bits that they have elsewhere."""
+    """Compare coefficients over their products with those elsewhere, often, to the bit."""
     dtype, n = getattr(torch, name), sizes.tokens[0]
     rows = torch.arange(min(n, 64), device=device)
     for v in sizes.slabs:
@@ -143,7 +143,7 @@ def in_place(name: str, device: torch.device, sizes: Sizes) -> Iterator[Verdict]
 
 
 def written(products: Tensor, labels: Tensor, dtype: torch.dtype, apart: bool = False) -> Outputs:
-    """Statistics and C by both kernels that write it, over copies of the products or `apart`."""
+    """Return statistics and C by both kernels that write it, over copies or `apart`."""
     from fastpo.kernels.kept_coefficients import kept_coefficients
     from fastpo.kernels.logits_epilogue import logits_epilogue, over
 
@@ -164,7 +164,7 @@ def written(products: Tensor, labels: Tensor, dtype: torch.dtype, apart: bool = 
 
 
 def products(name: str, device: torch.device, sizes: Sizes) -> Iterator[Verdict]:
-    """Products in half precision into fp32, put or added, as the head's gradients are."""
+    """Multiply in half precision into fp32, put or added, as the head's gradients are."""
     from fastpo.head.types import put_matmul_
 
     dtype, v = getattr(torch, name), sizes.vocabularies[-1]
@@ -190,7 +190,7 @@ def products(name: str, device: torch.device, sizes: Sizes) -> Iterator[Verdict]
 
 
 def run_frozen(backend: Any, x: Inputs, mib: float) -> Outputs:
-    """Log-probs and the gradient to the hidden states."""
+    """Return log-probs and the gradient to the hidden states."""
     leaf = x.hidden.detach().requires_grad_()
     logps = fastpo.linear_logps(leaf, x.weight, x.labels, backend=backend, workspace_mib=mib)
     (grad,) = torch.autograd.grad(logps, leaf, x.cotangents.to(logps))
@@ -198,17 +198,17 @@ def run_frozen(backend: Any, x: Inputs, mib: float) -> Outputs:
 
 
 def frozen_mib(n: int, v: int) -> float:
-    """A workspace of three blocks of rows, the last one shorter."""
+    """Return a workspace of three blocks of rows, the last one shorter."""
     return n * v * 4 / 2.5 / 2**20
 
 
 def kept_mib(n: int, v: int) -> float:
-    """A workspace that holds the products of n tokens."""
+    """Return a workspace that holds the products of n tokens."""
     return n * v * 4.01 / 2**20
 
 
 def run_twice(backend: Any, x: Inputs, mib: float, walks: int = 2) -> Outputs:
-    """Log-probs of a trained head and its gradients, as often as the graph is walked."""
+    """Return log-probs of a trained head and its gradients, as often as the graph is walked."""
     leaves = hidden, weight = [t.detach().requires_grad_() for t in (x.hidden, x.weight)]
     logps = fastpo.linear_logps(hidden, weight, x.labels, backend=backend, workspace_mib=mib)
     found = {"logps": logps.detach()}
@@ -220,7 +220,7 @@ def run_twice(backend: Any, x: Inputs, mib: float, walks: int = 2) -> Outputs:
 
 
 def heads(name: str, device: torch.device, sizes: Sizes) -> Iterator[Verdict]:
-    """The head by kernels: frozen at every size, then trained late by rows, and kept."""
+    """Check the head by kernels: frozen at every size, then trained late by rows, and kept."""
     dtype = getattr(torch, name)
 
     def case(what: str, run: Callable[..., Outputs], x: Inputs, mib: float) -> Verdict:
@@ -241,7 +241,7 @@ def heads(name: str, device: torch.device, sizes: Sizes) -> Iterator[Verdict]:
 
 
 class Batch(NamedTuple):
-    """Groups of responses of equal length, a few of whose tokens are not scored."""
+    """Hold groups of responses of equal length, a few of whose tokens are not scored."""
 
     x: Inputs
     labels: Tensor  # [N]
@@ -252,7 +252,7 @@ class Batch(NamedTuple):
 def make_batch(
     objective: str, name: str, sizes: Sizes, device: torch.device, shape: tuple[int, int]
 ) -> Batch:
-    """Groups of single responses for `kto`, of four for `lipo`, otherwise of pairs.
+    """Make groups of single responses for `kto`, of four for `lipo`, otherwise of pairs.
 
     Args:
         shape: (D, V).
@@ -286,7 +286,7 @@ def make_batch(
 def run_loss(
     objective: str, batch: Batch, backend: Any, trained: bool, mib: float, dtype: torch.dtype
 ) -> Outputs:
-    """Loss and gradients of one call."""
+    """Return loss and gradients of one call."""
     hidden = batch.x.hidden.detach().to(dtype).requires_grad_()
     weight = batch.x.weight.detach().to(dtype).requires_grad_(trained)
     loss = PreferenceLoss(LOSSES[objective])
@@ -308,14 +308,14 @@ def run_loss(
 
 
 def schedule_mib(schedule: str, objective: str, batch: Batch, sizes: Sizes) -> float:
-    """A workspace that makes it the schedule."""
+    """Return a workspace that makes it the schedule."""
     tokens = sizes.response * batch.segments.grid.shape[1]
     heads = 2 if objective == "kl" else 1
     return heads * SCHEDULES[schedule] * tokens * len(batch.x.weight) * 4 / 2**20
 
 
 def losses(name: str, device: torch.device, sizes: Sizes) -> Iterator[Verdict]:
-    """A preference loss by kernels, next to the same loss by plain PyTorch."""
+    """Check a preference loss by kernels, next to the same loss by plain PyTorch."""
     shape = sizes.widths[0], sizes.vocabularies[-1]
     for kind in dict.fromkeys((sizes.dtypes[0], sizes.dtypes[-1])):
         dtype = getattr(torch, kind)
@@ -340,7 +340,7 @@ def losses(name: str, device: torch.device, sizes: Sizes) -> Iterator[Verdict]:
 
 
 def kernel_results(kernel: str, x: Inputs, dtype: torch.dtype | None) -> Outputs:
-    """One kernel's outputs; with a dtype those of its plain PyTorch reference."""
+    """Return one kernel's outputs; with a dtype those of its plain PyTorch reference."""
     from fastpo.kernels import linear_coefficients as c
     from fastpo.kernels import linear_stats as s
     from fastpo.kernels import logits_epilogue as e
@@ -372,7 +372,7 @@ def kernel_results(kernel: str, x: Inputs, dtype: torch.dtype | None) -> Outputs
 
 
 def kernels(kernel: str, name: str, device: torch.device, sizes: Sizes) -> Iterator[Verdict]:
-    """One kernel by itself, at every combination of sizes."""
+    """Check one kernel by itself, at every combination of sizes."""
     for n, d, v in itertools.product(sizes.tokens, sizes.widths, sizes.vocabularies):
         x = make_inputs((n, d, v), getattr(torch, name), device)
         ours, again = kernel_results(kernel, x, None), kernel_results(kernel, x, None)
@@ -395,7 +395,7 @@ def make_trainer(
     callbacks: Sequence[Any] = (),
     steps: int = 1,
 ) -> Any:
-    """A trainer of SimPO steps over two groups that share their prompts."""
+    """Make a trainer of SimPO steps over two groups that share their prompts."""
     import numpy as np
     from transformers import AutoConfig
 
@@ -447,7 +447,7 @@ def make_trainer(
 
 
 def _trained(model: Any, device: torch.device, dtype: torch.dtype, attention: str) -> Outputs:
-    """Loss and gradient of a trainer's only step."""
+    """Return loss and gradient of a trainer's only step."""
     from transformers import TrainerCallback
 
     found: dict[str, Tensor] = {}
@@ -466,7 +466,7 @@ def _trained(model: Any, device: torch.device, dtype: torch.dtype, attention: st
 
 
 def attention(name: str, device: torch.device, sizes: Sizes) -> Iterator[Verdict]:
-    """A whole training step by one attention back end, next to dense segments in float64."""
+    """Check a training step by one attention back end, next to dense segments in float64."""
     from fastpo.model.attention.dispatch import choose_attention
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -493,7 +493,7 @@ def attention(name: str, device: torch.device, sizes: Sizes) -> Iterator[Verdict
 
 
 def chunks(sizes: Sizes) -> dict[str, Checks]:
-    """name -> checks, the ones that no interpreter can vouch for first."""
+    """Return name -> checks, the ones that no interpreter can vouch for first."""
     found: dict[str, Checks] = {f"in place {dt}": partial(in_place, dt) for dt in sizes.dtypes}
     found |= {f"head {dt}": partial(heads, dt) for dt in sizes.dtypes}
     found |= {f"products {dt}": partial(products, dt) for dt in sizes.dtypes}
@@ -506,7 +506,7 @@ def chunks(sizes: Sizes) -> dict[str, Checks]:
 
 
 def run_chunk(name: str, device: torch.device) -> Iterator[Verdict]:
-    """The cases of a chunk; an exception is its last one."""
+    """Run the cases of a chunk; an exception is its last one."""
     sizes = TOY if device.type == "cpu" else FULL
     try:
         yield from chunks(sizes)[name](device, sizes)
@@ -516,7 +516,7 @@ def run_chunk(name: str, device: torch.device) -> Iterator[Verdict]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """One chunk, a line of JSON a case."""
+    """Run one chunk, a line of JSON a case."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.right", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("chunk", choices=chunks(FULL))

@@ -46,7 +46,7 @@ SECONDS_ON_CPU = 120
 
 
 class Part(NamedTuple):
-    """One question, asked in a process of its own.
+    """Hold one question, asked in a process of its own.
 
     Args:
         seconds: what it is expected to take on a GPU, imports and compilation included.
@@ -79,7 +79,7 @@ FILES = tuple(dict.fromkeys((BOOK, LOG, *(file for part in PARTS for file in par
 
 
 class Ended(NamedTuple):
-    """How a child ended: its exit status, None where it ran past its limit."""
+    """Say how a child ended: its exit status, None where it ran past its limit."""
 
     code: int | None
     seconds: float
@@ -122,7 +122,7 @@ def run_child(command: Sequence[str], limit: float, log: Path, title: str, **env
 
 
 def child_of(part: Part, out: Path, device: torch.device, limit: float) -> Ended:
-    """The process of a part."""
+    """Run a part in a process of its own."""
     command = [sys.executable, "-m", f"bench.gpu.{part.phase}", part.name, "--out", str(out)]
     command += ["--device", str(device), "--seconds", f"{limit:.0f}"]
     env = {}
@@ -135,7 +135,7 @@ def child_of(part: Part, out: Path, device: torch.device, limit: float) -> Ended
 
 
 def run(parts: Sequence[Part], out: Path, device: torch.device, budget: float) -> bool:
-    """Run every part that has not finished, in order, within the budget; whether none failed.
+    """Run every part that has not finished, in order, within the budget; say whether none failed.
 
     A part's limit is its own seconds, scaled to the budget, and what earlier parts left over.
     """
@@ -173,7 +173,7 @@ def run(parts: Sequence[Part], out: Path, device: torch.device, budget: float) -
 
 
 def table(book: Book, parts: Sequence[Part]) -> str:
-    """A line for every part and the lines in which it says what it found."""
+    """Return a line for every part and the lines in which it says what it found."""
     found = {part.name: book.part(part.name) for part in parts}
     lines = [f"{'part':9} {'status':15} {'s':>6} {'limit':>6}"]
     room = TABLE_LINES - len(lines) - len(parts)
@@ -195,7 +195,7 @@ def table(book: Book, parts: Sequence[Part]) -> str:
 
 
 def chosen(options: argparse.Namespace) -> list[Part]:
-    """The parts that the command line asks for, in order of value."""
+    """Return the parts that the command line asks for, in order of value."""
     named = [part for part in PARTS if part.name in (options.only or [])]
     if options.smoke or options.measure:
         phases = {"smoke": options.smoke, "measure": options.measure}
@@ -205,7 +205,7 @@ def chosen(options: argparse.Namespace) -> list[Part]:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     names = [part.name for part in PARTS]
@@ -232,7 +232,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def lock(out: Path) -> BinaryIO:
-    """The log, held by one run at a time.
+    """Open the log, held by one run at a time.
 
     Raises:
         ValueError: another run holds it.
@@ -253,7 +253,7 @@ def _stop(number: int, frame: Any) -> NoReturn:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the parts, print the table last; 0 where none failed, 2 where none could start."""
+    """Run the parts, print the table last; return 0 where none failed, 2 where none could start."""
     options = parse(arguments)
     if options.list:
         for part in PARTS:

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def seconds_of(run: Callable[[], object], device: torch.device, rounds: int = 10) -> float:
-    """Median time of a call; on a GPU by events, without the host's share."""
+    """Return the median time of a call; on a GPU by events, without the host's share."""
     for _ in range(3):
         run()
     if device.type == "cpu":
@@ -53,7 +53,7 @@ def seconds_of(run: Callable[[], object], device: torch.device, rounds: int = 10
 
 
 def versions(device: torch.device) -> dict[str, Any]:
-    """What kernels and their cache depend on."""
+    """Return what kernels and their cache depend on."""
     facts: dict[str, Any] = {"python": platform.python_version(), "torch_cuda": torch.version.cuda}
     if importlib.util.find_spec("triton") is not None:
         import hashlib
@@ -72,14 +72,14 @@ def versions(device: torch.device) -> dict[str, Any]:
 
 
 def copying(size: int, device: torch.device) -> Callable[[], object]:
-    """A copy of so many bytes, random ones."""
+    """Return a copy of so many bytes, random ones."""
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
 
 def squaring(size: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
-    """A square product; on zeros it would run faster than on numbers."""
+    """Return a square product; on zeros it would run faster than on numbers."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return lambda: torch.mm(a, b, out=out)
@@ -88,7 +88,7 @@ def squaring(size: int, dtype: torch.dtype, device: torch.device) -> Callable[[]
 def products(
     m: int, d: int, v: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Callable[[], object]]:
-    """The head's three products of M tokens, as bare calls into their place."""
+    """Return the head's three products of M tokens, as bare calls into their place."""
     hidden, weight = (torch.randn(k, d, device=device).to(dtype) for k in (m, v))
     slab = torch.randn(m, v, device=device)
     c, grad = slab.to(dtype), torch.randn(m, d, device=device)
@@ -103,7 +103,7 @@ def products(
 
 
 def env(book: Book, options: Options) -> int:
-    """Versions, copy speed and products; each product once if it is not there."""
+    """Record versions, copy speed and products; each product once if it is not there."""
     device, toy = options.device, options.toy
     book.add("env", "versions", **versions(device))
     size = 1 << (22 if toy else 32)
@@ -141,7 +141,7 @@ def env(book: Book, options: Options) -> int:
 
 
 def _chunk_alone(name: str, device: torch.device) -> Iterator[checks.Verdict]:
-    """A chunk in a process of its own: a crash there is the chunk's last case."""
+    """Run a chunk in a process of its own: a crash there is the chunk's last case."""
     command = [sys.executable, "-m", "bench.gpu.right", name, "--device", str(device)]
     with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(
@@ -160,7 +160,7 @@ def _chunk_alone(name: str, device: torch.device) -> Iterator[checks.Verdict]:
 
 
 def right(book: Book, options: Options) -> int:
-    """Every chunk of `bench.gpu.right`, ten at a time on a GPU; how many cases were not right."""
+    """Run all chunks of `bench.gpu.right`, ten at a time on a GPU; count cases that are wrong."""
     device = options.device
     done = set(book.part("right").get("chunks", []))
     names = [n for n in checks.chunks(checks.FULL) if n not in done]
@@ -192,7 +192,7 @@ def right(book: Book, options: Options) -> int:
 
 
 def right_lines(results: dict[str, Any]) -> list[str]:
-    """How many cases ended how, then what is wrong, noted or skipped."""
+    """Say how many cases ended how, then what is wrong, noted or skipped."""
     count = Counter(found["status"] for found in results.values())
     said = ", ".join(f"{n} {status}" for status, n in count.most_common())
     why = {
@@ -208,7 +208,7 @@ def right_lines(results: dict[str, Any]) -> list[str]:
 
 
 def suite(device: torch.device, report: Path) -> list[str]:
-    """The arguments of pytest; on a CPU the file whose tests need no GPU stands for the rest."""
+    """Return the arguments of pytest; on a CPU a file whose tests need no GPU stands for all."""
     has = importlib.util.find_spec
     # Never without paths: other files import what a bare machine lacks.
     paths = [
@@ -225,7 +225,7 @@ def suite(device: torch.device, report: Path) -> list[str]:
 
 
 def counted(report: Path) -> tuple[dict[str, int], list[str]]:
-    """(number of tests by outcome, names and first lines of those that failed) of a JUnit file."""
+    """Return (tests by outcome, names and first lines of the failed) of a JUnit file."""
     count, failed = Counter(), []
     for case in ElementTree.parse(report).getroot().iter("testcase"):
         kind = next((c.tag for c in case if c.tag in ("failure", "error", "skipped")), "passed")
@@ -240,7 +240,7 @@ def counted(report: Path) -> tuple[dict[str, int], list[str]]:
 
 
 def tests(book: Book, options: Options) -> int:
-    """Run pytest and interrupt it in time for its report; its failures."""
+    """Run pytest and interrupt it in time for its report; return its failures."""
     report = options.out / "gpu_tests.xml"
     report.unlink(missing_ok=True)
     begin = time.monotonic()
@@ -285,7 +285,7 @@ WAITS = (
 
 
 def _ours(stack: Iterable[traceback.FrameSummary]) -> str | None:
-    """file:line of the innermost frame that is fastpo's, else of the innermost one.
+    """Return file:line of the innermost frame that is fastpo's, else of the innermost one.
 
     None for checks of a CPU's tensors alone: on a GPU those return at once.
     """
@@ -352,7 +352,7 @@ def waits(device: torch.device) -> Iterator[Counter[str]]:
 
 
 def syncs(book: Book, options: Options) -> int:
-    """Host waits of a loss, frozen and by groups, and of a trainer's step."""
+    """Count host waits of a loss, frozen and by groups, and of a trainer's step."""
     device, sizes = options.device, checks.TOY if options.toy else checks.FULL
     kind, shape = sizes.dtypes[0], (sizes.widths[0], sizes.vocabularies[0])
     dtype = getattr(torch, kind)
@@ -382,7 +382,7 @@ def syncs(book: Book, options: Options) -> int:
         found: Counter[str] = Counter()
 
         class Counting(TrainerCallback):
-            """From the end of the first step to the end of the second one's backward."""
+            """Count from the end of the first step to the end of the second one's backward."""
 
             def on_step_begin(self, args, state, control, **more: Any) -> None:
                 if state.global_step == 1:

@@ -50,7 +50,7 @@ CHIP, MULTIPROCESSORS = 90, 132
 
 
 def place() -> Path:
-    """Where the cache has to lie on both machines."""
+    """Return where the cache has to lie on both machines."""
     return Path(tempfile.gettempdir()) / "fastpo-triton"
 
 
@@ -81,7 +81,7 @@ def warm(archive: Path) -> Path | None:
 
 
 def watched() -> list[bool]:
-    """Whether each kernel that is launched from now on was in the cache."""
+    """Return a list that grows by whether each kernel launched from now on was in the cache."""
     from triton import knobs
 
     hits: list[bool] = []
@@ -95,7 +95,7 @@ def watched() -> list[bool]:
 
 @contextlib.contextmanager
 def without_products() -> Iterator[None]:
-    """Tensors of a CPU pass for a GPU's; matrix products are left out.
+    """Take tensors of a CPU pass for a GPU's; matrix products are left out.
 
     All else is the code that runs on a GPU, so that its launches are those.
     """
@@ -132,13 +132,13 @@ def without_products() -> Iterator[None]:
 
 
 def blank(n: int, d: int, v: int, dtype: torch.dtype) -> Inputs:
-    """Inputs that take no memory until they are touched."""
+    """Make inputs that take no memory until they are touched."""
     hidden, weight = torch.empty(n, d, dtype=dtype), torch.empty(v, d, dtype=dtype)
     return Inputs(hidden, weight, torch.zeros(n, dtype=torch.int64), hidden, torch.ones(n))
 
 
 def launches(sizes: Sizes = FULL) -> dict[str, Callable[[], Any]]:
-    """name -> calls of the parts `right` and `head_a`, in the dtypes and sizes that these have."""
+    """Return name -> calls of the parts `right` and `head_a`, in their dtypes and sizes."""
     found: dict[str, Callable[[], Any]] = {}
     for kind, n, v in itertools.product(sizes.dtypes, sizes.tokens[:1], sizes.slabs):
         dtype = getattr(torch, kind)
@@ -159,21 +159,21 @@ def launches(sizes: Sizes = FULL) -> dict[str, Callable[[], Any]]:
 
 
 def in_place(n: int, v: int, dtype: torch.dtype) -> None:
-    """Of `right.in_place`."""
+    """Warm what `right.in_place` launches."""
     slab, labels = torch.empty(n, v), torch.zeros(n, dtype=torch.int64)
     written(slab, labels, dtype, apart=True)
     written(slab, labels, dtype)
 
 
 def head(case: Case) -> None:
-    """Of `head.measure_head`."""
+    """Warm what `head.measure_head` launches."""
     cpu = torch.device("cpu")
     for make in head_contenders(case, blank(*case.shape, torch.bfloat16), cpu).values():
         make()()
 
 
 def recompute() -> None:
-    """Of `pieces.recompute`."""
+    """Warm what `pieces.recompute` launches."""
     x = blank(*SLICE, torch.bfloat16)
     stats = {name: torch.empty(len(x.labels)) for name in ("logps", "lse", "lse_rest")}
     for way in to_recompute(x, stats).values():
@@ -181,13 +181,13 @@ def recompute() -> None:
 
 
 def slab(rows: int) -> None:
-    """Of `pieces.slab`."""
+    """Warm what `pieces.slab` launches."""
     for way in to_write(blank(max(ROWS), *SLAB, torch.bfloat16), rows).values():
         way()
 
 
 def kernels(shape: tuple[int, int, int], dtype: torch.dtype, sizes: Sizes) -> None:
-    """Of `right.heads` and `right.kernels`."""
+    """Warm what `right.heads` and `right.kernels` launch."""
     x, (n, _, v) = blank(*shape, dtype), shape
     run_frozen("triton", x, frozen_mib(n, v))
     if n == sizes.tokens[0]:
@@ -198,7 +198,7 @@ def kernels(shape: tuple[int, int, int], dtype: torch.dtype, sizes: Sizes) -> No
 
 
 def loss(name: str, kind: str, sizes: Sizes) -> None:
-    """Of `right.losses`."""
+    """Warm what `right.losses` launches."""
     shape = sizes.widths[0], sizes.vocabularies[-1]
     batch = make_batch(name, kind, sizes, torch.device("cpu"), shape)
     for schedule in SCHEDULES:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastpo.cli.models import table
 from fastpo.planner.advice import Advice, advise
-from fastpo.planner.jobs import JobFields, Run, job_of_flags, job_of_run
+from fastpo.planner.jobs import JobFields, PlannedRun, job_of_flags, job_of_run
 from fastpo.planner.jobs import host_needs as job_needs
 from fastpo.planner.memory import CARDS, EFFICIENCY, GIB, Card, Job, Plan, plan
 from fastpo.recipe.recipe import Recipe, load_recipe
@@ -23,7 +23,7 @@ def job_of(recipe: Recipe, flags: JobFields | None = None, card: Card | None = N
     """
     config, model = recipe.config(), recipe.model
     loss = config.build_loss()
-    run = Run(
+    run = PlannedRun(
         model=model.model,
         loss=loss,
         max_length=config.max_length,

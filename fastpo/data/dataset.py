@@ -39,7 +39,7 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Count the tokens of a data set, extra responses included."""
+    """Hold the numbers of tokens of a data set, extra responses included."""
 
     groups: int
     prompt: Spread  # tokens of a prompt

@@ -80,7 +80,7 @@ class LogoOptions:
 
 
 class Dropped(NamedTuple):
-    """Name a document without a row, and why."""
+    """Hold a document without a row, and why."""
 
     document: int
     reason: str

@@ -23,7 +23,7 @@ from fastpo.head.types import (
 
 
 class Backend(Protocol):
-    """The forward pass over the vocabulary, and the coefficients of the backward pass."""
+    """Run the forward pass over the vocabulary, and make the coefficients of the backward pass."""
 
     def traits(self, work: Workload, device_type: str) -> Traits:
         """Return what a schedule has to know.

@@ -15,7 +15,7 @@ from fastpo.head.tensors import HeadTensors
 
 @dataclass(frozen=True)
 class Head:
-    """A language model's head: its facts are read once, its tensors at every call.
+    """Hold a language model's head: its facts are read once, its tensors at every call.
 
     `fastpo.read_head(model)` makes it from a model. A bare `lm_head` does not tell what its model
     does to the logits (Gemma 2, Cohere, Granite): built by hand, the facts below are yours to give.
@@ -47,22 +47,22 @@ class Head:
 
     @property
     def tensors(self) -> HeadTensors:
-        """The tensors as the module holds them now: an adapter may have switched them."""
+        """Return the tensors as the module holds them now: an adapter may have switched them."""
         return HeadTensors(self.weight, self.bias, self.lora)
 
     @property
     def weight(self) -> Tensor:
-        """[V, D], as the module holds it now."""
+        """Return the weight [V, D], as the module holds it now."""
         return self.module.weight  # type: ignore[return-value]
 
     @property
     def bias(self) -> Tensor | None:
-        """[V] or None."""
+        """Return the bias [V], or None."""
         return getattr(self.module, "bias", None)
 
     @property
     def lora(self) -> Lora | None:
-        """The low-rank delta that is active now."""
+        """Return the low-rank delta that is active now."""
         return None
 
     def facts(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Lora(NamedTuple):
-    """A low-rank delta of the head: its logits are h W^T + scaling (h A^T) B^T, W as it is."""
+    """Hold a low-rank delta of the head: its logits are h W^T + scaling (h A^T) B^T, W as it is."""
 
     a: Tensor  # [r, D]
     b: Tensor  # [V, r]

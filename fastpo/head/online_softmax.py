@@ -100,7 +100,7 @@ def online_statistics(
 
 
 class _Skips:
-    """Chunks of the vocabulary too improbable for a token's gradient; see `linear_stats`."""
+    """Find chunks of the vocabulary too improbable for a token's gradient; see `linear_stats`."""
 
     def __init__(
         self, tensors: PassTensors, transform: LogitTransform, shard: Shard, skip_below: float
@@ -141,7 +141,7 @@ class _Skips:
 
 
 class _State:
-    """Tokens' running sums over the columns seen so far, [B, 1]; see `fastpo.kernels.online`."""
+    """Hold tokens' running sums over the columns so far, [B, 1]; see `fastpo.kernels.online`."""
 
     def __init__(self, tensors: PassTensors, want: tuple[str, ...]) -> None:
         self.targets, self.want = tensors.targets[:, None], want
@@ -182,7 +182,7 @@ class _State:
 
     @property
     def shift(self) -> Tensor:
-        """The running maximum m, clamped to a finite value so that -inf - -inf is not NaN."""
+        """Return the running maximum m, clamped to be finite so that -inf - -inf is not NaN."""
         return self.high.clamp(min=torch.finfo(self.high.dtype).min)
 
     def _move_to(self, high: Tensor) -> Tensor:

@@ -222,7 +222,7 @@ def _flop(shapes: Any, *, policy: float, reference: float) -> int:
 
 
 class LinearStats(torch.autograd.Function):
-    """Token statistics of a head as one differentiable operation."""
+    """Compute token statistics of a head as one differentiable operation."""
 
     @staticmethod
     def forward(

@@ -51,12 +51,12 @@ class Workload(NamedTuple):
 
     @property
     def itemsize(self) -> int:
-        """Bytes of an accumulator."""
+        """Return the bytes of an accumulator."""
         return 8 if self.dtype == torch.float64 else 4
 
     @property
     def num_heads(self) -> int:
-        """Heads whose logits are formed."""
+        """Return how many heads' logits are formed."""
         return 2 if self.with_reference else 1
 
     @property

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class ScoredTokens(NamedTuple):
-    """Those of N tokens that have a target; as it stands all of them."""
+    """Hold those of N tokens that have a target; as it stands all of them."""
 
     positions: Tensor | None = None  # [n] of those that are computed
     ignored: Tensor | None = None  # [N] mask of those that are computed and then dropped

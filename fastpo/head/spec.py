@@ -39,7 +39,7 @@ class HeadSpec:
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """How statistics are computed; `fastpo.head.linear_stats` explains each.
+    """Say how statistics are computed; `fastpo.head.linear_stats` explains each.
 
     Args:
         backend: `auto`, `torch` or `triton`.

@@ -11,7 +11,7 @@ from fastpo.head.lora import Lora
 
 
 class HeadTensors(NamedTuple):
-    """The tensors of one head of V vocabulary rows and width D."""
+    """Hold the tensors of one head of V vocabulary rows and width D."""
 
     weight: Tensor  # [V, D]
     bias: Tensor | None = None  # [V]

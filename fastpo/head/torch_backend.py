@@ -27,7 +27,7 @@ from fastpo.head.vocab_parallel import Shard
 
 
 class TorchBackend:
-    """Plain PyTorch: CPU, MPS, XPU, and a head that is cut over ranks everywhere.
+    """Compute in plain PyTorch: CPU, MPS, XPU, and everywhere a head that is cut over ranks.
 
     A single head's statistics and the gradient of `logps` come from one pass over the vocabulary
     (`fastpo.head.online_softmax`). A reference, or the gradient of another statistic, needs chunks

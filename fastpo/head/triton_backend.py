@@ -29,7 +29,7 @@ _OF_BOTH = ("ref_lse", "ref_lse_rest", "ref_logps", "kl_policy_ref", "kl_policy_
 
 
 class TritonBackend:
-    """The kernels between matmuls; matmuls stay with the vendor's BLAS."""
+    """Run the kernels between matmuls; matmuls stay with the vendor's BLAS."""
 
     def traits(self, work: Workload, device_type: str) -> Traits:
         # The products in fp32, the reference's too, and the coefficients in the inputs' dtype. The

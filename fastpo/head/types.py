@@ -53,7 +53,7 @@ def concatenate(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class LogitTransform(NamedTuple):
-    """z = softcap((h.W + b) * logit_scale) / temperature."""
+    """Compute z = softcap((h.W + b) * logit_scale) / temperature."""
 
     softcap: float | None = None
     logit_scale: float = 1.0
@@ -88,7 +88,7 @@ class LogitTransform(NamedTuple):
 
 
 class PassOptions(NamedTuple):
-    """Everything about a pass that is not a tensor; an operator hands over lists."""
+    """Hold everything about a pass that is not a tensor; an operator hands over lists."""
 
     want: Sequence[str]  # statistics to return
     grads: Sequence[str]  # those of them that carry a gradient
@@ -115,7 +115,7 @@ class PassOptions(NamedTuple):
 
     @property
     def shard(self) -> Shard:
-        """The vocabulary rows that are here."""
+        """Return the vocabulary rows that are here."""
         return Shard(self.group, self.rank, tuple(self.rows), tuple(self.tokens))
 
     @property
@@ -125,7 +125,7 @@ class PassOptions(NamedTuple):
 
     @property
     def early_grads(self) -> tuple[str, ...]:
-        """Statistics whose gradient to the hidden states the forward pass forms."""
+        """Return the statistics whose gradient to the hidden states the forward pass forms."""
         return tuple(self.grads) if self.schedule == "frozen" else ()
 
     @property
@@ -186,7 +186,7 @@ def put_matmul_(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> Tensor:
 
 
 class PassTensors(NamedTuple):
-    """The tensors of one pass: N target tokens, one head, and the reference's if there is one."""
+    """Hold the tensors of one pass: N target tokens, one head, and the reference's if any."""
 
     hidden: Tensor  # [N, D]
     weight: Tensor  # [V, D]
@@ -250,12 +250,12 @@ class PassTensors(NamedTuple):
 
     @property
     def states(self) -> Tensor:
-        """[N, D], what meets the weight: without the low-rank part that meets `lora_b`."""
+        """Return [N, D], what meets the weight: without the low-rank part that meets `lora_b`."""
         return self.hidden[:, : self.weight.shape[1]]
 
     @property
     def low(self) -> Tensor:
-        """[N, r], what meets `lora_b`."""
+        """Return [N, r], what meets `lora_b`."""
         return self.hidden[:, self.weight.shape[1] :]
 
     def products(self, out: Tensor | None = None) -> Tensor:
@@ -371,7 +371,7 @@ NOTHING_KEPT = Kept()
 
 
 class Coefficients(NamedTuple):
-    """C [N, Vc] = scale * values, and single elements that are 0 in `values`.
+    """Hold C [N, Vc] = scale * values, and single elements that are 0 in `values`.
 
     Kept exponentials are such values. They meet the two matmuls and nothing else: a pass over them
     to scale them would be 2 % of a step, and what takes the scale instead is [N, D].

@@ -19,7 +19,7 @@ from fastpo.head.tensors import HeadTensors
 
 
 class Shard(NamedTuple):
-    """This rank's vocabulary rows of a head.
+    """Hold this rank's vocabulary rows of a head.
 
     Args:
         group: name of the process group that holds the others; None where the head is whole.
@@ -40,7 +40,7 @@ class Shard(NamedTuple):
 
     @property
     def vocab_size(self) -> int:
-        """Vocabulary rows of the whole head."""
+        """Return the vocabulary rows of the whole head."""
         return sum(self.rows)
 
     def trimmed(self, vocab_size: int) -> Shard:
@@ -95,7 +95,7 @@ class Shard(NamedTuple):
 
 
 class OwnRows(NamedTuple):
-    """This rank's vocabulary rows of the heads of a pass."""
+    """Hold this rank's vocabulary rows of the heads of a pass."""
 
     head: HeadTensors
     reference: HeadTensors | None

@@ -253,7 +253,7 @@ FUSED: dict[Callable[..., Outcome], Callable[[Hyper], Fused | None]] = {
 
 
 class _Losses(Function):
-    """Return losses [G] with gradient to the scores, and rewards [G, K] without."""
+    """Make losses [G] with gradient to the scores, and rewards [G, K] without."""
 
     @staticmethod
     def forward(ctx: Any, score: Tensor, fused: Fused, named: Mapping[str, Tensor]) -> Any:

@@ -124,7 +124,7 @@ def by_groups(
 
 
 class _KnownGradients(torch.autograd.Function):
-    """Return a number whose gradients are known already."""
+    """Make a number whose gradients are known already."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, grads: list[Tensor], *leaves: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class Adapter(NamedTuple):
-    """Name the base model of an adapter in a folder.
+    """Hold the base model of an adapter in a folder.
 
     Args:
         base: name or folder of the base model.
@@ -362,7 +362,7 @@ def add_lora(model: nn.Module, lora: Mapping[str, Any]) -> nn.Module:
 
 
 def disable_dropout(model: nn.Module) -> int:
-    """Set every dropout probability of the model to 0, adapters included; returns how many changed.
+    """Set every dropout probability of the model to 0, adapters included; return how many.
 
     Policy and reference must be the same function, and a shared prompt cannot have other noise for
     each response. Dropout modules are set, and the rates that attention modules keep as numbers.

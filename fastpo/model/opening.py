@@ -44,7 +44,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) 
 def open_tokenizer(
     name: str, tokenizer: str | None, template: str | None, **source: Any
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, or the one that is named instead.
+    """Open the tokenizer of a model, or the one that is named instead.
 
     Random weights know no tokens: without a tokenizer's name, one token is one byte.
     """
@@ -71,7 +71,7 @@ def open_model(
     vocabulary: int | None = None,
     **options: Any,
 ) -> nn.Module:
-    """A model, or the adapter that a LoRA run left in a folder on top of its base model.
+    """Open a model, or the adapter that a LoRA run left in a folder on top of its base model.
 
     Args:
         name: on the hub, or a folder.
@@ -110,7 +110,7 @@ def open_model(
 
 
 def check_adapter(model: nn.Module, flag: str, name: str) -> None:
-    """ValueError unless the model, called `name`, has an adapter that `base` could switch off."""
+    """Raise ValueError unless the model `name` has an adapter that `base` can switch off."""
     from peft import PeftModel
 
     if not isinstance(model, PeftModel):

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class _Keep(torch.autograd.Function):
-    """Return x and save it before the MLP has run, where `_Tiles` could only do so after."""
+    """Save x before the MLP has run, where `_Tiles` could only do so after."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -24,12 +24,12 @@ Hyper = Mapping[str, Any]
 
 
 def _column(name: str, slot: int) -> Callable[[Scores, Hyper], tuple[Tensor, Tensor]]:
-    """Observations of one score of one slot of every pair."""
+    """Return the observations of one score of one slot of every pair."""
     return lambda scores, hyper: (scores[name][:, slot], scores["mask"].all(-1))
 
 
 def _margins(name: str) -> Callable[[Scores, Hyper], tuple[Tensor, Tensor]]:
-    """Observations of one score's margin."""
+    """Return the observations of one score's margin."""
 
     def of(scores: Scores, hyper: Hyper) -> tuple[Tensor, Tensor]:
         return margin_of(scores[name], scores["mask"]), scores["mask"].all(-1)
@@ -46,14 +46,14 @@ def _mean(observations: Tensor, hyper: Hyper) -> Tensor:
 
 
 def _deviation(observations: Tensor, hyper: Hyper) -> Tensor:
-    """[n] -> [1]: standard deviation with n - 1; 0 of fewer than two."""
+    """Return the standard deviation [1] of [n] with n - 1; 0 of fewer than two."""
     if len(observations) < 2:
         return observations.new_zeros(1)
     return observations.std().reshape(1)
 
 
 def _standardised(x: Tensor, average: Tensor, deviation: Tensor) -> Tensor:
-    """(x - average) / deviation, 0 while the deviation is 0: a single pair has no scale."""
+    """Return (x - average) / deviation, 0 while the deviation is 0: a single pair has no scale."""
     flat = deviation == 0
     return torch.where(flat, 0, (x - average) / torch.where(flat, 1, deviation))
 
@@ -68,7 +68,7 @@ def _against_same_rank(
     partners: Tensor,  # [n] sorted
     link: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """[G]: link(own, the partner that stands where `own` stands in the sorted batch).
+    """Return [G]: link(own, the partner that stands where `own` stands in the sorted batch).
 
     Equal values share their places: each gets the mean over them, so that their sum is that of
     any assignment and no pair's loss depends on the order of the batch.
@@ -153,7 +153,7 @@ def aot_unpaired(
 
 
 def _gumbel(key: Tensor) -> Tensor:
-    """A standard Gumbel number of each random int64, float64: 52 of its bits as a uniform."""
+    """Return a standard Gumbel number, float64, of each random int64: 52 bits are a uniform."""
     uniform = ((key >> 12 & 0xFFFFFFFFFFFFF).double() + 0.5) / 2**52
     return -(-uniform.log()).log()
 
@@ -267,7 +267,7 @@ def _losses(scores: Scores, hyper: Hyper) -> tuple[Tensor, Tensor]:
 
 
 def _log_mean_exp(observations: Tensor, hyper: Hyper) -> Tensor:
-    """[n] -> []: log mean exp(-l / b), 0 of none."""
+    """Return log mean exp(-l / b) [] of [n], 0 of none."""
     if not len(observations):
         return observations.new_zeros(())
     total = (-observations / hyper["beta_prime"]).logsumexp(0)
@@ -310,7 +310,7 @@ def _population_losses(scores: Scores, hyper: Hyper) -> tuple[Tensor, Tensor]:
 
 
 def _by_population(observations: Tensor, hyper: Hyper) -> Tensor:
-    """[n, 2] of (population, loss) -> [C, 3] of (population, mean loss, share of the pairs)."""
+    """Reduce [n, 2] of (population, loss) to [C, 3] of (population, mean loss, share of pairs)."""
     if not len(observations):
         return observations.new_ones(1, 3)
     populations, index = observations[:, 0].unique(return_inverse=True)

@@ -19,7 +19,7 @@ from .reference_free import simpo
 
 
 def chosen_gap(score: Tensor, context_chosen: Tensor, mask: Tensor) -> Tensor:
-    """[G, 2], [G] -> [G]: the chosen response's score after its prompt less that after another."""
+    """Return [G]: the chosen response's score after its prompt less that after another."""
     return live(score, mask)[:, 0] - live(context_chosen, mask[:, 0])
 
 
@@ -206,7 +206,7 @@ def d2o(
 
 
 def _mean(score: Tensor, where: Tensor) -> Tensor:
-    """[G, K] -> [G]: over the responses that are meant, 0 where there is none."""
+    """Return the mean [G] of [G, K] over the responses that are meant, 0 where there is none."""
     return live(score, where).sum(-1) / where.sum(-1).clamp(min=1)
 
 

@@ -52,7 +52,7 @@ _BERNOULLI = (
 
 
 def _shortfall(x: Tensor) -> Tensor:
-    r"""$1 - x / (e^x - 1)$ for $x \ge 0$, with all digits of the small values that it has near 0.
+    r"""Return $1 - x / (e^x - 1)$ for $x \ge 0$, with all digits of the small values near 0.
 
     A series below 1/2, where the closed form and, more so, its derivative are differences of large
     numbers. Above, $e^{-x}$ and not $e^x$, which overflows.

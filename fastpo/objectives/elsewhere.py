@@ -140,17 +140,17 @@ LOSS_KEYS = (
 
 
 def plain(name: object) -> str:
-    """A name as the tables have it."""
+    """Return a name as the tables have it."""
     return str(name).lower().replace("-", "_").replace(" ", "_").replace(".", "_")
 
 
 def called_here(name: object) -> str:
-    """`sigmoid` -> `dpo`; a name that is called the same, or unknown, stays."""
+    """Return the name here: `sigmoid` -> `dpo`; one that is called the same, or unknown, stays."""
     return OBJECTIVES_ELSEWHERE.get(plain(name), str(name))
 
 
 def answer(key: str, value: object, chosen: Sequence[str], hyper: Iterable[str]) -> str | None:
-    """A sentence for a key of a loss that goes by another name here; None for an unknown key.
+    """Return a sentence for a key of a loss that goes by another name here; None if unknown.
 
     Args:
         key: another tool's name.
@@ -182,7 +182,7 @@ def answer(key: str, value: object, chosen: Sequence[str], hyper: Iterable[str])
 
 
 def _loss(value: object) -> str:
-    """A sentence for another tool's name of a loss, or for several."""
+    """Return a sentence for another tool's name of a loss, or for several."""
     from . import OBJECTIVES, unknown_objective
 
     names = list(value) if isinstance(value, list | tuple | Mapping) else [value]

@@ -26,17 +26,17 @@ GpoLink = Literal["logistic", "hinge", "squared", "exponential", "truncated_quad
 
 
 def live(x: Tensor, mask: Tensor) -> Tensor:
-    """`x` with 0 where `mask` is False: padding, NaN included, reaches no value or gradient."""
+    """Put 0 where `mask` is False: padding, NaN included, reaches no value or gradient."""
     return x.where(mask, 0)
 
 
 def logistic(z: Tensor) -> Tensor:
-    r"""$-\log\sigma(z) = \log(1 + e^{-z})$."""
+    r"""Return $-\log\sigma(z) = \log(1 + e^{-z})$."""
     return -logsigmoid(z)
 
 
 def smoothed_logistic(z: Tensor, label_smoothing: float) -> Tensor:
-    r"""$-(1-\epsilon)\log\sigma(z) - \epsilon\log\sigma(-z)$: labels flipped at rate $\epsilon$.
+    r"""Return $-(1-\epsilon)\log\sigma(z) - \epsilon\log\sigma(-z)$, with labels flipped at a rate.
 
     Raises:
         ValueError: `label_smoothing` is outside [0, 0.5), where it would reverse the preference.
@@ -45,7 +45,7 @@ def smoothed_logistic(z: Tensor, label_smoothing: float) -> Tensor:
 
 
 def robust_logistic(z: Tensor, label_smoothing: float) -> Tensor:
-    r"""$[-(1-\epsilon)\log\sigma(z) + \epsilon\log\sigma(-z)] / (1-2\epsilon)$.
+    r"""Return $[-(1-\epsilon)\log\sigma(z) + \epsilon\log\sigma(-z)] / (1-2\epsilon)$.
 
     The unbiased estimate of the clean loss under labels flipped at rate $\epsilon$, which is
     smoothing by the negative rate $-\epsilon/(1-2\epsilon)$. Not bounded below.
@@ -64,7 +64,7 @@ def _flipped_logistic(z: Tensor, rate: float) -> Tensor:
 
 
 def log_smoothed_logistic(z: Tensor, label_smoothing: float) -> Tensor:
-    r"""$\log$ of `smoothed_logistic`, right where that underflows: $-z$ for large $z$."""
+    r"""Return $\log$ of `smoothed_logistic`, right where that underflows: $-z$ for large $z$."""
     if FLIP_RATE.check("label_smoothing", label_smoothing) > 0:
         return _flipped_logistic(z, label_smoothing).log()
     # log(log1p(x)) = log(x) - x / 2 + O(x^2), and x = e^-37 is below float64's rounding of 1.
@@ -72,7 +72,7 @@ def log_smoothed_logistic(z: Tensor, label_smoothing: float) -> Tensor:
 
 
 def sigmoid_or_hinge(z: Tensor, loss_type: Link, label_smoothing: float = 0.0) -> Tensor:
-    r"""Smoothed logistic loss, or $\max(0, 1 - z)$.
+    r"""Return the smoothed logistic loss, or $\max(0, 1 - z)$.
 
     Raises:
         ValueError: an unknown `loss_type`, or label smoothing of the hinge, which has none.
@@ -86,7 +86,7 @@ def sigmoid_or_hinge(z: Tensor, loss_type: Link, label_smoothing: float = 0.0) -
 
 
 def check_smoothing(loss_type: str, label_smoothing: float) -> None:
-    """ValueError for label smoothing of a link that has none: a hinge, IPO's square."""
+    """Raise ValueError for label smoothing of a link that has none: a hinge, IPO's square."""
     if label_smoothing and loss_type in ("hinge", "ipo"):
         raise ValueError(
             f"label_smoothing={label_smoothing}, but loss_type={loss_type!r} smooths no labels: "
@@ -95,7 +95,7 @@ def check_smoothing(loss_type: str, label_smoothing: float) -> None:
 
 
 def kl_to_label(z: Tensor, label_smoothing: float) -> Tensor:
-    r"""KL of Bernoulli($\sigma(z)$) from Bernoulli($1-\epsilon$), EXO's link for pairs.
+    r"""Return KL of Bernoulli($\sigma(z)$) from Bernoulli($1-\epsilon$), EXO's link for pairs.
 
     $$\sigma(z)\,[\log\sigma(z) - \log(1-\epsilon)] + \sigma(-z)\,[\log\sigma(-z) - \log\epsilon]$$
 
@@ -111,7 +111,7 @@ def kl_to_label(z: Tensor, label_smoothing: float) -> Tensor:
 
 
 def log_ratio_modulated(z: Tensor, tau: float) -> Tensor:
-    r"""$(1 - g)\log(1 + e^{-z}) + g\,e^{-z}$ with $g = \sigma(z / \tau)$, DiscoPOP's link."""
+    r"""Return $(1 - g)\log(1 + e^{-z}) + g\,e^{-z}$, $g = \sigma(z / \tau)$: DiscoPOP's link."""
     # An infinite z would meet g's zero slope: the last, linear part has it instead.
     inner = z.clamp(min=-1e30)
     modulated = torch.exp(-logistic(inner / tau) - inner)  # g e^-z, where e^-z alone overflows
@@ -131,7 +131,7 @@ GPO_LINKS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def log_twice_sigmoid(u: Tensor) -> Tensor:
-    r"""$\log(2\sigma(u))$, exact near its zero at $u = 0$."""
+    r"""Return $\log(2\sigma(u))$, exact near its zero at $u = 0$."""
     above, below = u.clamp(min=0), u.clamp(max=0)
     return torch.where(
         u > 0, -torch.log1p(torch.expm1(-above) / 2), below - torch.log1p(torch.expm1(below) / 2)
@@ -139,7 +139,7 @@ def log_twice_sigmoid(u: Tensor) -> Tensor:
 
 
 def expm1_difference(a: Tensor, b: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    r"""$x(e^a - 1) - y(e^b - 1)$: infinite only where the difference itself is.
+    r"""Return $x(e^a - 1) - y(e^b - 1)$: infinite only where the difference itself is.
 
     Its gradient counts 0 * inf as 0: a loss that is flat where the difference overflows has
     gradient 0 there, not NaN.
@@ -154,7 +154,7 @@ class _Expm1Difference(torch.autograd.Function):
         top = torch.maximum(a, b).clamp(min=0)
 
         def scaled(t: Tensor) -> Tensor:
-            """e^-top (e^t - 1)"""
+            """Return e^-top (e^t - 1)."""
             return torch.where(
                 t > 0, -torch.expm1(-t) * torch.exp(t - top), torch.expm1(t) * torch.exp(-top)
             )
@@ -175,7 +175,7 @@ class _Expm1Difference(torch.autograd.Function):
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    r"""$\log(1 - e^x)$ for $x < 0$, -inf at 0.
+    r"""Return $\log(1 - e^x)$ for $x < 0$, -inf at 0.
 
     `log(-expm1(x))` above $-\ln 2$ and `log1p(-exp(x))` below: each loses its digits where the
     other keeps them (Maechler 2012). The clamp keeps the idle branch away from log1p(-1), whose
@@ -187,7 +187,7 @@ def log1mexp(x: Tensor) -> Tensor:
 
 
 def log_odds(logp: Tensor) -> Tensor:
-    r"""$\log\frac{p}{1-p} = x - \log(1-e^x)$ of a log-probability $x = \log p \le 0$.
+    r"""Return $\log\frac{p}{1-p} = x - \log(1-e^x)$ of a log-probability $x = \log p \le 0$.
 
     A confident model's log-probability rounds to 0, or a little above where log-sum-exp rounds
     down, and the odds of p = 1 are infinite. Such x count as the largest negative normal number

@@ -19,7 +19,7 @@ from .regression import copg
 
 
 def tie_keys(group: Tensor, num_candidates: int, *, seed: int = 0, step: int = 0) -> Tensor:
-    """Random numbers [G, K] int64 that order tied candidates: a pure function of its arguments.
+    """Draw numbers [G, K] int64 that order tied candidates: a pure function of its arguments.
 
     The key of a slot is a hash (splitmix64) of (seed, step, group, slot), so it does not change
     with the device, the number of ranks or the way a step is cut into micro-batches.
@@ -43,7 +43,7 @@ def tie_keys(group: Tensor, num_candidates: int, *, seed: int = 0, step: int = 0
 
 
 def _splitmix64(x: Tensor) -> Tensor:
-    """One step of Steele, Lea and Flood's generator; int64 products wrap, shifts are logical."""
+    """Take one step of Steele, Lea and Flood's generator; products wrap, shifts are logical."""
     x = x - 0x61C8864680B583EB
     x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
@@ -51,7 +51,7 @@ def _splitmix64(x: Tensor) -> Tensor:
 
 
 def _ranks(score: Tensor, tie_key: Tensor, mask: Tensor) -> Tensor:
-    """[G, K] rank of each candidate by descending score, 1 is best; the smaller key wins a tie."""
+    """Return the rank [G, K] of each candidate by descending score; the smaller key wins a tie."""
     ahead = score[:, None, :] > score[:, :, None]  # [G, i, j]: j ahead of i
     tied = score[:, None, :] == score[:, :, None]
     ahead = ahead | (tied & (tie_key[:, None, :] < tie_key[:, :, None]))
@@ -59,17 +59,17 @@ def _ranks(score: Tensor, tie_key: Tensor, mask: Tensor) -> Tensor:
 
 
 def differences(x: Tensor) -> Tensor:
-    """[G, K] -> [G, i, j]: x_i - x_j."""
+    """Return the differences x_i - x_j [G, i, j] of [G, K]."""
     return x[:, :, None] - x[:, None, :]
 
 
 def graded_above(score: Tensor, mask: Tensor) -> Tensor:
-    """[G, K] -> [G, i, j] bool: both are live and i has the better grade."""
+    """Return [G, i, j] bool: both are live and i has the better grade."""
     return (score[:, :, None] > score[:, None, :]) & mask[:, :, None] & mask[:, None, :]
 
 
 def log1p_sum_exp(x: Tensor, where: Tensor) -> Tensor:
-    r"""[G, i, j] -> [G, i]: $\log(1 + \sum_j e^{x_{ij}})$ over the j of `where`; 0 of none.
+    r"""Return $\log(1 + \sum_j e^{x_{ij}})$ [G, i] over the j of `where` [G, i, j]; 0 of none.
 
     Exact where the sum is tiny, and 0 where that underflows.
     """
@@ -79,7 +79,7 @@ def log1p_sum_exp(x: Tensor, where: Tensor) -> Tensor:
 
 
 def neg_log_softmax(x: Tensor, mask: Tensor) -> Tensor:
-    r"""[G, K] -> [G, K]: $-\log \mathrm{softmax}(x)$ over live slots, exact where it is near 0."""
+    r"""Return $-\log \mathrm{softmax}(x)$ [G, K] over live slots, exact where it is near 0."""
     x = live(x, mask)
     itself = torch.eye(x.shape[-1], dtype=torch.bool, device=x.device)
     others = mask[:, :, None] & mask[:, None, :] & ~itself
@@ -87,12 +87,12 @@ def neg_log_softmax(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _list_outcome(losses: Tensor, g: Tensor, mask: Tensor) -> Outcome:
-    """Losses [G] of whole lists; the rewards are g."""
+    """Make the outcome of losses [G] of whole lists; the rewards are g."""
     return Outcome((Term(losses),), live(g, mask).detach())
 
 
 def _ideal_dcg(gain: Tensor, mask: Tensor, log: Literal["log", "log2"]) -> Tensor:
-    """[G, K] -> [G, 1]: the DCG of the order by gain, padded slots last."""
+    """Return the DCG [G, 1] of the order by gain, padded slots last."""
     ideal = gain.where(mask, -torch.inf).sort(dim=-1, descending=True).values
     place = torch.arange(gain.shape[-1], device=gain.device)
     ideal = live(ideal, place < mask.sum(-1, keepdim=True))

@@ -25,7 +25,7 @@ def first_against_rest(
     beta: Positive = 10.0,
     gamma_beta_ratio: NonNegative = 0.3,
 ) -> Outcome:
-    r"""The preference part of LOGO: $-\log\sigma(\beta(s_1 - \mathrm{mean}_{j>1}\,s_j) - \gamma)$.
+    r"""Return $-\log\sigma(\beta(s_1 - \mathrm{mean}_{j>1}\,s_j) - \gamma)$, LOGO without its NLL.
 
     Raises:
         ValueError: K < 2, there is nothing to compare with.
@@ -76,7 +76,7 @@ def logo(
 
 
 def _soft_labels(score: Tensor, mask: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-    """[G, K] -> [G, K]: softmax of the grades over live slots, 0 elsewhere."""
+    """Return the softmax [G, K] of the grades over live slots, 0 elsewhere."""
     q = score.to(dtype).where(mask, torch.finfo(dtype).min)
     # Subtracted first: 7.85 / 1e-4 is rounded by .004, which is as much of a label.
     best = q.sort(-1).values[:, -1:]  # `amax` refuses K = 0
@@ -140,7 +140,7 @@ def nca(
 
 
 def _reverse_kl(ratio: Tensor, target: Tensor, mask: Tensor, beta: float) -> Outcome:
-    """KL(softmax(g) || softmax(target)); gradient flows through both of the policy's places."""
+    """Return KL(softmax(g) || softmax(target)); gradient flows through both the policy's places."""
     g = beta * live(ratio, mask)
     log_p, log_t = -neg_log_softmax(g, mask), -neg_log_softmax(target, mask)
     losses = live(log_p.exp() * (log_p - log_t), mask)

@@ -35,7 +35,7 @@ Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 
 
 def margin_of(score: Tensor, mask: Tensor) -> Tensor:
-    """[G, 2] -> [G]: chosen minus rejected."""
+    """Return chosen minus rejected [G] of [G, 2]."""
     chosen, rejected = live(score, mask).unbind(-1)
     return chosen - rejected
 
@@ -50,7 +50,7 @@ def divergence_margin(
     *,
     mean_ratio: Tensor | None = None,  # [G, 2]
 ) -> Tensor:  # [G]
-    r"""scale * (c_w - c_l), or scale * (c_w / L_w - c_l / L_l) if `mean_ratio` is given.
+    r"""Return scale * (c_w - c_l), or scale * (c_w / L_w - c_l / L_l) with `mean_ratio`.
 
     $c = f'(e^u)$ with the f of an f-divergence. f-DPO, https://arxiv.org/abs/2309.16240:
 
@@ -100,7 +100,7 @@ def divergence_margin(
 
 
 def pair_outcome(losses: Tensor, rewards: Tensor, mask: Tensor) -> Outcome:
-    """One loss [G] per whole pair, mean over pairs, in the dtype of the rewards [G, 2]."""
+    """Make one loss [G] per whole pair, mean over pairs, in the dtype of the rewards [G, 2]."""
     losses = live(losses, mask.all(-1)).to(rewards.dtype)
     return Outcome((Term(losses),), live(rewards, mask).detach())
 

@@ -19,7 +19,7 @@ from .links import live, logistic
 
 
 def _outcome(losses: Tensor, rewards: Tensor, mask: Tensor, per: Per = "responses") -> Outcome:
-    """Losses [G, K] of the live slots, and rewards [G, K] of the same."""
+    """Make the outcome of losses [G, K] of the live slots, and rewards [G, K] of the same."""
     return Outcome((Term(live(losses, mask).sum(-1), per),), live(rewards, mask).detach())
 
 
@@ -108,7 +108,7 @@ def _mismatched(scores: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> tuple
 
 
 def _side(column: int) -> Statistic:
-    """Mean log-ratio of one side of all pairs."""
+    """Return the mean log-ratio of one side of all pairs."""
     return Statistic(
         lambda scores, hyper: (scores["ratio"][:, column], scores["mask"].all(-1)),
         where="full groups",
@@ -206,7 +206,7 @@ def _rewards(scores: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> tuple[Te
 
 
 def _forget(losses: Tensor, rewards: Tensor, label: Tensor, mask: Tensor) -> Outcome:
-    """Losses [G, K] of the undesirable responses, averaged over them."""
+    """Return the losses [G, K] of the undesirable responses, averaged over them."""
     values = live(losses, mask & ~label).sum(-1)
     return Outcome((Term(values, "undesirable"),), live(rewards, mask).detach())
 

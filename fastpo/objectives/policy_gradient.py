@@ -63,7 +63,7 @@ def group_advantages(
 
 
 def leave_one_out_advantages(reward: Tensor, mask: Tensor) -> Tensor:
-    r"""Return $A_i = r_i - \mathrm{mean}_{j \ne i}\,r_j$, detached; 0 in a group of one.
+    r"""Return $A_i = r_i - \mathrm{mean}_{j \ne i}\,r_j$ [G, K], detached; 0 in a group of one.
 
     >>> import torch
     >>> leave_one_out_advantages(torch.tensor([[4.0, 1.0, 1.0]]), torch.ones(1, 3).bool())
@@ -75,7 +75,7 @@ def leave_one_out_advantages(reward: Tensor, mask: Tensor) -> Tensor:
 
 
 def _scaled_exp(x: Tensor, a: Tensor, b: Tensor | float = 1.0) -> Tensor:
-    """a * b * e^x: infinite, like its derivatives, only where they are, not where e^x alone is."""
+    """Return a * b * e^x: infinite, like its derivatives, only where they are, not where e^x is."""
     # Two exps and not one used twice: backward would add its two gradients before halving them.
     return (a * (x / 2).exp()) * (b * (x / 2).exp())
 
@@ -83,7 +83,7 @@ def _scaled_exp(x: Tensor, a: Tensor, b: Tensor | float = 1.0) -> Tensor:
 def _clipped(
     log_ratio: Tensor, advantage: Tensor, lower: float, upper: float, ceiling: float = math.inf
 ) -> Tensor:
-    r"""Log-ratios x such that $\min(e^x A, \mathrm{clip}(e^x) A) = e^{clipped} A$.
+    r"""Return log-ratios x such that $\min(e^x A, \mathrm{clip}(e^x) A) = e^{clipped} A$.
 
     Clipped before exp and not after it: where the clip is active, backward would multiply the
     clip's 0 by an overflowed ratio. `ceiling` bounds the unclipped ratio (two-sided clipping).
@@ -96,20 +96,20 @@ def _clipped(
 
 
 def _log_range(epsilon_low: float, epsilon_high: float) -> tuple[float, float]:
-    """Logarithms of 1 - epsilon_low and 1 + epsilon_high."""
+    """Return the logarithms of 1 - epsilon_low and 1 + epsilon_high."""
     return math.log(1 - epsilon_low) if epsilon_low < 1 else -math.inf, math.log1p(epsilon_high)
 
 
 def _surrogate(
     log_ratio: Tensor, advantage: Tensor, epsilon_low: float, epsilon_high: float
 ) -> Tensor:
-    """PPO's -min(ratio A, clip(ratio) A) of whole responses."""
+    """Return PPO's -min(ratio A, clip(ratio) A) of whole responses."""
     clipped = _clipped(log_ratio, advantage, *_log_range(epsilon_low, epsilon_high))
     return _scaled_exp(clipped, -advantage)
 
 
 def _length(tokens: Tensor) -> Tensor:
-    """[G, K, T] -> [G, K, 1]: number of tokens, 1 for none."""
+    """Return the number of tokens [G, K, 1] of [G, K, T], 1 for none."""
     return tokens.sum(-1, keepdim=True).clamp(min=1)
 
 
@@ -133,7 +133,7 @@ def _live_tokens(token_mask: Tensor, mask: Tensor) -> Tensor:
 
 
 def _outcome(losses: Tensor, per: Per, score: Tensor, mask: Tensor) -> Outcome:
-    """Losses of responses [G, K], or of their tokens [G, K, T], zero where there is none."""
+    """Make the outcome of losses [G, K] of responses or [G, K, T] of tokens, zero where none is."""
     sums = losses.sum(-1).sum(-1) if losses.dim() == 3 else losses.sum(-1)
     return Outcome((Term(sums, per),), live(score, mask).to(losses.dtype).detach())
 

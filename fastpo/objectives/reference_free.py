@@ -57,7 +57,7 @@ def _link_losses(
     label_smoothing: float,
     loss_type: Literal["sigmoid", "hinge", "ipo"],
 ) -> Tensor:
-    """Losses [G] of CPO and TPO: a link on sums, or IPO's square on means."""
+    """Return the losses [G] of CPO and TPO: a link on sums, or IPO's square on means."""
     if loss_type in ("sigmoid", "hinge"):
         return sigmoid_or_hinge(beta * margin_of(logps, mask), loss_type, label_smoothing)
     if loss_type != "ipo":
@@ -107,7 +107,7 @@ def odds_ratio(
     *,
     beta: NonNegative = 0.1,
 ) -> Outcome:
-    r"""The preference part of ORPO: $-\beta\log\sigma(\mathrm{logodds}_w - \mathrm{logodds}_l)$.
+    r"""Return ORPO's preference part, $-\beta\log\sigma(\mathrm{logodds}_w - \mathrm{logodds}_l)$.
 
     >>> import torch
     >>> s = torch.tensor([[0.8, 0.5]]).log()

@@ -133,7 +133,7 @@ def irepo(
 
 
 def _bernoulli_kl(a: Tensor, b: Tensor) -> Tensor:
-    r"""KL(Bernoulli(sigmoid(a)) || Bernoulli(sigmoid(b))), exact where either saturates.
+    r"""Return KL(Bernoulli(sigmoid(a)) || Bernoulli(sigmoid(b))), exact where either saturates.
 
     Near a = b the definition subtracts log-probabilities that agree. There, with $d = b - a$, it
     is $\log(1 + p(e^d - 1)) - pd$; both letters flip their sign so that $p = \sigma(a) \le 1/2$.

@@ -25,7 +25,7 @@ def _average(
     reduction: Reduction,
     weight: float = 1.0,
 ) -> Term:
-    """One term of the desirable responses, of which each has a sum and a mean over its tokens."""
+    """Return one term of the desirable responses, each with a sum and a mean over its tokens."""
     good = label & mask
     if reduction == "token_mean":
         return Term(live(sums, good).sum(-1), "chosen_tokens", weight)
@@ -45,7 +45,7 @@ def nll(
     reduction: Reduction = "token_mean",
     weight: float = 1.0,
 ) -> Term:
-    """Negative log-likelihood of the desirable responses as one term of a loss.
+    """Return the negative log-likelihood of the desirable responses as one term of a loss.
 
     Raises:
         ValueError: an unknown `reduction`.
@@ -91,7 +91,7 @@ def gold_nll(
     reduction: Reduction,
     weight: float = 1.0,
 ) -> Term:
-    """Negative log-likelihood of the extra response `gold` as one term of a loss.
+    """Return the negative log-likelihood of the extra response `gold` as one term of a loss.
 
     Raises:
         ValueError: an unknown `reduction`.

@@ -165,7 +165,7 @@ def critical_dpo(
 def _token_regulariser(
     token_logps: Tensor, token_rewards: Tensor, tokens: Tensor, average: bool
 ) -> Tensor:
-    r"""[G, 2, T] -> [G]: $-\sum_t \hat r_t \log\pi(y_t)$ of both responses, or by their lengths."""
+    r"""Return $-\sum_t \hat r_t \log\pi(y_t)$ [G] of both responses, or by their lengths."""
     sums = -(live(token_rewards, tokens) * live(token_logps, tokens)).sum(-1)
     return (sums / tokens.sum(-1).clamp(min=1) if average else sums).sum(-1)
 

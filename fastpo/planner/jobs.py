@@ -39,7 +39,7 @@ class JobFields(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """Say what of a run decides its step, in the words of a recipe.
 
     Args:
@@ -76,7 +76,7 @@ class Run:
     resize_embeddings: bool
 
 
-def job_of_run(run: Run, flags: JobFields, card: Card | None = None) -> Job:
+def job_of_run(run: PlannedRun, flags: JobFields, card: Card | None = None) -> Job:
     """Return the step of a run on a GPU; flags win over what the run says.
 
     Args:
@@ -129,7 +129,7 @@ def job_of_flags(model: str, objective: str, flags: JobFields, card: Card) -> Jo
     """Return the step that flags alone describe.
 
     Args:
-        model: as in `Run`.
+        model: as in `PlannedRun`.
         objective: decides how many responses a group has, and whether there is a reference.
         flags: the context at least.
         card: whose memory decides about the workspace.

@@ -35,7 +35,7 @@ ModelFacts = TypedDict(
 
 
 class DataFacts(TypedDict):
-    """Counts of groups and tokens; a stream has none before it is read."""
+    """Hold counts of groups and tokens; a stream has none before it is read."""
 
     name: str
     rows: NotRequired[int]
@@ -51,7 +51,7 @@ class DataFacts(TypedDict):
 
 
 class ObjectiveFacts(TypedDict):
-    """Name or mixture, formula, hyper-parameters in force, papers."""
+    """Hold a name or a mixture, formula, hyper-parameters in force, papers."""
 
     name: str | dict[str, float]
     formula: str

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Launch:
-    """A run in a folder that is claimed: `open`, `begin`, `train`, in this order.
+    """Run in a folder that is claimed: `open`, `begin`, `train`, in this order.
 
     Attributes:
         recipe: what to train.

@@ -33,7 +33,7 @@ S = typing.TypeVar("S")
 
 @dataclass
 class Recipe:
-    """A checked recipe.
+    """Hold a checked recipe.
 
     Args:
         model: the model section.

@@ -62,7 +62,7 @@ MAY_CHANGE = {
 
 
 class Start(NamedTuple):
-    """How a run begins.
+    """Say how a run begins.
 
     Attributes:
         checkpoint: what it goes on from; None begins at step 0.

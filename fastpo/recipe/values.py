@@ -17,11 +17,11 @@ from fastpo.redact import REDACTED, is_secret
 
 
 class RecipeError(ValueError):
-    """Something in a recipe or a flag is wrong; one line per problem, each naming its place."""
+    """Say what is wrong in a recipe or a flag; one line per problem, each naming its place."""
 
 
 class Entry(NamedTuple):
-    """A value that a file or a flag sets."""
+    """Hold a value that a file or a flag sets."""
 
     value: Any
     where: str

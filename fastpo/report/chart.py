@@ -13,7 +13,7 @@ from fastpo.run.record import Curve, finite
 
 
 class Series(NamedTuple):
-    """One line of a chart; `tone` is a colour of the style sheet, dots mark evaluations."""
+    """Hold one line of a chart; `tone` is a colour of the style sheet, dots mark evaluations."""
 
     label: str
     curve: Curve

@@ -19,8 +19,8 @@ _MATTERS = 0.005  # of a loss: below it two evaluations differ by less than anyb
 _SURE = 3.0  # standard errors; noise passes it once in 370 looks
 
 
-class Warning(NamedTuple):
-    """Something that the reader should know before trusting the numbers."""
+class RunWarning(NamedTuple):
+    """Say something that the reader should know before trusting the numbers."""
 
     level: Literal["stop", "warn", "note"]
     title: str
@@ -44,18 +44,18 @@ def trend(curve: Curve) -> float:
     return change / error if error else math.copysign(math.inf, change) if change else 0.0
 
 
-def _broken(run: Run) -> Iterator[Warning]:
+def _broken(run: Run) -> Iterator[RunWarning]:
     losses = run.curve("loss")
     broken = [s for s, v in losses if not math.isfinite(v)]
     if broken:
-        yield Warning(
+        yield RunWarning(
             "stop",
             f"The loss is not finite from step {broken[0]:.0f}",
             f"{len(broken)} logged steps have a NaN or infinite loss. What was trained after "
             "that is not usable; lower learning_rate, or train in bfloat16 instead of float16.",
         )
     elif len(losses) > 1 and not any(v for _, v in losses):
-        yield Warning(
+        yield RunWarning(
             "stop",
             "The loss is 0 at every step",
             "Nothing was learned. Likely: weights that are all 0 (the columns weight, "
@@ -64,7 +64,7 @@ def _broken(run: Run) -> Iterator[Warning]:
             "without weights.",
         )
     elif len(losses) >= ENOUGH and len({v for _, v in losses}) == 1:
-        yield Warning(
+        yield RunWarning(
             "stop",
             f"The loss is {losses[0][1]:.4f} at every step",
             "Batches differ, so a model that moves has another loss at every step. Likely: "
@@ -73,10 +73,10 @@ def _broken(run: Run) -> Iterator[Warning]:
         )
 
 
-def _too_little(run: Run) -> Iterator[Warning]:
+def _too_little(run: Run) -> Iterator[RunWarning]:
     count = len(finite(run.curve("loss")))
     if run.log and count < ENOUGH:
-        yield Warning(
+        yield RunWarning(
             "note",
             f"Too little to judge: {count} logged step{'s' * (count != 1)}",
             f"Below {ENOUGH} nothing is said about learning, chance or overfitting. Train longer; "
@@ -84,7 +84,7 @@ def _too_little(run: Run) -> Iterator[Warning]:
         )
 
 
-def _falling(run: Run) -> Iterator[Warning]:
+def _falling(run: Run) -> Iterator[RunWarning]:
     """Answer "both rewards go down, is it broken?"."""
 
     def falls(side: str) -> bool:
@@ -109,7 +109,7 @@ def _falling(run: Run) -> Iterator[Warning]:
         # A tenth of the log-probability: the answer is no longer the one that was shown.
         far = math.isfinite(before) and before - after > 0.1 * abs(before)
         title = "Margins grow while the chosen responses become less likely"
-        yield Warning(
+        yield RunWarning(
             "warn" if far else "note",
             title if far else "Both rewards fall a little while their margin grows",
             f"{moved}. The loss sees their difference alone, and what pushes a rejected response "
@@ -121,7 +121,7 @@ def _falling(run: Run) -> Iterator[Warning]:
             "finds them).",
         )
     elif falls("rejected"):
-        yield Warning(
+        yield RunWarning(
             "warn",
             "Both rewards fall and their margin does not grow",
             f"{moved}: the model leaves its reference without telling the two apart. Likely: "
@@ -130,14 +130,14 @@ def _falling(run: Run) -> Iterator[Warning]:
         )
 
 
-def _accuracy(run: Run) -> Iterator[Warning]:
+def _accuracy(run: Run) -> Iterator[RunWarning]:
     accuracy = finite(run.curve("rewards/accuracies"))
     if len(accuracy) < ENOUGH:
         return
     values = [v for _, v in accuracy]
     easy = next((i for i in range(len(values)) if min(values[i:]) >= 0.99), None)
     if easy is not None and easy <= len(values) // 2:
-        yield Warning(
+        yield RunWarning(
             "warn",
             f"Every pair is ranked right from step {accuracy[easy][0]:.0f} on",
             "The rest of the run only widens margins. The pairs may be too easy, or tell "
@@ -146,7 +146,7 @@ def _accuracy(run: Run) -> Iterator[Warning]:
     half = values[len(values) // 2 :]
     mean, error = statistics.fmean(half), statistics.stdev(half) / math.sqrt(len(half))
     if abs(mean - 0.5) <= 0.05 and error <= 0.05 and abs(trend(accuracy)) < _SURE:
-        yield Warning(
+        yield RunWarning(
             "warn",
             f"Accuracy ends at chance ({mean:.2f})",
             "The model has not learned which response is preferred: train longer, raise "
@@ -154,7 +154,7 @@ def _accuracy(run: Run) -> Iterator[Warning]:
         )
 
 
-def _evaluations(run: Run) -> Iterator[Warning]:
+def _evaluations(run: Run) -> Iterator[RunWarning]:
     evaluated = finite(run.curve("eval_loss"))
     if len(evaluated) < 3 or len(finite(run.curve("loss"))) < ENOUGH:
         return
@@ -163,7 +163,7 @@ def _evaluations(run: Run) -> Iterator[Warning]:
     best_step, rise = evaluated[values.index(best)][0], values[-1] - best
     steady = all(a < b for a, b in itertools.pairwise(values))
     if steady and rise > _MATTERS * abs(best):
-        yield Warning(
+        yield RunWarning(
             "warn",
             "eval_loss rises at every evaluation",
             f"It went from {values[0]:.4f} to {values[-1]:.4f}: what is learned does not carry "
@@ -172,7 +172,7 @@ def _evaluations(run: Run) -> Iterator[Warning]:
             "epoch, more rows; of this run the earliest checkpoint is the best.",
         )
     elif rise > 0.02 * abs(best) and trend(run.curve("loss")) < 0:
-        yield Warning(
+        yield RunWarning(
             "warn",
             f"Evaluation was best at step {best_step:.0f}",
             f"eval_loss rose from {best:.4f} to {values[-1]:.4f} while the training loss went "
@@ -180,10 +180,10 @@ def _evaluations(run: Run) -> Iterator[Warning]:
         )
 
 
-def _gradients(run: Run) -> Iterator[Warning]:
+def _gradients(run: Run) -> Iterator[RunWarning]:
     norms = [v for _, v in finite(run.curve("grad_norm"))]
     if len(norms) >= ENOUGH and max(norms) > 10 * statistics.median(norms) > 0:
-        yield Warning(
+        yield RunWarning(
             "note",
             "Gradient spikes",
             f"The largest gradient norm, {max(norms):.3g}, is more than ten times the median, "
@@ -191,11 +191,11 @@ def _gradients(run: Run) -> Iterator[Warning]:
         )
 
 
-def _facts(run: Run) -> Iterator[Warning]:
+def _facts(run: Run) -> Iterator[RunWarning]:
     if run.skipped:
         rows = number(run.section("data").get("rows"))
         share = f" ({len(run.skipped) / rows:.1%} of {rows:.0f})" if rows > 0 else ""
-        yield Warning(
+        yield RunWarning(
             "warn" if rows > 0 and len(run.skipped) > 0.01 * rows else "note",
             f"Skipped rows: {len(run.skipped)}{share}",
             f"The first: {run.skipped[0].reason or 'no reason given'}. All are listed in "
@@ -203,23 +203,25 @@ def _facts(run: Run) -> Iterator[Warning]:
         )
     sharing = run.section("sharing")
     if sharing.get("on") is False and sharing.get("reason"):
-        yield Warning("note", "Prompts were not shared", f"{sharing['reason']}.")
+        yield RunWarning("note", "Prompts were not shared", f"{sharing['reason']}.")
     status = run.facts.get("status")
     if status and status != "finished":
         error = f"{run.facts['error']}. " if "error" in run.facts else ""
-        yield Warning(
+        yield RunWarning(
             "stop" if status == "failed" else "note",
             f"This run is {status}",
             f"{error}The numbers end at step {run.steps}.",
         )
     if run.torn:
-        yield Warning("note", "Torn lines", f"Lines cut off in the run's JSONL files: {run.torn}.")
+        yield RunWarning(
+            "note", "Torn lines", f"Lines cut off in the run's JSONL files: {run.torn}."
+        )
 
 
 _RULES = (_broken, _too_little, _falling, _accuracy, _evaluations, _gradients, _facts)
 
 
-def find_warnings(run: Run) -> list[Warning]:
+def find_warnings(run: Run) -> list[RunWarning]:
     """Return what the numbers of a run say against it, worst first."""
     order = ("stop", "warn", "note")
     warnings = (warning for rule in _RULES for warning in rule(run))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastpo.report.chart import MANY, Series, chart
-from fastpo.report.diagnosis import Warning, find_warnings
+from fastpo.report.diagnosis import RunWarning, find_warnings
 from fastpo.report.templates import fill
 from fastpo.report.text import Metric, count, duration, metrics, setting, short
 from fastpo.run.folder import REPORT, write_sealed
@@ -25,7 +25,7 @@ Table = list[tuple[str, str]]
 
 
 class Panel(NamedTuple):
-    """One chart of the report: (metric, label, tone) lines under a title and a reading aid."""
+    """Hold a chart of the report: (metric, label, tone) lines under a title and a reading aid."""
 
     title: str
     lines: tuple[tuple[str, str, str], ...]
@@ -80,7 +80,7 @@ _COUNTS = {
 
 
 class Tile(NamedTuple):
-    """A number that one wants to know first."""
+    """Hold a number that one wants to know first."""
 
     value: str
     name: str
@@ -88,7 +88,7 @@ class Tile(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """A drawn panel; `keys` are the lines to tell apart, none where there is one."""
+    """Hold a drawn panel; `keys` are the lines to tell apart, none where there is one."""
 
     title: str
     aid: str
@@ -122,7 +122,7 @@ class Page:
     dataset: str
     formula: str
     tiles: list[Tile]
-    warnings: list[Warning]
+    warnings: list[RunWarning]
     logged: bool
     figures: list[Figure]
     smoothed: bool

@@ -56,7 +56,7 @@ def setting(value: object) -> str:
 
 
 class Metric(NamedTuple):
-    """A logged number as text: means of the first and last fifth, and the last evaluation."""
+    """Hold a logged number as text: means of the first and last fifth, and the last evaluation."""
 
     name: str
     first: str

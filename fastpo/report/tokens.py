@@ -27,7 +27,7 @@ FULL = 95  # percentile of |reward| from which on the colour is full, so that ou
 
 
 class TokenRow(TypedDict):
-    """The scored tokens of one response; a line of the JSON file."""
+    """Hold the scored tokens of one response; a line of the JSON file."""
 
     source: str
     row: int
@@ -41,7 +41,7 @@ class TokenRow(TypedDict):
 
 
 class Shade(NamedTuple):
-    """A token on the page: its colour of the style sheet, and how much of it in percent."""
+    """Hold a token on the page: its colour of the style sheet, and how much of it in percent."""
 
     text: str
     tone: str

@@ -80,7 +80,7 @@ _SEAL = re.compile(r"^(?:<!--|#) fastpo ([0-9a-f]{16})(?: -->)?$", re.MULTILINE)
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A name to write to; on leaving, the file has its own name, or after an error none."""
+    """Give a name to write to; on leaving, the file has its own name, or after an error none."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
@@ -376,7 +376,7 @@ class RunFolder:
 
     @contextmanager
     def placing(self) -> Iterator[Path]:
-        """A folder to save a model into; on leaving, its files lie in this one.
+        """Give a folder to save a model into; on leaving, its files lie in this one.
 
         Weights that this tool saved here before and did not save now are removed.
 

@@ -43,7 +43,7 @@ class Sample(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """A row that was left out: where it stands and why."""
+    """Hold a row that was left out: where it stands and why."""
 
     source: str
     row: str
@@ -127,7 +127,7 @@ def batch_of(facts: Mapping[str, object]) -> dict[str, int] | None:
 
 @dataclass
 class Run:
-    """Everything that a run's folder says about the run.
+    """Hold everything that a run's folder says about the run.
 
     Attributes:
         folder: where it lies.

@@ -34,7 +34,7 @@ STREAM_BUFFER = 1000
 
 @contextmanager
 def of_workers() -> Iterator[None]:
-    """A bad row found in a loader's process is told as one found here: torch hands on a traceback.
+    """Raise a bad row of a loader's process as one found here: torch hands on a traceback.
 
     Raises:
         ValueError: what was wrong with the row.
@@ -50,14 +50,14 @@ def of_workers() -> Iterator[None]:
 
 
 class Filler:
-    """Stands in where a rank has fewer groups than the others; its batch is run, not counted."""
+    """Stand in where a rank has fewer groups than the others; its batch is run, not counted."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
 
 
 class Passes(torch.utils.data.IterableDataset):
-    """A stream that begins again when it ends: a run is one pass over it, of `max_steps` steps.
+    """Begin a stream again when it ends: a run is one pass over it, of `max_steps` steps.
 
     The Trainer counts steps, not passes, of data without a length. Were it to begin the passes, a
     resumed run would skip within the first one only, and the micro-batches at a pass's end would be
@@ -98,7 +98,7 @@ class Passes(torch.utils.data.IterableDataset):
 
 
 class PaddedGroups(torch.utils.data.Dataset):
-    """A dataset filled up to a multiple of the global batch, so that no group is counted twice."""
+    """Fill a dataset up to a multiple of the global batch, so that no group is counted twice."""
 
     def __init__(self, dataset: Any, multiple: int) -> None:
         self.dataset = dataset
@@ -153,7 +153,7 @@ class Collator:
 
 
 class EpochSampler(torch.utils.data.Sampler[int]):
-    """Visits the groups in an order that is a function of (seed, epoch) and of nothing else.
+    """Visit the groups in an order that is a function of (seed, epoch) and of nothing else.
 
     Args:
         dataset: the groups.
@@ -226,7 +226,7 @@ def as_groups(
     needs: Collection[str],
     source: str,
 ) -> Any:
-    """A dataset of groups from groups, rows, a file or a name; groups are returned as they are.
+    """Make a dataset of groups from rows, a file or a name; groups are returned as they are.
 
     Raises:
         ValueError: no groups or rows; names the source.

@@ -41,7 +41,7 @@ class Carried(Protocol):
 
 
 class LossState:
-    """Buffers of a loss, such as BCO's shift; a checkpoint without them leaves them as they are."""
+    """Hold buffers of a loss, such as BCO's shift; a checkpoint without them leaves them as is."""
 
     def __init__(self, loss: nn.Module) -> None:
         self.loss = loss
@@ -58,7 +58,7 @@ class LossState:
 
 
 class CheckpointWriter:
-    """Writes complete checkpoints under their names, and keeps as many as the run wants.
+    """Write complete checkpoints under their names, and keep as many as the run wants.
 
     Args:
         carried: what each checkpoint holds beside the Trainer's own parts.

@@ -55,7 +55,7 @@ def with_balance(
 
 
 class TrainingMeter:
-    """Metrics, tokens and time of training since the last record.
+    """Hold metrics, tokens and time of training since the last record.
 
     Attributes:
         window: means of metrics.

@@ -16,7 +16,7 @@ from fastpo.train.metrics import MetricWindow
 
 
 class Evaluation:
-    """Means over the groups of a data set, as if it were one batch.
+    """Take means over the groups of a data set, as if it were one batch.
 
     Args:
         dataset: groups, filled up or not; batch means of a stream are weighted by its groups.

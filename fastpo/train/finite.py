@@ -28,7 +28,7 @@ class _Seen(NamedTuple):
 
 
 class FiniteLosses(TrainerCallback):
-    """Looks at all losses of an optimiser step once, before the optimiser steps.
+    """Look at all losses of an optimiser step once, before the optimiser steps.
 
     Until then they stay on the device, and nobody waits for it. The names of rows are the host's.
     """

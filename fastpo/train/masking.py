@@ -27,7 +27,7 @@ DROPOUT = 0.01  # SparsePO's
 
 
 class MaskTraining(TrainerCallback):
-    """Masks of a run's tokens.
+    """Train masks of a run's tokens.
 
     Args:
         kind: of the masks.
@@ -69,14 +69,14 @@ class MaskTraining(TrainerCallback):
         return Compared(replace(tokens, **weights), of_reference)
 
     def add_to(self, optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
-        """One more group of parameters, unless the optimiser has it."""
+        """Add the masks as one more group of parameters, unless the optimiser has them."""
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         new = [p for p in self.masks.parameters() if id(p) not in known]
         if new:
             optimizer.add_param_group({"params": new, "weight_decay": weight_decay})
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Gradients as the model's own are by now."""
+        """Average and clip the masks' gradients, as the model's own are by now."""
         learned = list(self.masks.parameters())
         for parameter in learned:
             assert parameter.grad is not None
@@ -85,7 +85,7 @@ class MaskTraining(TrainerCallback):
             nn.utils.clip_grad_norm_(learned, self.max_grad_norm)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The Trainer zeroes what the model holds."""
+        """Zero the masks' gradients; the Trainer zeroes what the model holds."""
         self.masks.zero_grad()
 
     def save(self, folder: Path) -> None:

@@ -49,7 +49,7 @@ def refuse_missing_trackers(names: Iterable[str]) -> None:
 
 
 class MetricWindow:
-    """Weighted means of named numbers, kept on their device until they are read.
+    """Hold weighted means of named numbers, on their device until they are read.
 
     A number with count 0 (the mean reward of rejected responses in a batch that has none) is left
     out; one that is NaN for another reason makes the mean NaN.
@@ -81,7 +81,7 @@ class MetricWindow:
 
 
 class Stopwatch:
-    """Wall time of training alone: evaluation, saving and sampling are left out."""
+    """Measure wall time of training alone: evaluation, saving and sampling are left out."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -119,7 +119,7 @@ def read_metrics(output_dir: str | Path) -> list[Record]:
 
 
 class JsonlCallback(TrainerCallback):
-    """Appends every logged record to `<output_dir>/metrics.jsonl`.
+    """Append every logged record to `<output_dir>/metrics.jsonl`.
 
     A resumed run first drops the records of the steps that it will run again.
     """
@@ -146,7 +146,7 @@ class JsonlCallback(TrainerCallback):
 
 
 class KLBudget(TrainerCallback):
-    """Ends training once the policy is further than `budget` nats a response from its reference.
+    """End training once the policy is over `budget` nats a response from its reference.
 
     Over-optimisation is a function of that distance (https://arxiv.org/abs/2406.02900), so runs
     that end at the same one compare. It is read off the responses of the data, the larger of
@@ -170,7 +170,7 @@ class KLBudget(TrainerCallback):
 
 
 class ProgressCallback(HFProgressCallback):
-    """The Trainer's bar with loss, margin and accuracy of the last window at its right end."""
+    """Show loss, margin and accuracy of the last window at the right end of the Trainer's bar."""
 
     shown = (
         ("loss", "loss"),

@@ -89,12 +89,12 @@ _PACKAGES = (
 
 
 def optimizer_name(args: TrainingArguments) -> str:
-    """The Trainer's name of the optimiser."""
+    """Return the Trainer's name of the optimiser."""
     return str(getattr(args.optim, "value", args.optim))
 
 
 def optimizer_options(args: TrainingArguments) -> dict[str, object]:
-    """The arguments in `optim_args`, as the optimiser of `args` has them.
+    """Return the arguments in `optim_args`, as the optimiser of `args` has them.
 
     Raises:
         ValueError: no `name=value`, a name that the optimiser has not, or a value outside its
@@ -163,7 +163,7 @@ def _instead(name: str, optim: str, known: Mapping[str, Any]) -> str:
 
 
 def _read(value: str, expected: Any) -> Any:
-    """Text as a truth or a number where such is expected, else as it is."""
+    """Return text as a truth or a number where such is expected, else as it is."""
     if expected is str:
         return value
     try:
@@ -192,7 +192,7 @@ def require_optimizer(args: TrainingArguments) -> None:
 
 
 class LostSteps(NamedTuple):
-    """How much of a model a step at the peak learning rate leaves as it is.
+    """Say how much of a model a step at the peak learning rate leaves as it is.
 
     Args:
         dtype: of the weights that stay.
@@ -271,7 +271,7 @@ def refuse_lost_steps(model: nn.Module, args: TrainingArguments) -> None:
 
 
 def _kept(args: TrainingArguments, optimizer: torch.optim.Optimizer | None) -> set[torch.dtype]:
-    """The dtypes whose small steps the optimiser does not lose."""
+    """Return the dtypes whose small steps the optimiser does not lose."""
     if optimizer is not None:
         random = bool(getattr(optimizer, RANDOM_ROUNDING, False))
         # torch-optimi's None means: where the weights have 16 bits.

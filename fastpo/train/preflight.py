@@ -162,7 +162,7 @@ def first_groups(dataset: Any, count: int) -> list[Group]:
 
 @dataclass(frozen=True)
 class DataCheck:
-    """Holds groups against what the run asks of them.
+    """Hold groups against what the run asks of them.
 
     Args:
         loss: the objectives.

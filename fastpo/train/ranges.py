@@ -18,7 +18,7 @@ Seed = Annotated[int, Domain(0, 2**32 - 1)]
 
 
 class Ranges:
-    """Fields of `TrainingArguments` and `DataSettings` whose numbers have a domain."""
+    """Declare the domains of numbers in `TrainingArguments` and `DataSettings`."""
 
     max_length: Count | None
     max_prompt_length: Count | None

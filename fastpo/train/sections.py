@@ -13,7 +13,7 @@ from fastpo.objectives.domain import Count, ProperShare
 @documented
 @dataclass
 class ModelSection:
-    """Which model is trained, in which form.
+    """Say which model is trained, in which form.
 
     Args:
         model: name on the hub, or a folder; one with an adapter goes on with that adapter.

@@ -60,7 +60,7 @@ def has_stream(*data: Any) -> bool:
 
 @dataclass(frozen=True)
 class GroupMaker:
-    """Makes groups of data in any form, and judges them.
+    """Make groups of data in any form, and judge them.
 
     Args:
         tokenizer: the policy's.

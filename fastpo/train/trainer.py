@@ -133,7 +133,7 @@ A release may change them without notice: a test compares names and parameters w
 
 
 class PreferenceTrainer(Trainer):
-    """Trains a causal language model on preferences.
+    """Train a causal language model on preferences.
 
     `fastpo.report.page.write_report(output_dir)` draws what a run leaves in its folder.
 
@@ -325,7 +325,7 @@ class PreferenceTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Counts | None = None,
     ) -> Any:
-        """batch -> hidden states -> statistics -> scores -> loss.
+        """Take a batch to hidden states, statistics, scores and the loss.
 
         Args:
             model: the policy, wrapped or not.
@@ -403,7 +403,7 @@ class PreferenceTrainer(Trainer):
         return self.accelerator.num_processes // self.get_tp_size()
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
-        """Autocast around the whole step: the head runs outside the model's wrapped forward."""
+        """Wrap the whole step in autocast: the head runs outside the model's wrapped forward."""
         return self.accelerator.autocast()
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
@@ -437,7 +437,7 @@ class PreferenceTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Any]:
-        """The micro-batches of one optimiser step, and its counts over all ranks."""
+        """Return the micro-batches of one optimiser step, and its counts over all ranks."""
         self._meter.start()
         with of_workers():
             batches = [self._rows(batch) for batch in islice(epoch_iterator, num_batches)]
@@ -452,7 +452,7 @@ class PreferenceTrainer(Trainer):
     def _get_collator_with_removed_columns(
         self, data_collator: Any, description: str | None = None
     ) -> Any:
-        """Under a token budget loaders give groups, since ranks agree on the number of rows."""
+        """Let loaders give groups under a token budget, since ranks agree on the number of rows."""
         return data_collator if self.args.max_tokens_per_row is None else list
 
     def _rows(self, batch: Any) -> list[Batch]:
@@ -462,7 +462,7 @@ class PreferenceTrainer(Trainer):
         return over_ranks(counts, self.accelerator, self.get_tp_size())
 
     def _track_num_input_tokens(self, inputs: Batch) -> None:
-        """Nothing: `get_batch_samples` counts distinct tokens once and over all ranks."""
+        """Do nothing: `get_batch_samples` counts distinct tokens once and over all ranks."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -477,7 +477,7 @@ class PreferenceTrainer(Trainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the window's means, throughput and peak memory to a training record."""
+        """Add the window's means, throughput and peak memory to a training record."""
         if "loss" in logs:
             logs.update(self._meter.record(self.args.device, self.state.num_input_tokens_seen))
         super().log(logs, start_time)
@@ -503,7 +503,7 @@ class PreferenceTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Means over the groups of the whole set, as if it were one batch."""
+        """Return means over the groups of the whole set, as if it were one batch."""
         self._evaluation = Evaluation(getattr(dataloader, "dataset", None))
         with self._meter.paused(), of_workers():
             output = super().evaluation_loop(
@@ -518,7 +518,7 @@ class PreferenceTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
-        """The loss of one batch of an evaluation."""
+        """Return the loss of one batch of an evaluation."""
         total = torch.zeros((), device=self.args.device)
         for row in map(self._prepare_inputs, self._rows(inputs)):
             with torch.no_grad(), self.compute_loss_context_manager():

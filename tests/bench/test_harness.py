@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import harness
-from tests.numerics import error
+from fastpo.testing.three_way import error
 
 CPU = torch.device("cpu")
 

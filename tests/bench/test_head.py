@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("matplotlib")
 
 from bench import contenders, head, plot
-from tests.numerics import assert_three_way, error
+from fastpo.testing.three_way import assert_three_way, error
 
 CPU = torch.device("cpu")
 SHAPE = (64, 32, 512)

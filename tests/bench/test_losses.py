@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib")
 from bench import losses, plot
 from fastpo.loss import fused
 from fastpo.objectives import OBJECTIVES
-from tests.numerics import assert_three_way
+from fastpo.testing.three_way import assert_three_way
 
 CPU = torch.device("cpu")
 

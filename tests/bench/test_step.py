@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 from bench import plot, step
 from bench.harness import count_flop, write_opening, write_section
 from fastpo.optional import OLDEST_TRANSFORMERS
-from tests.numerics import assert_three_way, error
+from fastpo.testing.three_way import assert_three_way, error
 
 CPU = torch.device("cpu")
 KEY = {"model": step._TINY, "dtype": "float32", "prompt": 48, "response": 8, "candidates": 3}

@@ -22,10 +22,10 @@ from fastpo.cli.models import open_model
 from fastpo.model.self_check import SelfCheckError
 from fastpo.objectives import OBJECTIVES
 from fastpo.run.folder import RunFolder
+from fastpo.testing.three_way import assert_three_way, error
 from tests.cli.child import killed_at
 from tests.model.tiny import FAMILIES
 from tests.model.tiny import tiny as tiny_model
-from tests.numerics import assert_three_way, error
 from tests.train.child import start
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fastpo.testing.three_way import assert_three_way
 from tests.cli.test_cli import lines, run
 from tests.data.test_tokenised import longpo
-from tests.numerics import assert_three_way
 
 ROOT = Path(__file__).resolve().parents[2]
 

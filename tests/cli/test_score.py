@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastpo.cli import main
-from tests.numerics import assert_three_way
+from fastpo.testing.three_way import assert_three_way
 from tests.scoring.plain import DTYPES, ROWS, plainly, response_ids, sources
 
 

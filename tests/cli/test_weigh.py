@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 
 import fastpo.reference.live
 from fastpo.cli.models import open_model
+from fastpo.testing.three_way import assert_three_way
 from tests.cli.test_cli import lines, run
-from tests.numerics import assert_three_way
 from tests.scoring.plain import by_hand
 
 

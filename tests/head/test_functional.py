@@ -16,7 +16,7 @@ from fastpo.head.select import plan_head
 from fastpo.head.spec import HeadOptions
 from fastpo.head.torch_backend import TorchBackend
 from fastpo.head.types import DIFFERENTIABLE
-from tests.numerics import assert_three_way
+from fastpo.testing.three_way import assert_three_way
 
 N, D, V = 63, 31, 507
 # MiB. The first gives blocks of 6 to 25 rows and slices of 50 to 200 columns. At half of it a block

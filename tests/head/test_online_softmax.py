@@ -13,9 +13,9 @@ from fastpo.head.schedule import Workload
 from fastpo.head.select import plan_head
 from fastpo.head.spec import HeadOptions
 from fastpo.head.torch_backend import TorchBackend
+from fastpo.testing.three_way import assert_three_way
 from tests.head.test_functional import gradients, inputs, plain, plain_in_order
 from tests.head.test_schedule import CountingMode
-from tests.numerics import assert_three_way
 
 N, D, V = 60, 64, 4090
 FACTS = [{}, {"softcap": 20.0, "logit_scale": 0.9, "temperature": 0.7}]

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_map_only
 from fastpo import linear_cross_entropy, linear_logps, linear_stats
 from fastpo.head.op import BackwardInputs, LinearStats, schema_of, take
 from fastpo.head.types import DIFFERENTIABLE, PassOptions, PassTensors
+from fastpo.testing.three_way import assert_three_way
 from tests.head.test_functional import LARGE, SMALL, gradients, inputs
-from tests.numerics import assert_three_way
 
 KINDS = {
     "frozen": (("hidden",), LARGE),

@@ -17,7 +17,7 @@ from fastpo.head.spec import HeadOptions, HeadSpec
 from fastpo.head.statistics import token_statistics
 from fastpo.head.tensors import HeadTensors, ReferenceStates
 from fastpo.head.types import DIFFERENTIABLE, OF_REFERENCE
-from tests.numerics import assert_three_way
+from fastpo.testing.three_way import assert_three_way
 
 N, D, V, R, PADDED = 41, 24, 300, 5, 320
 SMALL, LARGE = 0.1, 256

@@ -15,8 +15,8 @@ from fastpo import Head, PreferenceLoss, linear_logps, linear_stats
 from fastpo.head.lora import Lora
 from fastpo.head.torch_backend import TorchBackend
 from fastpo.head.types import DIFFERENTIABLE
+from fastpo.testing.three_way import assert_three_way
 from tests.head.test_functional import LARGE, SMALL, D, N, V, inputs, plain
-from tests.numerics import assert_three_way
 
 pytestmark = pytest.mark.slow  # processes of their own
 

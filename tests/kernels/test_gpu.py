@@ -34,6 +34,7 @@ from fastpo.kernels.segment_reduce import (
 from fastpo.kernels.tile import transform_reference
 from fastpo.loss import fused
 from fastpo.testing.scores import Case, cast
+from fastpo.testing.three_way import assert_three_way
 from tests.kernels.cases import (
     FACTS,
     P_LABEL,
@@ -59,7 +60,6 @@ from tests.kernels.interpreted.test_jit_functions import (
     mpmath_of,
     tanh_kernel,
 )
-from tests.numerics import assert_three_way
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
 

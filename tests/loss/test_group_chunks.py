@@ -12,8 +12,8 @@ from fastpo import Head, PreferenceLoss
 from fastpo.head.lora import Lora
 from fastpo.loss.group_chunks import cut_groups
 from fastpo.segments import Segments
+from fastpo.testing.three_way import assert_three_way
 from tests.head.test_schedule import CountingMode
-from tests.numerics import assert_three_way
 
 D, V, G, K = 16, 509, 7, 3
 # MiB. The logits of about 40 tokens, and of all.

@@ -10,8 +10,8 @@ from fastpo.head.head import Head
 from fastpo.model.diagnostics import ches, entanglement
 from fastpo.model.head_facts import read_head
 from fastpo.model.hidden import attach, target_hidden
+from fastpo.testing.three_way import assert_three_way
 from tests.model.tiny import PAD, family, group
-from tests.numerics import assert_three_way
 
 GROUPS = [group(5, [4, 7], 0), group(3, [6, 2, 5], 1)]
 

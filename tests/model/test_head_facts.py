@@ -13,8 +13,8 @@ from fastpo.head.functional import linear_logps
 from fastpo.model.head_facts import read_head
 from fastpo.model.hidden import attach
 from fastpo.model.load import add_lora
+from fastpo.testing.three_way import assert_three_way
 from tests.model.tiny import LAYERS, VOCAB, WIDTH, family, tiny
-from tests.numerics import assert_three_way
 
 # What the family does to its logits, as Head puts it.
 FACTS: dict[str, dict[str, Any]] = {

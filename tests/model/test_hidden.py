@@ -27,8 +27,8 @@ from fastpo.model.hidden import (
     target_hidden_and_balance,
 )
 from fastpo.model.load import add_lora
+from fastpo.testing.three_way import assert_three_way
 from tests.model.tiny import FAMILIES, PAD, UNSHARED, VOCAB, WIDTH, family, groups, tiny
-from tests.numerics import assert_three_way
 
 LORA: dict[str, Any] = {"r": 4, "init_lora_weights": False}
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from fastpo import Head, PreferenceLoss, linear_logps, read_head, simpo_loss
+from fastpo.testing.three_way import assert_three_way
 from tests.model.tiny import VOCAB, WIDTH, family
-from tests.numerics import assert_three_way
 
 Found = tuple[Tensor, dict[str, Tensor]]
 

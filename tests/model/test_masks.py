@@ -15,8 +15,8 @@ from fastpo.loss.preference_loss import PreferenceLoss
 from fastpo.model.hidden import attach, target_hidden
 from fastpo.model.load import add_lora
 from fastpo.model.masks import LearnedMask, TokenMasks, activation_mask, layer_states, layers_of
+from fastpo.testing.three_way import assert_three_way
 from tests.model import tiny as families
-from tests.numerics import assert_three_way
 from tests.train import tiny
 
 

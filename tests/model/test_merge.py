@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from fastpo.model.load import add_lora, load_model
 from fastpo.model.merge import blend, merged, write_merged
+from fastpo.testing.three_way import assert_three_way
 from tests.model.tiny import FAMILIES, tiny
-from tests.numerics import assert_three_way
 
 IDS = torch.arange(0, 128, 9)[None]
 

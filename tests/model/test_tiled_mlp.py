@@ -15,8 +15,8 @@ from fastpo.model.hidden import attach, target_hidden
 from fastpo.model.load import add_lora
 from fastpo.model.offload import LayerInputOffload
 from fastpo.model.tiled_mlp import tile_mlps
+from fastpo.testing.three_way import assert_three_way
 from tests.model.tiny import LAYERS, PAD, family, groups
-from tests.numerics import assert_three_way
 
 BATCH = collate(groups(), share_prompt=True, pad_token_id=PAD)
 

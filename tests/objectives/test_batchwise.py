@@ -16,7 +16,7 @@ from fastpo.objectives.batchwise import alpha_dpo, beta_dpo, maxmin
 from fastpo.objectives.lipo import tie_keys
 from fastpo.objectives.pairwise import dpo
 from fastpo.objectives.reference_free import simpo
-from tests.numerics import assert_three_way
+from fastpo.testing.three_way import assert_three_way
 
 N = 7
 Scores = dict[str, Tensor]

@@ -8,7 +8,7 @@ import torch
 
 from fastpo.objectives.diffusion import _shortfall, diffusion_dpo, mapo
 from fastpo.objectives.pairwise import dpo
-from tests.numerics import assert_three_way
+from fastpo.testing.three_way import assert_three_way
 
 from .test_families import PAIR, randn, value
 

@@ -21,7 +21,7 @@ from fastpo.objectives.pointwise import bco, kto, npo
 from fastpo.objectives.reference_free import cpo, simpo
 from fastpo.objectives.regularisers import sft
 from fastpo.objectives.token import tdpo1, tdpo2
-from tests.numerics import assert_three_way
+from fastpo.testing.three_way import assert_three_way
 
 PAIR = torch.tensor([[True, True]])
 CHOSEN = torch.tensor([[True, False]])

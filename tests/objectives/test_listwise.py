@@ -27,7 +27,7 @@ from fastpo.objectives.reference_free import simpo
 from fastpo.objectives.regression import rebel
 from fastpo.objectives.regularisers import sft
 from fastpo.segments import Segments
-from tests.numerics import assert_three_way
+from fastpo.testing.three_way import assert_three_way
 
 B, K = 6, 4
 BOTH, EVERY = torch.ones(B, 2).bool(), torch.ones(B, K).bool()

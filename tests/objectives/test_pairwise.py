@@ -33,7 +33,7 @@ from fastpo.objectives.pairwise import (
 from fastpo.objectives.pointwise import kto
 from fastpo.segments import Segments
 from fastpo.testing.scores import Case, assert_rounded, by_divisor, condition, evaluate, leaves
-from tests.numerics import assert_three_way
+from fastpo.testing.three_way import assert_three_way
 
 from .test_battery import by_hand, scores_of
 

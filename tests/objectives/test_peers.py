@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastpo.objectives import OBJECTIVES, functional
 from fastpo.objectives.base import Outcome
-from tests.numerics import assert_three_way
+from fastpo.testing.three_way import assert_three_way
 
 B, T = 6, 7
 LENGTHS = torch.tensor([3, 7, 1, 5, 2, 6, 4, 2, 7, 1, 6, 3])  # B chosen rows, then B rejected

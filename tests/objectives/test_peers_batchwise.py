@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastpo.objectives import OBJECTIVES
-from tests.numerics import assert_three_way
+from fastpo.testing.three_way import assert_three_way
 
 from .test_peers import B, scores, token_logps, trl_dpo
 

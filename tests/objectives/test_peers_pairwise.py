@@ -15,7 +15,7 @@ from fastpo.objectives import OBJECTIVES
 from fastpo.objectives.pairwise import discopop, hinge, wpo
 from fastpo.objectives.reference_free import alpha_po, cpo, simpo, tpo
 from fastpo.testing.scores import Case, assert_rounded, condition
-from tests.numerics import assert_three_way
+from fastpo.testing.three_way import assert_three_way
 
 from .test_peers import (
     LENGTHS,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastpo.objectives.pointwise import apo_zero_unpaired
-from tests.numerics import assert_three_way
+from fastpo.testing.three_way import assert_three_way
 
 from .test_peers import MASK, B, Model, T, token_logps, trainer
 

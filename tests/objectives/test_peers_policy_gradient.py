@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastpo.objectives import OBJECTIVES
 from fastpo.objectives.policy_gradient import group_advantages, leave_one_out_advantages
-from tests.numerics import assert_three_way
+from fastpo.testing.three_way import assert_three_way
 
 from .test_peers import LENGTHS, MASK, T, token_logps
 

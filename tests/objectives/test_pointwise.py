@@ -26,7 +26,7 @@ from fastpo.objectives.pointwise import (
 from fastpo.objectives.reference_free import tpo
 from fastpo.objectives.regularisers import entropy, gold_sft, kl_retain, sft
 from fastpo.segments import Segments
-from tests.numerics import assert_three_way
+from fastpo.testing.three_way import assert_three_way
 
 B = 6
 BOTH = torch.ones(B, 2).bool()

@@ -10,7 +10,7 @@ from fastpo.loss.preference_loss import PreferenceLoss
 from fastpo.objectives.pairwise import hinge, ipo
 from fastpo.objectives.reference_free import alpha_po, cpo, repo, simper, simpo, slic, tpo
 from fastpo.segments import Segments
-from tests.numerics import assert_three_way
+from fastpo.testing.three_way import assert_three_way
 
 B = 6
 BOTH = torch.ones(B, 2).bool()

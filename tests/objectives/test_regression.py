@@ -20,7 +20,7 @@ from fastpo.objectives.regression import (
     reward_aware,
     sppo_soft,
 )
-from tests.numerics import assert_three_way
+from fastpo.testing.three_way import assert_three_way
 
 PAIR = torch.tensor([[True, True]])
 

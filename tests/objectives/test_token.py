@@ -7,7 +7,7 @@ import torch
 from fastpo.objectives.pairwise import dpo
 from fastpo.objectives.reference_free import simpo
 from fastpo.objectives.token import critical_dpo, sparse_po, tdpo1, tis_dpo, treg, treg_simpo
-from tests.numerics import assert_three_way
+from fastpo.testing.three_way import assert_three_way
 
 from .test_families import PAIR, randn, value
 

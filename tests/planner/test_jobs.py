@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from fastpo.loss.preference_loss import PreferenceLoss
-from fastpo.planner.jobs import Run, host_needs, job_of_flags, job_of_run
+from fastpo.planner.jobs import PlannedRun, host_needs, job_of_flags, job_of_run
 from fastpo.planner.memory import CARDS, GIB, plan
 
 H100 = CARDS["h100"]
 
 
-def run(**fields: Any) -> Run:
+def run(**fields: Any) -> PlannedRun:
     """Return a LoRA run of DPO on the smallest preset."""
     usual: dict[str, Any] = {
         "model": "smollm2-135m",
@@ -35,7 +35,7 @@ def run(**fields: Any) -> Run:
         "workspace_mib": "auto",
         "resize_embeddings": False,
     }
-    return Run(**{**usual, **fields})
+    return PlannedRun(**{**usual, **fields})
 
 
 # Families differ in how many responses a group has, and the divergence of TDPO in what it needs of

@@ -28,7 +28,7 @@ from fastpo.cli.models import open_model
 from fastpo.model.adapters import adapter_off, altered_base
 from fastpo.model.load import load_model
 from fastpo.reference.live import ModelReference
-from tests.numerics import assert_three_way
+from fastpo.testing.three_way import assert_three_way
 from tests.train import tiny
 
 LN2 = torch.tensor(2.0).log().item()

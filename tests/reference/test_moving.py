@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from fastpo.reference.moving import FILE, UpdateRule
+from fastpo.testing.three_way import assert_three_way
 from fastpo.train.trainer import PreferenceTrainer
-from tests.numerics import assert_three_way
 from tests.reference.test_live import lora
 from tests.train import tiny
 

@@ -17,7 +17,7 @@ from fastpo.model.load import load_model, load_tokenizer
 from fastpo.scoring.follow_ups import FollowUps
 from fastpo.scoring.preferences import ScoredGroup, ScoringOptions, score_preferences
 from fastpo.scoring.scorer import Scorer
-from tests.numerics import assert_three_way
+from fastpo.testing.three_way import assert_three_way
 from tests.scoring.plain import DTYPES, plainly, response_ids, sources
 
 

@@ -10,7 +10,7 @@ import torch
 
 import fastpo.scoring.rules as module
 from fastpo.scoring.rules import RULES, get_rule
-from tests.numerics import assert_three_way
+from fastpo.testing.three_way import assert_three_way
 
 rng = np.random.default_rng(0)
 POSITIVE, NEGATIVE = -3 * rng.random(64), -3 * rng.random(64)

@@ -13,7 +13,7 @@ from fastpo.model.load import load_model, load_tokenizer
 from fastpo.reference.live import LiveReference, ModelReference
 from fastpo.scoring.rules import get_rule
 from fastpo.scoring.weigh import weigh
-from tests.numerics import assert_three_way
+from fastpo.testing.three_way import assert_three_way
 from tests.scoring.plain import DTYPES, by_hand, sources
 
 

@@ -13,9 +13,9 @@ from fastpo.data.packing import collate, counts_of
 from fastpo.loss.preference_loss import PreferenceLoss
 from fastpo.model.head_facts import read_head
 from fastpo.model.hidden import attach, target_hidden_and_balance
+from fastpo.testing.three_way import assert_three_way
 from fastpo.train.trainer import PreferenceTrainer
 from tests.model.tiny import family, group
-from tests.numerics import assert_three_way
 from tests.train import tiny
 
 GROUPS = [group(9, [4, 7], 0), group(20, [3, 2], 1), group(7, [6, 1], 2)]

@@ -13,8 +13,8 @@ from torch.nn.functional import logsigmoid
 
 from fastpo.data.groups import Group, Response
 from fastpo.objectives import OBJECTIVES
+from fastpo.testing.three_way import assert_three_way
 from fastpo.train.trainer import PreferenceTrainer
-from tests.numerics import assert_three_way
 from tests.train import tiny
 from tests.train.test_steps import Gradients
 from tests.train.test_trajectory import CANDIDATES, SHORT

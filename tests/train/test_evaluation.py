@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastpo.testing.three_way import assert_three_way
 from fastpo.train.batches import Filler
 from fastpo.train.evaluation import Evaluation, filled_up
 from fastpo.train.metrics import read_metrics
-from tests.numerics import assert_three_way
 from tests.train import child, tiny
 
 MIXTURE = {"dpo": 1.0, "sft": 0.5}  # a mean over groups and one over tokens

@@ -14,9 +14,9 @@ from fastpo.data.packing import collate
 from fastpo.model.hidden import attach, target_hidden
 from fastpo.model.offload import LayerInputOffload
 from fastpo.model.tiled_mlp import tile_mlps
+from fastpo.testing.three_way import assert_three_way
 from fastpo.train.trainer import PreferenceTrainer
 from tests.model.tiny import family
-from tests.numerics import assert_three_way
 from tests.train import child, tiny
 
 GROUPS = tiny.groups(8, 3)

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastpo.data.groups import Group, Response
 from fastpo.model.limits import Positions
-from tests.numerics import assert_three_way
+from fastpo.testing.three_way import assert_three_way
 from tests.train import tiny
 
 

@@ -12,8 +12,8 @@ from torch.nn.functional import logsigmoid
 
 from fastpo.data.dataset import build_groups
 from fastpo.data.options import DataOptions
+from fastpo.testing.three_way import assert_three_way
 from tests.data.test_tokenised import longpo
-from tests.numerics import assert_three_way
 from tests.train import tiny
 
 ROWS = [longpo(), longpo(1), longpo(2)]

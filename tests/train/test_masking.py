@@ -17,8 +17,8 @@ from fastpo.data.packing import collate
 from fastpo.loss import preference_loss
 from fastpo.model.load import add_lora
 from fastpo.model.masks import TokenMasks
+from fastpo.testing.three_way import assert_three_way
 from fastpo.train.trainer import PreferenceTrainer
-from tests.numerics import assert_three_way
 from tests.train import child, tiny
 from tests.train.plain import dense_stats
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fastpo.model.load import add_lora
+from fastpo.testing.three_way import assert_three_way
 from fastpo.train.trainer import PreferenceTrainer
-from tests.numerics import assert_three_way
 from tests.train import tiny
 
 GROUPS = tiny.groups(8, 3)

@@ -11,8 +11,8 @@ import torch
 from fastpo.head.functional import linear_logps
 from fastpo.loss.preference_loss import PreferenceLoss
 from fastpo.segments import Segments
+from fastpo.testing.three_way import assert_three_way
 from fastpo.train.metrics import MetricWindow, read_metrics
-from tests.numerics import assert_three_way
 from tests.train import tiny
 
 SEGMENTS = Segments(

@@ -17,8 +17,8 @@ from fastpo.loss import preference_loss
 from fastpo.loss.metrics import batch_counts
 from fastpo.loss.preference_loss import PreferenceLoss
 from fastpo.loss.scores import score_responses
+from fastpo.testing.three_way import assert_three_way
 from fastpo.train.trainer import Collator, PreferenceTrainer
-from tests.numerics import assert_three_way
 from tests.train import tiny
 from tests.train.plain import dense_stats
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastpo.testing.three_way import assert_three_way
 from fastpo.train.trainer import PreferenceTrainer
-from tests.numerics import assert_three_way
 from tests.train import tiny
 
 

@@ -13,8 +13,8 @@ from fastpo.loss import preference_loss
 from fastpo.loss.preference_loss import PreferenceLoss
 from fastpo.objectives import OBJECTIVES
 from fastpo.objectives.base import Objective
+from fastpo.testing.three_way import assert_three_way
 from fastpo.train.trainer import PreferenceTrainer
-from tests.numerics import assert_three_way
 from tests.train import tiny
 from tests.train.plain import dense_stats
 

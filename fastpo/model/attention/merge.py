@@ -84,7 +84,7 @@ class Plain:
     def forward(
         query: Tensor, key: Tensor, value: Tensor, scaling: float, band: Band
     ) -> tuple[Tensor, Tensor]:
-        """See `Kernel`."""
+        """Do as `Kernel` says."""
         scores = Plain._scores(query, key, scaling, band)
         out = torch.einsum("hgnm,mhd->nhgd", scores.softmax(-1), value)
         return out.flatten(1, 2), scores.logsumexp(-1).flatten(0, 1)
@@ -100,7 +100,7 @@ class Plain:
         scaling: float,
         band: Band,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Kernel`."""
+        """Do as `Kernel` says."""
         shape = (key.shape[1], -1)
         p = (Plain._scores(query, key, scaling, band) - lse.unflatten(0, shape)[..., None]).exp()
         do, q = grad.unflatten(1, shape), query.unflatten(1, shape)
@@ -128,7 +128,7 @@ class Flash:
     def forward(
         query: Tensor, key: Tensor, value: Tensor, scaling: float, band: Band
     ) -> tuple[Tensor, Tensor]:
-        """See `Kernel`."""
+        """Do as `Kernel` says."""
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             query,
             key,
@@ -153,7 +153,7 @@ class Flash:
         scaling: float,
         band: Band,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Kernel`."""
+        """Do as `Kernel` says."""
         no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
         return torch.ops.aten._flash_attention_backward(
             grad,
@@ -182,7 +182,7 @@ class HostFlash:
     def forward(
         query: Tensor, key: Tensor, value: Tensor, scaling: float, band: Band
     ) -> tuple[Tensor, Tensor]:
-        """See `Kernel`."""
+        """Do as `Kernel` says."""
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *(t.transpose(0, 1)[None] for t in (query, key, value)), 0.0, band.causal, scale=scaling
         )
@@ -199,7 +199,7 @@ class HostFlash:
         scaling: float,
         band: Band,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Kernel`."""
+        """Do as `Kernel` says."""
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *(t.transpose(0, 1)[None] for t in (grad, query, key, value, out)),
             lse[None],

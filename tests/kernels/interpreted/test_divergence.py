@@ -19,8 +19,8 @@ from fastpo.kernels.divergence import (
 )
 from fastpo.kernels.online import STATISTICS
 from fastpo.kernels.tile import Config, transform_reference
+from fastpo.testing.three_way import assert_three_way
 from tests.kernels.cases import FACTS
-from tests.numerics import assert_three_way
 
 SMALL = Config(BN=4, BV=128)
 NAMES = (*STATISTICS, *OF_BOTH, *OF_REFERENCE)

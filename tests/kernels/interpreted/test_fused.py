@@ -28,7 +28,7 @@ from fastpo.testing.scores import (
     make_scores,
     poison,
 )
-from tests.numerics import assert_three_way
+from fastpo.testing.three_way import assert_three_way
 
 SIZES = {"pair": [2] * 7 + [0, 2], "point": [3, 1, 4, 0, 2], "list": [4, 2, 0, 3, 2, 4]}
 

@@ -15,9 +15,9 @@ from fastpo.head.spec import HeadOptions
 from fastpo.kernels.linear_stats import linear_stats_reference
 from fastpo.kernels.logits_epilogue import DIFFERENTIABLE
 from fastpo.kernels.tile import acc_dtype
+from fastpo.testing.three_way import assert_three_way
 from tests.kernels.cases import DTYPES, FACTS, Inputs, Results, exact, linear_logits, make, orders
 from tests.loss import test_group_chunks as losses
-from tests.numerics import assert_three_way
 
 N, D, V = 63, 31, 507
 THIN, WHOLE = 0.1, 0.3

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastpo.kernels import online, tile
-from tests.numerics import assert_three_way
+from fastpo.testing.three_way import assert_three_way
 
 WIDE = (torch.float32, torch.float64)
 

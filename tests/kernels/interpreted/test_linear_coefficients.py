@@ -13,6 +13,7 @@ from fastpo.kernels.linear_coefficients import linear_coefficients, linear_coeff
 from fastpo.kernels.linear_stats import linear_stats
 from fastpo.kernels.logits_epilogue import DIFFERENTIABLE
 from fastpo.kernels.tile import Config, acc_dtype
+from fastpo.testing.three_way import assert_three_way
 from tests.kernels.cases import (
     DTYPES,
     FACTS,
@@ -26,7 +27,6 @@ from tests.kernels.cases import (
     plain_results,
     spread,
 )
-from tests.numerics import assert_three_way
 
 SMALL = Config(BN=32, BV=128, BD=64, group=2)
 NEEDED = ("lse", "lse_rest", "logps", "entropy")

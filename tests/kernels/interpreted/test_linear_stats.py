@@ -12,6 +12,7 @@ from torch import Tensor
 from fastpo.kernels.linear_stats import blocks_per_split, linear_stats, linear_stats_reference
 from fastpo.kernels.online import STATISTICS
 from fastpo.kernels.tile import Config
+from fastpo.testing.three_way import assert_three_way
 from tests.kernels.cases import (
     DTYPES,
     FACTS,
@@ -25,7 +26,6 @@ from tests.kernels.cases import (
     plain_results,
     spread,
 )
-from tests.numerics import assert_three_way
 
 SMALL = Config(BN=32, BV=128, BD=64, group=2)
 # What lse_rest holds is the rounding of lse itself: float64 has another, so it is tested with lse.

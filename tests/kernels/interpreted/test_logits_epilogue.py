@@ -16,6 +16,7 @@ from fastpo.kernels.logits_epilogue import (
 )
 from fastpo.kernels.online import STATISTICS
 from fastpo.kernels.tile import Config, acc_dtype
+from fastpo.testing.three_way import assert_three_way
 from tests.kernels.cases import (
     DTYPES,
     FACTS,
@@ -30,7 +31,6 @@ from tests.kernels.cases import (
     plain_results,
     spread,
 )
-from tests.numerics import assert_three_way
 
 SMALL = Config(BN=4, BV=128)
 COMPARED = tuple(name for name in STATISTICS if name != "lse_rest")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastpo.loss.scores import score_responses
 from fastpo.segments import Segments
-from tests.numerics import assert_three_way
+from fastpo.testing.three_way import assert_three_way
 
 LENGTHS = torch.tensor([3, 0, 5, 1])
 SEGMENTS = Segments(

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastpo.kernels import segment_reduce as module
 from fastpo.kernels.segment_reduce import REDUCTIONS, segment_reduce, segment_reduce_reference
 from fastpo.kernels.tile import Config
-from tests.numerics import assert_three_way
+from fastpo.testing.three_way import assert_three_way
 
 STARTS = torch.tensor([0, 5, 5, 6, 106, 116, 120])
 """Lengths 5, 0, 1, 100, 10, 4: the last two have weights 0, and weights that sum to 0."""

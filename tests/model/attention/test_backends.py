@@ -21,6 +21,7 @@ from fastpo.model.attention.varlen import flash_varlen, varlen_attention
 from fastpo.model.head_facts import read_head
 from fastpo.model.hidden import attach
 from fastpo.model.self_check import self_check
+from fastpo.testing.three_way import assert_three_way
 from tests.model.attention.cases import (
     LAYOUT,
     VALUE_WIDTH,
@@ -32,7 +33,6 @@ from tests.model.attention.cases import (
 )
 from tests.model.test_self_check import leak
 from tests.model.tiny import PAD, family, groups
-from tests.numerics import assert_three_way
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastpo.model.attention.dispatch import BACKENDS
 from fastpo.model.attention.shared_row import AttentionOptions, SharedRow
+from fastpo.testing.three_way import assert_three_way
 from tests.model.attention.cases import LAYOUT, dense, inputs
-from tests.numerics import assert_three_way
 
 pytestmark = pytest.mark.gpu
 

@@ -13,8 +13,8 @@ from fastpo.batch import GroupSpan, Layout
 from fastpo.model.attention import segments as attention_segments
 from fastpo.model.attention.dispatch import shared_prompt_attention
 from fastpo.model.attention.shared_row import SharedRow, SharingError
+from fastpo.testing.three_way import assert_three_way
 from tests.model.attention.cases import LAYOUT, WINDOWS, dense, inputs
-from tests.numerics import assert_three_way
 
 MODULE: Any = SimpleNamespace(is_causal=True)
 
