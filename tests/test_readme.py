@@ -45,6 +45,16 @@ def test_own_objective_of_the_docs_runs(capsys, monkeypatch, tmp_path):
     del sys.modules["my_module"]
 
 
+def test_examples_of_style_are_in_the_code():
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    files = [*(ROOT / "fastpo").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]
+    code = "\n".join(re.sub(r"^ +", "", f.read_text("utf-8"), flags=re.M) for f in files)
+    examples = re.findall(r"```python\n(.*?) *```", page, flags=re.S)
+    assert len(examples) == 2
+    for example in examples:
+        assert re.sub(r"^ +", "", example, flags=re.M) in code, example
+
+
 def between(text: str, name: str) -> str:
     found = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", text, flags=re.S)
     assert found is not None, f"no part called {name}"
