@@ -145,6 +145,8 @@ def _one(o: Objective) -> str:
 
 def objectives(arguments: argparse.Namespace) -> int:
     """Print the table, or one objective."""
+    if arguments.markdown and (arguments.json or arguments.name is not None):
+        raise ValueError("--markdown prints the whole table: drop it, or what is beside it")
     if arguments.name is not None:
         o = get_objective(arguments.name)
         print(json.dumps(_as_dict(o), indent=2) if arguments.json else _one(o))

@@ -36,7 +36,7 @@ def merge_objectives(
 
     values: dict[str, Entry] = {}
     for layer in layers:
-        _lay(values, {k: e for k, e in layer.items() if _head(k) == "objective"}, keys)
+        _lay(values, {k: e for k, e in layer.items() if _head(k) == "objective"}, keys, default)
     entry = values.get("objective", Entry(None, "default"))
     if "objective" in values:
         checked("objective", entry, keys["objective"])
@@ -61,9 +61,14 @@ def merge_objectives(
 
 
 def merge(
-    layers: Iterable[Entries], keys: Keys, objectives: Mapping[str, Objective]
+    layers: Iterable[Entries], keys: Keys, default: str, objectives: Mapping[str, Objective]
 ) -> tuple[dict[str, Entry], list[str]]:
-    """Return the values in force, of the last layer that sets them, and a line an unknown key."""
+    """Return the values in force, of the last layer that sets them, and a line an unknown key.
+
+    Args:
+        layers, keys, default: as in `merge_objectives`.
+        objectives: those that the layers name.
+    """
     values: dict[str, Entry] = {}
     problems: list[str] = []
     for layer in layers:
@@ -74,7 +79,7 @@ def merge(
             if _head(key) not in keys
         ]
         _forget_particulars(values, placed)
-        _lay(values, {k: e for k, e in placed.items() if _head(k) in keys}, keys)
+        _lay(values, {k: e for k, e in placed.items() if _head(k) in keys}, keys, default)
     return values, problems
 
 
@@ -105,7 +110,7 @@ def _place_hyper(
     return placed
 
 
-def _lay(values: dict[str, Entry], entries: Entries, keys: Keys) -> None:
+def _lay(values: dict[str, Entry], entries: Entries, keys: Keys, default: str) -> None:
     """Lay `entries` over `values`; dotted keys change one item of a mapping."""
     for key, entry in entries.items():
         head, dot, part = key.partition(".")
@@ -117,14 +122,20 @@ def _lay(values: dict[str, Entry], entries: Entries, keys: Keys) -> None:
                 f"{entry.where}: {head} takes {describe(keys[head])} and has no part {part!r}"
             )
         before = values.get(head)
-        if head == "objective" and before is not None and isinstance(before.value, str):
-            before = Entry({before.value: 1.0}, before.where)  # --objective.sft 0.1 adds to it
+        if head == "objective":  # --objective.sft 0.1 adds to the one in force
+            before = _mixture(before or Entry(None, entry.where), default)
         if before is not None and isinstance(before.value, Mapping):
             where = ", ".join(dict.fromkeys((*before.where.split(", "), entry.where)))
             parts = {**before.parts, part: entry.where}
             values[head] = Entry({**before.value, part: entry.value}, where, parts=parts)
         else:
             values[head] = Entry({part: entry.value}, entry.where, parts={part: entry.where})
+
+
+def _mixture(objective: Entry, default: str) -> Entry:
+    """Return an objective that is a name, or none, as a mapping to its weight."""
+    name = default if objective.value is None else objective.value
+    return objective._replace(value={name: 1.0}) if isinstance(name, str) else objective
 
 
 def _takes_mapping(kind: object) -> bool:

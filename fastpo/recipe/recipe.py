@@ -98,7 +98,7 @@ def load_recipe(path: str | Path | None, argv: Sequence[str] = ()) -> Recipe:
     default = next(f.default for f in dataclasses.fields(PreferenceConfig) if f.name == "objective")
     beside = None if path is None else Path(path).parent
     objectives, names = merge_objectives(layers, keys, str(default), beside)
-    values, problems = merge(layers, keys, objectives)
+    values, problems = merge(layers, keys, str(default), objectives)
     for required in ("model", "dataset"):
         if required not in values:
             named = ", and dataset_name is one of its configurations"

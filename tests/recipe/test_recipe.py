@@ -204,6 +204,9 @@ def test_mixtures(tmp_path: Path) -> None:
     assert recipe.hyper["dpo"]["beta"] == 0.2
     assert recipe.settings["objective_args"]["dpo.beta"] == 0.2
     assert recipe.config().build_loss().components[1].weight == 0.1
+    for text in ("", "objective: null\n"):
+        recipe = load(tmp_path, text, "--objective.sft", "0.1")
+        assert recipe.settings["objective"] == {"dpo": 1.0, "sft": 0.1}
 
 
 def test_values_that_only_the_trainer_can_judge_are_recipe_errors(tmp_path: Path) -> None:
