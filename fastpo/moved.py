@@ -13,6 +13,10 @@ from typing import Any
 
 MOVED: dict[str, tuple[str, ...]] = {
     "fastpo.by_groups": ("fastpo.loss.group_chunks",),
+    "fastpo.cli.models": (
+        "fastpo.cli.terminal",
+        "fastpo.model.opening",
+    ),
     "fastpo.cli.token_view": ("fastpo.report.tokens",),
     "fastpo.data.build": (
         "fastpo.data.options",

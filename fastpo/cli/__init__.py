@@ -5,7 +5,6 @@ This file dispatches; nothing heavy is imported before a command needs it.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import re
 import sys
@@ -15,11 +14,9 @@ from contextlib import contextmanager, nullcontext
 from types import TracebackType
 
 from fastpo.cli.commands import COMMANDS
-from fastpo.cli.parser import TRAIN_HELP, USAGE_ERROR, parse
+from fastpo.cli.parser import INTERRUPTED, TRAIN_HELP, USAGE_ERROR, parse
 from fastpo.optional import PackageError
 from fastpo.redact import learn, redact
-
-INTERRUPTED = 130
 
 EXTRAS = {
     "train": (
@@ -35,24 +32,10 @@ EXTRAS = {
         "sentencepiece",
     ),
     "quant": ("bitsandbytes",),
+    "torchao": ("torchao",),
     "flash": ("flash_attn",),
 }
 """Modules of each extra."""
-
-
-def _report(arguments: argparse.Namespace) -> int:
-    from fastpo.report.card import write_model_card
-    from fastpo.report.page import write_report
-    from fastpo.run.record import Run
-
-    run = Run.read(arguments.run)
-    if not (run.facts or run.log or run.state or run.recipe):
-        raise ValueError(
-            f"{arguments.run} holds no run: name the output_dir of one, where run.json lies"
-        )
-    print(write_report(arguments.run))
-    print(write_model_card(arguments.run))
-    return 0
 
 
 def _extra_of(message: str) -> str | None:
@@ -81,7 +64,9 @@ def _run(words: Sequence[str]) -> int:
     arguments = parse(words)
     command = COMMANDS[arguments.command]
     module, _, function = command.run.partition(":")
-    with _no_torch() if command.light else nullcontext():
+    # `module:function` imports a file of the user's, which may compute with torch.
+    light = command.light and not any(":" in word for word in words)
+    with _no_torch() if light else nullcontext():
         return getattr(importlib.import_module(module), function)(arguments)
 
 

@@ -7,10 +7,19 @@ Those that say how rows are read are the fields of `DataSettings`, with its help
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
+
+
+class Ends(NamedTuple):
+    """Hold arguments of `Domain`, which is not imported here because it needs torch."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,8 @@ class Flag:
         metavar: what stands for the value in the help.
         into: the attribute that it sets, where that is not `name`.
         sets: what a flag without a value sets.
+        domain: of a number; None: any.
+        needs: flags or words of which one at least must be there, or this one does nothing.
     """
 
     name: str
@@ -42,6 +53,8 @@ class Flag:
     metavar: str | None = None
     into: str | None = None
     sets: bool = True
+    domain: Ends | None = None
+    needs: tuple[str, ...] = ()
 
 
 Groups: TypeAlias = Mapping[str, tuple[Flag, ...]]
@@ -69,6 +82,10 @@ class Command:
     light: bool = False
 
 
+AT_LEAST_0 = Ends(0)
+AT_LEAST_1 = Ends(1)
+
+
 def _changed(flag: Flag, **changes: object) -> Flag:
     return dataclasses.replace(flag, **changes)  # pyright: ignore[reportArgumentType]
 
@@ -76,7 +93,12 @@ def _changed(flag: Flag, **changes: object) -> Flag:
 MODEL = Flag("model", "name on the hub, or a folder", required=True)
 REVISION = Flag("revision", "branch, tag or commit of the model")
 GGUF_FILE = Flag("gguf_file", "weights in the folder of the model, or of an adapter's base model")
-DTYPE = Flag("dtype", "auto, bfloat16, float16, float32", default="auto")
+DTYPE = Flag(
+    "dtype",
+    "of the weights",
+    default="auto",
+    choices=("auto", "bfloat16", "float16", "float32", "float64"),
+)
 TOKENIZER = Flag("tokenizer", "default: the model's")
 CHAT_TEMPLATE = Flag("chat_template", "a .jinja file or the template itself")
 TRUST_REMOTE_CODE = Flag("trust_remote_code", "run code of the checkpoint", bool)
@@ -85,13 +107,15 @@ MODEL_FLAGS = (MODEL, REVISION, GGUF_FILE, DTYPE, TOKENIZER, CHAT_TEMPLATE, TRUS
 DATASET = Flag("dataset", "file, folder or name on the hub", required=True)
 DATASET_NAME = Flag("dataset_name", "configuration of a hub data set")
 SPLIT = Flag("split", "split of the data set", default="train")
-MAX_ROWS = Flag("max_rows", "read the first so many rows", int)
+MAX_ROWS = Flag("max_rows", "read the first so many rows", int, domain=AT_LEAST_1)
 SKIP_BAD_ROWS = Flag("skip_bad_rows", "leave malformed rows out", bool)
 
 OUT = Flag("out", "JSONL file; default: standard output")
-OVERWRITE = Flag("overwrite", "write over files that are there already", bool)
-BATCH_SIZE = Flag("batch_size", "groups at a time", int, 4)
-SEED = Flag("seed", "of all draws", int, 0)
+OVERWRITE = Flag(
+    "overwrite", "write over files that are there already", bool, needs=("out", "token_rewards")
+)
+BATCH_SIZE = Flag("batch_size", "groups at a time", int, 4, domain=AT_LEAST_1)
+SEED = Flag("seed", "of all draws", int, 0, domain=Ends(0, 2**32 - 1))  # NumPy's
 DEBUG = Flag("debug", "show the traceback of an error", bool)
 
 READING = (
@@ -115,7 +139,8 @@ def settings_flags(*names: str) -> tuple[Flag, ...]:
         if hints[field.name] is bool:
             on = bool(field.default)
             name = f"no_{field.name}" if on else field.name
-            flags.append(Flag(name, f"do not {text}" if on else text, bool))
+            text = f"do not {text}" if on else text
+            flags.append(Flag(name, text, bool, on, into=field.name, sets=not on))
         elif literal is not None:
             words = typing.get_args(literal)
             flags.append(Flag(field.name, text, default=field.default, choices=words))
@@ -144,7 +169,14 @@ def _score() -> Groups:
             *settings_flags("max_length", "reference_prompt", *READING),
         ),
         "scores": (
-            Flag("beta", "scale of the rewards", float, 0.1),
+            Flag(
+                "beta",
+                "scale of the rewards",
+                float,
+                0.1,
+                domain=AT_LEAST_0,
+                needs=("ref_model",),
+            ),
             Flag(
                 "token_rewards",
                 "the reward of every token, and beside it as a page (.html); needs --ref_model",
@@ -172,10 +204,10 @@ def _sample() -> Groups:
             SKIP_BAD_ROWS,
         ),
         "responses": (
-            Flag("num_samples", "responses a prompt", int, 1),
-            Flag("max_new_tokens", "longest response in tokens", int, 256),
-            Flag("temperature", "0 is greedy", float, 1.0),
-            Flag("top_p", "nucleus", float, 1.0),
+            Flag("num_samples", "responses a prompt", int, 1, domain=AT_LEAST_1),
+            Flag("max_new_tokens", "longest response in tokens", int, 256, domain=AT_LEAST_1),
+            Flag("temperature", "0 is greedy", float, 1.0, domain=AT_LEAST_0),
+            Flag("top_p", "nucleus", float, 1.0, domain=Ends(0, 1, open_low=True)),
             SEED,
         ),
         "output": (OUT, OVERWRITE, _changed(BATCH_SIZE, help="prompts at a time", default=8)),
@@ -200,13 +232,13 @@ def _prepare() -> Groups:
         ),
         "data": (DATASET_NAME, SPLIT, MAX_ROWS),
         "rows": (
-            Flag("questions", "rows of a document", int, 1),
+            Flag("questions", "rows of a document", int, 1, domain=AT_LEAST_1),
             Flag("chunk_tokens", "tokens of a chunk", int, 512),
             Flag("context_chunks", "chunks of a prompt", int, 16),
             Flag("critical_chunks", "at most so many of them are critical", int, 6),
             Flag("min_overlap", "words a critical chunk shares with question and answer", int, 3),
-            Flag("max_new_tokens", "longest response in tokens", int, 512),
-            Flag("temperature", "0 is greedy", float, 0.7),
+            Flag("max_new_tokens", "longest response in tokens", int, 512, domain=AT_LEAST_1),
+            Flag("temperature", "0 is greedy", float, 0.7, domain=AT_LEAST_0),
             SEED,
         ),
         "output": (OVERWRITE, _changed(BATCH_SIZE, help="prompts at a time", default=8)),
@@ -214,7 +246,7 @@ def _prepare() -> Groups:
 
 
 def _data() -> Groups:
-    shown = (MODEL, TOKENIZER, CHAT_TEMPLATE, TRUST_REMOTE_CODE)
+    opened = ("model", "tokenizer")
     return {
         "what": (
             Flag("action", choices=("show", "rso", "curriculum"), place=True),
@@ -223,13 +255,14 @@ def _data() -> Groups:
         ),
         "data": (DATASET_NAME, SPLIT, SKIP_BAD_ROWS),
         "show": (
-            Flag("rows", "so many rows; default: 3", int),
-            *(_changed(flag, required=False) for flag in shown),
+            Flag("rows", "so many rows; default: 3", int, domain=AT_LEAST_1),
+            *(_changed(MODEL, required=False), TOKENIZER),
+            *(_changed(flag, needs=opened) for flag in (CHAT_TEMPLATE, TRUST_REMOTE_CODE)),
             Flag("to", "write all rows in this form", choices=("trl",)),
             *settings_flags("list_to_pairs", *READING),
         ),
         "rso": (
-            Flag("count", "responses kept a prompt", int, 8),
+            Flag("count", "responses kept a prompt", int, 8, domain=Ends(2)),  # or no pair is left
             Flag("beta", "0 keeps the best", float, 0.5),
             SEED,
         ),
@@ -248,7 +281,12 @@ def _weigh() -> Groups:
             ),
             Flag("positive_prompt", "column that the positive scorer reads", default="prompt"),
             Flag("negative_prompt", "column that the negative scorer reads", default="prompt"),
-            Flag("rule", "tis, critical or treg", required=True),
+            Flag(
+                "rule",
+                "what becomes of the two scores",
+                required=True,
+                choices=("tis", "critical", "treg"),
+            ),
             Flag("rule_args", "arguments of the rule, in JSON", default="{}"),
             *(DTYPE, TRUST_REMOTE_CODE, CHAT_TEMPLATE),
             Flag("tokenizer", "of the model to be trained; default: the better scorer's"),
@@ -288,11 +326,17 @@ def _objectives() -> Groups:
 
 
 def _doctor() -> Groups:
+    def of_model(flag: Flag) -> Flag:
+        return _changed(flag, needs=("model",))
+
     return {
-        "model": (_changed(MODEL, required=False), GGUF_FILE, REVISION, TRUST_REMOTE_CODE),
+        "model": (
+            _changed(MODEL, required=False),
+            *(of_model(flag) for flag in (GGUF_FILE, REVISION, TRUST_REMOTE_CODE)),
+        ),
         "head": (
-            Flag("tokens", "target tokens a batch", int, 4096),
-            Flag("workspace_mib", "as in recipes", default="auto"),
+            of_model(Flag("tokens", "target tokens a batch", int, 4096, domain=AT_LEAST_1)),
+            of_model(Flag("workspace_mib", "as in recipes", default="auto")),
         ),
     }
 
@@ -307,21 +351,25 @@ def _plan() -> Groups:
             Flag("objective", "name of an objective; default: dpo"),
         ),
         "size": (
-            Flag("context", "longest prompt + response in tokens", int),
-            Flag("response", "of them, the response; default: 512", int),
-            Flag("k", "responses a prompt", int, into="candidates"),
-            Flag("groups", "prompts a micro-batch; default: 1", int),
+            Flag("context", "longest prompt + response in tokens", int, domain=AT_LEAST_1),
+            Flag("response", "of them, the response; default: 512", int, domain=AT_LEAST_1),
+            Flag("k", "responses a prompt", int, into="candidates", domain=AT_LEAST_1),
+            Flag("groups", "prompts a micro-batch; default: 1", int, domain=AT_LEAST_1),
         ),
         "machine": (
             Flag("gpu", "h100, a100, rtx4090, ...", default="h100"),
-            Flag("host_gib", "host memory there is; default: any", float),
+            Flag("host_gib", "host memory there is; default: any", float, domain=AT_LEAST_0),
         ),
         "training": (
             Flag("method", "default: lora", choices=("full", "lora", "qlora")),
-            Flag("rank", "of the adapter; default: 16", int),
+            Flag("rank", "of the adapter; default: 16", int, domain=AT_LEAST_1),
             Flag("weights", "default: by method", choices=("bfloat16", "float32")),
             Flag("optim", "name of the Trainer's; default: AdamW"),
-            Flag("reference", "default: auto", choices=("adapter", "copy", "store", "none")),
+            Flag(
+                "reference",
+                "default: auto",
+                choices=("auto", "adapter", "copy", "store", "none"),
+            ),
             Flag("mlp_tile", "tokens, or auto"),
             Flag("offload_activations", "layer inputs wait on the host", bool, into="offload"),
             Flag(
@@ -427,7 +475,7 @@ COMMANDS = {
             "report",
             "write report.html and the model card of a run again",
             "Draw the report of a run's folder from the files in it; works while the run goes on.",
-            "fastpo.cli:_report",
+            "fastpo.cli.report:report",
             _report,
         ),
     )

@@ -8,17 +8,10 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from fastpo.cli.models import show_log
 from fastpo.cli.output import check_outputs, json_lines
+from fastpo.cli.terminal import show_log
 from fastpo.data.curation import curriculum, sampled, scored_lists
 from fastpo.data.rows import load_rows
-
-_OF_SHOW = (
-    *("rows", "model", "tokenizer", "chat_template", "trust_remote_code", "to", "list_to_pairs"),
-    *("dialect", "columns", "text_as_messages", "chat_template_kwargs", "no_append_eos"),
-    *("continue_final_message", "bos"),
-)
-"""Flags that only `show` reads, by their names among the arguments."""
 
 
 def _scored_lists(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
@@ -43,10 +36,6 @@ def data(arguments: argparse.Namespace) -> int:
 
         return show(arguments)
     show_log(logging.WARNING)
-    for name in _OF_SHOW:
-        value = getattr(arguments, name)
-        if value is not None and value is not False and value != "auto":
-            raise ValueError(f"--{name} is of `fastpo data show`: drop it")
     if arguments.out is None:
         raise ValueError(f"name what to write: fastpo data {arguments.action} DATASET OUT")
     out = Path(arguments.out)
@@ -71,8 +60,6 @@ def data(arguments: argparse.Namespace) -> int:
         for path, rows in zip(paths, stages, strict=True):
             _write(path, rows, over)
         return 0
-    if arguments.count < 2:
-        raise ValueError(f"--count {arguments.count} must be at least 2, or no pair is left")
     # A seed a row: with one for all, every list would meet the same draws.
     kept = [
         sampled(row, arguments.count, beta=arguments.beta, seed=[arguments.seed, i])

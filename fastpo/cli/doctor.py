@@ -80,14 +80,13 @@ def _extras() -> None:
 
 def _chat_template(arguments: argparse.Namespace) -> None:
     """Print what the model's chat template does with conversations."""
-    from fastpo.cli.models import open_tokenizer
+    from fastpo.cli.reading import source_of
     from fastpo.data.template_facts import TemplateFacts
+    from fastpo.model.opening import open_tokenizer
 
-    source = {name: getattr(arguments, name) for name in ("gguf_file", "revision")}
-    remote = arguments.trust_remote_code
     print("\nchat template")
     try:
-        tokenizer = open_tokenizer(arguments.model, None, None, **source, trust_remote_code=remote)
+        tokenizer = open_tokenizer(arguments.model, None, None, **source_of(arguments))
     except (OSError, ValueError) as error:  # a folder of weights alone
         _line("tokenizer", f"none: {str(error).splitlines()[0]}")
         return
@@ -110,7 +109,7 @@ def _model(arguments: argparse.Namespace, device: torch.device) -> None:
     from fastpo.model.load import trained_adapter
     from fastpo.model.self_check import can_share_prompt
     from fastpo.reading import opening
-    from fastpo.report.chart import short
+    from fastpo.report.text import short
 
     adapter = trained_adapter(arguments.model)
     name = adapter.base if adapter else arguments.model
@@ -144,8 +143,6 @@ def doctor(arguments: argparse.Namespace) -> int:
         with suppress(ValueError):  # what is no number is refused by the next line
             arguments.workspace_mib = float(arguments.workspace_mib)
     check_workspace(arguments.workspace_mib)
-    if arguments.tokens < 1:
-        raise ValueError(f"--tokens {arguments.tokens} must be at least 1")
     if arguments.model is not None:
         from fastpo.model.load import check_place
 

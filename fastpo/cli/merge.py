@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fastpo.cli.models import open_model, open_tokenizer
 from fastpo.model.load import check_place, trained_adapter
 from fastpo.model.merge import write_merged
+from fastpo.model.opening import open_model, open_tokenizer
 from fastpo.run.folder import RunFolder
 
 

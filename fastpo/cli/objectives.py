@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
 import json
 import shutil
 import textwrap
 
 from fastpo.data.columns import CONTEXT_ROLES
+from fastpo.data.options import DataSettings
 from fastpo.objectives import OBJECTIVES, SECTIONS, get_objective
 from fastpo.objectives.base import Objective
 from fastpo.objectives.domain import in_words
@@ -120,7 +122,10 @@ def markdown_scores() -> str:
     return "\n".join(lines)
 
 
-def _one(o: Objective) -> str:
+def _one(o: Objective, reference: str) -> str:
+    # Such as GRPO's max_length: as a key of its own it is the data's.
+    taken = {field.name for field in dataclasses.fields(DataSettings)}
+    keys = {k: f"{o.name}.{k}" if k in taken else k for k in o.hyper}
     rows = {
         "formula": o.formula,
         "compares": FAMILIES[o.family],
@@ -130,8 +135,11 @@ def _one(o: Objective) -> str:
         "paper": paper(o),
         "recipe": "\n".join(
             [
-                f"objective: {o.name}",
-                *(f"{k}: {json.dumps(v)}  # {in_words(o.expected(k))}" for k, v in o.hyper.items()),
+                f"objective: {reference}",
+                *(
+                    f"{keys[k]}: {json.dumps(v)}  # {in_words(o.expected(k))}"
+                    for k, v in o.hyper.items()
+                ),
             ]
         ),
     }
@@ -145,9 +153,11 @@ def _one(o: Objective) -> str:
 
 def objectives(arguments: argparse.Namespace) -> int:
     """Print the table, or one objective."""
+    if arguments.markdown and (arguments.json or arguments.name is not None):
+        raise ValueError("--markdown prints the whole table: drop it, or what is beside it")
     if arguments.name is not None:
         o = get_objective(arguments.name)
-        print(json.dumps(_as_dict(o), indent=2) if arguments.json else _one(o))
+        print(json.dumps(_as_dict(o), indent=2) if arguments.json else _one(o, arguments.name))
     elif arguments.markdown:
         print(markdown())
     elif arguments.json:

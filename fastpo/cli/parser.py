@@ -16,6 +16,7 @@ from fastpo.cli.commands import COMMANDS, DEBUG, Command, Flag
 from fastpo.errors import did_you_mean, nearest
 
 USAGE_ERROR = 2
+INTERRUPTED = 130
 
 TRAIN_HELP = """\
 usage: fastpo train [RECIPE.yaml] [--key value ...] [--overwrite] [--keys [WORD]] [--debug]
@@ -82,8 +83,7 @@ def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
         )
         return
     if flag.kind is bool:
-        # None where it sets another attribute, of which the default is not ours to know.
-        default = None if flag.into is not None else False
+        default = False if flag.into is None else flag.default
         options |= {"action": "store_const", "const": flag.sets, "default": default}
     else:
         options |= {"type": flag.kind, "default": flag.default, "choices": flag.choices}
@@ -132,6 +132,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     Raises:
         SystemExit: help or the version was asked for, or something is wrong, which is said in one
             line on standard error.
+        ValueError: a number outside its domain, or a flag that would do nothing.
     """
     if words and not words[0].startswith("-") and words[0] not in COMMANDS:
         hint = nearest(words[0], COMMANDS) or f" Choose from {', '.join(COMMANDS)}."
@@ -149,6 +150,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if command is not None:
         arguments = parser.parse_args([plain_flag(word) for word in words[1:]])
         arguments.command = command.name
+        _check(command, arguments, {plain_flag(word).partition("=")[0] for word in words})
         return arguments
     if parser.parse_args(words).version:
         from fastpo import __version__
@@ -157,6 +159,30 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         raise SystemExit(0)
     parser.print_help()
     raise SystemExit(USAGE_ERROR)
+
+
+def _check(command: Command, arguments: argparse.Namespace, words: set[str]) -> None:
+    """Refuse a number outside its domain, and a flag among the words that would do nothing."""
+    groups = command.groups()
+    flags = {flag.name: flag for group in groups.values() for flag in group}
+    actions = (flags["action"].choices or ()) if "action" in flags else ()
+    for title, group in groups.items():
+        for flag in group:
+            name = f"--{flag.name}"
+            if name not in words:
+                continue
+            if flag.domain:
+                from fastpo.objectives.domain import Domain  # imports torch
+
+                value = getattr(arguments, flag.into or flag.name)
+                if misfit := Domain(*flag.domain).misfit(value):
+                    raise ValueError(f"{name} {value} {misfit}")
+            if title in actions and title != arguments.action:
+                raise ValueError(f"{name} is of `fastpo {command.name} {title}`: drop it")
+            needs = [flags[each] for each in flag.needs if each in flags]
+            if needs and not any(getattr(arguments, each.name) for each in needs):
+                shown = " or ".join(n.name.upper() if n.place else f"--{n.name}" for n in needs)
+                raise ValueError(f"{name} does nothing without {shown}: drop it")
 
 
 @dataclass(frozen=True)
@@ -177,10 +203,13 @@ class TrainWords:
 
 
 def parse_train(words: Sequence[str]) -> TrainWords:
-    """Tell the recipe, its flags and the flags of `fastpo train` itself apart."""
-    if "--keys" in words:
-        after = words[list(words).index("--keys") + 1 :]
-        return TrainWords(None, [], keys=after[0] if after else "")
+    """Tell the recipe, its flags and the flags of `fastpo train` itself apart.
+
+    Raises:
+        ValueError: further words beside `--keys`.
+    """
+    if any(word.partition("=")[0] == "--keys" for word in words):
+        return TrainWords(None, [], keys=_word_of_keys(words))
     flags = list(words)
     recipes = [w for w in flags if w.endswith((".yaml", ".yml")) and not w.startswith("--")]
     path = flags[0] if flags and not flags[0].startswith("--") else next(iter(recipes), None)
@@ -194,3 +223,15 @@ def parse_train(words: Sequence[str]) -> TrainWords:
         and (i + 1 == len(flags) or flags[i + 1].startswith("--"))
     }
     return TrainWords(path, [w for w in flags if w not in bare], "--overwrite" in bare)
+
+
+def _word_of_keys(words: Sequence[str]) -> str:
+    """Return the word of `--keys WORD` or `--keys=WORD`, "" without one."""
+    parts: list[str] = []
+    for word in words:
+        if word != "--debug":
+            parts += word.split("=", 1) if word.startswith("--keys=") else [word]
+    at = parts.index("--keys")
+    if further := parts[:at] + parts[at + 2 :]:
+        raise ValueError(f"--keys [WORD] lists keys and stops: drop {' '.join(further)}")
+    return "".join(parts[at + 1 :])

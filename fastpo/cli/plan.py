@@ -7,10 +7,12 @@ import dataclasses
 import json
 from typing import Any
 
-from fastpo.cli.models import table
+from transformers.training_args import OptimizerNames
+
+from fastpo.cli.terminal import table
+from fastpo.errors import nearest
 from fastpo.planner.advice import Advice, advise
-from fastpo.planner.jobs import JobFields, PlannedRun, job_of_flags, job_of_run
-from fastpo.planner.jobs import host_needs as job_needs
+from fastpo.planner.jobs import JobFields, PlannedRun, host_needs, job_of_flags, job_of_run
 from fastpo.planner.memory import CARDS, EFFICIENCY, GIB, Card, Job, Plan, plan
 from fastpo.recipe.recipe import Recipe, load_recipe
 
@@ -92,6 +94,10 @@ def plan_step(arguments: argparse.Namespace) -> int:
         flags["mlp_tile"] = int(tile) if tile.isdecimal() else 0
         if flags["mlp_tile"] < 1:
             raise ValueError(f"--mlp_tile {tile} is neither a number of tokens nor auto")
+    optimizers = [name.value for name in OptimizerNames]
+    if arguments.optim is not None and arguments.optim not in optimizers:
+        hint = nearest(arguments.optim, optimizers)
+        raise ValueError(f"--optim {arguments.optim} is no optimiser of the Trainer's.{hint}")
     card = CARDS.get(arguments.gpu)
     if card is None:
         raise ValueError(f"--gpu {arguments.gpu} is not one of {', '.join(CARDS)}")
@@ -103,6 +109,11 @@ def plan_step(arguments: argparse.Namespace) -> int:
         if arguments.model is None or arguments.context is None:
             raise ValueError("--model and --context are needed, or --recipe")
         job = job_of_flags(arguments.model, arguments.objective or "dpo", flags, card)
+    if job.method == "full" and arguments.rank is not None:
+        raise ValueError(
+            f"--rank {arguments.rank} is of an adapter, and all weights are trained: drop it, or "
+            "give --method lora"
+        )
     planned = plan(job)
     host = float("inf") if arguments.host_gib is None else arguments.host_gib * GIB
     advice = advise(job, card.memory * GIB, host)
@@ -128,9 +139,9 @@ def plan_step(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def host_needs(recipe: Recipe) -> str | None:
+def recipe_needs(recipe: Recipe) -> str | None:
     """Return one line on the host memory of a run that moves layer inputs there, or None."""
     config = recipe.config()
     if not config.offload_activations or config.max_length is None:
         return None
-    return job_needs(job_of(recipe))
+    return host_needs(job_of(recipe))

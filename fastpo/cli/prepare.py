@@ -7,10 +7,12 @@ import logging
 import sys
 from pathlib import Path
 
-from fastpo.cli.models import open_model, open_tokenizer, show_log
 from fastpo.cli.output import check_outputs
+from fastpo.cli.reading import source_of
+from fastpo.cli.terminal import show_log
 from fastpo.data.logo import Generate, LogoOptions
 from fastpo.model.device import default_device
+from fastpo.model.opening import open_model, open_tokenizer
 from fastpo.redact import redact
 from fastpo.run.partial import partial_of
 from fastpo.scoring.logo import (
@@ -21,17 +23,13 @@ from fastpo.scoring.logo import (
     transformers_generator,
     vllm_generator,
 )
-from fastpo.scoring.sampling import drawing
 
 
 def prepare(arguments: argparse.Namespace) -> int:
     """Ask, score and answer block by block, then write the rows."""
     show_log(logging.WARNING)
-    for name in ("questions", "max_new_tokens", "batch_size", "max_rows"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value} must be at least 1")
-    drawing(arguments.temperature)
+    if arguments.generator == "vllm" and arguments.gguf_file is not None:
+        raise ValueError("--gguf_file is read by --generator transformers alone: drop one of them")
     names = ("chunk_tokens", "context_chunks", "critical_chunks", "min_overlap", "seed")
     options = LogoOptions(**{name: getattr(arguments, name) for name in names})
     out = Path(arguments.out)
@@ -41,11 +39,7 @@ def prepare(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
         goes_on=True,
     )
-    source = {
-        "revision": arguments.revision,
-        "trust_remote_code": arguments.trust_remote_code,
-        "gguf_file": arguments.gguf_file,
-    }
+    source = source_of(arguments)
     documents = read_documents(
         arguments.documents, arguments.dataset_name, arguments.split, arguments.max_rows
     )
@@ -68,8 +62,8 @@ def prepare(arguments: argparse.Namespace) -> int:
             "temperature": arguments.temperature,
         }
         if arguments.generator == "vllm":
-            engine = {k: source[k] for k in ("revision", "trust_remote_code")}
-            engine |= {"dtype": arguments.dtype, "seed": arguments.seed}
+            engine = {"dtype": arguments.dtype, "seed": arguments.seed}
+            engine |= {name: source[name] for name in ("revision", "trust_remote_code")}
             return vllm_generator(arguments.model, tokenizer, **how, **engine)
         place = {"dtype": arguments.dtype, "device": default_device()}
         model = open_model(arguments.model, **place, **source)

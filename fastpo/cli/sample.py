@@ -9,20 +9,19 @@ from functools import partial
 
 from tqdm.auto import tqdm
 
-from fastpo.cli.models import open_model, open_tokenizer, show_log
 from fastpo.cli.output import check_outputs, json_lines
+from fastpo.cli.reading import source_of
+from fastpo.cli.terminal import show_log
 from fastpo.data.rows import load_rows
 from fastpo.data.source_rows import good_rows
 from fastpo.model.device import default_device
+from fastpo.model.opening import open_model, open_tokenizer
 from fastpo.scoring.sampling import drawing, prompt_ids, sample_responses
 
 
 def sample(arguments: argparse.Namespace) -> int:
     """Respond to every prompt of a file."""
     show_log(logging.WARNING)
-    for name in ("num_samples", "max_new_tokens", "batch_size"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} {getattr(arguments, name)} must be at least 1")
     draw = drawing(arguments.temperature, arguments.top_p)
     if arguments.temperature == 0 and arguments.num_samples > 1:
         raise ValueError("--temperature 0 gives one answer a prompt: drop --num_samples")
@@ -31,11 +30,7 @@ def sample(arguments: argparse.Namespace) -> int:
         inputs=[arguments.prompts, arguments.chat_template],
         overwrite=arguments.overwrite,
     )
-    source = {
-        "revision": arguments.revision,
-        "trust_remote_code": arguments.trust_remote_code,
-        "gguf_file": arguments.gguf_file,
-    }
+    source = source_of(arguments)
     tokenizer = open_tokenizer(
         arguments.model, arguments.tokenizer, arguments.chat_template, **source
     )

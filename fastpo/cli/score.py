@@ -7,16 +7,16 @@ import logging
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 from tqdm.auto import tqdm
 
-from fastpo.cli.models import check_adapter, open_model, open_tokenizer, show_log, table
 from fastpo.cli.output import check_outputs, json_lines
-from fastpo.cli.reading import data_options
+from fastpo.cli.reading import Source, data_options, source_of
+from fastpo.cli.terminal import show_log, table
 from fastpo.data.dataset import build_groups
 from fastpo.data.rows import load_rows
 from fastpo.model.device import default_device
+from fastpo.model.opening import check_adapter, open_model, open_tokenizer
 from fastpo.report.tokens import SHOWN, token_rows, write_page
 from fastpo.scoring.follow_ups import read_follow_ups
 from fastpo.scoring.preferences import ScoringOptions, score_preferences
@@ -24,7 +24,7 @@ from fastpo.scoring.scorer import AdapterOff, Scorer
 from fastpo.scoring.summary import Summary
 
 
-def _scorers(arguments: argparse.Namespace, **source: Any) -> tuple[Scorer, Scorer | None]:
+def _scorers(arguments: argparse.Namespace, source: Source) -> tuple[Scorer, Scorer | None]:
     """Open the policy and the reference that `--ref_model` names."""
     place = {"dtype": arguments.dtype, "device": default_device()}
     policy = Scorer(open_model(arguments.model, **place, **source))
@@ -40,8 +40,6 @@ def _scorers(arguments: argparse.Namespace, **source: Any) -> tuple[Scorer, Scor
 def score(arguments: argparse.Namespace) -> int:
     """Score every response of a data set."""
     show_log(logging.WARNING)
-    if arguments.batch_size < 1:
-        raise ValueError(f"--batch_size {arguments.batch_size} must be at least 1")
     if arguments.token_rewards is not None and arguments.ref_model is None:
         raise ValueError("--token_rewards compares with a reference: name one with --ref_model")
     token_file = Path(arguments.token_rewards) if arguments.token_rewards else None
@@ -51,11 +49,7 @@ def score(arguments: argparse.Namespace) -> int:
         inputs=[arguments.dataset, arguments.chat_template, arguments.follow_up],
         overwrite=arguments.overwrite,
     )
-    source = {
-        "revision": arguments.revision,
-        "trust_remote_code": arguments.trust_remote_code,
-        "gguf_file": arguments.gguf_file,
-    }
+    source = source_of(arguments)
     rows = load_rows(
         arguments.dataset, split=arguments.split, name=arguments.dataset_name, origin=True
     )
@@ -64,14 +58,12 @@ def score(arguments: argparse.Namespace) -> int:
     tokenizer = open_tokenizer(
         arguments.model, arguments.tokenizer, arguments.chat_template, **source
     )
-    form = {"max_length": arguments.max_length, "reference_prompt": arguments.reference_prompt}
-    options = data_options(arguments, **form)
-    data = build_groups(rows, tokenizer, options, source=arguments.dataset)
+    data = build_groups(rows, tokenizer, data_options(arguments), source=arguments.dataset)
     follow_ups = None if arguments.follow_up is None else read_follow_ups(arguments.follow_up)
     scored = score_preferences(
         data.groups,
         tokenizer,
-        lambda: _scorers(arguments, **source),
+        lambda: _scorers(arguments, source),
         ScoringOptions(
             arguments.beta,
             arguments.batch_size,

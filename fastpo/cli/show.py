@@ -11,14 +11,15 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from fastpo.cli.models import open_tokenizer, show_log
 from fastpo.cli.output import check_outputs, json_lines
 from fastpo.cli.reading import data_options
+from fastpo.cli.terminal import show_log
 from fastpo.data.options import DataOptions
 from fastpo.data.rows import load_rows
 from fastpo.data.show import LEGEND, PLAIN, RowPrinter, odd_columns
 from fastpo.data.source_rows import good_rows, source_rows
 from fastpo.data.trl import TrlWriter
+from fastpo.model.opening import open_tokenizer
 from fastpo.redact import redact
 
 
@@ -31,13 +32,17 @@ def _colours() -> bool:
 def show(arguments: argparse.Namespace) -> int:
     """Print how the first rows are read, or write all of them in TRL's form."""
     show_log(logging.WARNING)
-    most = 3 if arguments.rows is None else arguments.rows
-    if most < 1:
-        raise ValueError(f"--rows {arguments.rows} must be at least 1")
-    if arguments.to is None and arguments.out is not None:
-        raise ValueError(
-            f"{arguments.out} is only written with --to trl: drop it, or give the flag"
-        )
+    if arguments.to is None:
+        if arguments.out is not None:
+            raise ValueError(
+                f"{arguments.out} is only written with --to trl: drop it, or give the flag"
+            )
+        if arguments.skip_bad_rows:
+            raise ValueError("bad rows are shown: drop --skip_bad_rows, or write with --to trl")
+    else:
+        for name in ("rows", "model", "tokenizer"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(f"--to {arguments.to} writes all rows, unread: drop --{name}")
     check_outputs(arguments.out, inputs=[arguments.dataset], overwrite=arguments.overwrite)
     options = data_options(arguments)
     rows: Any = load_rows(
@@ -60,7 +65,7 @@ def show(arguments: argparse.Namespace) -> int:
         )
     printer = RowPrinter(options, tokenizer, arguments.dataset, colours=_colours())
     good = 0
-    for row in printer(itertools.islice(source_rows(rows, arguments.dataset), most)):
+    for row in printer(itertools.islice(source_rows(rows, arguments.dataset), arguments.rows or 3)):
         print(redact(row.text))
         good += row.good
     if tokenizer is not None:

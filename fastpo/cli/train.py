@@ -9,9 +9,9 @@ from pathlib import Path
 
 import yaml
 
-from fastpo.cli.models import show_log, table
-from fastpo.cli.parser import parse_train
-from fastpo.cli.plan import host_needs
+from fastpo.cli.parser import INTERRUPTED, parse_train
+from fastpo.cli.plan import recipe_needs
+from fastpo.cli.terminal import show_log, table
 from fastpo.recipe.facts import Facts
 from fastpo.recipe.keys import show_keys
 from fastpo.recipe.launch import Launch, claimed
@@ -22,8 +22,6 @@ from fastpo.report.text import metrics, short
 from fastpo.run.checkpoint import latest_complete
 from fastpo.run.record import Run
 from fastpo.train.optimizers import require_optimizer
-
-INTERRUPTED = 130
 
 
 def introduction(facts: Facts, resume: str | None, output_dir: str) -> str:
@@ -118,7 +116,7 @@ def train(words: Sequence[str]) -> int:
         if launch.start.finished:
             say(_already_finished(launch))
             return 0
-        if main and (needs := host_needs(recipe)) is not None:
+        if main and (needs := recipe_needs(recipe)) is not None:
             say(f"{'needs':<11}{needs}")
         launch.open()
         launch.begin()

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from fastpo.cli.models import check_adapter, open_model, open_tokenizer, show_log
 from fastpo.cli.output import check_outputs, json_lines
 from fastpo.cli.reading import data_options
+from fastpo.cli.terminal import show_log
 from fastpo.data.rows import load_rows
 from fastpo.model.device import default_device
+from fastpo.model.opening import check_adapter, open_model, open_tokenizer
 from fastpo.reference.live import AdapterReference, LiveReference, ModelReference
 from fastpo.scoring.rules import get_rule
 from fastpo.scoring.weigh import weigh as weighed
@@ -39,8 +40,6 @@ def weigh(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
         goes_on=True,
     )
-    if arguments.batch_size < 1:
-        raise ValueError(f"--batch_size {arguments.batch_size} must be at least 1")
     rule = get_rule(arguments.rule, _arguments_of(arguments.rule_args))
     negative = arguments.negative or arguments.positive
     prompts = (arguments.positive_prompt, arguments.negative_prompt)
@@ -81,7 +80,7 @@ def weigh(arguments: argparse.Namespace) -> int:
         second,
         f"{arguments.out}.scores",
         prompts=prompts,
-        options=data_options(arguments, max_length=arguments.max_length),
+        options=data_options(arguments),
         batch_size=arguments.batch_size,
         source=arguments.dataset,
     )

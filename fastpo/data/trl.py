@@ -54,7 +54,7 @@ def to_trl(
     if len(responses) > 2 and lists is None:
         raise BadField(
             example.names[0].partition("[")[0],
-            f"a list of {len(responses)}, and TRL takes pairs: --list_to_pairs best_worst or "
+            f"a list of {len(responses)}, and TRL takes pairs: list_to_pairs: best_worst or "
             "best_rest makes them",
         ).called(example.fields)
     for k in worse[-1:] if lists == "best_worst" else worse:

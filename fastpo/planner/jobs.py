@@ -87,9 +87,10 @@ def job_of_run(run: PlannedRun, flags: JobFields, card: Card | None = None) -> J
     Raises:
         ValueError: no length of the rows in the run or the flags.
     """
-    context = flags.get("context") or run.max_length
+    context = flags.get("context")
+    context = run.max_length if context is None else context
     if context is None:
-        raise ValueError("how long is a row? set max_length in the recipe, or give --context")
+        raise ValueError("how long is a row? set max_length in the recipe, or give context")
     adapter = trained_adapter(run.model)
     lora: Mapping[str, Any] = run.lora if isinstance(run.lora, Mapping) else {}
     targets: str | Sequence[str] = lora.get("target_modules", "all-linear")
@@ -110,7 +111,7 @@ def job_of_run(run: PlannedRun, flags: JobFields, card: Card | None = None) -> J
         "optim": run.optim,
         # A moving copy beside an adapter shares the weights under it, so `moves` is not told.
         "reference": resolve_kind(
-            run.reference,
+            flags.get("reference", run.reference),
             needs_reference=run.loss.needs_reference,
             is_peft=method != "full",
             has_store=run.has_store and not run.loss.needs_kl,
@@ -122,7 +123,8 @@ def job_of_run(run: PlannedRun, flags: JobFields, card: Card | None = None) -> J
         "mlp_tile": run.mlp_tile,
         "workspace_mib": _workspace(card) if run.workspace_mib == "auto" else run.workspace_mib,
     }
-    return _job(run.model, run.loss, {**fields, **flags, "context": context})
+    resolved: JobFields = {"context": context, "reference": fields["reference"]}
+    return _job(run.model, run.loss, {**fields, **flags, **resolved})
 
 
 def job_of_flags(model: str, objective: str, flags: JobFields, card: Card) -> Job:

@@ -214,7 +214,7 @@ class Job:
         if not 0 < self.response < self.context:
             raise ValueError(
                 f"a context of {self.context} tokens has no room for a response of "
-                f"{self.response} and a prompt: give a smaller --response"
+                f"{self.response} and a prompt: give a smaller response"
             )
 
     @property

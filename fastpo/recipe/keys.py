@@ -7,6 +7,7 @@ import textwrap
 import typing
 from collections.abc import Mapping
 
+from fastpo.errors import nearest
 from fastpo.fields import summary
 from fastpo.recipe.values import describe
 from fastpo.train.sections import SECTIONS
@@ -42,7 +43,11 @@ def fields_of_recipe() -> dict[str, object]:
 
 
 def show_keys(word: str) -> str:
-    """Return every key with its default, type and help, or those with `word` in their names."""
+    """Return every key with its default, type and help, or those with `word` in their names.
+
+    Raises:
+        ValueError: no key has it.
+    """
     from fastpo.train.config import PreferenceConfig
 
     kinds = fields_of_recipe()
@@ -55,6 +60,8 @@ def show_keys(word: str) -> str:
                 kind = describe(kinds[field.name])
                 text = field.metadata.get("help", "")
                 lines += _entry(field.name, default.replace("None", "null"), kind, text, bool(word))
+    if not lines:
+        raise ValueError(f"no key has {word!r} in its name.{nearest(word, kinds)}")
     return "\n".join(lines)
 
 

@@ -118,7 +118,7 @@ def _lay(values: dict[str, Entry], entries: Entries, keys: Keys) -> None:
             )
         before = values.get(head)
         if head == "objective" and before is not None and isinstance(before.value, str):
-            before = Entry({before.value: 1.0}, before.where)  # --objective.sft 0.1 adds to it
+            before = Entry({before.value: 1.0}, before.where)  # --objective.sft adds
         if before is not None and isinstance(before.value, Mapping):
             where = ", ".join(dict.fromkeys((*before.where.split(", "), entry.where)))
             parts = {**before.parts, part: entry.where}

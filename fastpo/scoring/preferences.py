@@ -111,7 +111,7 @@ def score_preferences(
         distinct.append(reference)
     packed = Packer(distinct, groups, tokenizer)
     for turn in itertools.chain(*(turns or ())):
-        packed.vocabulary.check(turn.input_ids, "--follow_up")
+        packed.vocabulary.check(turn.input_ids, "follow_ups")
     eos: Any = tokenizer.eos_token_id
 
     def batches() -> Iterator[ScoredBatch]:
@@ -149,7 +149,7 @@ def _require_pairs(groups: Sequence[Group]) -> None:
     for group in groups:
         if len(group.responses) < 2:
             raise ValueError(
-                "--ches and --entanglement compare a chosen with a rejected response, but "
+                "ches and entanglement compare a chosen with a rejected response, but "
                 f"{group.source}, row {group.row} has one response: drop the flag"
             )
 

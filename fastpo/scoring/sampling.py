@@ -30,7 +30,7 @@ def drawing(temperature: float, top_p: float = 1.0) -> Draw:
     """
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(
-            f"--temperature {temperature} must be at least 0 and --top_p {top_p} in (0, 1]"
+            f"temperature={temperature} must be at least 0 and top_p={top_p} in (0, 1]"
         )
     if temperature == 0:
         return {"do_sample": False}
@@ -52,7 +52,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, object]) ->
     if not tokenizer.chat_template:
         raise BadField(
             "prompt",
-            "a list of messages, but the tokenizer has no chat template; give --chat_template, or "
+            "a list of messages, but the tokenizer has no chat template; give a chat_template, or "
             "prompts as text",
         )
     text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import is_bitsandbytes_available
 
 from fastpo.cli import main
-from fastpo.cli.models import open_model
+from fastpo.model.opening import open_model
 from fastpo.model.self_check import SelfCheckError
 from fastpo.objectives import OBJECTIVES
 from fastpo.run.folder import RunFolder

@@ -67,7 +67,7 @@ def test_a_broken_line_is_a_bad_row(
     assert "no usable row; 1 of 1 rows were skipped" in capsys.readouterr().err
 
 
-# A row that is no list, a list that gives no pair, and a flag: each stops before a file appears.
+# A row that is no list, and a list that gives no pair: each stops before a file appears.
 @pytest.mark.parametrize(
     ("row", "words", "message"),
     [
@@ -77,7 +77,6 @@ def test_a_broken_line_is_a_bad_row(
             ["curriculum"],
             "no list has two answers of different score",
         ),
-        ({}, ["rso", "--count", "1"], "--count 1 must be at least 2"),
     ],
 )
 def test_what_is_wrong_is_named(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from fastpo import __version__
-from fastpo.cli import main
+from fastpo.cli import EXTRAS, main
+
+DOCTOR = ["doctor", "--model", "m"]
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
@@ -53,9 +56,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["score", "--model", "m"], "--dataset"),
         (["objectives", "dppo"], "did you mean 'dpo', "),
         (["doctor", "--tokens", "0"], "--tokens 0"),
-        (["doctor", "--workspace-mib", "0"], "positive and finite, or 'auto': got 0"),
-        (["doctor", "--workspace-mib", "inf"], "positive and finite, or 'auto': got inf"),
-        (["doctor", "--workspace-mib", "1G"], "positive and finite, or 'auto': got '1G'"),
+        ([*DOCTOR, "--workspace-mib", "0"], "positive and finite, or 'auto': got 0"),
+        ([*DOCTOR, "--workspace-mib", "inf"], "positive and finite, or 'auto': got inf"),
+        ([*DOCTOR, "--workspace-mib", "1G"], "positive and finite, or 'auto': got '1G'"),
         (["doctor", "--model", "/nowhere/at/all"], "no folder '/nowhere/at/all'"),
         (["report", "/nowhere/at/all"], "not a folder"),
         (["train", "/nowhere.yaml"], "/nowhere.yaml: No such file"),
@@ -63,6 +66,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--lora", "/nowhere.yaml"], "/nowhere.yaml: No such file"),
         (["train", "--model", "m", "--dataset", "d", "--bta", "1"], "Did you mean 'beta'?"),
         (["sample", "--model", "m", "--prompts", "p", "--num-samples", "0"], "samples 0 must be"),
+        (["train", "--keys", "zzzz"], "no key has 'zzzz' in its name."),
+        (["train", "--keys", "lora", "extra", "words"], "keys and stops: drop extra words"),
+        (["train", "r.yaml", "--keys", "lora"], "keys and stops: drop r.yaml"),
+        (["objectives", "dpo", "--markdown"], "--markdown prints the whole table: drop it, or"),
+        (["objectives", "--json", "--markdown"], "--markdown prints the whole table: drop it, or"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else None,
 )
@@ -120,3 +128,12 @@ def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys)
     assert status == 2
     assert "score" in out
+
+
+def test_every_extra_for_users_is_known() -> None:
+    tree = ast.parse((Path(__file__).parents[2] / "setup.py").read_text())
+    keywords = [node for node in ast.walk(tree) if isinstance(node, ast.keyword)]
+    (extras,) = (node.value for node in keywords if node.arg == "extras_require")
+    assert isinstance(extras, ast.Dict)
+    names = [ast.literal_eval(key) for key in extras.keys if key is not None]
+    assert {*names} == {*EXTRAS, "bench", "dev"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,7 +56,9 @@ def test_it_trains_and_goes_on(folder: Path, capsys: pytest.CaptureFixture[str])
     assert max(line.get("step", 0) for line in steps) == 3
     assert main(["plan", "--recipe", "run/recipe.yaml", "--context", "1024"]) == 0
     assert main(["objectives", "experiments/my_module.py:my_loss"]) == 0
-    assert "(1 - beta (u_w - u_l))^2" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "(1 - beta (u_w - u_l))^2" in shown
+    assert "  recipe    objective: experiments/my_module.py:my_loss\n" in shown
 
 
 def test_flags_and_refusals(folder: Path) -> None:
@@ -75,3 +78,16 @@ def test_flags_and_refusals(folder: Path) -> None:
         with pytest.raises(RecipeError, match=said) as error:
             load_recipe(path)
         assert "\n" not in str(error.value)
+
+
+def test_the_catalogue_shows_a_file_that_computes_when_it_is_imported(tmp_path: Path) -> None:
+    """In a process that has not loaded torch, whose place a stand-in takes for the catalogue's."""
+    text = FILE.replace("float = 0.1", "float = BETA")
+    text = f"import torch\nfrom torch.special import expit\nBETA = torch.tensor(0.5).item()\n{text}"
+    (tmp_path / "my_module.py").write_text(text)
+    code = "import sys; from fastpo.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = ["objectives", "my_module:my_loss"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert "beta: 0.5" in done.stdout, done.stderr

@@ -25,6 +25,7 @@ RECIPES = {
 }
 """Shape, and the flags of `fastpo plan` in the documents."""
 
+STEP = ["--model", "llama-3-8b", "--context", "4096"]
 PROMPT = "2 + 2 = ?" * 9
 PAIR = {"prompt": PROMPT, "chosen": " 4", "rejected": " 5"}
 LIST = {"prompt": PROMPT, "responses": [" 4", " 5", " 6"]}
@@ -133,7 +134,8 @@ def test_the_reference_is_the_one_that_training_takes(
     path = tmp_path / "r.yaml"
     base = {"model": "llama-3-8b", "dataset": "x.jsonl", "max_length": 4096}
     path.write_text(yaml.safe_dump(base | keys))
-    assert job_of(load_recipe(path)).reference == reference
+    recipe = load_recipe(path)
+    assert job_of(recipe).reference == job_of(recipe, {"reference": "auto"}).reference == reference
 
 
 # One row for each refusal: of the command, of the card, of a value, of the job and of the model.
@@ -146,6 +148,13 @@ def test_the_reference_is_the_one_that_training_takes(
         (["--model", "llama-3-8b", "--context", "100"], "has no room for a response of 512"),
         (["--model", "./nowhere", "--context", "4096"], "no folder './nowhere'"),
         (["--model", "x", "--recipe", "y.yaml"], "drop the other flag"),
+        (["--recipe", "y.yaml", "--context", "0"], "--context 0 must be at least 1"),
+        ([*STEP, "--groups", "0"], "--groups 0 must be at least 1"),
+        ([*STEP, "--k", "-2"], "--k -2 must be at least 1"),
+        ([*STEP, "--rank", "0"], "--rank 0 must be at least 1"),
+        ([*STEP, "--host_gib", "-1"], "--host_gib -1.0 must be at least 0"),
+        ([*STEP, "--optim", "adam_torch"], "no optimiser of the Trainer's. Did you mean 'adamw_"),
+        ([*STEP, "--method", "full", "--rank", "8"], "--rank 8 is of an adapter, and all weights"),
     ],
 )
 def test_errors(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

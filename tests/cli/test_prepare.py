@@ -122,13 +122,15 @@ def test_text_files_are_documents_and_a_random_model_asks_nothing(
     assert (tmp_path / "out.partial").exists()
 
 
-# One row each: a count, the draw, the options of rows, an engine that is not installed.
+# One row each: a count, the draw, the options of rows, what an engine does not read, an engine
+# that is not installed.
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         ({"questions": 0}, "--questions 0 must be at least 1"),
         ({"temperature": -1}, "--temperature -1.0 must be at least 0"),
         ({"critical-chunks": 4}, "context_chunks=4 must be more than critical_chunks=4"),
+        ({"generator": "vllm", "gguf_file": "x"}, "--gguf_file is read by --generator transf"),
         ({"generator": "vllm"}, "--generator vllm: no module vllm; pip install vllm"),
     ],
 )

@@ -13,8 +13,8 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastpo.cli import main
-from fastpo.cli.models import open_model, open_tokenizer
 from fastpo.model.load import add_lora, load_model, resize_embeddings
+from fastpo.model.opening import open_model, open_tokenizer
 from tests.train import tiny as models
 
 ROWS, NEW = 259, ["<think>", "</think>"]

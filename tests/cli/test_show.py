@@ -148,6 +148,8 @@ def test_a_named_column_that_no_row_has(rows: Path, capsys: pytest.CaptureFixtur
     [
         (["show", "ROWS", "out.jsonl"], "is only written with --to trl"),
         (["show", "ROWS", "--rows", "0"], "--rows 0 must be at least 1"),
+        (["show", "ROWS", "--skip_bad_rows"], "bad rows are shown: drop --skip_bad_rows"),
+        (["show", "ROWS", "--to", "trl", "--rows", "2"], "writes all rows, unread: drop --rows"),
         (["show", "ROWS", "--columns", "prompt"], "--columns 'prompt' is no mapping"),
         (["show", "ROWS", "--columns", "{a: ["], "is no mapping"),
         (["show", "ROWS", "--columns", "{chose: x}"], "is 'chosen' meant?"),

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 import fastpo.reference.live
-from fastpo.cli.models import open_model
+from fastpo.model.opening import open_model
 from fastpo.testing.three_way import assert_three_way
 from tests.cli.test_cli import lines, run
 from tests.scoring.plain import by_hand
@@ -109,7 +109,7 @@ def test_base_is_the_adapter_switched_off(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--rule", "tsi"], "unknown rule 'tsi': did you mean 'tis'"),
+        (["--rule", "tsi"], "invalid choice: 'tsi'"),
         (["--rule", "tis"], "both scorers are the same model after the same prompt"),
         (["--rule", "tis", "--rule-args", "mu"], "--rule_args 'mu' is no JSON such as"),
         (["--rule", "tis", "--negative", "base"], "has no adapter to switch off; name a model"),

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from fastpo.cli.models import open_model, open_tokenizer
 from fastpo.model.load import add_lora, check_place, load_model, trained_adapter
+from fastpo.model.opening import open_model, open_tokenizer
 from tests.cli.conftest import make
 from tests.model.tiny import family
 

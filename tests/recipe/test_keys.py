@@ -35,4 +35,5 @@ def test_keys_are_shown_with_type_default_and_help() -> None:
         "    most tokens of the prompt plus any one of its responses; null: no limit."
     )
     assert "max_prompt_length" in show_keys("")
-    assert show_keys("no such key") == ""
+    with pytest.raises(ValueError, match=r"no key has 'max_lenght' .* mean 'max_length'"):
+        show_keys("max_lenght")

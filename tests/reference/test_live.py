@@ -24,9 +24,9 @@ from peft import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fastpo.cli.models import open_model
 from fastpo.model.adapters import adapter_off, altered_base
 from fastpo.model.load import load_model
+from fastpo.model.opening import open_model
 from fastpo.reference.live import ModelReference
 from fastpo.testing.three_way import assert_three_way
 from tests.train import tiny

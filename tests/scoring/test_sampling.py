@@ -32,7 +32,7 @@ def test_how_a_token_is_drawn(values: tuple[float, ...], draw: dict[str, Any]) -
 # Each bound, just beyond it.
 @pytest.mark.parametrize("values", [(-1.0, 1.0), (1.0, 0.0), (1.0, 1.5)])
 def test_a_draw_out_of_range(values: tuple[float, float]) -> None:
-    with pytest.raises(ValueError, match="must be at least 0 and --top_p"):
+    with pytest.raises(ValueError, match="must be at least 0 and top_p="):
         drawing(*values)
 
 
@@ -45,7 +45,7 @@ def test_a_row_without_a_prompt(tokenizers: Any, prompt: Any) -> None:
 
 def test_messages_need_a_template(tokenizers: Any) -> None:
     messages = [{"role": "user", "content": "Sky?"}]
-    with pytest.raises(BadField, match="give --chat_template"):
+    with pytest.raises(BadField, match="give a chat_template"):
         prompt_ids(tokenizers(None), {"prompt": messages})
     tokenizer = tokenizers("chatml")
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -1,14 +1,11 @@
-"""What the commands share: a table, a log; a model and its tokenizer are opened by fastpo.model."""
+"""What commands print: the log in plain lines, and tables."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 
-from fastpo.model.opening import check_adapter, open_model, open_tokenizer
 from fastpo.redact import redact
-
-__all__ = ["check_adapter", "open_model", "open_tokenizer", "show_log", "table"]
 
 
 class _Formatter(logging.Formatter):
@@ -27,7 +24,7 @@ def show_log(level: int) -> None:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns in plain text: the first to the left, the others to the right."""
+    """Return columns in plain text: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
