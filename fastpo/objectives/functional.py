@@ -40,10 +40,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from fastpo.domain import Misfit, domain_of, in_words
+
 from . import OBJECTIVES
 from .arguments import WITHOUT_LENGTH, Argument, Reader, arguments_of
 from .base import Objective, Outcome
-from .domain import Misfit, domain_of, in_words
 from .vocabulary import scores_with
 
 

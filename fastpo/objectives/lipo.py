@@ -12,8 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastpo.domain import Domain, Exponents, Gains, NonNegatives, Positive, Probabilities
+
 from .base import Objective, Outcome, Term, catalogue
-from .domain import Domain, Exponents, Gains, NonNegatives, Positive, Probabilities
 from .links import LN2, live, logistic
 from .regression import copg
 

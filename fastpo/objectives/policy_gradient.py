@@ -21,8 +21,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fastpo.domain import Count, NonNegative, Positive, Probabilities
+
 from .base import Objective, Outcome, Per, Term, catalogue
-from .domain import Count, NonNegative, Positive, Probabilities
 from .links import live
 
 Aggregation = Literal["sequence_mean", "token_mean", "fixed_length"]

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from fastpo.domain import FLIP_RATE, Domain, FlipRate, Positive, Probabilities
+
 from .base import Objective, Outcome, Term, catalogue
-from .domain import FLIP_RATE, Domain, FlipRate, Positive, Probabilities
 from .links import live
 from .pairwise import dpo, margin_of, pair_outcome, sppo
 

@@ -6,7 +6,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from fastpo.objectives.domain import Positive
+from fastpo.domain import Positive
 from fastpo.recipe.keys import Keys
 from fastpo.recipe.values import Entry, RecipeError, checked, describe
 from fastpo.train.elsewhere import unknown

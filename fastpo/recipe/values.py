@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Union
 
 from pydantic import AfterValidator, BeforeValidator, Strict, TypeAdapter, ValidationError
 
+from fastpo.domain import Misfit, fitted
 from fastpo.errors import nearest
-from fastpo.objectives.domain import Misfit, fitted
 from fastpo.redact import REDACTED, is_secret
 
 

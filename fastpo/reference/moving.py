@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from fastpo.objectives.domain import Count, Domain, Misfit, Positive, fitted
+from fastpo.domain import Count, Domain, Misfit, Positive, fitted
 
 FILE = "reference.safetensors"
 

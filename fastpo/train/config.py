@@ -20,14 +20,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from fastpo.data.options import DataOptions, DataSettings
 from fastpo.data.positions import PositionSynthesis
-from fastpo.errors import did_you_mean
-from fastpo.fields import documented
-from fastpo.head.head import Head
-from fastpo.head.spec import check_workspace
-from fastpo.loss.preference_loss import PreferenceLoss
-from fastpo.model.device import default_device, native_bf16
-from fastpo.objectives import OBJECTIVES, get_objective
-from fastpo.objectives.domain import (
+from fastpo.domain import (
     Count,
     Misfit,
     Natural,
@@ -36,6 +29,13 @@ from fastpo.objectives.domain import (
     domain_of,
     fitted,
 )
+from fastpo.errors import did_you_mean
+from fastpo.fields import documented
+from fastpo.head.head import Head
+from fastpo.head.spec import check_workspace
+from fastpo.loss.preference_loss import PreferenceLoss
+from fastpo.model.device import default_device, native_bf16
+from fastpo.objectives import OBJECTIVES, get_objective
 from fastpo.objectives.user import is_reference
 from fastpo.optional import require_transformers
 from fastpo.redact import learn, redact, refuse_redacted

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, get_type_hints
 
-from fastpo.objectives.domain import (
+from fastpo.domain import (
     Count,
     Domain,
     Natural,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from fastpo.objectives.domain import Count, ProperShare
+from fastpo.domain import Count, ProperShare
 from fastpo.recipe.values import Entry, RecipeError, checked
 
 
