@@ -1,19 +1,33 @@
-"""Domains of numbers: an annotation beside a default, `beta: Positive = 0.1`, and its one check."""
+"""What values a setting may have: an annotation beside a default, `beta: Positive = 0.1`.
+
+Objectives, recipes and the dataclasses of settings are checked against annotations here alone. A
+number's annotation may carry a `Domain`, and text's the only words that it may be:
+`Annotated[str, Literal["auto"]]`, for readers of annotations that want one plain type beside None.
+"""
 
 from __future__ import annotations
 
+import enum
 import math
+import os
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, Union
 
-from torch import Tensor
+import numpy as np
+
+from fastpo.errors import did_you_mean
 
 
 class Misfit(ValueError):
     """A value is outside its annotation; the text goes after the value: `must be above 0`."""
+
+
+class OtherType(Misfit):
+    """A value is of none of its annotation's types, or none of its words."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +66,8 @@ class Domain:
 
     def check(self, name: str, value: float) -> float:
         """`value`, or ValueError with its name: for functions that are called by themselves."""
+        from torch import Tensor  # rows of data are read without torch
+
         scalar = isinstance(value, Tensor) and value.dim() == 0
         if isinstance(value, bool) or not (scalar or isinstance(value, Real)):
             raise ValueError(f"{name}={value!r} must be a number {self}")
@@ -88,22 +104,26 @@ FlipRate = Annotated[float, FLIP_RATE]
 PositiveFlipRate = Annotated[float, POSITIVE_FLIP_RATE]
 Count = Annotated[int, Domain(1)]
 Natural = Annotated[int, Domain(0)]
-
-# Grades of responses. 2^100 is what float32 still multiplies by a discount.
-Probabilities = Annotated[Tensor, Domain(0, 1)]
-NonNegatives = Annotated[Tensor, Domain(0)]
-Exponents = Annotated[Tensor, Domain(high=100)]
-Gains = Annotated[Tensor, Domain(0, 100)]
+Auto = Annotated[str, Literal["auto"]]
 
 
 def options(expected: Any) -> tuple[Any, ...]:
-    """The members of a union, or the one annotation that it is."""
-    union = typing.get_origin(expected) in (Union, types.UnionType)
-    return typing.get_args(expected) if union else (expected,)
+    """Return the members of a union, or the one annotation that it is.
+
+    Text beside an enumeration (`OptimizerNames | str`) is one of its words, and no member.
+    """
+    if typing.get_origin(expected) not in (Union, types.UnionType):
+        return (expected,)
+    members = typing.get_args(expected)
+    return tuple(m for m in members if m is not str or not any(map(_is_enum, members)))
+
+
+def _is_enum(expected: Any) -> bool:
+    return isinstance(expected, type) and issubclass(expected, enum.Enum)
 
 
 def domain_of(expected: Any) -> Domain | None:
-    """The domain that an annotation declares, itself or in a union."""
+    """Return the domain that an annotation declares, itself or in a union."""
     for option in options(expected):
         for extra in getattr(option, "__metadata__", ()):
             if isinstance(extra, Domain):
@@ -111,29 +131,56 @@ def domain_of(expected: Any) -> Domain | None:
     return None
 
 
+def _plain(option: Any) -> Any:
+    """Return a member of a union without its domain; of text with words, the words."""
+    extras = getattr(option, "__metadata__", ())
+    words = (extra for extra in extras if typing.get_origin(extra) is Literal)
+    return next(words, typing.get_args(option)[0]) if extras else option
+
+
+def choices(expected: Any) -> list[Any]:
+    """Return the values that an annotation enumerates, if any."""
+    listed = []
+    for plain in map(_plain, options(expected)):
+        if typing.get_origin(plain) is Literal:
+            listed += typing.get_args(plain)
+        elif _is_enum(plain):
+            listed += [member.value for member in plain]
+    return listed
+
+
+_WORDS = {
+    **{float: "a number", int: "an integer", bool: "true or false", str: "text"},
+    **{type(None): "null", list: "a list", dict: "a mapping", Mapping: "a mapping"},
+}
+
+
 def in_words(expected: Any) -> str:
-    """Return what a value of this annotation must be: `a number above 0, or None`."""
+    """Return what a value of this annotation must be: `a number above 0 or null`."""
     words = []
+    both = {"true", "false"} <= set(map(str, choices(expected)))
     for option in options(expected):
-        base = typing.get_args(option)[0] if domain_of(option) else option
-        named = {float: "a number", int: "an integer", bool: "true or false", type(None): "null"}
-        if typing.get_origin(base) is Literal:
-            words.append("one of " + ", ".join(map(str, typing.get_args(base))))
-        else:
-            domain = domain_of(option)
-            words.append(named.get(base, "text") + (f" {domain}" if domain else ""))
-    return ", or ".join(words)
+        plain, domain = _plain(option), domain_of(option)
+        if listed := choices(option):
+            more = f" and {len(listed) - 8} more" if _is_enum(plain) and len(listed) > 8 else ""
+            shown = ", ".join(map(str, listed[:8] if more else listed))
+            words.append(f"one of {shown}{more}" if len(listed) > 1 else shown)
+        elif not (plain is bool and both):
+            name = getattr(plain, "__name__", str(plain))
+            word = _WORDS.get(typing.get_origin(plain) or plain, name)
+            words.append(f"{word} {domain}" if domain else word)
+    return " or ".join(dict.fromkeys(words))
 
 
 def moved(value: Any, expected: Any) -> Any:
-    """A hyper-parameter as its annotation has it; of a number also two, [first, last].
+    """Return a hyper-parameter as its annotation has it; of a number also two, [first, last].
 
     Between those it moves over training: both are in the domain, and they return as a tuple.
 
     Raises:
         Misfit: as `fitted`, or a list that is not two numbers.
     """
-    numbers = [o for o in options(expected) if (typing.get_args(o) or (o,))[0] is float]
+    numbers = [o for o in options(expected) if _plain(o) is float]
     if not isinstance(value, list | tuple) or not numbers:
         return fitted(value, expected)
     if len(value) != 2:
@@ -141,34 +188,82 @@ def moved(value: Any, expected: Any) -> Any:
     return tuple(fitted(end, numbers[0]) for end in value)
 
 
-def fitted(value: Any, expected: Any) -> Any:
-    """`value` as its annotation has it: 3.0 is an integer too, true is no number.
+def fitted(value: Any, expected: Any, *, lenient: bool = False) -> Any:
+    """Return `value` as its annotation has it: 3.0 is an integer too, true is no number.
+
+    Args:
+        value: any object; a path is text too.
+        expected: the annotation; of a union the first member that takes the value does.
+        lenient: take anything for a class of a library, whose own constructor judges it later.
 
     Raises:
-        Misfit: another type, NaN or an infinity, or a number outside the domain.
+        Misfit: a number outside the domain, NaN or an infinity; `OtherType`: anything else.
     """
-    if expected is Any:
-        return value
-    misfit = None
+    outside = None
     for option in options(expected):
-        domain = domain_of(option)
-        base = typing.get_args(option)[0] if domain else option
-        if base in (float, int):
-            if isinstance(value, bool) or not isinstance(value, Real):
-                continue
-            if base is int and not isinstance(value, Integral):
-                if not float(value).is_integer():
-                    continue
-                value = int(float(value))
-            misfit = (domain or FINITE).misfit(value)
-            if misfit is None:
-                return value
-        elif typing.get_origin(base) is Literal:
-            if value in typing.get_args(base):
-                return value
-        elif base is type(None):
-            if value is None:
-                return value
-        elif isinstance(base, type) and isinstance(value, base):
+        try:
+            return _as_member(value, _plain(option), domain_of(option), lenient)
+        except OtherType:
+            continue
+        except Misfit as misfit:
+            outside = outside or misfit
+    if outside is not None:
+        raise outside
+    near = did_you_mean(value, map(str, choices(expected))) if isinstance(value, str) else ""
+    raise OtherType(f"must be {in_words(expected)}{'; ' if near else ''}{near}")
+
+
+def _as_member(value: Any, plain: Any, domain: Domain | None, lenient: bool) -> Any:
+    """Return a value as one member of a union has it; raises Misfit."""
+    kind, parts = typing.get_origin(plain) or plain, typing.get_args(plain)
+    if plain in (float, int):
+        return _as_number(value, plain, domain or FINITE)
+    if isinstance(value, np.bool_) and plain is bool:
+        return bool(value)
+    if isinstance(value, os.PathLike) and plain is str:
+        return os.fspath(value)
+    if kind is Literal or _is_enum(plain):
+        if any(isinstance(value, type(word)) and value == word for word in choices(plain)):
             return value
-    raise Misfit(misfit or f"must be {in_words(expected)}")
+    elif kind is list and isinstance(value, list | tuple):
+        return [fitted(v, parts[0], lenient=lenient) for v in value] if parts else value
+    elif kind is dict and isinstance(value, Mapping):
+        # Whoever has names for keys refuses others by themselves.
+        item = parts[1] if parts else Any
+        return {k: fitted(v, item, lenient=lenient) for k, v in value.items()}
+    elif plain is Any or (isinstance(kind, type) and isinstance(value, kind)):
+        return value
+    if lenient and kind not in (*_WORDS, Literal) and not _is_enum(plain):
+        return value
+    raise OtherType
+
+
+def _as_number(value: Any, plain: type, domain: Domain) -> Any:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise OtherType
+    if plain is int and not isinstance(value, Integral):
+        if not float(value).is_integer():
+            raise OtherType
+        value = int(float(value))
+    if misfit := domain.misfit(value):
+        raise Misfit(misfit)
+    return value
+
+
+def fit_fields(settings: object, expected: Mapping[str, Any], before: str = "") -> None:
+    """Give fields of a dataclass their values as annotations have them.
+
+    Args:
+        settings: the dataclass, frozen ones included.
+        expected: the annotations of the fields to check.
+        before: what the error says before the field's name.
+
+    Raises:
+        ValueError: a value that is outside its annotation; names the field and the value.
+    """
+    for name, kind in expected.items():
+        value = getattr(settings, name)
+        try:
+            vars(settings)[name] = fitted(value, kind)
+        except Misfit as misfit:
+            raise ValueError(f"{before}{name}={value!r} {misfit}") from None

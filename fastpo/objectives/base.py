@@ -3,8 +3,8 @@
 The names of a function's positional parameters are the scores it needs (`ratio`, `mean_logps`,
 `kl`, `score`, ...: the table in `vocabulary`). A parameter annotated with a NamedTuple stands for
 the scores that are its fields. Keyword-only parameters are hyper-parameters. Annotations are
-domains (`beta: Positive`, `score: Gains`; see `fastpo.domain`). Nothing else has to be declared:
-the engine reads the signature.
+domains (`beta: Positive` of `fastpo.domain`, `score: Gains` of `vocabulary`). Nothing else has to
+be declared: the engine reads the signature.
 
 >>> import torch
 >>> def square(ratio, *, beta=0.1):

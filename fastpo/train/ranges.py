@@ -1,4 +1,4 @@
-"""What numbers settings may be whose own classes have types alone."""
+"""What numbers the settings of `TrainingArguments` may be, which has types alone."""
 
 from __future__ import annotations
 
@@ -18,11 +18,8 @@ Seed = Annotated[int, Domain(0, 2**32 - 1)]
 
 
 class Ranges:
-    """Fields of `TrainingArguments` and `DataSettings` whose numbers have a domain."""
+    """Fields of `TrainingArguments` whose numbers have a domain."""
 
-    max_length: Count | None
-    max_prompt_length: Count | None
-    max_response_length: Count | None
     per_device_train_batch_size: Count
     per_device_eval_batch_size: Count
     gradient_accumulation_steps: Count
