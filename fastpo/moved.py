@@ -37,6 +37,10 @@ MOVED: dict[str, tuple[str, ...]] = {
     "fastpo.model.facts": ("fastpo.model.head_facts",),
     "fastpo.model.scoring": ("fastpo.scoring.scorer",),
     "fastpo.model.shared_row": ("fastpo.model.attention.shared_row",),
+    "fastpo.objectives.domain": (
+        "fastpo.domain",
+        "fastpo.objectives.vocabulary",
+    ),
     "fastpo.objectives.fused": ("fastpo.loss.fused",),
     "fastpo.objectives.policy": ("fastpo.objectives.policy_gradient",),
     "fastpo.online": ("fastpo.head.online_softmax",),

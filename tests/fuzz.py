@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from fastpo.recipe.values import choices
+from fastpo.domain import choices
 from fastpo.yaml_text import parse
 
 FAULTS = ("traceback", "silent", "lost", "unnamed", "stopped")

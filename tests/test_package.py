@@ -43,7 +43,10 @@ def test_works_with_neither_triton_nor_transformers():
 
 
 def test_import_loads_nothing_heavy():
-    code = "import fastpo, sys; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    code = (
+        "import fastpo, fastpo.data.options, sys; "
+        "print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
     assert run(code) == "False False"
 
 

@@ -7,19 +7,12 @@ Those that say how rows are read are the fields of `DataSettings`, with its help
 from __future__ import annotations
 
 import dataclasses
-import math
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
-
-class Ends(NamedTuple):
-    """Hold arguments of `Domain`, which is not imported here because it needs torch."""
-
-    low: float
-    high: float = math.inf
-    open_low: bool = False
+from fastpo.domain import Domain
 
 
 @dataclass(frozen=True)
@@ -53,7 +46,7 @@ class Flag:
     metavar: str | None = None
     into: str | None = None
     sets: bool = True
-    domain: Ends | None = None
+    domain: Domain | None = None
     needs: tuple[str, ...] = ()
 
 
@@ -82,8 +75,8 @@ class Command:
     light: bool = False
 
 
-AT_LEAST_0 = Ends(0)
-AT_LEAST_1 = Ends(1)
+AT_LEAST_0 = Domain(0)
+AT_LEAST_1 = Domain(1)
 
 
 def _changed(flag: Flag, **changes: object) -> Flag:
@@ -115,7 +108,7 @@ OVERWRITE = Flag(
     "overwrite", "write over files that are there already", bool, needs=("out", "token_rewards")
 )
 BATCH_SIZE = Flag("batch_size", "groups at a time", int, 4, domain=AT_LEAST_1)
-SEED = Flag("seed", "of all draws", int, 0, domain=Ends(0, 2**32 - 1))  # NumPy's
+SEED = Flag("seed", "of all draws", int, 0, domain=Domain(0, 2**32 - 1))  # NumPy's
 DEBUG = Flag("debug", "show the traceback of an error", bool)
 
 READING = (
@@ -207,7 +200,7 @@ def _sample() -> Groups:
             Flag("num_samples", "responses a prompt", int, 1, domain=AT_LEAST_1),
             Flag("max_new_tokens", "longest response in tokens", int, 256, domain=AT_LEAST_1),
             Flag("temperature", "0 is greedy", float, 1.0, domain=AT_LEAST_0),
-            Flag("top_p", "nucleus", float, 1.0, domain=Ends(0, 1, open_low=True)),
+            Flag("top_p", "nucleus", float, 1.0, domain=Domain(0, 1, open_low=True)),
             SEED,
         ),
         "output": (OUT, OVERWRITE, _changed(BATCH_SIZE, help="prompts at a time", default=8)),
@@ -262,7 +255,9 @@ def _data() -> Groups:
             *settings_flags("list_to_pairs", *READING),
         ),
         "rso": (
-            Flag("count", "responses kept a prompt", int, 8, domain=Ends(2)),  # or no pair is left
+            Flag(
+                "count", "responses kept a prompt", int, 8, domain=Domain(2)
+            ),  # or no pair is left
             Flag("beta", "0 keeps the best", float, 0.5),
             SEED,
         ),

@@ -11,9 +11,9 @@ import textwrap
 
 from fastpo.data.columns import CONTEXT_ROLES
 from fastpo.data.options import DataSettings
+from fastpo.domain import in_words
 from fastpo.objectives import OBJECTIVES, SECTIONS, get_objective
 from fastpo.objectives.base import Objective
-from fastpo.objectives.domain import in_words
 from fastpo.objectives.vocabulary import SCORES
 
 FAMILIES = {

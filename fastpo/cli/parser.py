@@ -172,10 +172,8 @@ def _check(command: Command, arguments: argparse.Namespace, words: set[str]) -> 
             if name not in words:
                 continue
             if flag.domain:
-                from fastpo.objectives.domain import Domain  # imports torch
-
                 value = getattr(arguments, flag.into or flag.name)
-                if misfit := Domain(*flag.domain).misfit(value):
+                if misfit := flag.domain.misfit(value):
                     raise ValueError(f"{name} {value} {misfit}")
             if title in actions and title != arguments.action:
                 raise ValueError(f"{name} is of `fastpo {command.name} {title}`: drop it")

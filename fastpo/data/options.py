@@ -6,13 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import FrozenInstanceError, dataclass, field
-from typing import Any, Literal, get_args
+from functools import cache
+from typing import Any, Literal, get_type_hints
 
 from fastpo.data.bad_rows import OnBadRow
 from fastpo.data.columns import KNOWN
 from fastpo.data.dialects import Columns
 from fastpo.data.positions import PositionSynthesis
 from fastpo.data.token_weights import check_schemes
+from fastpo.domain import Count, Natural, fit_fields
 from fastpo.errors import similar
 from fastpo.fields import documented
 
@@ -55,9 +57,9 @@ class DataSettings:
             (LOGO), such as {length: 65536, variants: 2}.
     """
 
-    max_length: int | None = None
-    max_prompt_length: int | None = None
-    max_response_length: int | None = None
+    max_length: Count | None = None
+    max_prompt_length: Count | None = None
+    max_response_length: Count | None = None
     truncation: Truncation = "keep_end"
     on_bad_row: OnBadRow = "error"
     chat_template_kwargs: dict | str | None = None
@@ -93,7 +95,7 @@ class DataOptions(DataSettings):
     columns: Mapping[str, str | None] = field(default_factory=dict)
     token_weights: Mapping[str, Any] = field(default_factory=dict)
     position_synthesis: PositionSynthesis | None = None
-    seed: int = 0
+    seed: Natural = 0
 
     def __setattr__(self, name: str, value: object) -> None:
         if "seed" in vars(self):  # the last field: all are set
@@ -101,15 +103,8 @@ class DataOptions(DataSettings):
         super().__setattr__(name, value)
 
     def __post_init__(self) -> None:
+        fit_fields(self, _annotations())
         check_schemes(self.token_weights)
-        for name, choices in (
-            ("truncation", get_args(Truncation)),
-            ("on_bad_row", get_args(OnBadRow)),
-            ("list_to_pairs", (None, *get_args(ListToPairs))),
-        ):
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"{name}={value!r}: choose one of {choices}")
         if self.reference_prompt != "prompt" and not self.reference_prompt.endswith("_prompt"):
             raise ValueError(
                 f"reference_prompt={self.reference_prompt!r}: name a column that ends with "
@@ -123,11 +118,12 @@ class DataOptions(DataSettings):
                     f"columns={{{name}: {column}}}: nothing reads a column {name!r}"
                     + (close or "; docs/data.md lists the columns")
                 )
-        for name in ("max_length", "max_prompt_length", "max_response_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1, or None for no limit")
 
     def reader(self) -> Columns:
         """Return what reads the columns of one data set."""
         return Columns(self.dialect, self.columns, text_as_messages=self.text_as_messages)
+
+
+@cache
+def _annotations() -> dict[str, object]:
+    return get_type_hints(DataOptions, include_extras=True)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from fastpo.data.bad_rows import BadField
+from fastpo.domain import Count, fit_fields
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,11 @@ class PositionSynthesis:
         ValueError: a value out of range, with the field's name.
     """
 
-    length: int
-    variants: int = 1
+    length: Count
+    variants: Count = 1
 
     def __post_init__(self) -> None:
-        for name in ("length", "variants"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"position_synthesis: {name}={value!r} must be a whole number > 0")
+        fit_fields(self, {"length": Count, "variants": Count}, "position_synthesis: ")
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> PositionSynthesis:

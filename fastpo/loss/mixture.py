@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from fastpo.domain import Misfit, Positive, fitted
 from fastpo.errors import did_you_mean
 from fastpo.objectives import get_objective, unknown_objective
 from fastpo.objectives.base import Objective
-from fastpo.objectives.domain import Misfit, Positive, fitted
 from fastpo.objectives.elsewhere import answer
 from fastpo.objectives.links import check_smoothing
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpo.batch import TargetTokens
+from fastpo.domain import Domain
 from fastpo.head.head import Head
 from fastpo.head.select import most_kept_tokens, runs_kernels
 from fastpo.head.spec import BackendName, HeadOptions, HeadSpec, Workspace
@@ -30,7 +31,6 @@ from fastpo.loss.metrics import (
 from fastpo.loss.mixture import Component, resolve
 from fastpo.loss.scores import score_responses
 from fastpo.objectives.base import Objective, Outcome
-from fastpo.objectives.domain import Domain
 from fastpo.objectives.lipo import tie_keys
 from fastpo.objectives.regularisers import REGULARISERS
 from fastpo.objectives.vocabulary import STATISTIC_OF, Score

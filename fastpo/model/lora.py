@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
+from fastpo.domain import Count, Misfit, Positive, ProperShare, fitted
 from fastpo.errors import did_you_mean
-from fastpo.objectives.domain import Count, Misfit, Positive, ProperShare, fitted
 
 # Drawn from data by functions of peft, whose tensors no recipe can hold.
 _FROM_DATA = ("eva", "corda", "lora_ga")

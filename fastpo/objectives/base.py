@@ -3,8 +3,8 @@
 The names of a function's positional parameters are the scores it needs (`ratio`, `mean_logps`,
 `kl`, `score`, ...: the table in `vocabulary`). A parameter annotated with a NamedTuple stands for
 the scores that are its fields. Keyword-only parameters are hyper-parameters. Annotations are
-domains (`beta: Positive`, `score: Gains`; see `domain`). Nothing else has to be declared: the
-engine reads the signature.
+domains (`beta: Positive` of `fastpo.domain`, `score: Gains` of `vocabulary`). Nothing else has to
+be declared: the engine reads the signature.
 
 >>> import torch
 >>> def square(ratio, *, beta=0.1):
@@ -27,9 +27,9 @@ from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 from torch import Tensor
 
+from fastpo.domain import FINITE, Domain, Misfit, domain_of, fitted, moved
 from fastpo.segments import Where
 
-from .domain import FINITE, Domain, Misfit, domain_of, fitted, moved
 from .elsewhere import called_here
 from .vocabulary import UNKNOWN, Score, scores_with
 
@@ -263,7 +263,7 @@ class Objective:
         return self.annotations.get(name, Any if default is None else type(default))
 
     def fitted(self, name: str, value: Any) -> Any:
-        """Return `value` as the hyper-parameter `name` takes it; see `domain.moved`.
+        """Return `value` as the hyper-parameter `name` takes it; see `fastpo.domain.moved`.
 
         Raises:
             Misfit: it does not.

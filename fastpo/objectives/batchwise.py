@@ -14,8 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fastpo.domain import FlipRate, NonNegative, Positive, ProperShare
+
 from .base import Objective, Outcome, Statistic, catalogue, mean
-from .domain import FlipRate, NonNegative, Positive, ProperShare
 from .links import live, logistic, smoothed_logistic
 from .pairwise import margin_of, pair_outcome
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastpo.domain import Count, NonNegative, Positive
+
 from .base import Objective, Outcome, catalogue
-from .domain import Count, NonNegative, Positive
 from .links import live, logistic
 from .pairwise import dpo, pair_outcome
 

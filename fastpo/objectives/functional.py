@@ -40,10 +40,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from fastpo.domain import FINITE, domain_of, in_words, takes_number
+
 from . import OBJECTIVES, as_objective
 from .arguments import WITHOUT_LENGTH, Argument, Reader, arguments_of
 from .base import Objective, Outcome
-from .domain import FINITE, domain_of, in_words, takes_number
 from .pairwise import ipo
 from .vocabulary import scores_with
 

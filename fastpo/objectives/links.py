@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .domain import FLIP_RATE, POSITIVE_FLIP_RATE
+from fastpo.domain import FLIP_RATE, POSITIVE_FLIP_RATE
 
 LN2 = math.log(2.0)
 

@@ -12,10 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastpo.domain import Domain, Positive
+
 from .base import Objective, Outcome, Term, catalogue
-from .domain import Domain, Exponents, Gains, NonNegatives, Positive, Probabilities
 from .links import LN2, live, logistic
 from .regression import copg
+from .vocabulary import Exponents, Gains, NonNegatives, Probabilities
 
 
 def tie_keys(group: Tensor, num_candidates: int, *, seed: int = 0, step: int = 0) -> Tensor:

@@ -11,8 +11,9 @@ import math
 import torch
 from torch import Tensor
 
+from fastpo.domain import POSITIVE_FLIP_RATE, NonNegative, Positive, PositiveFlipRate
+
 from .base import Objective, Outcome, Term, catalogue
-from .domain import POSITIVE_FLIP_RATE, NonNegative, Positive, PositiveFlipRate
 from .links import live, logistic
 from .lipo import differences, graded_above, log1p_sum_exp, neg_log_softmax
 from .regularisers import Reduction, nll

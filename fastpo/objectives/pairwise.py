@@ -12,8 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastpo.domain import Domain, FlipRate, NonNegative, Positive, PositiveFlipRate, Share
+
 from .base import Objective, Outcome, Term, catalogue
-from .domain import Domain, FlipRate, NonNegative, Positive, PositiveFlipRate, Share
 from .links import (
     GPO_LINKS,
     GpoLink,

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fastpo.domain import Negative, NonNegative, Positive
+
 from .base import Objective, Outcome, Per, Statistic, Term, catalogue
-from .domain import Negative, NonNegative, Positive
 from .links import live, logistic
 
 

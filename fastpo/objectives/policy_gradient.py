@@ -21,9 +21,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fastpo.domain import Count, NonNegative, Positive
+
 from .base import Objective, Outcome, Per, Term, catalogue
-from .domain import Count, NonNegative, Positive, Probabilities
 from .links import live
+from .vocabulary import Probabilities
 
 Aggregation = Literal["sequence_mean", "token_mean", "fixed_length"]
 """How token losses are averaged: means of responses' means; over all tokens of the optimiser step;

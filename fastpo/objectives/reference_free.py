@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastpo.domain import FlipRate, NonNegative, Positive
+
 from .base import Objective, Outcome, catalogue
-from .domain import FlipRate, NonNegative, Positive
 from .links import (
     Link,
     check_smoothing,

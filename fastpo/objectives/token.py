@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastpo.domain import NonNegative, Positive
+
 from .base import Objective, Outcome, catalogue
-from .domain import NonNegative, Positive
 from .links import live, logistic
 from .pairwise import dpo, margin_of, pair_outcome
 

@@ -10,9 +10,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
+
+from torch import Tensor
+
+from fastpo.domain import Domain
 
 Shape = Literal["[G, K]", "[G]", "[G, K, T]"]
+
+# Grades of responses. 2^100 is what float32 still multiplies by a discount.
+Probabilities = Annotated[Tensor, Domain(0, 1)]
+NonNegatives = Annotated[Tensor, Domain(0)]
+Exponents = Annotated[Tensor, Domain(high=100)]
+Gains = Annotated[Tensor, Domain(0, 100)]
 
 _LOGPS = "pass ref_logps (per target token) or ref_hidden"
 _DISTRIBUTION = "pass ref_hidden: the divergence needs the reference's whole distribution"

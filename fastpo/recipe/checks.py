@@ -6,8 +6,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from fastpo.domain import Misfit
 from fastpo.model.lora import NUMBERS, lora_faults
-from fastpo.objectives.domain import Misfit
 from fastpo.recipe.values import Entry, RecipeError, checked
 from fastpo.train.elsewhere import unknown
 from fastpo.train.sections import DataSection, ModelSection

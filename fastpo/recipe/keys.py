@@ -7,9 +7,9 @@ import textwrap
 import typing
 from collections.abc import Mapping
 
+from fastpo.domain import in_words
 from fastpo.errors import nearest
 from fastpo.fields import summary
-from fastpo.recipe.values import describe
 from fastpo.train.sections import SECTIONS
 
 Keys: typing.TypeAlias = Mapping[str, object]
@@ -57,7 +57,7 @@ def show_keys(word: str) -> str:
             if word.replace("-", "_") in field.name and field.name in kinds:
                 missing = field.default is dataclasses.MISSING
                 default = "" if missing else f"{getattr(field.default, 'value', field.default)}"
-                kind = describe(kinds[field.name])
+                kind = in_words(kinds[field.name])
                 text = field.metadata.get("help", "")
                 lines += _entry(field.name, default.replace("None", "null"), kind, text, bool(word))
     if not lines:

@@ -6,9 +6,9 @@ import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from fastpo.objectives.domain import Positive
+from fastpo.domain import Positive, in_words
 from fastpo.recipe.keys import Keys
-from fastpo.recipe.values import Entry, RecipeError, checked, describe
+from fastpo.recipe.values import Entry, RecipeError, checked
 from fastpo.train.elsewhere import unknown
 
 if typing.TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _lay(values: dict[str, Entry], entries: Entries, keys: Keys) -> None:
             continue
         if head in keys and not _takes_mapping(keys[head]):
             raise RecipeError(
-                f"{entry.where}: {head} takes {describe(keys[head])} and has no part {part!r}"
+                f"{entry.where}: {head} takes {in_words(keys[head])} and has no part {part!r}"
             )
         before = values.get(head)
         if head == "objective" and before is not None and isinstance(before.value, str):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import types
 import typing
 from collections.abc import Mapping
@@ -11,8 +10,17 @@ from typing import Annotated, Any, Literal, NamedTuple, Union
 
 from pydantic import AfterValidator, BeforeValidator, Strict, TypeAdapter, ValidationError
 
+from fastpo.domain import (
+    Misfit,
+    choices,
+    domain_of,
+    fitted,
+    in_words,
+    is_enum,
+    options,
+    plain_of,
+)
 from fastpo.errors import nearest
-from fastpo.objectives.domain import Misfit, fitted
 from fastpo.redact import REDACTED, is_secret
 
 
@@ -31,38 +39,6 @@ class Entry(NamedTuple):
     def place(self, part: object) -> str:
         """Return where one key of a mapping was set."""
         return self.parts.get(str(part), self.where)
-
-
-def describe(expected: Any) -> str:
-    """Return a type as a user would say it."""
-    origin, args = typing.get_origin(expected), typing.get_args(expected)
-    if expected is type(None):
-        return "null"
-    if origin in (Union, types.UnionType):
-        listed = [a for a in args if not (a is str and choices(expected))]
-        return " or ".join(dict.fromkeys(describe(a) for a in listed))
-    if origin is Annotated:
-        return f"{describe(args[0])} {args[1]}"
-    if origin is Literal:
-        return " or ".join(map(str, args))
-    if _is_enum(expected):
-        names = [str(m.value) for m in expected]
-        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        return "one of " + ", ".join(names[:8]) + more
-    words = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
-    if expected in words:
-        return words[expected]
-    return {list: "a list", dict: "a mapping"}.get(origin or expected, str(expected))
-
-
-def choices(expected: Any) -> list[Any]:
-    """Return the values that a type enumerates, if any."""
-    origin, args = typing.get_origin(expected), typing.get_args(expected)
-    if origin in (Union, types.UnionType):
-        return [c for a in args for c in choices(a)]
-    if origin is Literal:
-        return list(args)
-    return [m.value for m in expected] if _is_enum(expected) else []
 
 
 def checked(name: str, entry: Entry, expected: Any) -> Any:
@@ -84,12 +60,8 @@ def checked(name: str, entry: Entry, expected: Any) -> Any:
     hint = nearest(entry.value, map(str, choices(expected)))
     raise RecipeError(
         f"{entry.where}: {name} = {shown} ({type(entry.value).__name__}), "
-        f"expected {describe(expected)}.{hint}"
+        f"expected {in_words(expected)}.{hint}"
     )
-
-
-def _is_enum(expected: Any) -> bool:
-    return isinstance(expected, type) and issubclass(expected, enum.Enum)
 
 
 def _whole(value: object) -> object:
@@ -115,13 +87,13 @@ def _strict(expected: Any) -> Any:
     Of a union the exact type wins, so that "1" for `int | str` stays text.
     """
     origin, args = typing.get_origin(expected), typing.get_args(expected)
+    if origin is Annotated and domain_of(expected) is None:
+        return plain_of(expected)  # text of few words
     if origin is Annotated:
         return Annotated[_strict(args[0]), AfterValidator(lambda value: fitted(value, expected))]
     if origin in (Union, types.UnionType):
-        # An enumeration beside `str` (optim, eval_strategy) is stricter than the `str`.
-        enums = any(map(_is_enum, args))
-        return Union[tuple(_strict(a) for a in args if not (enums and a is str))]  # noqa: UP007
-    if _is_enum(expected):
+        return Union[tuple(_strict(member) for member in options(expected))]  # noqa: UP007
+    if is_enum(expected):
         return Literal[tuple(m.value for m in expected)]
     if origin in (list, dict):
         return list[_strict(args[0])] if origin is list else dict[Any, _strict(args[1])]

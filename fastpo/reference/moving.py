@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from fastpo.objectives.domain import Count, Domain, Misfit, Positive, fitted
+from fastpo.domain import Count, Domain, Positive, fit_fields
 
 FILE = "reference.safetensors"
 
@@ -52,12 +52,8 @@ class UpdateRule:
     kappa: Positive = 0.5
 
     def __post_init__(self) -> None:
-        for name, expected in get_type_hints(type(self), include_extras=True).items():
-            value = getattr(self, name)
-            try:
-                object.__setattr__(self, name, fitted(value, expected))
-            except Misfit as misfit:
-                raise ValueError(f"reference_update: {name}={value!r} {misfit}") from None
+        annotations = get_type_hints(type(self), include_extras=True)
+        fit_fields(self, annotations, "reference_update: ")
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> UpdateRule:

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastpo.data.columns import EXTRA_ROLES
+from fastpo.domain import FINITE, domain_of, options
 from fastpo.objectives.base import Hyper, Objective, Outcome
-from fastpo.objectives.domain import FINITE, domain_of, options
 
 # Roundings on the longest path from a score to a loss, eps / 2 each: the link's own polynomial
 # (torch's log1p, exp are good to 2-4 eps), the margin, products with beta and weights, and a sum

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 import torch
 from accelerate.parallelism_config import ParallelismConfig
@@ -20,22 +20,20 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from fastpo.data.options import DataOptions, DataSettings
 from fastpo.data.positions import PositionSynthesis
-from fastpo.errors import did_you_mean
-from fastpo.fields import documented
-from fastpo.head.head import Head
-from fastpo.head.spec import check_workspace
-from fastpo.loss.preference_loss import PreferenceLoss
-from fastpo.model.device import default_device, native_bf16
-from fastpo.objectives import OBJECTIVES, get_objective
-from fastpo.objectives.domain import (
+from fastpo.domain import (
+    Auto,
     Count,
-    Misfit,
     Natural,
     NonNegative,
     Positive,
     domain_of,
-    fitted,
+    fit_fields,
 )
+from fastpo.fields import documented
+from fastpo.head.head import Head
+from fastpo.loss.preference_loss import PreferenceLoss
+from fastpo.model.device import default_device, native_bf16
+from fastpo.objectives import OBJECTIVES, get_objective
 from fastpo.objectives.user import is_reference
 from fastpo.optional import require_transformers
 from fastpo.redact import learn, redact, refuse_redacted
@@ -151,14 +149,14 @@ class PreferenceConfig(DataSettings, TrainingArguments):
     token_masks: Literal["none", "common", "independent", "activation"] = "none"
 
     # How the model is run.
-    share_prompt: bool | str = "auto"
+    share_prompt: bool | Annotated[str, Literal["auto", "true", "false"]] = "auto"
     max_tokens_per_row: Count | None = None
     attention_backend: Literal["auto", "segments", "varlen", "merge", "flex"] = "auto"
     router_aux_loss_coef: NonNegative | None = None
     backend: Literal["auto", "torch", "triton"] = "auto"
-    workspace_mib: Count | str = "auto"
+    workspace_mib: Count | Auto = "auto"
     offload_activations: bool = False
-    mlp_tile: Count | str | None = None
+    mlp_tile: Count | Auto | None = None
     layer_kernels: Literal["none", "auto", "liger"] = "none"
     batch_statistics: Literal["local", "exact"] = "local"
     disable_dropout: bool = True
@@ -191,7 +189,7 @@ class PreferenceConfig(DataSettings, TrainingArguments):
     def __post_init__(self) -> None:
         learn(vars(self))
         require_transformers("fastpo.train")
-        self._check_numbers()
+        fit_fields(self, self._checked_here())
         self._resolve_precision()
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
             self.activation_checkpointing = True
@@ -234,18 +232,22 @@ class PreferenceConfig(DataSettings, TrainingArguments):
         """Return field -> type, with the domain of its numbers."""
         return get_type_hints(cls, include_extras=True) | RANGES
 
-    def _check_numbers(self) -> None:
-        """Check domains before the Trainer's own checks, which compare text and let NaN pass."""
-        for name, expected in self.annotations().items():
-            if domain_of(expected) is not None:
-                value = getattr(self, name)
-                try:
-                    setattr(self, name, fitted(value, expected))
-                except Misfit as misfit:
-                    raise ValueError(f"{name}={value!r} {misfit}") from None
+    @classmethod
+    def _checked_here(cls) -> dict[str, object]:
+        """Return the annotations of fastpo's fields, and of others whose numbers have a domain.
+
+        The Trainer's own checks, which come later, compare text and let NaN pass. `beta` is the
+        objective's to judge: it may also be two numbers.
+        """
+        annotations = cls.annotations()
+        here = {f.name for f in fields(DataSettings)} | set(PreferenceConfig.__annotations__)
+        return {
+            name: annotations[name]
+            for name in (f.name for f in fields(cls))
+            if (name in here and name != "beta") or domain_of(annotations[name]) is not None
+        }
 
     def _validate(self) -> None:
-        self._check_choices()
         self._check_forms()
         self._check_switches()
         self.data_options()
@@ -258,23 +260,6 @@ class PreferenceConfig(DataSettings, TrainingArguments):
                 f"objective={self.objective!r} needs {own_loop[0]!r}, which no data set has: call "
                 "fastpo.PreferenceLoss, or the objective's function, from your own loop"
             )
-
-    def _check_choices(self) -> None:
-        """Refuse words that are none of a field's own."""
-        for name, hint in get_type_hints(PreferenceConfig).items():
-            choices = [
-                c for a in (hint, *get_args(hint)) if get_origin(a) is Literal for c in get_args(a)
-            ]
-            if name == "share_prompt":
-                choices = ["auto", "true", "false"]
-            value = getattr(self, name, None)
-            if choices and value is not None:
-                self._refuse_others(name, choices)
-        for name, what in (("mlp_tile", "tokens"), ("workspace_mib", "MiB")):
-            value = getattr(self, name)
-            if isinstance(value, str) and value != "auto":
-                raise ValueError(f"{name}={value!r} is neither a number of {what} nor 'auto'")
-        check_workspace(self.workspace_mib)  # pyright: ignore[reportArgumentType]
 
     def _check_switches(self) -> None:
         """Refuse settings of `TrainingArguments` that preferences cannot have."""
@@ -342,18 +327,17 @@ class PreferenceConfig(DataSettings, TrainingArguments):
                 "or use one that does, such as 'dpo'"
             )
 
-    def _refuse_others(self, name: str, choices: list[str]) -> None:
-        value = getattr(self, name)
-        if value not in choices:
-            near = did_you_mean(value, choices)
-            raise ValueError(
-                f"{name}={value!r} is not one of {', '.join(choices)}{'; ' if near else ''}{near}"
-            )
-
     def _check_forms(self) -> None:
         """Refuse values that TrainingArguments takes in any form and fails on much later."""
-        for name in ("log_level", "log_level_replica"):
-            self._refuse_others(name, [*trainer_log_levels])
+        levels = tuple(trainer_log_levels)
+        words = {"log_level": levels, "log_level_replica": levels}
+        if self.torch_compile_backend is not None:
+            words["torch_compile_backend"] = tuple(torch.compiler.list_backends(()))
+        if self.torch_compile_mode is not None:
+            from torch._inductor import list_mode_options  # takes a second or two to import
+
+            words["torch_compile_mode"] = tuple(list_mode_options())
+        fit_fields(self, {name: Literal[listed] for name, listed in words.items()})
         for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs"):
             value = getattr(self, name)
             if not isinstance(value, dict | None):
@@ -363,12 +347,6 @@ class PreferenceConfig(DataSettings, TrainingArguments):
                 f"parallelism_config={self.parallelism_config!r}: give accelerate's "
                 "ParallelismConfig from Python, or start the run with `accelerate launch`"
             )
-        if self.torch_compile_backend is not None:
-            self._refuse_others("torch_compile_backend", torch.compiler.list_backends(()))
-        if self.torch_compile_mode is not None:
-            from torch._inductor import list_mode_options  # takes a second or two to import
-
-            self._refuse_others("torch_compile_mode", [*list_mode_options()])
 
     def _check_masks(self, loss: PreferenceLoss) -> None:
         if self.token_masks == "none":

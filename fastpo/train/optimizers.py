@@ -18,8 +18,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.utils import strtobool
 
-from fastpo.errors import did_you_mean
-from fastpo.objectives.domain import (
+from fastpo.domain import (
     Count,
     Misfit,
     NonNegative,
@@ -28,6 +27,7 @@ from fastpo.objectives.domain import (
     Share,
     fitted,
 )
+from fastpo.errors import did_you_mean
 from fastpo.optional import require
 
 RANDOM_ROUNDING = "bf16_stochastic_round"

@@ -17,11 +17,11 @@ from transformers import Trainer
 from fastpo.data.columns import CONTEXT_ROLES
 from fastpo.data.groups import Group
 from fastpo.data.token_budget import check_budget
+from fastpo.domain import Domain
 from fastpo.head.head import Head
 from fastpo.loss.preference_loss import PreferenceLoss
 from fastpo.model.limits import Positions, Vocabulary
 from fastpo.model.self_check import CHECKED, can_share_prompt, self_check
-from fastpo.objectives.domain import Domain
 from fastpo.objectives.vocabulary import SCORES
 from fastpo.train.config import PreferenceConfig
 from fastpo.train.optimizers import lost_steps

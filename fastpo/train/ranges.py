@@ -1,10 +1,10 @@
-"""What numbers settings may be whose own classes have types alone."""
+"""What numbers the settings of `TrainingArguments` may be, which has types alone."""
 
 from __future__ import annotations
 
 from typing import Annotated, get_type_hints
 
-from fastpo.objectives.domain import (
+from fastpo.domain import (
     Count,
     Domain,
     Natural,
@@ -18,11 +18,8 @@ Seed = Annotated[int, Domain(0, 2**32 - 1)]
 
 
 class Ranges:
-    """Declare the domains of numbers in `TrainingArguments` and `DataSettings`."""
+    """Declare the domains of numbers in `TrainingArguments`."""
 
-    max_length: Count | None
-    max_prompt_length: Count | None
-    max_response_length: Count | None
     per_device_train_batch_size: Count
     per_device_eval_batch_size: Count
     gradient_accumulation_steps: Count

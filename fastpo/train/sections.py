@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fastpo.domain import Count, ProperShare
 from fastpo.fields import documented
-from fastpo.objectives.domain import Count, ProperShare
 
 
 @documented

@@ -213,7 +213,7 @@ def test_chunks_that_truncation_took_away_have_no_slot(tokenizers: Any) -> None:
     [
         ({"variants": 2}, "needs length"),
         ({"length": 64, "window": 2}, "has no fields but length, variants"),
-        ({"length": 0}, "length=0 must be a whole number"),
+        ({"length": 0}, "length=0 must be at least 1"),
         ({"length": 64, "variants": 1.5}, "variants=1.5 must be"),
     ],
 )

@@ -21,7 +21,7 @@ from fastpo.objectives.user import spelled
 
 FILE = '''
 from fastpo import Objective, Outcome, Term
-from fastpo.objectives.domain import Positive
+from fastpo.domain import Positive
 
 def mine(ratio, mask, *, beta=0.1):
     """beta (u_l - u_w)"""

@@ -209,7 +209,6 @@ def test_mixtures(tmp_path: Path) -> None:
 def test_values_that_only_the_trainer_can_judge_are_recipe_errors(tmp_path: Path) -> None:
     head = f"output_dir: {tmp_path}\nuse_cpu: true\n"
     for text, message in (
-        ("workspace_mib: most\n", "r.yaml:5: workspace_mib='most' is neither a number of MiB nor"),
         ("logging_steps: 1.5\n", "r.yaml:5: --logging_steps must be an integer"),
         ("reference_update: {every: 0}\n", "r.yaml:5: reference_update: every=0 must be"),
         ("objective: cpo\nloss_type: ipo\nlabel_smoothing: 0.1\n", "r.yaml:7: label_smoothing=0.1"),

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from fastpo.objectives.domain import Count, ProperShare
+from fastpo.domain import Auto, Count, ProperShare
 from fastpo.recipe.values import Entry, RecipeError, checked
 
 
@@ -30,6 +30,9 @@ class Kind(enum.Enum):
         (None, "null", float | None, None),
         ("no", None, Kind | str, "no"),
         ("auto", None, Count | str, "auto"),
+        ("auto", None, Count | Auto | None, "auto"),
+        ({"rank": 2}, None, Entry | None, {"rank": 2}),
+        ([[0, 4]], None, list[tuple[int, int]] | None, [[0, 4]]),
         ({"a": 1}, None, dict | str | None, {"a": 1}),
         ({"a": 0.5}, None, str | dict[str, float], {"a": 0.5}),
         (["a", "b"], None, str | list[str], ["a", "b"]),
@@ -56,6 +59,7 @@ def test_taken(value: object, typed: str | None, expected: Any, result: object) 
         ({"a": "x"}, dict[str, float], "expected a mapping."),
         (0, Count | None, "f:1: key = 0 must be at least 1"),
         (0, Count | str, "f:1: key = 0 must be at least 1"),
+        ("all", Count | Auto, "f:1: key = 'all' (str), expected an integer at least 1 or auto."),
         (1, ProperShare, "f:1: key = 1 must be in [0, 1)"),
         (float("nan"), ProperShare, "must be in [0, 1)"),
     ],

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpo import OBJECTIVES, Objective, Outcome, Statistic, Term
-from fastpo.objectives.domain import Count, Domain, FlipRate, ProperShare
+from fastpo.domain import Count, Domain, FlipRate, ProperShare
 from fastpo.objectives.links import live, logistic
 from fastpo.objectives.pairwise import dpo, margin_of, pair_outcome
 from fastpo.objectives.vocabulary import scores_with

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from transformers.trainer_utils import IntervalStrategy
 
 from fastpo.data.options import DataOptions
 from fastpo.train.config import PreferenceConfig
@@ -70,13 +74,13 @@ def test_objective_as_a_flag_is_json(config: Any) -> None:
         ({"reference": "stoer"}, "reference='stoer'.*did you mean 'store'"),
         ({"reference": "copy", "reference_store": "x"}, "reference_store='x'.*'store'"),
         ({"objective": "tdpo1", "reference": "store"}, "'tdpo1' needs the .*whole distribution"),
-        ({"backend": "cuda"}, "backend='cuda' is not one of auto, torch, triton"),
+        ({"backend": "cuda"}, "backend='cuda' must be one of auto, torch, triton"),
         ({"share_prompt": "yes"}, "share_prompt='yes'"),
         ({"truncation": "middle"}, "truncation='middle'"),
         ({"list_to_pairs": "best_wrost"}, "did you mean 'best_worst'"),
         ({"max_length": 0}, "max_length=0 must be at least 1"),
         ({"mlp_tile": 0}, "mlp_tile=0 must be at least 1"),
-        ({"mlp_tile": "all"}, "mlp_tile='all' is neither"),
+        ({"mlp_tile": "all"}, "mlp_tile='all' must be an integer at least 1 or auto or null"),
         (
             {"offload_activations": True, "activation_checkpointing": False},
             "needs activation_checkpointing=True",
@@ -94,6 +98,62 @@ def test_objective_as_a_flag_is_json(config: Any) -> None:
 def test_errors_name_value_and_remedy(config: Any, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(**options)
+
+
+# Text for a number or a truth, a truth for a number, half a token, a word that there is not.
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("max_length", "512", "must be an integer at least 1 or null"),
+        ("max_length", 512.5, "must be an integer at least 1 or null"),
+        ("max_prompt_length", True, "must be an integer at least 1 or null"),
+        ("max_response_length", 0, "must be at least 1"),
+        ("bos", "maybe", "must be true or false"),
+        ("append_eos", "false", "must be true or false"),
+        ("truncation", "keep_ends", "must be one of .*; did you mean 'keep_end'?"),
+        ("list_to_pairs", "best", "must be one of best_worst, best_rest or null"),
+        ("columns", 1, "must be a mapping"),
+        ("dialect", None, "must be text"),
+    ],
+)
+def test_both_doors_of_python_refuse_in_the_same_words(
+    config: Any, name: str, value: object, words: str
+) -> None:
+    for door in (config, DataOptions):
+        with pytest.raises(ValueError, match=f"^{name}={value!r} {words}"):
+            door(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("offload_activations", "no", "must be true or false"),
+        ("disable_dropout", "false", "must be true or false"),
+        ("bf16", "no", "must be true or false or null"),
+        ("reference_store", 1, "must be text or null"),
+        ("share_prompt", 1, "must be one of auto, true, false"),
+        ("workspace_mib", 0.5, "must be an integer at least 1 or auto"),
+        ("objective", ["dpo"], "must be a mapping or text or null"),
+    ],
+)
+def test_types_are_checked(config: Any, name: str, value: object, words: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{name}={value!r} {words}')}"):
+        config(**{name: value})
+
+
+def test_numbers_and_paths_of_python_are_taken(config: Any, tmp_path: Path) -> None:
+    made = config(
+        max_length=np.int64(64),
+        sample_tokens=3.0,
+        self_check=np.bool_(False),
+        reference_store=tmp_path,
+        beta=[0.2, 0.1],
+        eval_strategy=IntervalStrategy.NO,
+    )
+    taken = made.max_length, made.sample_tokens, made.self_check, made.reference_store
+    assert taken == (64, 3, False, str(tmp_path))
+    assert made.self_check is False
+    assert made.data_options().max_length == 64
 
 
 def test_unknown_setting() -> None:

@@ -94,7 +94,7 @@ def test_a_prompt_of_the_references_own_is_a_setting(trainer: Any, config: Any) 
         trainer(**SHORT)
     with pytest.raises(ValueError, match="compares with no reference: drop it"):
         config(objective="simpo", **SHORT)
-    with pytest.raises(ValueError, match="reference_prompt='shrt' is not one of"):
+    with pytest.raises(ValueError, match="reference_prompt='shrt' must be one of"):
         config(reference_prompt="shrt")
 
 

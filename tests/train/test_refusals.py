@@ -38,7 +38,7 @@ def test_no_step_is_an_error_before_training(trainer: Any, options: dict, told: 
     [
         ({"max_steps": 0}, "max_steps=0 must be at least 1"),
         ({"parallelism_config": ""}, "parallelism_config='': give accelerate's"),
-        ({"torch_compile_mode": "3"}, "torch_compile_mode='3' is not one of default, "),
+        ({"torch_compile_mode": "3"}, "torch_compile_mode='3' must be one of default, "),
         ({"torch_compile_backend": "inducter"}, "did you mean 'inductor'"),
         ({"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs=0 must be above 0"),
     ],

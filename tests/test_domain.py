@@ -12,10 +12,10 @@ import torch
 
 import fastpo
 import fastpo.objectives.functional
+from fastpo.domain import Count, Domain, Misfit, Positive, domain_of, fitted, moved
 from fastpo.loss.mixture import resolve
 from fastpo.loss.preference_loss import PreferenceLoss
 from fastpo.objectives import OBJECTIVES
-from fastpo.objectives.domain import Count, Domain, Misfit, Positive, domain_of, fitted, moved
 from fastpo.objectives.elsewhere import OBJECTIVES_ELSEWHERE
 from fastpo.segments import Segments
 
