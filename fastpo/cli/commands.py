@@ -10,9 +10,9 @@ import dataclasses
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
-from fastpo.domain import Domain
+from fastpo.domain import Domain, choices, domain_of, options, plain_of
 
 
 @dataclass(frozen=True)
@@ -123,29 +123,26 @@ def settings_flags(*names: str) -> tuple[Flag, ...]:
     from fastpo.data.options import DataSettings
     from fastpo.fields import summary
 
-    hints = typing.get_type_hints(DataSettings)
+    hints = typing.get_type_hints(DataSettings, include_extras=True)
     flags = []
     for field in (DataSettings.__dataclass_fields__[name] for name in names):
-        text = summary(field.metadata.get("help", ""))
-        kinds = [k for k in typing.get_args(hints[field.name]) or (hints[field.name],)]
-        literal = next((k for k in (hints[field.name], *kinds) if _is_literal(k)), None)
-        if hints[field.name] is bool:
+        hint, text = hints[field.name], summary(field.metadata.get("help", ""))
+        kinds, words = list(map(plain_of, options(hint))), tuple(choices(hint))
+        if hint is bool:
             on = bool(field.default)
             name = f"no_{field.name}" if on else field.name
             text = f"do not {text}" if on else text
             flags.append(Flag(name, text, bool, on, into=field.name, sets=not on))
-        elif literal is not None:
-            words = typing.get_args(literal)
+        elif words:
             flags.append(Flag(field.name, text, default=field.default, choices=words))
         else:
             kind = int if int in kinds else str
             mapping = "MAPPING" if dict in kinds else None
-            flags.append(Flag(field.name, text, kind, field.default, metavar=mapping))
+            domain = domain_of(hint)
+            flags.append(
+                Flag(field.name, text, kind, field.default, metavar=mapping, domain=domain)
+            )
     return tuple(flags)
-
-
-def _is_literal(kind: object) -> bool:
-    return typing.get_origin(kind) is Literal
 
 
 def _score() -> Groups:
