@@ -403,15 +403,26 @@ def test_only_a_pack_is_packed_over(name, left, why, tmp_path, monkeypatch, caps
 
 @pytest.mark.slow
 def test_smoke_runs_to_its_last_line_on_a_cpu(tmp_path: Path) -> None:
+    parts = ("env", "right", "tests")
     command = [sys.executable, "-m", "bench.gpu", "--smoke", "--device", "cpu"]
-    command += ["--out", str(tmp_path)]
+    command += ["--out", str(tmp_path), "--only", *parts]
     done = subprocess.run(command, capture_output=True, text=True, cwd=run.ROOT, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert statuses(tmp_path) == dict.fromkeys(("env", "right", "tests", "syncs"), "ok")
+    assert statuses(tmp_path) == dict.fromkeys(parts, "ok")
     assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "gpu_tests.xml", "log.txt"}
     assert "nothing failed, 0 not reached" in done.stdout.splitlines()[-1]
     again = subprocess.run(command, capture_output=True, text=True, cwd=run.ROOT, check=True)
-    assert again.stdout.count("done before") == 4
+    assert again.stdout.count("done before") == len(parts)
+
+
+@pytest.mark.slow
+def test_waits_of_losses_and_of_a_step_are_counted(tmp_path: Path) -> None:
+    """The fourth part, in this process, which has imported all that it needs."""
+    book = Book(tmp_path)
+    assert smoke.syncs(book, Options(tmp_path, CPU, 60)) == 0
+    cases = book.part("syncs")["results"]
+    assert [name.partition(",")[0] for name in cases][-1] == "trainer's second step"
+    assert all(found["count"] > 0 for found in cases.values())
 
 
 @pytest.mark.slow

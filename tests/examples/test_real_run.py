@@ -20,17 +20,22 @@ def test_two_steps_of_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(ROOT)  # the recipe's paths start there
     model = smollm2.convert()
     assert AutoConfig.from_pretrained(model).model_type == "llama"
-    words = "--max_steps 2 --max_rows 2 --save_strategy no --num_samples 0 --eval_strategy no"
-    words += " --per_device_train_batch_size 2 --warmup_steps 0"  # the same two pairs twice
+    words = "--max_steps 2 --max_rows 1 --save_strategy no --num_samples 0 --eval_strategy no"
+    words += " --per_device_train_batch_size 1 --warmup_steps 0"  # the same pair twice
+    # The evaluation at the end takes a second a pair: one pair.
+    held_out = (ROOT / "examples" / "data" / "json_person_eval_pairs.jsonl").read_text()
+    (tmp_path / "one.jsonl").write_text(held_out.partition("\n")[0])
+    words += f" --eval_dataset {tmp_path / 'one.jsonl'}"
     recipe = str(ROOT / "examples" / "json_person.yaml")
-    status = main(["train", recipe, *words.split(), "--output_dir", str(tmp_path)])
+    status = main(["train", recipe, *words.split(), "--output_dir", str(tmp_path / "run")])
     assert status == 0
-    first, second = (r for r in read_metrics(tmp_path) if "loss" in r)
+    run = tmp_path / "run"
+    first, second = (r for r in read_metrics(run) if "loss" in r)
     # The adapter starts as nothing: DPO at ln 2, and the likelihood of the chosen replies.
     assert first["rewards/margins"] == 0.0
     assert first["loss"] > math.log(2)
     assert second["loss"] < first["loss"]
     assert second["rewards/margins"] > 0
-    assert (tmp_path / "adapter_model.safetensors").stat().st_size > 1 << 20
-    assert Run.read(tmp_path).facts["status"] == "finished"
-    assert "smollm2" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert (run / "adapter_model.safetensors").stat().st_size > 1 << 20
+    assert Run.read(run).facts["status"] == "finished"
+    assert "smollm2" in (run / "report.html").read_text(encoding="utf-8")

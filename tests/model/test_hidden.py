@@ -157,12 +157,12 @@ def test_recomputation_keeps_the_attention_of_its_forward() -> None:
 def test_compiled() -> None:
     """Layouts are plain Python, so that graphs may break around attention; numbers stay."""
     torch._dynamo.reset()
-    model = attach(family("llama"))
+    model = attach(family("llama", num_hidden_layers=1))
     expected = run(model, batch(shared=True))
     model.compile(backend="aot_eager")
     compiled = run(model, batch(shared=True))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    exact = run(attach(family("llama").double()), batch(shared=False))
+    exact = run(attach(family("llama", num_hidden_layers=1).double()), batch(shared=False))
     ours, plain, truth = (every(results, exact) for results in (compiled, expected, exact))
     assert_three_way(ours.float(), plain.float(), truth, what="compiled")
 
