@@ -94,20 +94,24 @@ def _form(objective: Objective) -> Callable[..., Loss]:
     defaults = {
         p.name: p.default for p in signature.parameters.values() if p.default is not p.empty
     }
-    numbers = {n: e for n in objective.hyper if takes_number(e := objective.expected(n))}
-    domains = {name: domain_of(expected) or FINITE for name, expected in numbers.items()}
+    hyper = {name: objective.expected(name) for name in objective.hyper}
+    domains = {
+        n: domain_of(expected) or FINITE for n, expected in hyper.items() if takes_number(expected)
+    }
     label, table = f"{objective.name}_loss", scores_with(objective.extras)
 
     def loss(*args: Any, **keywords: Any) -> Loss:
         call = {**defaults, **dict(zip(positional, args, strict=False)), **keywords}
-        twice = keywords.keys() & positional[: len(args)]
+        # Comprehensions, because torch 2.11's compiler cannot intersect keys with a list.
+        twice = [name for name in positional[: len(args)] if name in keywords]
         if twice or len(args) > len(positional) or call.keys() != signature.parameters.keys():
             try:
                 signature.bind(*args, **keywords)
             except TypeError as error:
                 raise TypeError(f"{label}() {error}") from None
-        for name in keywords.keys() & objective.hyper.keys():
-            value = keywords[name]
+        for name, value in keywords.items():
+            if name not in hyper:
+                continue
             if name in domains and isinstance(value, float | Tensor):
                 domains[name].check(name, value)  # which a compiler can trace
             else:
