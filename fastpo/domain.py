@@ -1,8 +1,9 @@
 """What values a setting may have: an annotation beside a default, `beta: Positive = 0.1`.
 
-Objectives, recipes and the dataclasses of settings are checked against annotations here alone. A
-number's annotation may carry a `Domain`, and text's the only words that it may be:
-`Annotated[str, Literal["auto"]]`, for readers of annotations that want one plain type beside None.
+Objectives and the dataclasses of settings are checked here; recipes, whose values are YAML's, by
+pydantic with the same domains and words. A number's annotation may carry a `Domain`, and text's the
+only words that it may be: `Annotated[str, Literal["auto"]]`, for readers of annotations that want
+one plain type beside None.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ Number = typing.TypeVar("Number", bound="float | Tensor")
 
 
 class Misfit(ValueError):
-    """A value is outside its annotation; the text goes after the value: `must be above 0`."""
+    """Say that a value is outside its annotation; follows the value: `must be above 0`."""
 
 
 class OtherType(Misfit):
-    """A value is of none of its annotation's types, or none of its words."""
+    """Say that a value is of none of its annotation's types, or none of its words."""
 
 
 @dataclass(frozen=True)
 class Domain:
-    """Finite numbers between two ends.
+    """Hold the finite numbers between two ends.
 
     Args:
         low, high: the ends.
@@ -68,7 +69,7 @@ class Domain:
         return words if self.besides is None else f"{words}, or {_short(self.besides)}"
 
     def check(self, name: str, value: Number) -> Number:
-        """`value`, or ValueError with its name: for functions that are called by themselves."""
+        """Return `value`, or raise ValueError with its name: for functions without an engine."""
         from torch import Tensor  # rows of data are read without torch
 
         scalar = isinstance(value, Tensor) and value.dim() == 0
@@ -122,6 +123,7 @@ def options(expected: Any) -> tuple[Any, ...]:
 
 
 def is_enum(expected: Any) -> bool:
+    """Return whether an annotation is an enumeration."""
     return isinstance(expected, type) and issubclass(expected, enum.Enum)
 
 

@@ -252,9 +252,8 @@ def _data() -> Groups:
             *settings_flags("list_to_pairs", *READING),
         ),
         "rso": (
-            Flag(
-                "count", "responses kept a prompt", int, 8, domain=Domain(2)
-            ),  # or no pair is left
+            # One alone is no pair.
+            Flag("count", "responses kept a prompt", int, 8, domain=Domain(2)),
             Flag("beta", "0 keeps the best", float, 0.5),
             SEED,
         ),
