@@ -85,7 +85,7 @@ class Domain:
             as_float = float(value)
         except OverflowError:  # an integer of hundreds of digits
             as_float = math.inf
-        if math.isfinite(as_float) and self.holds(value):
+        if self.holds(value) and as_float < math.inf:
             return None
         finite = "finite and " if math.isinf(as_float) and self != FINITE else ""
         return f"must be {finite}{self}"
@@ -136,9 +136,9 @@ def domain_of(expected: Any) -> Domain | None:
     return None
 
 
-def takes_number(expected: Any) -> bool:
-    """Return whether an annotation has numbers that are no integers."""
-    return any(plain_of(option) is float for option in options(expected))
+def number_types(expected: Any) -> set[type]:
+    """Return which of float and int an annotation has."""
+    return {kind for kind in (float, int) if kind in map(plain_of, options(expected))}
 
 
 def plain_of(option: Any) -> Any:
@@ -225,6 +225,9 @@ def fitted(value: Any, expected: Any) -> Any:
 def _as_member(value: Any, plain: Any, domain: Domain | None) -> Any:
     """Return a value as one member of a union has it; raises Misfit."""
     kind, parts = typing.get_origin(plain) or plain, typing.get_args(plain)
+    if kind in (Union, types.UnionType):  # inside of Annotated
+        value = fitted(value, plain)
+        return value if value is None or domain is None else _as_number(value, float, domain)
     if plain in (float, int):
         return _as_number(value, plain, domain or FINITE)
     if plain is bool and type(value).__module__ == "numpy" and getattr(value, "shape", 0) == ():
@@ -232,7 +235,10 @@ def _as_member(value: Any, plain: Any, domain: Domain | None) -> Any:
     if isinstance(value, os.PathLike) and plain is str:
         return os.fspath(value)
     if kind is Literal or is_enum(plain):
-        if any(isinstance(value, type(word)) and value == word for word in choices(plain)):
+        words = choices(plain)
+        if any(isinstance(value, type(word)) and value == word for word in words):
+            return value
+        if is_enum(plain) and isinstance(value, plain):
             return value
     elif kind is list and isinstance(value, list | tuple):
         return [fitted(v, parts[0]) for v in value] if parts else value
@@ -240,14 +246,26 @@ def _as_member(value: Any, plain: Any, domain: Domain | None) -> Any:
         # Whoever has names for keys refuses others by themselves.
         item = parts[1] if parts else Any
         return {k: fitted(v, item) for k, v in value.items()}
-    elif plain is Any or (isinstance(kind, type) and isinstance(value, kind)):
+    elif _cannot_judge(kind) or isinstance(value, kind):
         return value
     raise OtherType
+
+
+def _cannot_judge(kind: Any) -> bool:
+    """Return whether no value can be asked for its type: a NewType, a protocol, Any."""
+    return (
+        not isinstance(kind, type)
+        or kind is Any
+        or getattr(kind, "_is_protocol", False)
+        or typing.is_typeddict(kind)
+    )
 
 
 def _as_number(value: Any, plain: type, domain: Domain) -> Any:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise OtherType
+    if type(value).__module__ == "numpy":
+        value = typing.cast(Any, value).item()  # settings are written as JSON
     if plain is int and not isinstance(value, Integral):
         if not float(value).is_integer():
             raise OtherType

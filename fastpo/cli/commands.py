@@ -349,7 +349,7 @@ def _plan() -> Groups:
         ),
         "machine": (
             Flag("gpu", "h100, a100, rtx4090, ...", default="h100"),
-            Flag("host_gib", "host memory there is; default: any", float, domain=AT_LEAST_0),
+            Flag("host_gib", "host memory there is; default: any", float),
         ),
         "training": (
             Flag("method", "default: lora", choices=("full", "lora", "qlora")),

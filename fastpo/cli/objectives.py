@@ -123,9 +123,10 @@ def markdown_scores() -> str:
 
 
 def _one(o: Objective, reference: str) -> str:
-    # Such as GRPO's max_length: as a key of its own it is the data's.
+    # As a key of its own GRPO's max_length is the data's, and another's learning_rate the run's.
     taken = {field.name for field in dataclasses.fields(DataSettings)}
-    keys = {k: f"{o.name}.{k}" if k in taken else k for k in o.hyper}
+    long = set(o.hyper) if o.name not in OBJECTIVES else taken
+    keys = {k: f"{o.name}.{k}" if k in long else k for k in o.hyper}
     rows = {
         "formula": o.formula,
         "compares": FAMILIES[o.family],

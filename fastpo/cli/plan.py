@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from typing import Any
 
 from transformers.training_args import OptimizerNames
@@ -115,7 +116,9 @@ def plan_step(arguments: argparse.Namespace) -> int:
             "give --method lora"
         )
     planned = plan(job)
-    host = float("inf") if arguments.host_gib is None else arguments.host_gib * GIB
+    host = math.inf if arguments.host_gib is None else arguments.host_gib * GIB
+    if not host >= 0:  # inf is any
+        raise ValueError(f"--host_gib {arguments.host_gib} must be at least 0")
     advice = advise(job, card.memory * GIB, host)
     if arguments.json:
         facts = {

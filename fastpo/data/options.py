@@ -103,6 +103,8 @@ class DataOptions(DataSettings):
         super().__setattr__(name, value)
 
     def __post_init__(self) -> None:
+        if self.chat_template_kwargs is None:
+            vars(self)["chat_template_kwargs"] = {}
         fit_fields(self, _annotations())
         check_schemes(self.token_weights)
         if self.reference_prompt != "prompt" and not self.reference_prompt.endswith("_prompt"):

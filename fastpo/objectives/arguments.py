@@ -235,7 +235,7 @@ class Reader:
         size = statistic.size if statistic.memory == "ema" else 1
         if statistic.memory == "none" and statistic.reduce is not mean:
             return value  # of any shape
-        if value.dim() > 1 or value.numel() != size:
+        if value.numel() != size or (size > 1 and value.dim() > 1):
             count = "one number" if size == 1 else f"{size} numbers"
             raise ValueError(f"{name} has shape {list(value.shape)}: it is {count} of the batch")
         return value if size > 1 else value.reshape(())

@@ -23,6 +23,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Real
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 from torch import Tensor
@@ -315,7 +316,7 @@ def _fault(outcome: object, scores: Mapping[str, Tensor]) -> str | None:
         if not isinstance(term.values, Tensor):
             return f"losses that are a {type(term.values).__name__}"
         weight = term.weight
-        if getattr(weight, "shape", ()) or not isinstance(weight, float | int | Tensor):
+        if not (isinstance(weight, Real) or (isinstance(weight, Tensor) and weight.numel() == 1)):
             return f"a term's weight {weight!r}, which is not one number"
         if term.per not in DIVISORS:
             return f"a term per {term.per!r}, which nothing counts ({', '.join(DIVISORS)})"

@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from fastpo.domain import FINITE, domain_of, in_words, takes_number
+from fastpo.domain import FINITE, domain_of, in_words, number_types
 
 from . import OBJECTIVES, as_objective
 from .arguments import WITHOUT_LENGTH, Argument, Reader, arguments_of
@@ -95,9 +95,9 @@ def _form(objective: Objective) -> Callable[..., Loss]:
         p.name: p.default for p in signature.parameters.values() if p.default is not p.empty
     }
     hyper = {name: objective.expected(name) for name in objective.hyper}
-    domains = {
-        n: domain_of(expected) or FINITE for n, expected in hyper.items() if takes_number(expected)
-    }
+    numbers = {name: kinds for name in hyper if (kinds := number_types(hyper[name]))}
+    domains = {name: domain_of(hyper[name]) or FINITE for name in numbers}
+    whole = {name for name, kinds in numbers.items() if float not in kinds}
     label, table = f"{objective.name}_loss", scores_with(objective.extras)
 
     def loss(*args: Any, **keywords: Any) -> Loss:
@@ -112,7 +112,8 @@ def _form(objective: Objective) -> Callable[..., Loss]:
         for name, value in keywords.items():
             if name not in hyper:
                 continue
-            if name in domains and isinstance(value, float | Tensor):
+            half = name in whole and isinstance(value, float)
+            if name in domains and isinstance(value, float | int | Tensor) and not half:
                 domains[name].check(name, value)  # which a compiler can trace
             else:
                 call[name] = objective.option(name, value)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+from fastpo.domain import choices, domain_of
 from fastpo.errors import did_you_mean
 
 from .base import Family, Objective
@@ -91,14 +92,19 @@ def spelled(reference: str, beside: Path | None) -> str:
     return f"{os.path.relpath(file.path, here) if inside else file.path}:{name}"
 
 
-def without_folder(reference: str) -> str:
-    """Return a reference by its file's own name, wherever it is looked for.
+def same(one: str, other: str) -> bool:
+    """Return whether two references can name one function, looked for from two folders.
 
-    >>> [without_folder(r) for r in ("losses:mine", "here/losses.py:mine", "pack.losses:mine")]
-    ['losses:mine', 'losses:mine', 'losses:mine']
+    >>> same("losses:mine", "/here/losses.py:mine"), same("a.losses:mine", "b.losses:mine")
+    (True, False)
     """
+    longer, shorter = sorted(map(_path, (one, other)), key=len, reverse=True)
+    return longer[-len(shorter) :] == shorter
+
+
+def _path(reference: str) -> list[str]:
     where, name = _parts(reference)
-    return f"{where.removesuffix('.py').replace('/', '.').rpartition('.')[2]}:{name}"
+    return [*where.removesuffix(".py").replace("/", ".").split("."), name]
 
 
 def described(value: object, reference: str, family: Family | None = None) -> Objective:
@@ -139,7 +145,7 @@ def described(value: object, reference: str, family: Family | None = None) -> Ob
 
 def _parts(reference: str) -> tuple[str, str]:
     where, _, name = reference.rpartition(":")
-    module = where.endswith(".py") or all(part.isidentifier() for part in where.split("."))
+    module = where.endswith(".py") or ("/" not in where and all(where.split(".")))
     if not module or not name.isidentifier():
         raise ValueError(
             f"objective {reference!r}: write module:function, such as my_module:my_loss, or "
@@ -221,6 +227,9 @@ def _check_signature(objective: Objective, reference: str) -> None:
         if score is UNKNOWN:
             refuse(f"takes {name!r}, which is no score{_hint(name, known)}")
     for name, default in objective.hyper.items():
+        expected = objective.expected(name)
+        if domain_of(expected) is None and not choices(expected):
+            continue  # None or inf may stand for what is not set
         try:
             objective.option(name, default)
         except ValueError as error:

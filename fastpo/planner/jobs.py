@@ -90,7 +90,7 @@ def job_of_run(run: PlannedRun, flags: JobFields, card: Card | None = None) -> J
     context = flags.get("context")
     context = run.max_length if context is None else context
     if context is None:
-        raise ValueError("how long is a row? set max_length in the recipe, or give context")
+        raise ValueError("how long is a row? set max_length in the recipe, or give --context")
     adapter = trained_adapter(run.model)
     lora: Mapping[str, Any] = run.lora if isinstance(run.lora, Mapping) else {}
     targets: str | Sequence[str] = lora.get("target_modules", "all-linear")

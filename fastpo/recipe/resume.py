@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastpo.model.load import trained_adapter
-from fastpo.objectives.user import is_reference, without_folder
+from fastpo.objectives.user import is_reference, same
 from fastpo.recipe.recipe import Recipe
 from fastpo.redact import is_secret, redact
 from fastpo.run.checkpoint import incomplete, latest_complete
@@ -154,8 +154,8 @@ def refuse_mixture(recipe: Recipe, config: PreferenceConfig, before: Run) -> Non
     )
     for key in {**earlier, **now}:
         old, new = earlier.get(key), now.get(key)
-        same = old == new or (key == "objective" and _names(old) == _names(new))
-        if key not in may_change and not is_secret(key) and not same:
+        stays = old == new or (key == "objective" and _same_objective(old, new))
+        if key not in may_change and not is_secret(key) and not stays:
             raise ValueError(
                 f"{before.folder} holds a run with {key} = {old!r}, now it is {new!r}: {start_over}"
             )
@@ -167,11 +167,22 @@ def refuse_mixture(recipe: Recipe, config: PreferenceConfig, before: Run) -> Non
         )
 
 
-def _names(objective: object) -> object:
-    """Return names and weights; a file of one's own is spelled by the folder of each start."""
-    if isinstance(objective, Mapping):
-        return {_names(name): weight for name, weight in objective.items()}
-    return without_folder(str(objective)) if is_reference(objective) else objective
+def _same_objective(one: object, other: object) -> bool:
+    """Return whether two mixtures are one; a start's folder spells the files of one's own."""
+
+    def weights(objective: object) -> Mapping[str, object]:
+        return objective if isinstance(objective, Mapping) else {str(objective): 1.0}
+
+    def alike(a: str, b: str) -> bool:
+        return a == b or (is_reference(a) and is_reference(b) and same(a, b))
+
+    left = list(weights(other).items())
+    for name, weight in weights(one).items():
+        match = next((item for item in left if item[1] == weight and alike(name, item[0])), None)
+        if match is None:
+            return False
+        left.remove(match)
+    return not left
 
 
 def read_by(recipe: Recipe) -> list[str]:

@@ -6,6 +6,7 @@ import inspect
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -250,7 +251,12 @@ def test_numbers_may_be_tensors_or_whole() -> None:
     fixed = grpo(aggregation="fixed_length", max_length=20)
     assert torch.equal(grpo(aggregation="fixed_length", max_length=20.0).losses, fixed.losses)
     one = functional.kto_loss(*pairs[:2], ONE == 0, 0.25).losses
-    assert torch.equal(functional.kto_loss(*pairs[:2], ONE == 0, torch.tensor([0.25])).losses, one)
+    for z0 in (torch.tensor([0.25]), torch.tensor([[0.25]])):
+        assert torch.equal(functional.kto_loss(*pairs[:2], ONE == 0, z0).losses, one)
+    lengths = {"chosen_length": ONE + 2, "rejected_length": ONE + 2}
+    weighted = functional.slic_loss(*pairs[:2], sft_weight=0.5, **lengths).losses
+    by_numpy = functional.slic_loss(*pairs[:2], sft_weight=np.float32(0.5), **lengths).losses
+    assert torch.equal(by_numpy, weighted)
 
 
 def test_wrong_calls_name_the_form() -> None:
@@ -277,8 +283,9 @@ def test_forms_compile_and_carry_gradient() -> None:
     chosen, rejected, ref_chosen, ref_rejected = -torch.rand(4, 5).requires_grad_()
     arguments = (chosen, rejected, ref_chosen, ref_rejected)
     compiled = torch.compile(functional.dpo_loss, fullgraph=True, backend="eager")
-    plain = functional.dpo_loss(*arguments, beta=0.3)
-    assert torch.equal(compiled(*arguments, beta=0.3).losses, plain.losses)
+    for beta in (0.3, 1, 0.5):  # the second float is one that the graph takes
+        plain = functional.dpo_loss(*arguments, beta=beta)
+        assert torch.equal(compiled(*arguments, beta=beta).losses, plain.losses)
     assert plain.losses.requires_grad
     assert not plain.chosen_rewards.requires_grad
 

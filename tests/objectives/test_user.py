@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+import enum
+import math
 import pickle
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, NewType, Protocol, cast
 
+import numpy as np
 import pytest
 import torch
 
 import fastpo
 from fastpo import OBJECTIVES, Objective, PreferenceLoss, register
+from fastpo.domain import Domain
 from fastpo.objectives import as_objective, get_objective
 from fastpo.objectives.base import Outcome, Term
 from fastpo.objectives.user import spelled
@@ -116,6 +120,52 @@ def test_a_family_that_contradicts_is_refused(family: Any) -> None:
         with pytest.raises(ValueError, match=f"family='{family}': .* compares 'pair': leave"):
             as_objective(objective, family=family)
         assert as_objective(objective, family="pair").family == "pair"
+
+
+class Kind(enum.Enum):
+    A = "a"
+
+
+class Link(Protocol):
+    def __call__(self, z: Any) -> Any: ...
+
+
+# What stands for "not set", and what no annotation of ours describes.
+DEFAULTS = {
+    "no cap": (float, math.inf),
+    "nothing": (float, None),
+    "a member": (Kind, Kind.A),
+    "a function": (Link, torch.tanh),
+    "a union inside": (Annotated[float | None, Domain(0)], 0.1),
+    "another name": (NewType("Rate", float), 0.1),
+}
+
+
+@pytest.mark.parametrize("kind", DEFAULTS)
+def test_a_default_may_be_what_it_was(kind: str) -> None:
+    def mine(ratio, mask, *, option=DEFAULTS[kind][1]): ...
+
+    mine.__annotations__["option"] = DEFAULTS[kind][0]
+    objective = as_objective(mine, family="pair")  # pyright: ignore[reportArgumentType]
+    assert objective.hyper == {"option": DEFAULTS[kind][1]}
+    if kind not in ("no cap", "nothing"):
+        assert objective.fitted("option", DEFAULTS[kind][1]) is DEFAULTS[kind][1]
+
+
+def test_a_file_need_not_be_an_identifier(own: Path) -> None:
+    for stem in ("my-losses", "2b"):
+        (own / f"{stem}.py").write_text(FILE)
+        assert get_objective(f"{stem}:mine").name == "mine"
+
+
+@pytest.mark.parametrize("weight", [1, np.float32(0.5), np.int64(2), torch.tensor([0.5])], ids=repr)
+def test_a_weight_is_any_one_number(weight: Any) -> None:
+    def weighted(ratio, mask):
+        return Outcome((Term(ratio.sum(-1), weight=weight),), ratio.detach())
+
+    scores = {"ratio": torch.ones(2, 2), "mask": torch.ones(2, 2).bool()}
+    (term,) = Objective(weighted, "pair")(scores).terms
+    assert term.weight is weight
 
 
 @pytest.mark.parametrize("text", ['{"dpo": 1, "sft": 0.1}', '{"dpo": 1', "{mine.py:mine: 1}"])

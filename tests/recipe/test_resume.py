@@ -74,6 +74,15 @@ def test_an_objective_of_ones_own_is_the_same_from_any_folder(
     elsewhere = load_recipe(recipe, named)
     assert elsewhere.settings["objective"] != before.recipe["objective"]
     refuse_mixture(elsewhere, elsewhere.config(), before)
+    two = load_recipe(recipe, ["--objective", "{dpo: 0.5, of_resume:one: 1.0}"])
+    mixed = [
+        Run(recipe.parent, recipe={**two.settings, "objective": {name: 1.0, "dpo": 0.5}})
+        for name in ("of_resume:one", "x/of_resume.py:one", "x/of_resume.py:two")
+    ]
+    refuse_mixture(two, two.config(), mixed[0])
+    for run in mixed[1:]:
+        with pytest.raises(ValueError, match="holds a run with objective"):
+            refuse_mixture(two, two.config(), run)
     for other in ("of_resume:two", "dpo"):
         now = load_recipe(recipe, ["--objective", other])
         with pytest.raises(ValueError, match=f"objective = .*:one', now it is .*{other[-3:]}'"):

@@ -153,6 +153,8 @@ def test_numbers_and_paths_of_python_are_taken(config: Any, tmp_path: Path) -> N
     taken = made.max_length, made.sample_tokens, made.self_check, made.reference_store
     assert taken == (64, 3, False, str(tmp_path))
     assert made.self_check is False
+    assert json.loads(json.dumps(made.to_dict()))["max_length"] == 64
+    assert DataOptions(chat_template_kwargs=None).chat_template_kwargs == {}  # pyright: ignore
     assert made.data_options().max_length == 64
 
 
