@@ -275,6 +275,14 @@ def _as_number(value: Any, plain: type, domain: Domain) -> Any:
     return value
 
 
+def fitted_as(name: str, value: Any, expected: Any) -> Any:
+    """Return `value` as its annotation has it; ValueError names it and says what it must be."""
+    try:
+        return fitted(value, expected)
+    except Misfit as misfit:
+        raise ValueError(f"{name}={value!r} {misfit}") from None
+
+
 def fit_fields(settings: object, expected: Mapping[str, Any], before: str = "") -> None:
     """Give fields of a dataclass their values as annotations have them.
 
@@ -287,8 +295,4 @@ def fit_fields(settings: object, expected: Mapping[str, Any], before: str = "") 
         ValueError: a value that is outside its annotation; names the field and the value.
     """
     for name, kind in expected.items():
-        value = getattr(settings, name)
-        try:
-            vars(settings)[name] = fitted(value, kind)
-        except Misfit as misfit:
-            raise ValueError(f"{before}{name}={value!r} {misfit}") from None
+        vars(settings)[name] = fitted_as(f"{before}{name}", getattr(settings, name), kind)

@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 from torch import Tensor
 
-from fastpo.domain import FINITE, Domain, Misfit, domain_of, fitted, moved
+from fastpo.domain import FINITE, Domain, Misfit, domain_of, fitted_as, moved
 from fastpo.segments import Where
 
 from .elsewhere import called_here
@@ -285,10 +285,7 @@ class Objective:
         Raises:
             ValueError: names it and says what it must be.
         """
-        try:
-            return fitted(value, self.expected(name))
-        except Misfit as misfit:
-            raise ValueError(f"{name}={value!r} {misfit}") from None
+        return fitted_as(name, value, self.expected(name))
 
     def grades(self, hyper: Mapping[str, Any]) -> Domain:
         """Return what `score` must be under these hyper-parameters."""

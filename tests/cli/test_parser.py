@@ -8,6 +8,7 @@ import pytest
 
 from fastpo.cli.commands import COMMANDS, Flag
 from fastpo.cli.parser import TrainWords, parse, parse_train, parser_of
+from fastpo.scoring.rules import RULES
 
 PARSED = [name for name in COMMANDS if name != "train"]
 
@@ -140,3 +141,10 @@ def test_a_number_outside_its_domain_is_refused(words: list[str], said: str) -> 
 def test_a_flag_that_would_do_nothing_is_refused(words: list[str], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         parse(words)
+
+
+def test_rules_are_those_there_are() -> None:
+    """The table of commands says them once more, because it is read before anything is imported."""
+    flags = [flag for group in COMMANDS["weigh"].groups().values() for flag in group]
+    (rule,) = (flag for flag in flags if flag.name == "rule")
+    assert rule.choices == tuple(RULES)
